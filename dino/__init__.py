@@ -1,0 +1,1 @@
+"""DINO pretraining for pathology: from whole slides to a hierarchical model."""

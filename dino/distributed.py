@@ -1,0 +1,136 @@
+"""The only module that talks to ``torch.distributed``; on one process every helper is a no-op.
+
+Launched by ``torchrun``, :func:`process_group` joins the other processes (NCCL on GPUs, gloo on CPUs). The
+rest of the package never asks for its rank to decide control flow: rank 0 decides, then broadcasts.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+def launched() -> bool:
+    """True under ``torchrun`` (also with a single process)."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def rank() -> int:
+    """Rank of this process, 0 when there is only one."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """True on the process that prints and writes the logs."""
+    return rank() == 0
+
+
+def local_rank() -> int:
+    """Rank of this process on its own machine: which GPU it takes."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+@contextmanager
+def process_group(device: torch.device, timeout_minutes: float = 30.0) -> Iterator[None]:
+    """Join the process group for the length of the block, when launched by ``torchrun``.
+
+    Args:
+        device: Where this process computes; decides between NCCL and gloo.
+        timeout_minutes: How long a collective waits for a process that does not come.
+    """
+    if not launched() or dist.is_initialized():
+        yield
+        return
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=device if on_gpu else None,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Average of ``tensor`` over all processes, in its own dtype; the tensor itself on one process."""
+    if world_size() == 1:
+        return tensor
+    result = tensor.clone()
+    dist.all_reduce(result)
+    return result / world_size()
+
+
+def agree(flags: Tensor) -> Tensor:
+    """Maximum of each flag over all processes: what one process raises, all see.
+
+    Args:
+        flags: ``(n,)`` float tensor on the training device.
+
+    Returns:
+        ``(n,)`` tensor with the same values on every process.
+    """
+    if world_size() > 1:
+        flags = flags.clone()
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return flags
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's ``value`` on every process (any picklable object between our own processes)."""
+    if world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """Every process's ``value``, in the order of ranks, on every process."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def barrier() -> None:
+    """Wait until every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def parallelize(student: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap the student so that its gradients are averaged over the processes.
+
+    Args:
+        student: Module whose forward takes part in the loss.
+        device: Where it lives.
+
+    Returns:
+        The module itself on one process, else its ``DistributedDataParallel`` wrapper.
+    """
+    if world_size() == 1:
+        return student
+    return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def without_gradient_sync(student: nn.Module, wanted: bool) -> AbstractContextManager[None]:
+    """Context in which backward does not average gradients yet (all micro-batches but the last)."""
+    if wanted and isinstance(student, DistributedDataParallel):
+        return student.no_sync()
+    return nullcontext()

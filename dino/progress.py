@@ -1,0 +1,62 @@
+"""Progress bars with remaining time, and lines for the person at the terminal; silent on all but the main process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dino import distributed
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Bar(Protocol):
+    """Handle of a running bar."""
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Move on by ``count``; ``note`` replaces the text behind the bar when given."""
+
+
+class _RichBar:
+    def __init__(self, progress: Progress, task: int, note: str) -> None:
+        self._progress, self._task, self._note = progress, task, note
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._note = note or self._note
+        self._progress.update(self._task, advance=count, note=self._note)  # type: ignore[arg-type]
+
+
+@contextmanager
+def bar(title: str, total: int, done: int = 0) -> Iterator[Bar]:
+    """Show a bar with counts, elapsed and remaining time for the length of the block.
+
+    Args:
+        title: What is being done.
+        total: How many steps there are.
+        done: How many of them were done before (a resumed run).
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not distributed.is_main()) as progress:
+        yield _RichBar(progress, progress.add_task(title, total=total, completed=done, note=""), "")
+
+
+def say(message: str) -> None:
+    """Print one line on the main process."""
+    if distributed.is_main():
+        console.print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    """Print one warning line on the main process."""
+    if distributed.is_main():
+        console.print(f"warning: {message}", style="yellow", markup=False)
