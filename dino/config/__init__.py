@@ -1,0 +1,1 @@
+"""Typed settings, recipes and how they are resolved."""

@@ -1,0 +1,1 @@
+"""Self-distillation: the module, the one loop, schedules, optimizer, checkpoints and callbacks."""

@@ -1,0 +1,192 @@
+"""From draw numbers to batches: workers decode and draw crop parameters, the device applies them later."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dino import randomness
+from dino.data.sources import BadSample, Sample, Source
+from dino.errors import DataError
+
+ATTEMPTS = 20  # replacements of a bad sample before giving up
+
+Draw = Callable[[tuple[int, int], np.ndarray | None, np.random.Generator], Mapping[str, np.ndarray]]
+
+
+@dataclass
+class Batch:
+    """Samples of consecutive draws with everything random about them.
+
+    Attributes:
+        inputs: ``(B, 3, H, W)`` uint8 tiles, padded at the right and bottom, or ``(B, D, h, w)`` float32 grids.
+        draws: ``(B,)`` int64 draw numbers.
+        parameters: Crop parameters by name, each ``(B, V, ...)``.
+        keep: ``(B, V, depth, 2)`` float32 multipliers of the residual branches (drop-path), or None.
+        names: Name of each sample.
+        slide_ids: Slide of each sample, where known.
+        bad: ``(name, reason)`` of samples that could not be used and were replaced.
+    """
+
+    inputs: Tensor
+    draws: Tensor
+    parameters: dict[str, Tensor]
+    keep: Tensor | None
+    names: list[str]
+    slide_ids: list[str | None]
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+    def pin_memory(self) -> "Batch":
+        """The same batch with its inputs in page-locked memory, for asynchronous copies."""
+        keep = self.keep.pin_memory() if self.keep is not None else None
+        return replace(self, inputs=self.inputs.pin_memory(), keep=keep)
+
+
+@dataclass(frozen=True)
+class DropPath:
+    """Stochastic depth (Huang et al. 2016, arXiv 1603.09382), drawn outside of the model.
+
+    Attributes:
+        rate: Rate of the last block; it rises linearly from 0 at the first.
+        depth: Number of blocks.
+        views: Number of student views.
+    """
+
+    rate: float
+    depth: int
+    views: int
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """``(V, depth, 2)`` multipliers: 0 for a skipped branch, else 1 / (1 - rate of its block)."""
+        rates = np.linspace(0.0, self.rate, self.depth)[:, None]
+        kept = rng.random((self.views, self.depth, 2)) >= rates
+        return (kept / (1 - rates)).astype(np.float32)
+
+
+class DrawnBatches(Dataset):
+    """Batches by their first draw number.
+
+    Args:
+        source: Where samples come from.
+        draw: Draws one sample's crop parameters from its shape, tissue and generator.
+        drop_path: Draws the skipped branches; None for no stochastic depth.
+        batch_size: Samples of a batch.
+        seed: The run's seed.
+    """
+
+    def __init__(self, source: Source, draw: Draw, drop_path: DropPath | None, batch_size: int, seed: int) -> None:
+        self.source, self.draw, self.drop_path = source, draw, drop_path
+        self.batch_size, self.seed = batch_size, seed
+
+    def __getitem__(self, first_draw: int) -> Batch:
+        """The batch of draws ``first_draw ... first_draw + batch_size - 1``.
+
+        Raises:
+            DataError: If a sample and all its replacements are bad.
+        """
+        draws = range(first_draw, first_draw + self.batch_size)
+        bad: list[tuple[str, str]] = []
+        samples = [self._sample(draw, bad) for draw in draws]
+        drawn = [self._parameters(draw, sample) for draw, sample in zip(draws, samples, strict=True)]
+        return Batch(
+            inputs=stack_padded([sample.pixels for sample in samples]),
+            draws=torch.tensor(list(draws)),
+            parameters={key: torch.from_numpy(np.stack([one[key] for one in drawn])) for key in drawn[0]},
+            keep=self._keep(draws),
+            names=[sample.name for sample in samples],
+            slide_ids=[sample.slide_id for sample in samples],
+            bad=bad,
+        )
+
+    def _sample(self, draw: int, bad: list[tuple[str, str]]) -> Sample:
+        for attempt in range(ATTEMPTS):
+            try:
+                return self.source(self.seed, draw, attempt)
+            except BadSample as error:
+                bad.append((error.name, str(error)))
+        raise DataError(f"{ATTEMPTS} samples in a row could not be used; the last one: {bad[-1][1]}")
+
+    def _parameters(self, draw: int, sample: Sample) -> Mapping[str, np.ndarray]:
+        height, width = sample.pixels.shape[-2:]
+        return self.draw((height, width), sample.tissue, randomness.generator(self.seed, draw, "crops"))
+
+    def _keep(self, draws: Sequence[int]) -> Tensor | None:
+        if self.drop_path is None:
+            return None
+        masks = [self.drop_path.draw(randomness.generator(self.seed, draw, "drop_path")) for draw in draws]
+        return torch.from_numpy(np.stack(masks))  # (B, V, depth, 2)
+
+
+def stack_padded(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack ``(C, H_i, W_i)`` tensors to ``(B, C, max H, max W)``, zeros at the right and bottom."""
+    height = max(tensor.shape[-2] for tensor in tensors)
+    width = max(tensor.shape[-1] for tensor in tensors)
+    return torch.stack([F.pad(t, (0, width - t.shape[-1], 0, height - t.shape[-2])) for t in tensors])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the draws of a step are laid out over processes and micro-batches.
+
+    Attributes:
+        batch_size: Samples per process and micro-batch.
+        accumulation: Micro-batches per step.
+        processes: How many processes there are.
+        process: Which one this is.
+    """
+
+    batch_size: int
+    accumulation: int = 1
+    processes: int = 1
+    process: int = 0
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step."""
+        return self.batch_size * self.accumulation * self.processes
+
+    def first_draws(self, first_step: int, last_step: int) -> Iterator[int]:
+        """First draw number of each of this process's micro-batches, step after step."""
+        for step in range(first_step, last_step):
+            for micro in range(self.accumulation):
+                yield step * self.global_batch + (micro * self.processes + self.process) * self.batch_size
+
+
+class _FirstDraws:
+    """Sized, lazy sampler over :meth:`Layout.first_draws`: a run's batches are never listed in memory."""
+
+    def __init__(self, layout: Layout, first_step: int, last_step: int) -> None:
+        self._layout, self._steps = layout, (first_step, last_step)
+
+    def __iter__(self) -> Iterator[int]:
+        return self._layout.first_draws(*self._steps)
+
+    def __len__(self) -> int:
+        return (self._steps[1] - self._steps[0]) * self._layout.accumulation
+
+
+def load_batches(
+    batches: DrawnBatches, layout: Layout, steps: tuple[int, int], *, workers: int, prefetch: int, pin: bool
+) -> DataLoader:
+    """Iterate over the micro-batches of this process for steps ``steps[0] ... steps[1] - 1``, in order.
+
+    Args:
+        batches: The batches by first draw number.
+        layout: Which draws are this process's.
+        steps: First step, and the step after the last one.
+        workers: Worker processes; 0 loads in this process. The batches are the same for any number.
+        prefetch: Batches that each worker keeps ready.
+        pin: Put the batches into page-locked memory.
+    """
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=_FirstDraws(layout, *steps),
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        pin_memory=pin,
+    )
