@@ -1,0 +1,60 @@
+# Everything starts here. Needs make and Python 3.11 or newer; all else goes into .venv.
+#
+#   make demo     the whole chain on the sample slide, ending in demo/report.html
+#   make test     the fast tests
+#   make install  only set up
+#   make check    formatter, linter, type checker, import contracts
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --no-compile --progress-bar off --disable-pip-version-check -c constraints.txt
+WORKERS ?= 2
+
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-slow check format bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+install: $(STAMP)
+
+# Bytecode is compiled on first import instead of at installation: torch alone has thousands of files.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "expected Python 3.11 or newer, found `$(PYTHON) --version`; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (PyTorch is large: some minutes on a fresh machine)"
+	@$(PIP) setuptools==$(shell sed -n 's/^setuptools==//p' constraints.txt) -q
+	@$(PIP) --no-build-isolation -e '.[dev]' | sed -n -E 's/^ *Downloading ([^ ]+) \((.*)\)$$/  \1 \2/p; s/^(Installing) .*/\1/p'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m dino demo demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist worksteal --durations 15
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow --durations 15
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf demo build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	find dino tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
