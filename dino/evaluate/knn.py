@@ -1,0 +1,122 @@
+"""Weighted k-nearest-neighbour classification of frozen features."""
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dino import progress
+from dino.errors import ConfigError, DataError
+from dino.evaluate.metrics import accuracy, auc, balanced_accuracy
+
+SIMILARITIES_AT_ONCE = 1 << 24  # 16 M values: 64 MB of similarities and 128 MB of sorting keys
+
+
+def weighted_knn(
+    reference: Tensor,
+    reference_labels: Tensor,
+    query: Tensor,
+    k: Sequence[int],
+    temperature: float,
+    classes: int,
+) -> dict[int, Tensor]:
+    """Class probabilities by the weighted votes of the nearest neighbours.
+
+    As in DINO (Caron et al. 2021, arXiv 2104.14294, appendix F.1; the vote is that of Wu et al. 2018, arXiv
+    1805.01978, eq. 7): among the k references of highest cosine similarity ``s``, each votes for its class with weight
+    ``exp(s / temperature)``. Neighbours are found once, for the largest k; equal similarities are taken in the order
+    of the reference set, so that the result does not depend on the machine's sorting.
+
+    Args:
+        reference: ``(N, D)`` features.
+        reference_labels: ``(N,)`` class numbers in ``[0, classes)``.
+        query: ``(M, D)`` features.
+        k: Numbers of neighbours; each is capped to N with a warning.
+        temperature: Temperature of the votes (0.07 in the paper).
+        classes: How many classes C there are.
+
+    Returns:
+        For every entry of ``k`` the ``(M, C)`` float64 probabilities, rows summing to 1.
+
+    Raises:
+        DataError: If the features are not two matrices of one width, or hold non-finite values.
+        ConfigError: If a ``k`` or the temperature is not positive.
+    """
+    _check(reference, reference_labels, query, k, temperature)
+    used = {wanted: capped_k(wanted, len(reference)) for wanted in k}
+    reference, query = F.normalize(reference.float(), dim=1), F.normalize(query.float(), dim=1)
+    results: dict[int, list[Tensor]] = {wanted: [] for wanted in used}
+    for chunk in query.split(max(1, SIMILARITIES_AT_ONCE // len(reference))):
+        similarity, index = _nearest(chunk @ reference.T, max(used.values()))  # (m, k)
+        votes = ((similarity - similarity[:, :1]).double() / temperature).exp()  # the largest is 1: never overflows
+        labels = reference_labels.to(index.device)[index]  # (m, k)
+        for wanted, count in used.items():
+            summed = votes.new_zeros(len(chunk), classes).scatter_add_(1, labels[:, :count], votes[:, :count])
+            results[wanted].append(summed / summed.sum(1, keepdim=True))
+    return {wanted: torch.cat(parts) for wanted, parts in results.items()}
+
+
+def knn_scores(
+    reference: Tensor,
+    reference_labels: Sequence[Hashable],
+    query: Tensor,
+    query_labels: Sequence[Hashable],
+    k: Sequence[int],
+    temperature: float,
+) -> dict[str, float | None]:
+    """Score features by weighted kNN (:func:`weighted_knn`).
+
+    Args:
+        reference: ``(N, D)`` features of the labelled reference set.
+        reference_labels: N labels of any kind.
+        query: ``(M, D)`` features of the queries.
+        query_labels: M labels. One that no reference bears cannot be found, and counts as wrong.
+        k: Numbers of neighbours.
+        temperature: Temperature of the votes.
+
+    Returns:
+        ``knn_<k>_accuracy``, ``knn_<k>_balanced_accuracy`` and ``knn_<k>_auc`` for every k; what is undefined is None.
+    """
+    names = sorted({*reference_labels, *query_labels}, key=lambda label: (str(type(label)), label))  # type: ignore[type-var]
+    number = {name: i for i, name in enumerate(names)}
+    known = torch.tensor([number[label] for label in reference_labels], dtype=torch.long)
+    truth = torch.tensor([number[label] for label in query_labels], dtype=torch.long)
+    scores: dict[str, float | None] = {}
+    for count, votes in weighted_knn(reference, known, query, k, temperature, len(names)).items():
+        probabilities = votes.cpu()
+        predicted = probabilities.argmax(1)
+        scores[f"knn_{count}_accuracy"] = accuracy(truth, predicted)
+        scores[f"knn_{count}_balanced_accuracy"] = balanced_accuracy(truth, predicted)
+        scores[f"knn_{count}_auc"] = auc(truth, probabilities)
+    return scores
+
+
+def capped_k(k: int, references: int) -> int:
+    """``k``, or the size of the reference set where that is smaller (with a warning)."""
+    if k > references:
+        progress.warn(f"k={k} is more than the {references} references; all {references} of them vote")
+    return min(k, references)
+
+
+def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, and where; equal values in the order of their columns."""
+    bits = (similarity + 0.0).view(torch.int32).long()  # + 0.0 makes -0.0 and 0.0 one number
+    ordered = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))  # integers in the order of the floats
+    columns = torch.arange(similarity.shape[1], device=similarity.device)
+    index = (ordered * (1 << 32) - columns).topk(k, dim=1).indices  # no two keys are equal
+    return similarity.gather(1, index), index
+
+
+def _check(reference: Tensor, labels: Tensor, query: Tensor, k: Sequence[int], temperature: float) -> None:
+    shapes = f"{tuple(reference.shape)} and {tuple(query.shape)}"
+    if reference.ndim != 2 or query.ndim != 2 or reference.shape[1] != query.shape[1]:
+        raise DataError(f"kNN: expected reference and query features (N, D) and (M, D), found {shapes}")
+    if not len(reference) or not len(query) or len(labels) != len(reference):
+        raise DataError(f"kNN: expected features and as many labels, found {shapes} and {len(labels)} labels")
+    if not (reference.isfinite().all() and query.isfinite().all()):
+        raise DataError("kNN: expected finite features, found NaN or infinity; the model has broken down")
+    if not k or min(k) < 1:
+        raise ConfigError(f"expected at least one k, each 1 or more, found {list(k)}")
+    if not temperature > 0:
+        raise ConfigError(f"expected a temperature above 0, found {temperature}")

@@ -1,0 +1,87 @@
+"""What features say without labels: finding their own place again, and how many directions they fill."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dino.errors import DataError
+
+SIMILARITIES_AT_ONCE = 1 << 24
+
+
+def own_place_accuracy(query: Tensor, reference: Tensor) -> float:
+    """Share of queries whose nearest reference, by cosine similarity, is their own.
+
+    Query i was made from the same place as reference i (shifted, turned, restained). Where several references are
+    equally near, each counts for its share: features that are all alike score chance, 1/N.
+
+    Args:
+        query: ``(N, D)`` features.
+        reference: ``(N, D)`` features in the same order.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        DataError: If the two are not of one shape, or empty.
+    """
+    if query.shape != reference.shape or query.ndim != 2 or not len(query):
+        raise DataError(f"expected queries and references of one shape (N, D), found {query.shape}, {reference.shape}")
+    reference, query = F.normalize(reference.float(), dim=1), F.normalize(query.float(), dim=1)
+    size = max(1, SIMILARITIES_AT_ONCE // len(reference))
+    found = 0.0
+    for start in range(0, len(query), size):
+        similarity = query[start : start + size] @ reference.T  # (m, N)
+        rows = torch.arange(len(similarity), device=similarity.device)
+        nearest = similarity == similarity.amax(1, keepdim=True)
+        found += float((nearest[rows, rows + start] / nearest.sum(1)).sum())
+    return found / len(query)
+
+
+def effective_rank(features: Tensor) -> float:
+    """How many directions the features fill: the exponential of the entropy of the normalised singular values.
+
+    Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality", definition 1. The features are
+    taken as they are; subtract their mean first to ask how many directions they *vary* in.
+
+    Args:
+        features: ``(N, D)``.
+
+    Returns:
+        A number in [1, min(N, D)]; 1 for a matrix of zeros.
+    """
+    values = torch.linalg.svdvals(features.detach().cpu().double())
+    total = values.sum()
+    if total == 0:
+        return 1.0
+    share = values / total
+    return float(torch.special.entr(share).sum().exp())
+
+
+def mean_pairwise_cosine(features: Tensor) -> float:
+    """Mean cosine similarity of two different rows: 1 when all features point one way.
+
+    Args:
+        features: ``(N, D)`` with N >= 2.
+    """
+    count = len(features)
+    if count < 2:
+        raise DataError(f"expected at least two features to compare, found {count}")
+    unit = F.normalize(features.detach().cpu().double(), dim=1)
+    return float((unit.sum(0).square().sum() - unit.square().sum()) / (count * (count - 1)))
+
+
+def pixel_features(images: Tensor, side: int = 8) -> Tensor:
+    """The plainest features there are, a floor for any network: each image averaged to 8 x 8, less its own mean.
+
+    What is left is where an image is darker or lighter, not what colour it has: stain alone scores nothing here.
+
+    Args:
+        images: uint8 or float ``(B, 3, H, W)``.
+        side: Cells along each axis.
+
+    Returns:
+        ``(B, 3 * side**2)`` float32.
+    """
+    small = F.adaptive_avg_pool2d(images.float(), side)
+    return (small - small.mean((2, 3), keepdim=True)).flatten(1)
