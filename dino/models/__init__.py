@@ -1,0 +1,1 @@
+"""Backbones, the head, and reading and writing of weights."""

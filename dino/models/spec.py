@@ -1,0 +1,117 @@
+"""What it takes to build a backbone again: plain values that travel with every checkpoint."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from dino.errors import CheckpointError, ConfigError
+from dino.models.position import check_rule
+
+LEVELS = ("patch", "region")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of a plain vision transformer.
+
+    Attributes:
+        dim: Embedding dim D.
+        depth: Number of blocks.
+        heads: Attention heads.
+        registers: Register tokens (Darcet et al. 2023, arXiv 2309.16588).
+        layer_scale: First value of LayerScale (Touvron et al. 2021, arXiv 2103.17239), 0 for none.
+        no_embed_class: The position table has rows for patches only.
+        mlp_ratio: Hidden width of the MLP over D.
+    """
+
+    dim: int
+    depth: int
+    heads: int
+    registers: int = 0
+    layer_scale: float = 0.0
+    no_embed_class: bool = False
+    mlp_ratio: float = 4.0
+
+
+SHAPES = {
+    "vit_tiny": Shape(192, 12, 3),
+    "vit_small": Shape(384, 12, 6),
+    "vit_base": Shape(768, 12, 12),
+    "vit_large": Shape(1024, 24, 16),
+    "hvit_xs": Shape(192, 6, 6),
+}
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Everything that decides a backbone but its weights.
+
+    Attributes:
+        arch: ``vit_tiny|small|base|large``, ``hvit_xs``, a timm name, or ``vit:dim=64,depth=2,heads=2`` with, where
+            wanted, ``registers``, ``layer_scale``, ``no_embed_class`` (0 or 1) and ``mlp_ratio``.
+        level: ``patch`` (images) or ``region`` (feature grids).
+        input_dim: Channels of the input: 3, or the D of the grids.
+        img_size: (height, width) in px that the position table is for; level 2: in cells.
+        patch_size: Side of a token in px; level 2: 1.
+        pos_resample: Rule that resizes the position table, see ``position.RULES``.
+    """
+
+    arch: str
+    level: str
+    input_dim: int
+    img_size: tuple[int, int]
+    patch_size: int
+    pos_resample: str = "dino"
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError where the values contradict each other."""
+        check_rule(self.pos_resample)
+        if self.level not in LEVELS:
+            raise ConfigError(f"level: expected patch or region, found {self.level!r}")
+        if self.level == "region" and self.patch_size != 1:
+            raise ConfigError(f"model.patch_size: a token of level 2 is one cell: expected 1, found {self.patch_size}")
+        if self.patch_size < 1 or min(self.img_size) < 1 or any(side % self.patch_size for side in self.img_size):
+            raise ConfigError(
+                f"model.patch_size={self.patch_size} must divide the input's sides, found {self.img_size[0]} x "
+                f"{self.img_size[1]} px: choose sizes that are multiples of it"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {**asdict(self), "img_size": list(self.img_size)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "BackboneSpec":
+        """The spec that ``to_dict`` wrote; CheckpointError when a value is missing."""
+        try:
+            known = {field.name: values[field.name] for field in fields(cls)}
+            return cls(**{**known, "img_size": (int(values["img_size"][0]), int(values["img_size"][1]))})
+        except (KeyError, TypeError, IndexError) as error:
+            raise CheckpointError(f"the checkpoint's backbone spec is not readable: {error!r}") from error
+
+
+def shape_of(arch: str) -> Shape | None:
+    """Shape of one of this package's architectures; None for any other name.
+
+    Raises:
+        ConfigError: ``vit:...`` is not of the form ``vit:dim=64,depth=2,heads=2``.
+    """
+    if not arch.startswith("vit:"):
+        return SHAPES.get(arch)
+    casts = {field.name: type(getattr(SHAPES["vit_tiny"], field.name)) for field in fields(Shape)}
+    casts["no_embed_class"] = lambda text: bool(int(text))  # type: ignore[assignment]
+    try:
+        pairs = [pair.split("=") for pair in arch.removeprefix("vit:").split(",")]
+        return Shape(**{key.strip(): casts[key.strip()](value) for key, value in pairs})
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigError(f"model.arch: expected e.g. vit:dim=64,depth=2,heads=2, found {arch!r} ({error})") from error
+
+
+def arch_of(shape: Shape, level: str) -> str:
+    """The name of ``shape``: a short one where there is one for this level, else ``vit:dim=...``."""
+    for name, known in SHAPES.items():
+        if known == shape and name.startswith("hvit") == (level == "region"):
+            return name
+    first = Shape(shape.dim, shape.depth, shape.heads)
+    extra = {key: value for key, value in asdict(shape).items() if value != getattr(first, key)}
+    values = {"dim": shape.dim, "depth": shape.depth, "heads": shape.heads, **extra}
+    return "vit:" + ",".join(f"{key}={int(value) if value is True else value}" for key, value in values.items())
