@@ -1,0 +1,114 @@
+"""Colour operations on batches of images, each sample with a factor of its own.
+
+Brightness, contrast, saturation, hue, grey and solarize compute what torchvision's functional operations compute on
+float tensors; stain jitter is that of Tellez et al. 2018 in the colour space of Ruifrok & Johnston 2001,
+"Quantification of histochemical staining by color deconvolution". Everywhere ``images`` is (n, 3, s, s) float32 in
+[0, 1] and a factor is (n,) float32 on the same device; the result is new and in [0, 1].
+"""
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # torchvision's
+# Absorbance of red, green and blue by haematoxylin, eosin and DAB (Ruifrok & Johnston 2001), as in scikit-image.
+STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+DARKEST = 1 / 255  # the darkest level that 8 bits can tell from black: its optical density is finite
+SOLARIZE_THRESHOLD = 128 / 255
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Multiply by ``factor``."""
+    return (images * _spread(factor)).clamp_(0, 1)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the mean grey of each image."""
+    return _blend(images, gray(images).mean((1, 2, 3), keepdim=True), factor)
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the grey image."""
+    return _blend(images, gray(images), factor)
+
+
+def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by ``shift`` turns, keeping HSV's saturation and value.
+
+    A channel of an HSV colour is ``value - chroma clamp(min(k, 4 - k), 0, 1)`` with ``k = (offset + 6 hue) mod 6``
+    and offsets 5, 3, 1 for red, green, blue: one formula for all six sectors of the colour wheel.
+    """
+    red, green, blue = images.unbind(1)  # (n, s, s)
+    value = images.amax(1)
+    chroma = value - images.amin(1)
+    divisor = torch.where(chroma == 0, 1, chroma)
+    # The sector whose channel is the greatest; ties as in torchvision: red first, then green.
+    hue = torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
+    hue = torch.where(value == red, (green - blue) / divisor, hue)  # in sixths of a turn, from -1 to 5
+    offsets = constant((5, 3, 1), images.device)
+    shifted = hue[:, None] + (6 * shift[:, None] + offsets)[:, :, None, None]
+    k = shifted.remainder_(6)  # (n, 3, s, s)
+    k = torch.minimum(k, 4 - k).clamp_(0, 1)
+    return (value[:, None] - chroma[:, None] * k).clamp_(0, 1)
+
+
+def gray(images: Tensor) -> Tensor:
+    """Luma, (n, 1, s, s)."""
+    red, green, blue = images.split(1, 1)
+    return (red * GRAY_WEIGHTS[0]).add_(green, alpha=GRAY_WEIGHTS[1]).add_(blue, alpha=GRAY_WEIGHTS[2])
+
+
+def solarize(images: Tensor) -> Tensor:
+    """Invert every value of at least 128 / 255."""
+    return torch.where(images >= SOLARIZE_THRESHOLD, 1 - images, images)
+
+
+def hed_jitter(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Scale and shift the haematoxylin, eosin and DAB content of each image.
+
+    With D = -log10 I the optical density of a pixel and M the rows of ``STAINS``, each of length 1, the stains are
+    ``c = D inv(M)``; they become ``c * scale + shift`` and go back by M. Unlike scikit-image the density is in
+    absorbance (Ruifrok & Johnston's unit: there a shift of 0.05 dims a white pixel's most absorbed channel by at most
+    11 %) and negative stains are kept, so that scale 1 and shift 0 change nothing.
+
+    Args:
+        images: (n, 3, s, s) float32 in [0, 1].
+        scale: (n, 3) factor of each stain.
+        shift: (n, 3) what is added to each, in absorbance.
+
+    Returns:
+        (n, 3, s, s) float32 in [0, 1].
+    """
+    stains = constant(_unit_stains(), images.device)  # (3, 3) rows: stains
+    unmix = constant(_unmixing(), images.device)
+    mix = torch.einsum("ij,nj,jk->nki", unmix, scale, stains)  # (n, 3, 3), rows: channels of the result
+    moved = (shift @ stains) * -math.log(10)  # (n, 3)
+    density = images.clamp_min(DARKEST).log_().flatten(2)  # (n, 3, ss), natural and negative: the signs cancel
+    return torch.baddbmm(moved[:, :, None], mix, density).exp_().clamp_(0, 1).view_as(images)
+
+
+def _unit_stains() -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(x / math.hypot(*row) for x in row) for row in STAINS)
+
+
+@cache
+def _unmixing() -> tuple[tuple[float, ...], ...]:
+    inverse = torch.tensor(_unit_stains(), dtype=torch.float64).inverse()
+    return tuple(tuple(row) for row in inverse.tolist())
+
+
+@cache
+def constant(values: tuple, device: torch.device) -> Tensor:
+    """A constant, copied to the device once: a copy per batch would make the host wait."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    factor = _spread(factor)
+    return (images * factor).add_(other * (1 - factor)).clamp_(0, 1)
+
+
+def _spread(factor: Tensor) -> Tensor:
+    return factor[:, None, None, None]

@@ -1,0 +1,186 @@
+"""Crops of feature grids (level 2): whole cells, moved and never resampled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dino.crops.orientation import fold_turns
+from dino.crops.resample import to_device
+from dino.errors import ConfigError, DataError
+
+GLOBAL_VIEWS = 2
+CELL_TISSUE = 0.25  # a cell holds tissue where `dino tile` would keep it as a tile by default
+SMALLEST_GRID = 4
+
+
+def crop_side(cells: int, scale: float, least: int, most: int) -> int:
+    """Side of a crop in cells: ``round(scale cells)``, kept in ``least .. most``.
+
+    Args:
+        cells: Side of the grid.
+        scale: Side of the crop as a share of it.
+        least: Smallest side allowed.
+        most: Largest side allowed.
+
+    Returns:
+        The side, in cells.
+    """
+    return min(max(round(scale * cells), least), most)
+
+
+@dataclass(frozen=True)
+class GridRecipe:
+    """How the views of a feature grid are drawn.
+
+    Attributes:
+        global_scale: Side of a global crop as a share of the grid's; it leaves at least one row and column out.
+        local_scale: Side of a local crop as a share of the grid's; at least 2 cells.
+        local_number: How many local crops.
+        horizontal_flip: Probability of a left-right flip.
+        vertical_flip: Probability of an up-down flip.
+        quarter_turns: Turn by 0, 90, 180 or 270 degrees; on a rectangular grid only by 0 or 180, which keep the
+            crop's shape.
+        min_tissue: Share of a global crop's cells that must hold tissue.
+        redraws: How often a global crop with less tissue is drawn again.
+    """
+
+    global_scale: float = 0.875
+    local_scale: float = 0.375
+    local_number: int = 8
+    horizontal_flip: float = 0.5
+    vertical_flip: float = 0.5
+    quarter_turns: bool = False
+    min_tissue: float = 0.25
+    redraws: int = 10
+
+    def __post_init__(self) -> None:
+        """Check every range.
+
+        Raises:
+            ConfigError: A share, probability or count makes no sense.
+        """
+        for name in ("global_scale", "local_scale"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is a share above 0, at most 1, found {getattr(self, name)}: set it in range")
+        for name in ("horizontal_flip", "vertical_flip", "min_tissue"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie from 0 to 1, found {getattr(self, name)}: set it in range")
+        for name in ("local_number", "redraws"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, found {getattr(self, name)}: set 0 for none")
+
+
+class GridCrops:
+    """The views of a feature grid: two global crops, then local ones, flipped and turned.
+
+    Attributes:
+        groups: ``[2, local_number]``, or ``[2]`` without local crops.
+        sizes: Height and width in cells of each group's crops.
+    """
+
+    def __init__(self, grid_size: tuple[int, int], recipe: GridRecipe | None = None) -> None:
+        """Fix the sizes.
+
+        Args:
+            grid_size: Height and width of the grids, in cells.
+            recipe: How the views are drawn; the default recipe when None.
+
+        Raises:
+            ConfigError: The grid has fewer than 4 cells along an axis.
+        """
+        if min(grid_size) < SMALLEST_GRID:
+            raise ConfigError(
+                f"a grid needs at least {SMALLEST_GRID} x {SMALLEST_GRID} cells to be cropped, found "
+                f"{grid_size[0]} x {grid_size[1]}: extract larger regions"
+            )
+        self.grid_size = grid_size
+        self.recipe = recipe or GridRecipe()
+        turn_step = 1 if grid_size[0] == grid_size[1] else 2
+        self.turn_step = turn_step if self.recipe.quarter_turns else 0
+        large = tuple(crop_side(n, self.recipe.global_scale, 2, n - 1) for n in grid_size)
+        small = tuple(crop_side(n, self.recipe.local_scale, 2, n) for n in grid_size)
+        self.groups = [GLOBAL_VIEWS] + [self.recipe.local_number] * (self.recipe.local_number > 0)
+        self.sizes = [large, small][: len(self.groups)]
+
+    def draw(
+        self, shape: tuple[int, int], tissue: np.ndarray | None, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """Draw the parameters of all views of one grid.
+
+        A global crop is redrawn until enough of its cells hold tissue; when no draw has enough, the one with the most
+        is taken. A cell holds tissue where its tissue fraction is at least 0.25, the least at which `dino tile` keeps
+        a tile.
+
+        Args:
+            shape: Height and width of the grid in cells.
+            tissue: (h, w) tissue fraction of each cell, or None where it is not known: then nothing is redrawn.
+            rng: Where the numbers come from.
+
+        Returns:
+            ``box`` (V, 4) int64: top, left, height, width in cells; ``flip_x``, ``flip_y`` (V,) bool; ``turns`` (V,)
+            int64, counter-clockwise quarter turns.
+
+        Raises:
+            DataError: The grid is not of the size these crops are made for.
+        """
+        if tuple(shape) != tuple(self.grid_size):
+            raise DataError(
+                f"expected grids of {self.grid_size[0]} x {self.grid_size[1]} cells, found {shape[0]} x {shape[1]}: "
+                "train on regions of one size"
+            )
+        count = sum(self.groups)
+        chances = np.array([[self.recipe.horizontal_flip], [self.recipe.vertical_flip]])
+        flip_x, flip_y = rng.random((2, count)) < chances
+        turns = rng.integers(0, 4, count) * self.turn_step % 4
+        boxes = [self._global_box(tissue, rng) for _ in range(GLOBAL_VIEWS)]
+        boxes += [self._boxes(self.sizes[-1], 1, rng)[0] for _ in range(count - GLOBAL_VIEWS)]
+        return {"box": np.stack(boxes), "flip_x": flip_x, "flip_y": flip_y, "turns": turns}
+
+    def _global_box(self, tissue: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+        boxes = self._boxes(self.sizes[0], 1 + self.recipe.redraws, rng)
+        if tissue is None:
+            return boxes[0]
+        held = [(tissue[t : t + h, x : x + w] >= CELL_TISSUE).mean() for t, x, h, w in boxes]
+        enough = [i for i, share in enumerate(held) if share >= self.recipe.min_tissue]
+        return boxes[enough[0] if enough else int(np.argmax(held))]
+
+    def _boxes(self, size: Sequence[int], count: int, rng: np.random.Generator) -> np.ndarray:
+        corners = rng.integers(0, np.array(self.grid_size) - size + 1, (count, 2))
+        return np.concatenate([corners, np.broadcast_to(size, (count, 2))], axis=1)  # (count, 4)
+
+    @torch.no_grad()
+    def apply(self, grids: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
+        """Make the views of a batch: exact copies of cells.
+
+        Args:
+            grids: (B, D, h, w) features.
+            parameters: What :meth:`draw` gave, stacked to (B, V, ...), on the CPU.
+
+        Returns:
+            One (V_g, B, D, s_h, s_w) tensor per group, of the dtype and on the device of ``grids``.
+        """
+        cells = grids.flatten(2).transpose(1, 2)  # (B, hw, D)
+        rows = torch.arange(len(grids), device=grids.device)[:, None, None]  # (B, 1, 1)
+        result = []
+        first = 0
+        for size, count in zip(self.sizes, self.groups, strict=True):
+            group = {k: v[:, first : first + count].transpose(0, 1) for k, v in parameters.items()}  # (V_g, B, ..)
+            places = to_device(self._places(group, size), grids.device)  # (V_g, B, s_h, s_w)
+            result.append(cells[rows, places].movedim(-1, 2))  # (V_g, B, s_h, s_w, D) -> (V_g, B, D, s_h, s_w)
+            first += count
+        return result
+
+    def _places(self, group: dict[str, Tensor], size: Sequence[int]) -> Tensor:
+        """Flat index of the cell that each place of each crop shows, (V_g, B, s_h, s_w)."""
+        flip_x, flip_y, transpose = fold_turns(group["flip_x"], group["flip_y"], group["turns"])
+        top, left = group["box"][..., 0, None], group["box"][..., 1, None]
+        down, across = (torch.arange(s) for s in size)
+        down = top + torch.where(flip_y[..., None], size[0] - 1 - down, down)  # (V_g, B, s_h)
+        across = left + torch.where(flip_x[..., None], size[1] - 1 - across, across)  # (V_g, B, s_w)
+        places = down[..., :, None] * self.grid_size[1] + across[..., None, :]
+        if self.turn_step != 1 or size[0] != size[1]:
+            return places
+        return torch.where(transpose[..., None, None], places.transpose(-1, -2), places)

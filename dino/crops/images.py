@@ -1,0 +1,141 @@
+"""Crops of tiles: drawn by a data worker, applied to the whole batch on the training device."""
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dino.crops import colour
+from dino.crops.blur import blur_radius, gaussian_blur
+from dino.crops.orientation import fold_turns
+from dino.crops.parameters import JITTER_ORDERS, ViewDrawer, ViewRecipe
+from dino.crops.resample import resize_boxed, resize_dense, to_device
+
+JITTERS = (
+    ("brightness", colour.adjust_brightness),
+    ("contrast", colour.adjust_contrast),
+    ("saturation", colour.adjust_saturation),
+    ("hue", colour.adjust_hue),
+)
+FACTORS = ("brightness", "contrast", "saturation", "hue", "sigma", "hed_scale", "hed_shift")
+CACHED_VALUES = 2**18  # on a CPU, recolour as many values at a time as stay in its cache
+
+
+class ImageCrops:
+    """The views of a tile: crop, resize, flip, turn, stain jitter, colour jitter, grey, blur, solarize, normalise.
+
+    Attributes:
+        groups: How many views each group has; consecutive views of one size form a group, such as ``[2, 8]``.
+    """
+
+    def __init__(self, views: Sequence[ViewRecipe], mean: Sequence[float], std: Sequence[float]) -> None:
+        """Keep what does not change from batch to batch.
+
+        Args:
+            views: One recipe per view; the two that the teacher sees come first.
+            mean: Mean of each channel, of values in [0, 1].
+            std: Standard deviation of each channel.
+        """
+        self.views = list(views)
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self._drawer = ViewDrawer(self.views)
+        runs = [(size, len(list(run))) for size, run in groupby(view.size for view in self.views)]
+        self.sizes = [size for size, _ in runs]
+        self.groups = [count for _, count in runs]
+
+    def draw(
+        self, shape: tuple[int, int], tissue: np.ndarray | None, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """Draw the parameters of all views of one tile.
+
+        Args:
+            shape: Height and width of the tile in px, without padding.
+            tissue: Ignored: a tile is all tissue.
+            rng: Where the numbers come from.
+
+        Returns:
+            One array per parameter with leading dim V (see :func:`dino.crops.parameters.draw_view`).
+        """
+        return self._drawer(*shape, rng)
+
+    @torch.no_grad()
+    def apply(self, pixels: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
+        """Make the views of a batch. A sample's views do not depend on the rest of its batch.
+
+        Args:
+            pixels: (B, 3, H, W) uint8; tiles of unequal size are padded at the bottom and right, which is never read.
+            parameters: What :meth:`draw` gave, stacked to (B, V, ...), on the CPU: which samples an operation
+                concerns is decided there, so that the host never waits for the device.
+
+        Returns:
+            One (V_g, B, 3, s, s) float32 tensor per group, normalised, on the device of ``pixels``.
+        """
+        result = []
+        first = 0
+        with torch.autocast(pixels.device.type, enabled=False):  # bf16 would cost two grey levels
+            for size, count in zip(self.sizes, self.groups, strict=True):
+                group = {k: v[:, first : first + count].transpose(0, 1) for k, v in parameters.items()}  # (V_g, B, ..)
+                result.append(self._apply_group(pixels, group, size))
+                first += count
+        return result
+
+    def _apply_group(self, pixels: Tensor, group: dict[str, Tensor], size: int) -> Tensor:
+        resize = resize_boxed if pixels.device.type == "cpu" else resize_dense
+        flip_x, flip_y, transpose = fold_turns(group["flip_x"], group["flip_y"], group["turns"])
+        out = resize(pixels, group["box"], flip_x, flip_y, transpose, size)  # (V_g, B, 3, s, s)
+        images = out.flatten(0, 1)
+        flat = {name: value.flatten(0, 1) for name, value in group.items()}
+        radius = blur_radius(max(view.blur_sigma[1] for view in self.views if view.size == size), size)
+        share = max(1, CACHED_VALUES // images[0].numel()) if pixels.device.type == "cpu" else len(images)
+        for start in range(0, len(images), share):
+            part = slice(start, start + share)
+            self._recolour(images[part], {name: value[part] for name, value in flat.items()}, radius)
+        return out
+
+    def _recolour(self, images: Tensor, drawn: dict[str, Tensor], radius: int) -> None:
+        """All that follows the geometry, in place on (n, 3, s, s) values from 0 to 255."""
+        images.div_(255).clamp_(0, 1)  # bicubic overshoots
+        batch = _Batch(images, drawn)
+        batch.update((drawn["hed_scale"] != 1).any(-1), colour.hed_jitter, "hed_scale", "hed_shift")
+        orders = torch.from_numpy(JITTER_ORDERS)[drawn["jitter_order"].clamp_min(0)]  # (n, 4)
+        orders = orders.where(drawn["jitter_order"][:, None] >= 0, -1)
+        for turn in range(len(JITTERS)):
+            for index, (name, operation) in enumerate(JITTERS):
+                batch.update(orders[:, turn] == index, operation, name)
+        batch.update(drawn["grayscale"], lambda x: colour.gray(x).expand_as(x))
+        batch.update(drawn["sigma"] > 0, lambda x, sigma: gaussian_blur(x, sigma, radius), "sigma")
+        batch.update(drawn["solarize"], colour.solarize)
+        mean, std = (colour.constant(v, images.device)[:, None, None] for v in (self.mean, self.std))
+        images.sub_(mean).div_(std)
+
+
+class _Batch:
+    """Images in place, with the factors of every operation on their device."""
+
+    def __init__(self, images: Tensor, drawn: dict[str, Tensor]) -> None:
+        self.images = images
+        columns = [drawn[name].flatten(1) if drawn[name].ndim > 1 else drawn[name][:, None] for name in FACTORS]
+        widths = [column.shape[1] for column in columns]
+        # All factors cross to the device in one copy.
+        self.factors = dict(
+            zip(FACTORS, to_device(torch.cat(columns, dim=1), images.device).split(widths, 1), strict=True)
+        )
+
+    def update(self, chosen: Tensor, operation: Callable[..., Tensor], *names: str) -> None:
+        """Replace the chosen images by the operation's result on them and on their factors ``names``."""
+        where = chosen.nonzero().flatten()
+        if not len(where):
+            return
+        factors = [self.factors[name] for name in names]  # each (n, 1) or (n, 3)
+        if len(where) == len(self.images):
+            self.images.copy_(operation(self.images, *(_narrow(f) for f in factors)))
+            return
+        where = to_device(where, self.images.device)
+        self.images[where] = operation(self.images[where], *(_narrow(f[where]) for f in factors))
+
+
+def _narrow(factor: Tensor) -> Tensor:
+    return factor[:, 0] if factor.shape[1] == 1 else factor

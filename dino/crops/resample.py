@@ -1,0 +1,105 @@
+"""Crop, antialiased bicubic resize, flip and quarter turn of a batch, each sample with a box of its own.
+
+The resize is that of Pillow and torchvision (``antialias=True``): Keys' cubic kernel with a = -0.5, widened by the
+scale where the crop shrinks, and normalised inside the crop. It is linear and separable, so a sample is two matrices
+of weights. :func:`resize_dense` multiplies with them in full, which suits a GPU's matrix units;
+:func:`resize_boxed` goes crop by crop with torch's own banded kernel, which is faster on a CPU.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DENSE_BYTES = 512 * 2**20  # bound on the largest intermediate of the dense form
+
+
+def resize_weights(start: Tensor, length: Tensor, flip: Tensor, size: int, extent: int) -> Tensor:
+    """Weights of every source pixel in every pixel of the resized crop, along one axis.
+
+    Args:
+        start: (...) int64, first source pixel of the crop.
+        length: (...) int64, how many source pixels it takes.
+        flip: (...) bool, reverse the result.
+        size: How many pixels the result has.
+        extent: How many pixels the source has, padding included; what lies outside the crop has weight 0.
+
+    Returns:
+        (..., size, extent) float32; each row sums to 1.
+    """
+    target = torch.arange(size, device=start.device)
+    target = torch.where(flip[..., None], size - 1 - target, target)  # (..., size)
+    source = torch.arange(extent, device=start.device) - start[..., None]  # (..., extent)
+    length = length[..., None]
+    # Distance to the centre of the target pixel, in units of the kernel: all integers until the one division, so
+    # that float32 loses nothing.
+    distance = ((2 * source + 1) * size)[..., None, :] - ((2 * target + 1) * length)[..., None]
+    distance = distance.float() / (2 * length.clamp_min(size))[..., None]  # (..., size, extent)
+    weights = _cubic(distance) * ((source >= 0) & (source < length))[..., None, :]
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def _cubic(distance: Tensor) -> Tensor:
+    x = distance.abs().clamp_max_(2)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, far)
+
+
+def resize_dense(pixels: Tensor, box: Tensor, flip_x: Tensor, flip_y: Tensor, transpose: Tensor, size: int) -> Tensor:
+    """Crop, resize, flip and transpose by batched matrix products.
+
+    Args:
+        pixels: (B, 3, H, W) uint8 or float, padded at the bottom and right to a common size.
+        box: (V, B, 4) int64 on the CPU: top, left, height, width.
+        flip_x: (V, B) bool on the CPU, left-right flip of the resized crop.
+        flip_y: (V, B) bool on the CPU, up-down flip.
+        transpose: (V, B) bool on the CPU, swap rows and columns after the flips.
+        size: Side of the result in px.
+
+    Returns:
+        (V, B, 3, size, size) float32 on the device of ``pixels``, in the units of ``pixels``, not clamped.
+    """
+    views, batch = box.shape[:2]
+    _, channels, height, width = pixels.shape
+    out = pixels.new_empty((views, batch, channels, size, size), dtype=torch.float32)
+    geometry = torch.cat([box, flip_x[..., None], flip_y[..., None]], dim=-1)  # (V, B, 6)
+    geometry = to_device(geometry, pixels.device)
+    share = max(1, DENSE_BYTES // (4 * channels * height * views * size))
+    for rows in torch.arange(batch).split(share):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        top, left, box_height, box_width, mirrored, flipped = geometry[:, part].transpose(0, 1).unbind(-1)  # (b, V)
+        across = resize_weights(left, box_width, mirrored.bool(), size, width)  # (b, V, s, W)
+        down = resize_weights(top, box_height, flipped.bool(), size, height)  # (b, V, s, H)
+        flat = pixels[part].float().flatten(1, 2)  # (b, 3H, W)
+        columns = flat @ across.flatten(1, 2).transpose(1, 2)  # (b, 3H, Vs)
+        columns = columns.unflatten(2, (views, size)).unflatten(1, (channels, height))  # (b, 3, H, V, s)
+        out[:, part] = (down[:, :, None] @ columns.permute(0, 3, 1, 2, 4)).transpose(0, 1)
+    turned = transpose.flatten().nonzero().flatten()
+    if len(turned):
+        turned = to_device(turned, pixels.device)
+        flat_out = out.flatten(0, 1)
+        flat_out[turned] = flat_out[turned].transpose(-1, -2)
+    return out
+
+
+def resize_boxed(pixels: Tensor, box: Tensor, flip_x: Tensor, flip_y: Tensor, transpose: Tensor, size: int) -> Tensor:
+    """Same as :func:`resize_dense`, crop by crop; arguments and result alike."""
+    views, batch = box.shape[:2]
+    out = pixels.new_empty((views, batch, pixels.shape[1], size, size), dtype=torch.float32)
+    boxes, mirrored, flipped, turned = box.tolist(), flip_x.tolist(), flip_y.tolist(), transpose.tolist()
+    for row in range(batch):
+        for view in range(views):
+            top, left, height, width = boxes[view][row]
+            crop = pixels[row : row + 1, :, top : top + height, left : left + width].float()
+            crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]  # (3, s, s)
+            flips = [axis for axis, wanted in ((-1, mirrored[view][row]), (-2, flipped[view][row])) if wanted]
+            crop = crop.flip(flips) if flips else crop
+            out[view, row] = crop.transpose(-1, -2) if turned[view][row] else crop
+    return out
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a small CPU tensor to ``device`` without making the host wait for the GPU."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
