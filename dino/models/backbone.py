@@ -2,6 +2,7 @@
 
 from collections.abc import Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,15 +49,17 @@ class Backbone(nn.Module):
         ConfigError: The architecture is unknown or not supported.
     """
 
+    vit: Any  # a timm VisionTransformer, whose optional parts type checkers cannot follow
+
     def __init__(self, spec: BackboneSpec, vit: nn.Module | None = None) -> None:
         super().__init__()
         if vit is not None:
             check_supported(vit, spec.arch)
         self.vit = make_vit(spec) if vit is None else vit
         self.spec = spec
-        self.embed_dim: int = self.vit.embed_dim  # type: ignore[assignment]
-        self.depth = len(self.vit.blocks)  # type: ignore[arg-type]
-        self.num_heads: int = self.vit.blocks[0].attn.num_heads  # type: ignore[index]
+        self.embed_dim: int = self.vit.embed_dim
+        self.depth = len(self.vit.blocks)
+        self.num_heads: int = self.vit.blocks[0].attn.num_heads
         self._matrices: dict[tuple, Tensor] = {}
 
     def forward(
@@ -88,7 +91,7 @@ class Backbone(nn.Module):
         tokens = self.embed(x)
         keeps = as_keep(keep, tokens, self.depth)
         cls_only = "patches" not in need
-        for index, block in enumerate(self.vit.blocks):  # type: ignore[arg-type]
+        for index, block in enumerate(self.vit.blocks):
             last = index == self.depth - 1
             tokens = run_block(block, tokens, keeps[index], first=1 if last and cls_only else None)
         tokens = self.vit.norm(tokens)  # (B, 1 or 1 + R + N, D)
@@ -107,7 +110,7 @@ class Backbone(nn.Module):
             (B, heads, N); a row sums to 1 less what cls token and registers get.
         """
         tokens = self.embed(x)
-        *body, last = self.vit.blocks  # type: ignore[misc]
+        *body, last = self.vit.blocks
         for block in body:
             tokens = run_block(block, tokens)
         weights = attention_weights(last.attn, last.norm1(tokens), first=1)  # (B, heads, 1, 1 + R + N)
@@ -172,5 +175,5 @@ def build_backbone(spec: BackboneSpec, seed: int) -> Backbone:
     """
     with torch.random.fork_rng(devices=[]):  # timm draws while it builds
         backbone = Backbone(spec)
-    init_weights(backbone.vit, torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+    init_weights(backbone.vit, torch.Generator().manual_seed(seed))
     return backbone

@@ -6,7 +6,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention  # type: ignore[attr-defined]
+from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -31,14 +31,10 @@ def make_vit(spec: BackboneSpec) -> VisionTransformer:
         raise ConfigError(f"model.arch: {spec.arch} reads feature grids; for images use e.g. vit_small")
     if shape.dim % shape.heads:
         raise ConfigError(f"model.arch: heads must divide dim, found dim={shape.dim} heads={shape.heads}")
-    embed = {"embed_layer": GridEmbed} if spec.level == "region" else {}
-    return VisionTransformer(
-        **timm_arguments(shape, spec),
-        **embed,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
-        dynamic_img_size=True,
-        weight_init="skip",
-    )
+    arguments = timm_arguments(shape, spec) | {"dynamic_img_size": True, "weight_init": "skip"}
+    if spec.level == "region":
+        arguments["embed_layer"] = GridEmbed
+    return VisionTransformer(**arguments, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
 
 def timm_arguments(shape: Shape, spec: BackboneSpec) -> dict[str, Any]:
@@ -59,7 +55,7 @@ def timm_arguments(shape: Shape, spec: BackboneSpec) -> dict[str, Any]:
     }
 
 
-def make_timm(name: str, **arguments: Any) -> VisionTransformer:
+def make_timm(name: str, **arguments: Any) -> Any:
     """A timm model by name, refused unless this package can run it.
 
     Raises:
@@ -70,14 +66,14 @@ def make_timm(name: str, **arguments: Any) -> VisionTransformer:
         hint = f" (nearest: {near[0]})" if near else ""
         raise ConfigError(f"model.arch: expected {', '.join(SHAPES)} or a timm name, found {name!r}{hint}")
     try:
-        vit = timm.create_model(name, num_classes=0, dynamic_img_size=True, **arguments)
+        vit: Any = timm.create_model(name, num_classes=0, dynamic_img_size=True, **arguments)
     except TypeError as error:  # other families do not know dynamic_img_size
         raise ConfigError(f"model.arch: {name} is not supported; what is: {SUPPORTED}") from error
     check_supported(vit, name)
-    return vit  # type: ignore[return-value]
+    return vit
 
 
-def _named(spec: BackboneSpec) -> VisionTransformer:
+def _named(spec: BackboneSpec) -> Any:
     if spec.level == "region":
         expected = "hvit_xs, vit_tiny, vit_small, vit_base, vit_large or vit:dim=...,depth=...,heads=..."
         raise ConfigError(f"model.arch: level 2 takes {expected}, found {spec.arch!r}")
@@ -91,7 +87,7 @@ def _named(spec: BackboneSpec) -> VisionTransformer:
     return vit
 
 
-def check_supported(vit: nn.Module, name: str) -> None:
+def check_supported(vit: Any, name: str) -> None:
     """Raise ConfigError unless the forward pass of ``Backbone`` is the one that ``vit`` was made for."""
     fits = (
         type(vit) is VisionTransformer
@@ -107,7 +103,7 @@ def check_supported(vit: nn.Module, name: str) -> None:
 
 
 @torch.no_grad()
-def init_weights(vit: VisionTransformer, generator: torch.Generator) -> None:
+def init_weights(vit: Any, generator: torch.Generator) -> None:
     """Start a ViT as facebookresearch/dino does; norms and LayerScale stay as they are made.
 
     Linear layers, cls token, registers and position table: normal, std 0.02, cut at +-2; biases 0. The patch
