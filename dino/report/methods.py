@@ -1,0 +1,193 @@
+"""The methods paragraph: what was done, in prose that can go into a paper."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What was cut.
+
+    Attributes:
+        slides: Number of slides.
+        tiles: Number of tiles.
+        regions: Number of regions.
+        geometry: Settings of ``tiling.json``: spacing_um, tile_size_px, overlap, region_size_px, min_tissue, ...
+    """
+
+    slides: int
+    tiles: int
+    regions: int
+    geometry: Settings
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a network was trained.
+
+    Attributes:
+        config: The run's resolved settings, nested as in ``config.yaml``.
+        steps: Optimizer steps done.
+        global_batch: Samples per step.
+        embed_dim: Width of its features.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+    """
+
+    config: Settings
+    steps: int
+    global_batch: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the paragraph is made from.
+
+    Attributes:
+        tiling: None where the data were not cut by this tool.
+        patch: The level-1 run, or None.
+        region: The level-2 run, or None.
+        versions: Version of each package by name.
+        device: What it was computed on.
+    """
+
+    tiling: Tiling | None
+    patch: Run | None
+    region: Run | None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    device: str = ""
+
+
+def methods(facts: Facts) -> str:
+    """The paragraph.
+
+    Args:
+        facts: What was done; sentences on what is absent are left out.
+
+    Returns:
+        Plain text, one paragraph.
+    """
+    sentences = [
+        *(_tiling(facts.tiling, facts.versions) if facts.tiling else ()),
+        *(_patch(facts.patch) if facts.patch else ()),
+        *(_region(facts.region) if facts.region else ()),
+        _software(facts),
+    ]
+    return " ".join(sentences)
+
+
+def _tiling(tiling: Tiling, versions: Mapping[str, str]) -> list[str]:
+    g = tiling.geometry
+    tool = f"hs2p {versions['hs2p']}" if "hs2p" in versions else "hs2p"
+    size = g.get("tile_size_px", 256)
+    overlap = g.get("overlap", 0.0)
+    cut = (
+        f"{_count(tiling.slides, 'whole-slide image')} {'was' if tiling.slides == 1 else 'were'} read with {tool} at "
+        f"{g.get('spacing_um', 0.5):g} µm per pixel and cut into {_count(tiling.tiles, 'tile')} of {size} x {size} px"
+    )
+    cut += f" that overlap by {overlap:.0%} of their side" if overlap else ""
+    if "min_tissue" in g:
+        cut += f", keeping those with at least {g['min_tissue']:.0%} tissue"
+        cut += f" ({g['tissue_method']} segmentation)" if g.get("tissue_method") else ""
+    sentences = [f"{cut}."]
+    if tiling.regions:
+        side = g.get("region_size_px", 4096)
+        cells = f"{side // size} x {side // size} tiles of the same lattice"
+        sentences.append(f"{_count(tiling.regions, 'region')} of {side} x {side} px were formed from {cells}.")
+    return sentences
+
+
+def _patch(run: Run) -> list[str]:
+    c, aug = run.config, run.config.get("aug", {})
+    start = c["model"].get("init")
+    began = f"from {start}" if start else "from random weights"
+    crops = (
+        f"Each tile gave two global crops ({_range(aug['global_crops_scale'])} of its area, resized to "
+        f"{aug['global_crops_size']} px) and {aug['local_crops_number']} local crops "
+        f"({_range(aug['local_crops_scale'])}, {aug['local_crops_size']} px), augmented by {_augmentations(aug)}."
+    )
+    return [
+        f"A vision transformer ({c['model']['arch']}, patch size {c['model']['patch_size']} px, {_shape(run)}) was "
+        f"pretrained {began} with DINO (Caron et al. 2021) {_training(run)}",
+        crops,
+        "Tiles are represented by the cls token of the teacher after its final layer norm.",
+    ]
+
+
+def _region(run: Run) -> list[str]:
+    aug = run.config.get("aug", {})
+    return [
+        f"A second transformer ({run.config['model']['arch']}, {_shape(run)}) was pretrained by the same objective on "
+        f"the grids of tile features of the regions, as in HIPT (Chen et al. 2022), {_training(run)}",
+        f"Its global crops take {aug['global_crops_scale']:g} and its {aug['local_crops_number']} local crops "
+        f"{aug['local_crops_scale']:g} of a grid's side.",
+    ]
+
+
+def _training(run: Run) -> str:
+    model, training, optim = run.config["model"], run.config["training"], run.config["optim"]
+    schedule = optim["lr_scheduler"]
+    peak = optim["lr"] * run.global_batch / 256
+    return (
+        f"for {run.steps:,} steps at a global batch of {run.global_batch} (seed {run.config.get('seed', 0)}): "
+        f"{model['out_dim']:,} prototypes, student temperature {model['student_temp']:g}, teacher temperature "
+        f"{_moves(model['warmup_teacher_temp'], model['teacher_temp'])}, teacher momentum "
+        f"{model['momentum_teacher']:g} to 1 by a cosine, {_optimizer(optim['name'])} with a peak learning rate of "
+        f"{peak:.3g} ({training['warmup_epochs']:g} epochs of linear warm-up, cosine to {schedule['min_lr']:g}), "
+        f"weight decay {_moves(schedule['weight_decay'], schedule['weight_decay_end'])}, gradient clipping at "
+        f"{training['clip_grad']:g}, drop-path rate {model['drop_path_rate']:g}, "
+        f"{run.config.get('speed', {}).get('precision', 'fp32')} precision."
+    )
+
+
+def _augmentations(aug: Settings) -> str:
+    parts = []
+    if aug.get("horizontal_flip"):
+        parts.append("horizontal and vertical flips" if aug.get("vertical_flip") else "horizontal flips")
+    if aug.get("quarter_turns"):
+        parts.append("quarter turns")
+    if aug.get("hed_jitter"):
+        parts.append(f"HED stain jitter (±{aug['hed_strength']:g}, p {aug['hed_jitter']:g})")
+    if aug.get("color_jitter"):
+        strength = "/".join(f"{aug[name]:g}" for name in ("brightness", "contrast", "saturation", "hue"))
+        parts.append(f"colour jitter ({strength}, p {aug['color_jitter']:g})")
+    if aug.get("grayscale"):
+        parts.append(f"greyscale (p {aug['grayscale']:g})")
+    if any(aug.get("blur_global", ())) or aug.get("blur_local"):
+        chances = "/".join(f"{p:g}" for p in (*aug.get("blur_global", ()), aug.get("blur_local", 0)))
+        parts.append(f"Gaussian blur (p {chances})")
+    if aug.get("solarize"):
+        parts.append(f"solarization (p {aug['solarize']:g})")
+    return ", ".join(parts) or "nothing else"
+
+
+def _software(facts: Facts) -> str:
+    named = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    on = f" on {facts.device}" if facts.device else ""
+    return f"Computed{on} with {named}."
+
+
+def _shape(run: Run) -> str:
+    return f"{run.depth} blocks, width {run.embed_dim}, {run.num_heads} heads"
+
+
+def _optimizer(name: str) -> str:
+    return {"adamw": "AdamW", "sgd": "SGD"}.get(name, name)
+
+
+def _moves(first: float, last: float) -> str:
+    return f"{first:g}" if first == last else f"{first:g} to {last:g}"
+
+
+def _range(pair: Any) -> str:
+    return f"{pair[0]:.0%} to {pair[1]:.0%}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"One {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,0 +1,178 @@
+"""One look for every figure: colours, type, scale bars, and how a figure becomes bytes."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#1f2933"
+QUIET = "#7b8794"
+RULE = "#d9dee3"
+TRAINED = "#1f6f78"
+UNTRAINED = "#a39a8f"
+REGION = "#b4532a"
+CLASSES = (TRAINED, REGION, "#6b5b95", UNTRAINED)
+
+CSS_PX_PER_INCH = 96  # as SVG has it: a figure of 11 inches fills the page's text width
+PHOTO_DPI = 144  # one and a half px per CSS px: sharp on most screens at an acceptable size
+PHOTO_QUALITY = 76
+
+_RC: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Liberation Sans", "Arial", "Helvetica", "DejaVu Sans"],
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": QUIET,
+    "axes.edgecolor": RULE,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.labelsize": 8.5,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "axes.grid": True,
+    "grid.color": "#eceff2",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.7,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "svg.fonttype": "none",  # text stays text: sharp, searchable, in the reader's own font
+    "svg.hashsalt": "histodino",  # element ids repeat from run to run
+    "figure.facecolor": "white",
+}
+
+
+@contextmanager
+def figure(width: float, height: float) -> Iterator["Figure"]:
+    """A figure in the house style, independent of any global matplotlib state.
+
+    Args:
+        width: Width in inches; 11 fills the page.
+        height: Height in inches.
+
+    Yields:
+        The empty figure.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # A Figure made by itself never enters pyplot's registry, so nothing has to be closed and no display is needed.
+    with matplotlib.rc_context(_RC):
+        yield Figure(figsize=(width, height))
+
+
+def svg(figure: "Figure") -> bytes:
+    """The figure as SVG, for lines and text."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def png(figure: "Figure") -> bytes:
+    """The figure as PNG, for flat colours."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=PHOTO_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def photo(figure: "Figure") -> bytes:
+    """The figure as JPEG, for tissue: a fifth of the PNG's size at no visible loss."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=PHOTO_DPI)
+    with Image.open(buffer) as picture:
+        return jpeg(np.asarray(picture.convert("RGB")))
+
+
+def jpeg(pixels: np.ndarray) -> bytes:
+    """An image as JPEG.
+
+    Args:
+        pixels: uint8, (H, W, 3).
+    """
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=PHOTO_QUALITY, optimize=True)
+    return buffer.getvalue()
+
+
+def media_type(content: bytes) -> str:
+    """MIME type of figure bytes, told from how they begin.
+
+    Raises:
+        ValueError: If they are none of PNG, JPEG and SVG.
+    """
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    if content.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    if b"<svg" in content[:1000]:
+        return "image/svg+xml"
+    raise ValueError("expected PNG, JPEG or SVG bytes, found neither")
+
+
+def shown_width(content: bytes) -> int | None:
+    """Width in CSS px at which a PNG or JPEG figure has the size it was drawn for; None for SVG, which knows."""
+    from PIL import Image
+
+    if media_type(content) == "image/svg+xml":
+        return None
+    with Image.open(io.BytesIO(content)) as picture:
+        return round(picture.width * CSS_PX_PER_INCH / PHOTO_DPI)
+
+
+def bare(axes: "Axes", title: str = "", *, colour: str = INK) -> None:
+    """Strip an axes down to its picture, with an optional title above it."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    if title:
+        axes.set_title(title, color=colour)
+
+
+def scale_bar(axes: "Axes", um_per_px: float, extent_px: float) -> None:
+    """Draw a scale bar of a round length near a quarter of the picture at the lower left of ``axes``.
+
+    Args:
+        axes: Axes whose data units are px of the picture, y downwards.
+        um_per_px: µm per data unit.
+        extent_px: Width of the picture in data units.
+    """
+    length_um = round_length(extent_px * um_per_px / 4)
+    length = length_um / um_per_px
+    bottom, top = axes.get_ylim()
+    height = abs(bottom - top)
+    left, base = 0.05 * extent_px, max(bottom, top) - 0.06 * height
+    axes.plot([left, left + length], [base, base], color="white", linewidth=5, solid_capstyle="butt")
+    axes.plot([left, left + length], [base, base], color=INK, linewidth=2.5, solid_capstyle="butt")
+    label = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
+    text = axes.text(left, base - 0.03 * height, label, fontsize=7.5, color=INK, va="bottom")
+    text.set_path_effects([_halo()])
+
+
+def round_length(limit: float) -> float:
+    """The largest of 1, 2, 5, 10, 20, 50, ... that is at most ``limit``."""
+    power = 10.0 ** np.floor(np.log10(limit))
+    return float(max(step * power for step in (1, 2, 5) if step * power <= limit * (1 + 1e-9)))
+
+
+def _halo() -> Any:
+    from matplotlib.patheffects import withStroke
+
+    return withStroke(linewidth=2.5, foreground="white")

@@ -1,0 +1,38 @@
+"""The methods paragraph holds what a reader needs to repeat the work."""
+
+from dino.config.load import to_dict
+from dino.config.schema import PatchConfig, RegionConfig
+from dino.report.methods import Facts, Run, Tiling, methods
+
+
+def facts(**changes):
+    patch = to_dict(PatchConfig(seed=41))
+    patch["aug"] |= {"quarter_turns": True, "vertical_flip": 0.5, "hed_jitter": 0.5}
+    geometry = {"spacing_um": 0.5, "tile_size_px": 256, "overlap": 0.5, "region_size_px": 1024, "min_tissue": 0.25}
+    given = {
+        "tiling": Tiling(1, 352, 40, geometry),
+        "patch": Run(patch, 240, 64, 192, 12, 3),
+        "region": Run(to_dict(RegionConfig(seed=42)), 200, 32, 192, 6, 6),
+        "versions": {"histodino": "9.8.7", "torch": "2.99.1", "hs2p": "6.1.0"},
+        "device": "2 CPU cores",
+    }
+    return Facts(**{**given, **changes})
+
+
+def test_versions_seed_and_settings_are_in_it():
+    text = methods(facts())
+    for piece in (
+        "histodino 9.8.7", "torch 2.99.1", "hs2p 6.1.0", "seed 41", "seed 42", "240 steps", "200 steps", "352 tiles",
+        "0.5 µm per pixel", "1024 x 1024 px", "global batch of 64", "peak learning rate of 0.000125", "AdamW",
+        "65,536 prototypes", "drop-path rate 0.1", "quarter turns", "HED stain jitter (±0.05, p 0.5)",
+        "horizontal and vertical flips", "224 px", "Caron et al. 2021", "Chen et al. 2022", "2 CPU cores",
+    ):  # fmt: skip
+        assert piece in text
+    assert "\n" not in text
+
+
+def test_what_was_not_done_is_left_out():
+    text = methods(facts(region=None, tiling=None))
+    assert "HIPT" not in text
+    assert "hs2p 6.1.0" in text  # as a version
+    assert "cut into" not in text
