@@ -1,6 +1,7 @@
 """Gaussian blur of a batch, each sample with a standard deviation of its own."""
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,15 +18,15 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Blur by two matrix products; equals torchvision's ``gaussian_blur`` with kernel ``2 radius + 1``.
 
     Args:
-        images: (n, C, s, s) float.
+        images: (n, C, s, s) float, overwritten.
         sigma: (n,) standard deviations in px, above 0, on the same device.
         radius: Taps on each side of the kernel, less than s.
 
     Returns:
-        (n, C, s, s) float; borders are mirrored without repeating the edge pixel.
+        ``images``; borders are mirrored without repeating the edge pixel.
     """
     weights = blur_weights(sigma, radius, images.shape[-1])[:, None]  # (n, 1, s, s)
-    return weights @ images @ weights.transpose(-1, -2)
+    return images.copy_(weights @ images @ weights.transpose(-1, -2))
 
 
 def blur_weights(sigma: Tensor, radius: int, size: int) -> Tensor:
@@ -33,25 +34,24 @@ def blur_weights(sigma: Tensor, radius: int, size: int) -> Tensor:
 
     Args:
         sigma: (n,) standard deviations in px.
-        radius: Taps on each side.
+        radius: Taps on each side, less than ``size``.
         size: Length of the axis in px.
 
     Returns:
         (n, size, size); row i holds the weights of pixel i's result.
     """
-    place = torch.arange(size, device=sigma.device)
-    row, column = place[:, None], place[None]
-    taps = torch.arange(-radius, radius + 1, device=sigma.device)
-    total = _bell(taps, sigma[:, None]).sum(-1)[:, None, None]
-
-    def weights(distance: Tensor) -> Tensor:
-        return _bell(distance, sigma[:, None, None]) * (distance.abs() <= radius)
-
-    # A mirrored pixel -j (or 2 (size - 1) - j) shows pixel j once more; the edge pixel itself has no mirror image.
-    mirrored_low = weights(row + column) * (column > 0)
-    mirrored_high = weights(2 * (size - 1) - row - column) * (column < size - 1)
-    return (weights(row - column) + mirrored_low + mirrored_high) / total
+    distance, source = _taps(radius, size, sigma.device)
+    taps = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)  # (n, taps)
+    taps = taps / taps.sum(-1, keepdim=True)
+    shape = (len(sigma), size, len(distance))
+    weights = sigma.new_zeros(len(sigma), size, size)
+    return weights.scatter_add_(2, source.expand(shape), taps[:, None].expand(shape))
 
 
-def _bell(distance: Tensor, sigma: Tensor) -> Tensor:
-    return torch.exp(-0.5 * (distance / sigma) ** 2)
+@cache
+def _taps(radius: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Distance of each tap, (taps,), and the pixel that it reads for each result, mirrored at the borders."""
+    distance = torch.arange(-radius, radius + 1)
+    source = (torch.arange(size)[:, None] + distance).abs()  # (size, taps)
+    source = (size - 1) - ((size - 1) - source).abs()
+    return distance.to(device), source.to(device)

@@ -1,9 +1,9 @@
-"""Colour operations on batches of images, each sample with a factor of its own.
+"""Colour operations on batches of images, in place, each sample with a factor of its own.
 
 Brightness, contrast, saturation, hue, grey and solarize compute what torchvision's functional operations compute on
 float tensors; stain jitter is that of Tellez et al. 2018 in the colour space of Ruifrok & Johnston 2001,
 "Quantification of histochemical staining by color deconvolution". Everywhere ``images`` is (n, 3, s, s) float32 in
-[0, 1] and a factor is (n,) float32 on the same device; the result is new and in [0, 1].
+[0, 1], which the operation overwrites and returns, and a factor is (n,) float32 on the same device.
 """
 
 import math
@@ -21,7 +21,7 @@ SOLARIZE_THRESHOLD = 128 / 255
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
     """Multiply by ``factor``."""
-    return (images * _spread(factor)).clamp_(0, 1)
+    return images.mul_(_spread(factor)).clamp_(0, 1)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
@@ -37,32 +37,38 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by ``shift`` turns, keeping HSV's saturation and value.
 
-    A channel of an HSV colour is ``value - chroma clamp(min(k, 4 - k), 0, 1)`` with ``k = (offset + 6 hue) mod 6``
-    and offsets 5, 3, 1 for red, green, blue: one formula for all six sectors of the colour wheel.
+    With h the hue in sixths of a turn, a channel is ``value - chroma + chroma k``, where k is 1 around the channel's
+    own hue and falls to 0: ``k = clamp(2 - |h - centre|, 0, 1)`` with centre 2 for green, 4 for blue, and for red,
+    which lies at both ends, ``clamp(|h - 3| - 1, 0, 1)``.
     """
     red, green, blue = images.unbind(1)  # (n, s, s)
-    value = images.amax(1)
-    chroma = value - images.amin(1)
+    value, lowest = images.amax(1), images.amin(1)
+    chroma = value - lowest
     divisor = torch.where(chroma == 0, 1, chroma)
     # The sector whose channel is the greatest; ties as in torchvision: red first, then green.
-    hue = torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
-    hue = torch.where(value == red, (green - blue) / divisor, hue)  # in sixths of a turn, from -1 to 5
-    offsets = constant((5, 3, 1), images.device)
-    shifted = hue[:, None] + (6 * shift[:, None] + offsets)[:, :, None, None]
-    k = shifted.remainder_(6)  # (n, 3, s, s)
-    k = torch.minimum(k, 4 - k).clamp_(0, 1)
-    return (value[:, None] - chroma[:, None] * k).clamp_(0, 1)
+    hue = torch.where(value == green, (blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4))
+    hue = torch.where(value == red, (green - blue).div_(divisor), hue)  # from -1 to 5
+    hue = hue.add_(6 * shift[:, None, None]).remainder_(6)
+    centre, slope, offset = constant(((3, 2, 4), (1, -1, -1), (-1, 2, 2)), images.device)[:, :, None, None]
+    share = torch.sub(hue[:, None], centre, out=images)  # (n, 3, s, s); the old values are used up
+    share = share.abs_().mul_(slope).add_(offset).clamp_(0, 1)
+    return share.mul_(chroma[:, None]).add_(lowest[:, None]).clamp_(0, 1)
+
+
+def grayscale(images: Tensor) -> Tensor:
+    """Give every channel the luma."""
+    return images.copy_(gray(images).expand_as(images))
 
 
 def gray(images: Tensor) -> Tensor:
-    """Luma, (n, 1, s, s)."""
+    """Luma, (n, 1, s, s), a new tensor."""
     red, green, blue = images.split(1, 1)
     return (red * GRAY_WEIGHTS[0]).add_(green, alpha=GRAY_WEIGHTS[1]).add_(blue, alpha=GRAY_WEIGHTS[2])
 
 
 def solarize(images: Tensor) -> Tensor:
     """Invert every value of at least 128 / 255."""
-    return torch.where(images >= SOLARIZE_THRESHOLD, 1 - images, images)
+    return images.copy_(torch.where(images >= SOLARIZE_THRESHOLD, 1 - images, images))
 
 
 def hed_jitter(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -85,8 +91,9 @@ def hed_jitter(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     unmix = constant(_unmixing(), images.device)
     mix = torch.einsum("ij,nj,jk->nki", unmix, scale, stains)  # (n, 3, 3), rows: channels of the result
     moved = (shift @ stains) * -math.log(10)  # (n, 3)
-    density = images.clamp_min(DARKEST).log_().flatten(2)  # (n, 3, ss), natural and negative: the signs cancel
-    return torch.baddbmm(moved[:, :, None], mix, density).exp_().clamp_(0, 1).view_as(images)
+    density = images.clamp_(min=DARKEST).log_().flatten(2)  # (n, 3, ss), natural and negative: the signs cancel
+    mixed = torch.baddbmm(moved[:, :, None], mix, density).view_as(images)
+    return torch.exp(mixed, out=images).clamp_(0, 1)
 
 
 def _unit_stains() -> tuple[tuple[float, ...], ...]:
@@ -107,7 +114,7 @@ def constant(values: tuple, device: torch.device) -> Tensor:
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     factor = _spread(factor)
-    return (images * factor).add_(other * (1 - factor)).clamp_(0, 1)
+    return images.mul_(factor).add_(other.mul_(1 - factor)).clamp_(0, 1)
 
 
 def _spread(factor: Tensor) -> Tensor:

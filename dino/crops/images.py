@@ -99,43 +99,36 @@ class ImageCrops:
         """All that follows the geometry, in place on (n, 3, s, s) values from 0 to 255."""
         images.div_(255).clamp_(0, 1)  # bicubic overshoots
         batch = _Batch(images, drawn)
-        batch.update((drawn["hed_scale"] != 1).any(-1), colour.hed_jitter, "hed_scale", "hed_shift")
-        orders = torch.from_numpy(JITTER_ORDERS)[drawn["jitter_order"].clamp_min(0)]  # (n, 4)
-        orders = orders.where(drawn["jitter_order"][:, None] >= 0, -1)
+        batch.update((drawn["hed_scale"].numpy() != 1).any(-1), colour.hed_jitter, "hed_scale", "hed_shift")
+        jitter = drawn["jitter_order"].numpy()
+        orders = np.where(jitter[:, None] < 0, -1, JITTER_ORDERS[jitter])  # (n, 4)
         for turn in range(len(JITTERS)):
             for index, (name, operation) in enumerate(JITTERS):
                 batch.update(orders[:, turn] == index, operation, name)
-        batch.update(drawn["grayscale"], lambda x: colour.gray(x).expand_as(x))
-        batch.update(drawn["sigma"] > 0, lambda x, sigma: gaussian_blur(x, sigma, radius), "sigma")
-        batch.update(drawn["solarize"], colour.solarize)
-        mean, std = (colour.constant(v, images.device)[:, None, None] for v in (self.mean, self.std))
+        batch.update(drawn["grayscale"].numpy(), colour.grayscale)
+        batch.update(drawn["sigma"].numpy() > 0, lambda x, sigma: gaussian_blur(x, sigma, radius), "sigma")
+        batch.update(drawn["solarize"].numpy(), colour.solarize)
+        mean, std = colour.constant((self.mean, self.std), images.device)[:, :, None, None]
         images.sub_(mean).div_(std)
 
 
 class _Batch:
-    """Images in place, with the factors of every operation on their device."""
+    """Images, changed in place, with the factors of every operation on their device."""
 
     def __init__(self, images: Tensor, drawn: dict[str, Tensor]) -> None:
         self.images = images
-        columns = [drawn[name].flatten(1) if drawn[name].ndim > 1 else drawn[name][:, None] for name in FACTORS]
-        widths = [column.shape[1] for column in columns]
         # All factors cross to the device in one copy.
-        self.factors = dict(
-            zip(FACTORS, to_device(torch.cat(columns, dim=1), images.device).split(widths, 1), strict=True)
-        )
+        columns = torch.cat([drawn[name].reshape(len(images), -1) for name in FACTORS], dim=1)
+        widths = [drawn[name][0].numel() for name in FACTORS]
+        factors = to_device(columns, images.device).split(widths, 1)
+        self.factors = {
+            name: f[:, 0] if width == 1 else f for name, f, width in zip(FACTORS, factors, widths, strict=True)
+        }
 
-    def update(self, chosen: Tensor, operation: Callable[..., Tensor], *names: str) -> None:
-        """Replace the chosen images by the operation's result on them and on their factors ``names``."""
-        where = chosen.nonzero().flatten()
-        if not len(where):
-            return
-        factors = [self.factors[name] for name in names]  # each (n, 1) or (n, 3)
-        if len(where) == len(self.images):
-            self.images.copy_(operation(self.images, *(_narrow(f) for f in factors)))
-            return
-        where = to_device(where, self.images.device)
-        self.images[where] = operation(self.images[where], *(_narrow(f[where]) for f in factors))
-
-
-def _narrow(factor: Tensor) -> Tensor:
-    return factor[:, 0] if factor.shape[1] == 1 else factor
+    def update(self, chosen: np.ndarray, operation: Callable[..., Tensor], *names: str) -> None:
+        """Run an operation on the chosen images, given their factors ``names``."""
+        if chosen.all():
+            operation(self.images, *(self.factors[name] for name in names))
+        elif chosen.any():
+            where = to_device(torch.from_numpy(chosen.nonzero()[0]), self.images.device)
+            self.images[where] = operation(self.images[where], *(self.factors[name][where] for name in names))
