@@ -1,0 +1,109 @@
+"""Reading checkpoint files: never running code from them, and saying in one line what is wrong with a bad one."""
+
+import argparse
+import hashlib
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dino.errors import CheckpointError
+from dino.progress import say
+
+RUN_CHOICES = ("best.pt", "last.pt")
+# The code that ran into a refused name puts it here: "Unsupported global: GLOBAL posix.system was not an allowed ..."
+REFUSED = re.compile(r"GLOBAL ([\w.]+)")
+
+
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """Read a ``torch.save`` or safetensors file onto the CPU, allowing tensors, plain values and ``Namespace`` alone.
+
+    Args:
+        path: The file.
+        mmap: Leave tensors on disk until they are used (zip files only): for readers that need few of them.
+
+    Returns:
+        The dictionary in the file.
+
+    Raises:
+        CheckpointError: There is no such file, it is damaged, it holds no dictionary, or reading it would run code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no such checkpoint: {path}")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        check_zip(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+    except Exception as error:  # torch raises whatever its parsers do: pickle, zip, runtime and value errors
+        raise CheckpointError(_reason(path, error)) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: expected a checkpoint (a dictionary of tensors), found {type(content).__name__}"
+        )
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file; CheckpointError when it is damaged."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({_first_line(error)})") from error
+
+
+def check_zip(path: Path) -> None:
+    """Compare the checksum of every record, which ``torch.load`` leaves out; CheckpointError where one differs."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: the file is damaged or cut off ({_first_line(error)})") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: the file is damaged (checksum of {damaged} differs): copy it again")
+
+
+def resolve_run(path: Path) -> Path:
+    """The checkpoint that a run folder stands for: ``best.pt`` where there is one, else ``last.pt``; printed.
+
+    Raises:
+        CheckpointError: The folder holds neither.
+    """
+    for name in RUN_CHOICES:
+        candidate = path / "checkpoints" / name
+        if candidate.is_file():
+            say(f"{path}: taking checkpoints/{name}")
+            return candidate
+    wanted = " or ".join(f"checkpoints/{name}" for name in RUN_CHOICES)
+    raise CheckpointError(f"{path}: expected a run folder with {wanted}, or an export with config.json; found neither")
+
+
+def fingerprint(module: nn.Module, note: str = "") -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors of ``module``, and over ``note``."""
+    digest = hashlib.sha256(note.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _reason(path: Path, error: Exception) -> str:
+    refused = REFUSED.search(str(error))
+    if refused and "Unsupported global" in str(error):
+        return (
+            f"{path}: reading it would run code ({refused.group(1)}), which is refused: save its tensors alone, "
+            "where you trust it, with torch.save(torch.load(file, weights_only=False)['teacher'], new_file)"
+        )
+    return f"{path}: expected a checkpoint, found a file that is damaged, cut off or none ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
