@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dino.errors import ConfigError
+
 T = TypeVar("T")
 
 
@@ -134,3 +136,30 @@ def without_gradient_sync(student: nn.Module, wanted: bool) -> AbstractContextMa
     if wanted and isinstance(student, DistributedDataParallel):
         return student.no_sync()
     return nullcontext()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a setting names.
+
+    Args:
+        name: ``auto`` (this process's GPU where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        ConfigError: If the name is unknown or the device is not there.
+    """
+    present = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if present else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"expected device auto, cpu, cuda or cuda:N, found '{name}'")
+    if device.type == "cpu":
+        return device
+    index = local_rank() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} GPUs" if present else "no usable GPU"
+        raise ConfigError(f"expected the GPU cuda:{index}, found {found}; set device=cpu or start fewer processes")
+    return torch.device("cuda", index)

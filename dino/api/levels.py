@@ -1,0 +1,195 @@
+"""The two levels. A level is a backbone, a dataset and a crop module; everything else is shared."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dino import progress
+from dino.config.schema import PatchAugConfig, PatchConfig, PretrainConfig, RegionConfig
+from dino.crops.grids import GridCrops, GridRecipe
+from dino.crops.images import ImageCrops
+from dino.crops.parameters import ViewRecipe
+from dino.data.images import list_images
+from dino.data.sources import GridEntry, GridFolder, ImageFolder, keep_partition, slide_of
+from dino.errors import ConfigError, DataError
+from dino.models.backbone import BackboneSpec
+from dino.models.weights import TRANSFORMS, Transform
+from dino.slides.tables import read_regions, read_status, read_tiling
+
+TILES = Path("patch_256_pretraining", "imgs")
+GRIDS = Path("region_4096_pretraining")
+
+
+@dataclass(frozen=True)
+class Level:
+    """What distinguishes a run of one level from one of the other.
+
+    Attributes:
+        name: ``patch`` or ``region``.
+        source: Its samples.
+        crops: Draws and applies its views.
+        spec: Its backbone.
+        transform: Normalisation of its images; None for feature grids.
+        geometry: Spacing and tile size of its samples, where known.
+        slides: ``slide_ids`` and ``patient_ids`` that it trains on, as far as they are known.
+    """
+
+    name: str
+    source: ImageFolder | GridFolder
+    crops: ImageCrops | GridCrops
+    spec: BackboneSpec
+    transform: Transform | None
+    geometry: dict[str, Any]
+    slides: dict[str, list[str]]
+
+
+def build_level(config: PretrainConfig) -> Level:
+    """Find the data of a run and build its source, crops and backbone spec.
+
+    Args:
+        config: A :class:`PatchConfig` or a :class:`RegionConfig`; it decides the level.
+
+    Raises:
+        DataError: If the folder is missing, empty, or holds what cannot be trained on.
+        ConfigError: If sizes do not fit.
+    """
+    if not config.data_dir:
+        raise ConfigError("expected a data folder, found none; name ROOT (data_dir=…)")
+    if not Path(config.data_dir).is_dir():
+        raise DataError(f"expected a data folder at {config.data_dir}, found nothing; check the path")
+    return patch_level(config) if isinstance(config, PatchConfig) else region_level(config)  # type: ignore[arg-type]
+
+
+def patch_level(config: PatchConfig) -> Level:
+    """Level 1: tiles of a folder, or those that ``dino tile`` cut under a root."""
+    root = Path(config.data_dir)
+    folder = next((root / inner for inner in (TILES, "imgs") if (root / inner).is_dir()), root)
+    paths = keep_partition(list_images(folder), slide_of, _partitions(root))
+    if not paths:
+        raise DataError(f"expected tiles with partition blank or pretrain under {folder}, found only held-out slides")
+    source = ImageFolder(folder, paths)
+    size, patch_size = config.aug.global_crops_size, config.model.patch_size
+    for name in ("global_crops_size", "local_crops_size"):
+        if getattr(config.aug, name) % patch_size:
+            raise ConfigError(
+                f"expected aug.{name} to be a multiple of model.patch_size={patch_size}, found {getattr(config.aug, name)}"
+            )
+    transform = TRANSFORMS["imagenet"]
+    tiling = read_tiling(root) if (root / "tiling.json").exists() else {}
+    return Level(
+        "patch",
+        source,
+        ImageCrops(view_recipes(config.aug), transform.mean, transform.std),
+        BackboneSpec(config.model.arch, "patch", 3, (size, size), patch_size, config.model.pos_resample),
+        transform,
+        {"spacing_um": tiling.get("spacing_um"), "tile_size_px": tiling.get("tile_size_px")},
+        _slides(root, source.slide_ids),
+    )
+
+
+def view_recipes(aug: PatchAugConfig) -> list[ViewRecipe]:
+    """One recipe per view: two global ones, then the local ones."""
+
+    def view(size: int, scale: Sequence[float], blur: float, solarize: float) -> ViewRecipe:
+        return ViewRecipe(
+            size=size,
+            scale=_pair("scale", scale),
+            horizontal_flip=aug.horizontal_flip,
+            vertical_flip=aug.vertical_flip,
+            quarter_turns=aug.quarter_turns,
+            hed_jitter=aug.hed_jitter,
+            hed_strength=aug.hed_strength,
+            color_jitter=aug.color_jitter,
+            brightness=aug.brightness,
+            contrast=aug.contrast,
+            saturation=aug.saturation,
+            hue=aug.hue,
+            grayscale=aug.grayscale,
+            blur=blur,
+            blur_sigma=_pair("blur_sigma", aug.blur_sigma),
+            solarize=solarize,
+        )
+
+    first, second = _pair("blur_global", aug.blur_global)
+    return [
+        view(aug.global_crops_size, aug.global_crops_scale, first, 0.0),
+        view(aug.global_crops_size, aug.global_crops_scale, second, aug.solarize),
+    ] + [view(aug.local_crops_size, aug.local_crops_scale, aug.blur_local, 0.0)] * aug.local_crops_number
+
+
+def region_level(config: RegionConfig) -> Level:
+    """Level 2: feature grids of a folder, or those that ``dino extract`` wrote under a root."""
+    root = Path(config.data_dir)
+    folder = root / GRIDS if (root / GRIDS).is_dir() else root
+    entries = grid_entries(root, folder)
+    with progress.bar("check grids", len(entries)) as bar:
+        source = GridFolder(folder, entries, config.grid_order, bar.advance)
+    aug, model = config.aug, config.model
+    crops = GridCrops(
+        (source.height, source.width),
+        GridRecipe(
+            global_scale=aug.global_crops_scale,
+            local_scale=aug.local_crops_scale,
+            local_number=aug.local_crops_number,
+            horizontal_flip=aug.horizontal_flip,
+            vertical_flip=aug.vertical_flip,
+            quarter_turns=aug.quarter_turns,
+            min_tissue=aug.min_tissue,
+            redraws=aug.redraws,
+        ),
+    )
+    height, width = crops.sizes[0]
+    tiling = read_tiling(root) if (root / "tiling.json").exists() else {}
+    return Level(
+        "region",
+        source,
+        crops,
+        BackboneSpec(model.arch, "region", source.dim, (height, width), 1, model.pos_resample),
+        None,
+        {"spacing_um": tiling.get("spacing_um"), "tile_size_px": tiling.get("tile_size_px")},
+        _slides(root, source.slide_ids),
+    )
+
+
+def grid_entries(root: Path, folder: Path) -> list[GridEntry]:
+    """Grid files of ``folder`` in order, with slide, shape and tissue from ``root/regions.csv`` where it lists them.
+
+    Raises:
+        DataError: If there is no ``.pt`` file that may be trained on.
+    """
+    known = {Path(r.path).name: r for r in read_regions(root)} if (root / "regions.csv").exists() else {}
+    paths = sorted(folder.glob("*.pt"))
+    if not paths:
+        raise DataError(f"expected feature grids (*.pt) in {folder}, found none; run `dino extract` first")
+    partitions = _partitions(root)
+    entries = []
+    for path in keep_partition(paths, lambda p: known[p.name].slide_id if p.name in known else slide_of(p), partitions):
+        region = known.get(path.name)
+        if region is None:
+            entries.append(GridEntry(path))
+        else:
+            entries.append(GridEntry(path, 0, region.slide_id, region.grid, region.tissue))
+    if not entries:
+        raise DataError(f"expected grids with partition blank or pretrain in {folder}, found only held-out slides")
+    if not known:
+        progress.say(f"{folder}: no regions.csv; grids are taken as square, rows as row-major (grid_order=xy turns them)")
+    return entries
+
+
+def _pair(name: str, values: Sequence[float]) -> tuple[float, float]:
+    if len(values) != 2:
+        raise ConfigError(f"expected two numbers for aug.{name}, found {list(values)}")
+    return values[0], values[1]
+
+
+def _partitions(root: Path) -> dict[str, str]:
+    if not (root / "slides_status.csv").exists():
+        return {}
+    return {slide: row.partition for slide, row in read_status(root).items()}
+
+
+def _slides(root: Path, slide_ids: set[str]) -> dict[str, list[str]]:
+    status = read_status(root) if (root / "slides_status.csv").exists() else {}
+    patients = {status[slide].patient_id for slide in slide_ids if slide in status}
+    return {"slide_ids": sorted(slide_ids), "patient_ids": sorted(p for p in patients if p)}

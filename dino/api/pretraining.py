@@ -1,0 +1,195 @@
+"""``pretrain``: one run of self-distillation, of either level."""
+
+import dataclasses
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from dino import distributed, progress
+from dino.api.judges import build_judge, final_verdict
+from dino.api.levels import build_level
+from dino.api.run import FORMAT, Run
+from dino.config.load import to_dict, to_yaml
+from dino.config.schema import PatchConfig, RegionConfig
+from dino.errors import CheckpointError, ConfigError, DinoError, Stopped
+from dino.models.export import export_backbone
+from dino.models.weights import load_backbone_file
+from dino.train.callbacks import Callback, Checkpoints, Judge, MetricsLog, SaveClock
+from dino.train.checkpoint import LAST, START, CheckpointFolder
+from dino.train.loop import StepReport, Trainer
+from dino.train.run_folder import RunFolder, launch_id
+from dino.train.trackers import build_trackers
+
+DRY_STEPS = 3  # the first warms up, the others are timed
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSummary:
+    """What a run came to.
+
+    Attributes:
+        output_dir: The run folder.
+        state: ``finished``, ``early_stopped``, or ``dry_run``.
+        steps: Steps done (dry run: steps that would be done).
+        numbers: Last metrics, verdict, and what the dry run found.
+    """
+
+    output_dir: Path
+    state: str
+    steps: int
+    numbers: dict[str, Any]
+
+
+def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
+    """Train one level, or go on with a run that was interrupted.
+
+    Args:
+        config: Settings of the level: :class:`PatchConfig` (level 1) or :class:`RegionConfig` (level 2).
+
+    Returns:
+        The run's summary. A run that is over already is reported as such and left alone.
+
+    Raises:
+        ConfigError: If settings contradict each other, or the folder belongs to another run.
+        DataError: If the data cannot be trained on.
+        Stopped: If a signal asked for it; the state is saved.
+        TrainingFault: If the loss broke down.
+    """
+    if not config.output_dir and not config.dry_run:
+        raise ConfigError("expected a run folder, found none; name RUN (output_dir=…)")
+    device = distributed.choose_device(config.speed.device)
+    with distributed.process_group(device):
+        if config.dry_run:
+            return _dry_run(Run(config, build_level(config), device))
+        folder = RunFolder(Path(config.output_dir))
+        if folder.was_ended_by_this_launch():
+            return _report_end(folder)
+        run = Run(config, build_level(config), device)
+        folder.claim(run.identity(), to_yaml(config))
+        if folder.is_over():
+            progress.say(f"{folder.path}: this run is {folder.status()['state']}; nothing to do")
+            return _report_end(folder)
+        return _train(run, folder)
+
+
+def _report_end(folder: RunFolder) -> RunSummary:
+    status = folder.status()
+    if status["state"] == "stopped":
+        raise Stopped(f"{folder.path} was stopped after step {status.get('step')}; run the command again to go on")
+    if status["state"] == "failed":
+        raise DinoError(f"{folder.path} failed: {status.get('error')}")
+    return RunSummary(folder.path, status["state"], status.get("step", 0), status)
+
+
+def _train(run: Run, folder: RunFolder) -> RunSummary:
+    config, log = run.config, run.config.logging
+    trainer, files = run.trainer(), CheckpointFolder(folder.checkpoints)
+    checkpoints = Checkpoints(files, run.content, folder, log.save_every_steps, log.keep_every_steps)
+    judge = build_judge(run, folder, checkpoints)
+    saved = files.load()
+    if saved is None and distributed.is_main():
+        files.save({**run.description(0), "teacher": trainer.model.teacher.state_dict()}, START)
+    trackers = build_trackers(
+        folder.path, to_dict(config), tensorboard=log.tensorboard, wandb=log.wandb, mlflow=log.mlflow
+    )
+    with ExitStack() as stack:
+        done = saved["step"] if saved else 0
+        bar = stack.enter_context(progress.bar(f"pretrain {run.level.name}", run.length.total, done))
+        metrics = MetricsLog(folder, log.every_steps, config.model.out_dim, bar, trackers)
+        callbacks: list[Callback] = [metrics, checkpoints] if judge is None else [metrics, judge, checkpoints]
+        trainer.callbacks, trainer.save_clock = callbacks, SaveClock(log.save_every_minutes)
+        if saved is not None:
+            _resume(trainer, saved)
+        _fit(trainer, folder)
+    return _finish(run, trainer, folder, judge)
+
+
+def _resume(trainer: Trainer, saved: dict[str, Any]) -> None:
+    """Take up a checkpoint: the draw number is an offset, so nothing random has to be restored."""
+    if saved.get("format") != FORMAT or "optimizer" not in saved:
+        raise CheckpointError(f"expected a checkpoint of this version to resume from, found {saved.get('format')!r}")
+    trainer.model.teacher.load_state_dict(saved["teacher"])
+    trainer.model.student.load_state_dict(saved["student"])
+    for objective, state in zip(trainer.model.objectives, saved["objectives"], strict=True):
+        objective.load_state_dict(state)
+    trainer.optimizer.load_state_dict(saved["optimizer"])
+    trainer.step = saved["step"]
+    trainer.quarantine.update(saved["state"]["quarantine"])
+    for callback in trainer.callbacks:
+        callback.load_state_dict(saved["state"]["callbacks"].get(type(callback).__name__, {}))
+    progress.say(f"resuming after step {trainer.step} of {trainer.length.total}")
+
+
+def _fit(trainer: Trainer, folder: RunFolder) -> None:
+    """Train, and leave the truth in ``status.json`` whatever happens."""
+    folder.update_status(state="running", step=trainer.step, total_steps=trainer.length.total, error=None)
+    try:
+        trainer.fit()
+    except Stopped as error:
+        folder.update_status(state="stopped", step=trainer.step, error=str(error))
+        raise
+    except (DinoError, RuntimeError, OSError) as error:
+        folder.update_status(state="failed", step=trainer.step, error=str(error))
+        raise
+
+
+def _finish(run: Run, trainer: Trainer, folder: RunFolder, judge: Judge | None) -> RunSummary:
+    """Judge the run, export its backbone, and say what it came to."""
+    state = "early_stopped" if trainer.stop_early else "finished"
+    judgement = final_verdict(run, trainer, folder, judge)
+    if distributed.is_main():
+        loaded = load_backbone_file(str(folder.checkpoints / LAST))
+        export_backbone(loaded, folder.path / "backbone", run.level.geometry.get("tile_size_px") or 256)
+    folder.update_status(state=state, step=trainer.step, eta_seconds=0, bad_files=len(trainer.quarantine), **judgement)
+    progress.say(f"{folder.path}: {state} after {trainer.step} steps. {judgement['verdict']['text']}")
+    distributed.barrier()
+    return RunSummary(folder.path, state, trainer.step, folder.status())
+
+
+class _StepTimer:
+    """Callback of the dry run: notes when each step ended and what it cost in memory."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def start(self, trainer: Trainer) -> None:
+        """Nothing to prepare."""
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Note the time once the device is done."""
+        report.loss.item()
+        self.times.append(time.monotonic())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to remember."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing was remembered."""
+
+
+def _dry_run(run: Run) -> RunSummary:
+    """Train a few steps without writing anything, and say what the whole run would take."""
+    total = run.length.total
+    run.length = dataclasses.replace(run.length, total=min(DRY_STEPS, total))
+    trainer, timer = run.trainer(), _StepTimer()
+    trainer.callbacks = [timer]
+    trainer.fit()
+    seconds = (timer.times[-1] - timer.times[0]) / max(1, len(timer.times) - 1) if len(timer.times) > 1 else 0.0
+    parameters = sum(p.numel() for p in trainer.model.student.parameters())
+    numbers = {
+        "level": run.level.name,
+        "samples": len(run.level.source),
+        "slides": len(run.level.slides["slide_ids"]),
+        "steps": total,
+        "global_batch": run.layout.global_batch,
+        "effective_lr": run.peak_lr,
+        "student_parameters": parameters,
+        "checkpoint_gb": round(parameters * 4 * 4 / 1e9, 3),  # student, teacher and two Adam moments in fp32
+        "hours": round(total * seconds / 3600, 3),
+        "device": str(run.device),
+    }
+    for name, value in numbers.items():
+        progress.say(f"{name:>20}  {value}")
+    return RunSummary(Path(run.config.output_dir), "dry_run", total, numbers)

@@ -1,0 +1,253 @@
+"""The only training loop: draws to batches, batches to views, views to one optimizer step after another."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dino import distributed
+from dino.data.loader import Batch
+from dino.errors import DataError, Stopped, TrainingFault
+from dino.train.optimizer import clip_gradients, gated_step
+from dino.train.schedules import Length, Schedules, StepValues
+from dino.train.self_distillation import SelfDistillation
+
+DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of weights; bf16 is autocast
+
+
+class Crops(Protocol):
+    """What turns a batch into views."""
+
+    def apply(self, pixels: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
+        """Views by size, ``(V_g, B, C, h, w)`` on the device of ``pixels``."""
+        ...
+
+
+@dataclass
+class StepReport:
+    """One finished step, as callbacks see it.
+
+    Attributes:
+        step: Steps done so far, this one included.
+        values: Its scheduled values.
+        loss: Scalar tensor of this process; reading it waits for the device.
+        teacher_entropy: Scalar tensor in nats, of this process.
+        grad_norm: Norm over all gradients before clipping.
+        batches: Its micro-batches on this process.
+        flags: What processes agree on, ``(broken, stop, save, bad)``; None once :meth:`Trainer.settle` has read it.
+        stopping: A process was asked to stop (known once settled).
+        save_wanted: The clock asks for a checkpoint (known once settled).
+        save_due: True on every process when this step is to be saved.
+    """
+
+    step: int
+    values: StepValues
+    loss: Tensor
+    teacher_entropy: Tensor
+    grad_norm: Tensor
+    batches: list[Batch]
+    flags: Tensor | None
+    stopping: bool = False
+    save_wanted: bool = False
+    save_due: bool = False
+
+
+class Callback(Protocol):
+    """Something that watches the run. Every process runs every callback at the same steps."""
+
+    def start(self, trainer: "Trainer") -> None:
+        """Called before the first step."""
+        ...
+
+    def after_step(self, trainer: "Trainer", report: StepReport) -> None:
+        """Called after every step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint."""
+        ...
+
+
+class NoState:
+    """Base of callbacks that remember nothing and do nothing before the first step."""
+
+    def start(self, trainer: "Trainer") -> None:
+        """Nothing to prepare."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to remember."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing was remembered."""
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGUSR1 for the length of a block; the step in progress is finished first."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    @contextmanager
+    def listening(self) -> Iterator["StopSignal"]:
+        """Catch the signals while the block runs; outside of the main thread signals cannot be caught."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = True
+
+
+@dataclass
+class Trainer:
+    """Everything that the loop drives, and the little that it remembers.
+
+    Attributes:
+        model: Student, teacher and objectives.
+        optimizer: Over the student's parameters.
+        crops: Turns a batch into views on the device.
+        batches: This process's micro-batches of steps ``first ... last - 1``, in order.
+        accumulation: Micro-batches per step.
+        schedules: Values of each step.
+        length: Steps of the run.
+        device: Where to compute.
+        precision: ``bf16``, ``fp32`` or ``fp64``.
+        clip_grad: Largest gradient norm, 0 for none.
+        clip_mode: ``per_parameter`` or ``global``.
+        largest_quarantine: How many samples may turn out bad before the run stops.
+        callbacks: Run after every step, in this order.
+        save_clock: Asked on rank 0 after every step whether a checkpoint is due by time.
+        step: Steps done.
+        quarantine: Reason by name of the samples that could not be used.
+        stop_early: Set by a callback, on every process at the same step, to end the run.
+    """
+
+    model: SelfDistillation
+    optimizer: torch.optim.Optimizer
+    crops: Crops
+    batches: Callable[[int, int], Iterable[Batch]]
+    accumulation: int
+    schedules: Schedules
+    length: Length
+    device: torch.device
+    precision: str
+    clip_grad: float
+    clip_mode: str
+    largest_quarantine: int
+    callbacks: Sequence[Callback] = ()
+    save_clock: Callable[[], bool] = lambda: False
+    step: int = 0
+    quarantine: dict[str, str] = field(default_factory=dict)
+    stop_early: bool = False
+
+    def fit(self) -> None:
+        """Train from ``step`` to the end.
+
+        Raises:
+            Stopped: If SIGTERM or SIGUSR1 came; callbacks have saved.
+            TrainingFault: If a loss or gradient was not finite on any process; that step changed nothing.
+            DataError: If too many samples are bad.
+        """
+        for callback in self.callbacks:
+            callback.start(self)
+        with StopSignal().listening() as stop:
+            self._run(stop)
+
+    def _run(self, stop: StopSignal) -> None:
+        batches = iter(self.batches(self.step, self.length.total))
+        earlier: StepReport | None = None
+        while self.step < self.length.total and not self.stop_early:
+            report = self._step(batches, stop)
+            if earlier is not None:
+                self.settle(earlier)  # a step late, so that the device never waits for the host
+            stopping = earlier is not None and earlier.stopping
+            report.save_due = stopping or self.step == self.length.total or (earlier is not None and earlier.save_wanted)
+            for callback in self.callbacks:
+                callback.after_step(self, report)
+            if stopping:
+                raise Stopped(f"stopped by a signal after step {self.step}; run the same command again to go on")
+            earlier = report
+        if earlier is not None:
+            self.settle(earlier)
+
+    def settle(self, report: StepReport) -> None:
+        """Read what all processes agreed on about a step, once; to be called before anything of it is saved.
+
+        Raises:
+            TrainingFault: If the step was not finite; it changed nothing.
+            DataError: If too many samples are bad by now.
+        """
+        if report.flags is None:
+            return
+        broken, report.stopping, report.save_wanted, bad = (bool(flag) for flag in report.flags.tolist())
+        report.flags = None
+        if bad:
+            self._merge_quarantine(report.batches)
+        if broken:
+            raise TrainingFault(
+                f"loss or gradient was not finite at step {report.step}; that step changed no weight. "
+                "Lower optim.lr, or set speed.precision=fp32"
+            )
+
+    def _step(self, batches: Iterator[Batch], stop: StopSignal) -> StepReport:
+        values = self.schedules.at(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        used, losses, entropies = [], [], []
+        for micro in range(self.accumulation):
+            batch = next(batches)
+            loss, teacher_entropy = self._accumulate(batch, values, last=micro == self.accumulation - 1)
+            used.append(batch), losses.append(loss), entropies.append(teacher_entropy)
+        if values.freeze_last_layer:
+            self.model.freeze_last_layer()
+        norm, finite = clip_gradients(self.model.student.parameters(), self.clip_grad, self.clip_mode)
+        loss = torch.stack(losses).sum()
+        flags = self._flags(~(finite & torch.isfinite(loss)), stop, any(batch.bad for batch in used))
+        finite = flags[0] == 0  # agreed by all processes, still on the device
+        gated_step(self.optimizer, values.lr, values.weight_decay, finite)
+        self.model.update_teacher(values.momentum, finite)
+        self.step += 1
+        return StepReport(self.step, values, loss, torch.stack(entropies).sum(), norm, used, flags)
+
+    def _accumulate(self, batch: Batch, values: StepValues, *, last: bool) -> tuple[Tensor, Tensor]:
+        inputs = batch.inputs.to(self.device, non_blocking=True)
+        views = [v.to(DTYPES[self.precision]) for v in self.crops.apply(inputs, batch.parameters)]
+        keep = None
+        if batch.keep is not None:
+            keep = batch.keep.to(self.device, DTYPES[self.precision], non_blocking=True)
+        autocast = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        with autocast:
+            return self.model.accumulate(
+                views, keep, values.teacher_temp, share=1 / self.accumulation, last=last
+            )
+
+    def _flags(self, broken: Tensor, stop: StopSignal, bad: bool) -> Tensor:
+        """(broken, stop, save, bad) as one small tensor that all processes agree on."""
+        own = torch.tensor([stop.received, self.save_clock(), bad], dtype=torch.float32)
+        flags = torch.cat([broken.float().reshape(1), own.to(self.device, non_blocking=True)])
+        return distributed.agree(flags)
+
+    def _merge_quarantine(self, batches: Sequence[Batch]) -> None:
+        for bad in distributed.gather([pair for batch in batches for pair in batch.bad]):
+            self.quarantine.update(bad)
+        if len(self.quarantine) > self.largest_quarantine:
+            names = "; ".join(list(self.quarantine.values())[:3])
+            raise DataError(
+                f"expected at most {self.largest_quarantine} samples that cannot be used "
+                f"(training.max_bad_fraction), found {len(self.quarantine)}: {names}"
+            )

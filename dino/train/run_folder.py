@@ -1,0 +1,106 @@
+"""A run folder: its settings, log, status, and whether a command may go on in it."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dino import distributed
+from dino.errors import ConfigError
+from dino.files import write_json, write_text
+
+FINAL_STATES = {"finished", "early_stopped", "stopped", "failed"}
+OVER = {"finished", "early_stopped"}
+
+
+def launch_id() -> str | None:
+    """Identifier of the torchrun job that this process belongs to, None outside of torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+class RunFolder:
+    """Files of a run. Every process holds one; only the main process writes.
+
+    Args:
+        path: The folder; created when absent.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._status: dict[str, Any] = self.status()
+
+    def status(self) -> dict[str, Any]:
+        """Content of ``status.json``; empty when there is none or it is damaged."""
+        try:
+            content = json.loads((self.path / "status.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def is_over(self) -> bool:
+        """True when the run has come to its end."""
+        return self._status.get("state") in OVER
+
+    def was_ended_by_this_launch(self) -> bool:
+        """True in a worker that torchrun restarted after the run had reached a final state: it must end at once."""
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        return restarted and self._status.get("run_id") == launch_id() and self._status.get("state") in FINAL_STATES
+
+    def claim(self, identity: Mapping[str, Any], config_yaml: str) -> None:
+        """Make sure that the folder is new or this very run's, and write ``config.yaml`` and ``identity.json``.
+
+        Args:
+            identity: What the run computes, by dotted key.
+            config_yaml: The resolved settings.
+
+        Raises:
+            ConfigError: If the folder holds another run, or files that are no run.
+        """
+        known = self.path / "identity.json"
+        if known.exists():
+            self._refuse_other(json.loads(known.read_text()), json.loads(json.dumps(identity)))
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise ConfigError(f"expected an empty folder or a run at {self.path}, found other files; name another folder")
+        distributed.barrier()  # nobody writes before everybody has looked
+        if distributed.is_main():
+            write_json(known, dict(identity))
+            write_text(self.path / "config.yaml", config_yaml)
+
+    def _refuse_other(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        if not changed:
+            return
+        shown = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed[:4])
+        raise ConfigError(
+            f"{self.path} belongs to another run ({shown}); resuming needs the same settings. For a new run name another "
+            f"folder; model.init={self.path} starts it from this one's weights"
+        )
+
+    def update_status(self, **changes: Any) -> None:
+        """Rewrite ``status.json`` with ``changes``, so that scripts and people can look at any time."""
+        self._status = {**self._status, **changes, "run_id": launch_id(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        if distributed.is_main():
+            write_json(self.path / "status.json", self._status)
+
+    def cut_log(self, step: int) -> None:
+        """Drop the lines of ``metrics.jsonl`` after ``step``: a resumed run writes them anew."""
+        log = self.path / "metrics.jsonl"
+        if not distributed.is_main() or not log.exists():
+            return
+        kept = []
+        for line in log.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # the line that a killed process left half-written
+        write_text(log, "".join(kept))
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        if distributed.is_main():
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")

@@ -1,0 +1,168 @@
+"""Student, teacher and objectives: one optimizer step of self-distillation with no labels, for both levels."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dino import distributed
+from dino.losses.dino import Centre, dino_loss, entropy
+from dino.models.backbone import Backbone
+
+TEACHER_VIEWS = 2  # the teacher sees the two global views
+
+
+class Network(nn.Module):
+    """A backbone with the head of each objective; its state names equal facebookresearch/dino's.
+
+    Args:
+        backbone: The backbone.
+        heads: Head of each objective by name; the DINO objective's is called ``head``.
+    """
+
+    def __init__(self, backbone: Backbone, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head_names = list(heads)
+        for name, head in heads.items():
+            self.add_module(name, head)
+
+    def forward(self, groups: Sequence[Tensor], keep: Tensor | None = None) -> dict[str, Tensor]:
+        """Logits of every view, by objective.
+
+        Args:
+            groups: Views of one size each, ``(V_g, B, C, h, w)``.
+            keep: ``(B, V, depth, 2)`` multipliers of the residual branches, or None.
+
+        Returns:
+            ``(V, B, K)`` logits in fp32 by head name, views in the order of the groups.
+        """
+        tokens, first = [], 0
+        for views in groups:
+            count, batch = views.shape[:2]
+            # (B, V, depth, 2) -> (V_g * B, depth, 2), in the order of the flattened views
+            kept = None if keep is None else keep[:, first : first + count].transpose(0, 1).flatten(0, 1)
+            tokens.append(self.backbone(views.flatten(0, 1), keep=kept).cls.unflatten(0, (count, batch)))
+            first += count
+        cls = torch.cat(tokens)  # (V, B, D)
+        return {name: getattr(self, name)(cls.flatten(0, 1)).unflatten(0, cls.shape[:2]) for name in self.head_names}
+
+
+class Objective(Protocol):
+    """What is learned: how a head's logits become a loss, and what is remembered from step to step.
+
+    Attributes:
+        head: Name of its head in :class:`Network`.
+        needs: Tokens it reads from the backbone.
+    """
+
+    head: str
+    needs: frozenset[str]
+
+    def loss(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> tuple[Tensor, Tensor]:
+        """Loss and teacher entropy (nats) of ``(V, B, K)`` student and ``(G, B, K)`` teacher logits."""
+        ...
+
+    def step(self, finite: Tensor) -> None:
+        """Close an optimizer step; a step that is not ``finite`` leaves the objective as it was."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is remembered."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up what was remembered."""
+        ...
+
+
+class DINO(nn.Module):
+    """Cross-entropy between centred, sharpened teacher and student (Caron et al. 2021, arXiv 2104.14294, eq. 1-3).
+
+    Args:
+        out_dim: Number of prototypes K.
+        student_temp: Temperature of the student.
+        center_momentum: Momentum of the centre.
+    """
+
+    head = "head"
+    needs = frozenset({"cls"})
+
+    def __init__(self, out_dim: int, student_temp: float, center_momentum: float) -> None:
+        super().__init__()
+        self.student_temp = student_temp
+        self.centre = Centre(out_dim, center_momentum)
+
+    def loss(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> tuple[Tensor, Tensor]:
+        """Loss and teacher entropy of ``(V, B, K)`` student and ``(G, B, K)`` teacher logits, the first G views shared."""
+        targets = self.centre.targets(teacher, teacher_temp)
+        self.centre.observe(teacher)
+        return dino_loss(student, targets, self.student_temp), entropy(targets)
+
+    def step(self, finite: Tensor) -> None:
+        """Move the centre by what was observed since the last step."""
+        self.centre.step(finite)
+
+
+class SelfDistillation(nn.Module):
+    """A student that learns, and a teacher that is its moving average.
+
+    Args:
+        student: Network that is trained.
+        teacher: Network of the same shape; it takes the student's weights here and never gets a gradient.
+        objectives: What is learned, each with a head of its name in both networks.
+        device: Where both live.
+    """
+
+    def __init__(
+        self, student: Network, teacher: Network, objectives: Sequence[DINO], device: torch.device
+    ) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher
+        self.objectives = nn.ModuleList(objectives)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        self._parallel = [distributed.parallelize(self.student, device)]  # in a list: no second entry in state_dict
+
+    def accumulate(
+        self, groups: Sequence[Tensor], keep: Tensor | None, teacher_temp: float, *, share: float, last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one micro-batch; gradients add up.
+
+        Args:
+            groups: Views by size, ``(V_g, B, C, h, w)``; the first two views are the global ones.
+            keep: ``(B, V, depth, 2)`` multipliers of the student's residual branches, or None.
+            teacher_temp: Temperature of the teacher.
+            share: Share of this micro-batch in the step (1 / accumulation).
+            last: Whether it is the step's last: only then are gradients averaged over processes.
+
+        Returns:
+            Loss and teacher entropy in nats, both times ``share``, as scalars without gradient.
+        """
+        with torch.no_grad():
+            teacher = self.teacher([groups[0][:TEACHER_VIEWS]])
+        parallel = self._parallel[0]
+        with distributed.without_gradient_sync(parallel, not last):
+            student = parallel(groups, keep)
+            results = [o.loss(student[o.head], teacher[o.head], teacher_temp) for o in self.objectives]  # type: ignore[operator,index]
+            loss = torch.stack([loss for loss, _ in results]).sum() * share
+            with torch.autocast(loss.device.type, enabled=False):
+                loss.backward()
+        return loss.detach(), torch.stack([bits for _, bits in results]).mean().detach() * share
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float, finite: Tensor) -> None:
+        """Teacher = momentum * teacher + (1 - momentum) * student; unchanged unless ``finite``. Centres move too."""
+        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        pull = torch.where(finite, 1.0 - momentum, 0.0).to(teacher[0].dtype)
+        torch._foreach_mul_(teacher, 1.0 - pull)
+        torch._foreach_add_(teacher, torch._foreach_mul([p.detach() for p in student], pull))
+        for objective in self.objectives:
+            objective.step(finite)  # type: ignore[operator]
+
+    def freeze_last_layer(self) -> None:
+        """Drop the gradients of the heads' last layers, so that the optimizer leaves them alone (as DINO)."""
+        for name, parameter in self.student.named_parameters():
+            if ".last_layer." in name:
+                parameter.grad = None
