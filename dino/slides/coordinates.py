@@ -1,0 +1,165 @@
+"""hs2p's own files of a slide, under ROOT/coordinates: the tiles as it saves them, and its previews."""
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dino import files
+from dino.slides.parts import COORDINATES_FOLDER
+from dino.slides.reader import BACKEND, SlideReader
+from dino.slides.tissue import TissueRule, filter_config, segmentation_config
+
+PREVIEW_DOWNSAMPLE = 32
+TISSUE_COLOUR = [157, 219, 129]
+
+
+def tiling_result(
+    reader: SlideReader, slide_id: str, rule: TissueRule, tissue: Any, tiles: np.ndarray, fractions: np.ndarray
+) -> Any:
+    """The tiles of a slide as hs2p's ``TilingResult``, in hs2p's order (x, then y).
+
+    Args:
+        reader: The open slide.
+        slide_id: Its name.
+        rule: What counted as tissue.
+        tissue: hs2p's ``ResolvedTissueMask``.
+        tiles: ``(N, 2)`` int64 level-0 ``(x, y)``.
+        fractions: ``(N,)`` float32 tissue fractions.
+    """
+    from hs2p.tiling.result import TileGeometry, TilingResult
+
+    lattice, geometry = reader.lattice, reader.lattice.geometry
+    order = np.lexsort((tiles[:, 1], tiles[:, 0]))
+    segmented = None if tissue.mask_path else segmentation_config(rule)
+    thresholds = {f"seg_{n}": getattr(segmented, n, None) for n in ("sthresh", "sthresh_up", "mthresh", "close")}
+    quality = filter_config(rule)
+    checks = ("filter_white", "filter_black", "white_threshold", "black_threshold", "fraction_threshold")
+    checks += ("filter_grayspace", "grayspace_saturation_threshold", "grayspace_fraction_threshold")
+    checks += ("filter_blur", "blur_threshold", "qc_spacing_um", "a_t", "a_h")
+    return TilingResult(
+        tiles=TileGeometry(
+            x=tiles[order, 0],
+            y=tiles[order, 1],
+            tissue_fractions=fractions[order],
+            requested_tile_size_px=geometry.tile_size_px,
+            requested_spacing_um=geometry.spacing_um,
+            read_level=lattice.read_level,
+            read_tile_size_px=lattice.read_size_px,
+            read_spacing_um=reader.spacing_um * lattice.read_downsample,
+            tile_size_lv0=lattice.step_lv0,
+            is_within_tolerance=lattice.read_size_px == geometry.tile_size_px,
+            base_spacing_um=reader.spacing_um,
+            slide_dimensions=list(lattice.slide_size),
+            level_downsamples=[downsample for downsample, _ in reader.slide.level_downsamples],
+            overlap=geometry.overlap,
+            min_tissue_fraction=rule.min_tissue,
+        ),
+        sample_id=slide_id,
+        image_path=reader.path,
+        backend=BACKEND,
+        requested_backend=BACKEND,
+        tolerance=geometry.tolerance,
+        step_px_lv0=round(lattice.step_lv0 / geometry.positions_per_step),
+        ref_tile_size_px=quality.ref_tile_size,
+        spacing_at_level_0=reader.spacing_um,
+        **{name: getattr(tissue, name) for name in _FROM_TISSUE},
+        **thresholds,
+        **{name: getattr(quality, name) for name in checks},
+    )
+
+
+_FROM_TISSUE = ("tissue_method", "requested_seg_downsample", "seg_downsample", "seg_level", "seg_spacing_um")
+_FROM_TISSUE += ("mask_path", "tissue_mask_tissue_value", "mask_level", "mask_spacing_um")
+_FROM_TISSUE += ("mask_backend", "requested_mask_backend")
+
+
+def save_result(root: Path, result: Any) -> None:
+    """Write hs2p's ``<slide>.coordinates.npz`` and ``.coordinates.meta.json`` into ROOT/coordinates."""
+    from hs2p.artifacts import save_tiling_result
+
+    save_tiling_result(result, root, tiles_dir=root / COORDINATES_FOLDER)
+
+
+def has_result(root: Path, slide_id: str) -> bool:
+    """True if hs2p's files of a slide are there."""
+    return (root / COORDINATES_FOLDER / f"{slide_id}.coordinates.meta.json").is_file()
+
+
+def save_previews(
+    root: Path, slide_id: str, reader: SlideReader, mask: np.ndarray, tiles: np.ndarray, regions: np.ndarray
+) -> None:
+    """Write hs2p's pictures of the tissue, the tiles and the regions into ROOT/coordinates/previews.
+
+    Args:
+        root: Output folder.
+        slide_id: Name of the slide.
+        reader: The open slide.
+        mask: uint8 ``(h, w)`` tissue mask.
+        tiles: ``(N, 2)`` level-0 origins.
+        regions: ``(M, 2)`` level-0 origins.
+    """
+    from hs2p.wsi.visualization import save_overlay_preview, write_coordinate_preview
+
+    slide = {"wsi_path": reader.path, "backend": BACKEND, "spacing_at_level_0": reader.spacing_um}
+    side = reader.lattice.step_lv0
+
+    def tissue(folder: Path) -> None:
+        save_overlay_preview(
+            **slide,
+            mask_arr=(mask > 0).astype(np.uint8),
+            mask_preview_path=folder / f"{slide_id}.jpg",
+            downsample=PREVIEW_DOWNSAMPLE,
+            pixel_mapping={"background": 0, "tissue": 1},
+            color_mapping={"background": None, "tissue": TISSUE_COLOUR},
+        )
+
+    def grid(origins: np.ndarray, size: int, thickness: int) -> Callable[[Path], None]:
+        return lambda folder: write_coordinate_preview(
+            **slide,
+            coordinates=[(int(x), int(y)) for x, y in origins],
+            tile_size_lv0=size,
+            save_dir=folder,
+            sample_id=slide_id,
+            downsample=PREVIEW_DOWNSAMPLE,
+            grid_thickness=thickness,
+        )
+
+    thin, thick = _line_widths(reader)
+    draw = {
+        "tissue": tissue,
+        "tiles": grid(tiles, side, thin),
+        "regions": grid(regions, side * reader.lattice.geometry.region_cells, thick),
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Slide spacing override conflict", category=UserWarning)
+        for kind, render in draw.items():
+            _save_picture(preview_path(root, slide_id, kind), render)
+
+
+def preview_path(root: Path, slide_id: str, kind: str) -> Path:
+    """Path of a preview; ``kind`` is ``tissue``, ``tiles`` or ``regions``."""
+    return root / COORDINATES_FOLDER / "previews" / kind / f"{slide_id}.jpg"
+
+
+def _line_widths(reader: SlideReader) -> tuple[int, int]:
+    """Widths of the lines of tiles and regions that show at the size of the preview."""
+    from hs2p.wsi.geometry import select_level_for_downsample
+
+    level = select_level_for_downsample(PREVIEW_DOWNSAMPLE, reader.slide.level_downsamples)
+    thin = max(1, round(max(reader.slide.level_dimensions[level]) / 1500))
+    return thin, 3 * thin
+
+
+def _save_picture(path: Path, render: Callable[[Path], None]) -> None:
+    """Let hs2p draw into a folder of its own, then put the picture in its place whole (it draws none of no tiles)."""
+    with tempfile.TemporaryDirectory() as folder:
+        render(Path(folder))
+        drawn = Path(folder, path.name)
+        if drawn.is_file():
+            files.write_bytes(path, drawn.read_bytes())
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,168 @@
+"""Reads cells from a slide: the only source of pixels, for tiles that are cut and for regions that are embedded."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dino.errors import DataError
+from dino.slides.lattice import Geometry, Pyramid, plan_lattice
+
+BACKEND = "openslide"
+RESAMPLER = "PIL bilinear"
+
+
+class SlideReader:
+    """One open slide and its lattice.
+
+    Cells are read through hs2p's openslide reader, each by a read of its own, and resampled (where the slide has no
+    level of the wanted spacing) by Pillow's antialiased bilinear filter, exactly as hs2p's own tile writer does.
+    openslide lets several threads read at once.
+
+    Attributes:
+        path: The slide's file.
+        lattice: Where its cells are.
+        spacing_um: Spacing of level 0 in µm per px.
+        spacing_source: Where that comes from: ``metadata``, ``objective power`` or ``user``.
+        slide: hs2p's reader, for what in this room works on whole levels.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        geometry: Geometry,
+        spacing_at_level_0: float | None = None,
+        spacing_if_missing: float | None = None,
+    ) -> None:
+        """Open a slide.
+
+        Args:
+            path: The slide's file.
+            geometry: What the lattice is laid for.
+            spacing_at_level_0: Spacing in µm per px that overrules the slide's metadata.
+            spacing_if_missing: Spacing for a slide whose metadata has none.
+
+        Raises:
+            DataError: If the file is no slide, has no spacing, or is coarser than the geometry asks for.
+        """
+        self.path = path
+        properties = _properties(path)
+        self.spacing_um, self.spacing_source = spacing_of(
+            properties, path.name, given=spacing_at_level_0, fallback=spacing_if_missing
+        )
+        self.slide = _open(path, self.spacing_um)
+        try:
+            pyramid = Pyramid(
+                spacing_um=self.spacing_um,
+                dimensions=self.slide.level_dimensions,
+                downsamples=[downsample for downsample, _ in self.slide.level_downsamples],
+            )
+            self.lattice = plan_lattice(pyramid, geometry, path.name)
+        except BaseException:
+            self.close()
+            raise
+
+    def read_cell(self, x: int, y: int) -> np.ndarray:
+        """Pixels of the cell or tile at level-0 ``(x, y)``.
+
+        Returns:
+            uint8 RGB ``(tile_size_px, tile_size_px, 3)``.
+
+        Raises:
+            DataError: If the slide is damaged there.
+        """
+        read, size = self.lattice.read_size_px, self.lattice.geometry.tile_size_px
+        try:
+            pixels = self.slide.read_region((int(x), int(y)), self.lattice.read_level, (read, read))
+        except Exception as error:  # openslide and the decoders below it raise many types
+            raise DataError(f"expected pixels at ({x}, {y}) of {self.path}, could not read them: {error}") from None
+        if read == size:
+            return pixels
+        return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
+
+    def thumbnail(self, max_side_px: int) -> np.ndarray:
+        """The whole slide, uint8 RGB ``(h, w, 3)``, its longer side at most ``max_side_px``."""
+        return self.slide.get_thumbnail((max_side_px, max_side_px))
+
+    def close(self) -> None:
+        """Close the file."""
+        self.slide.close()
+
+    def __enter__(self) -> "SlideReader":
+        """The reader itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Close the file."""
+        self.close()
+
+
+def spacing_of(
+    properties: Mapping[str, str], slide: str, *, given: float | None = None, fallback: float | None = None
+) -> tuple[float, str]:
+    """Spacing of a slide's level 0 and where it comes from.
+
+    Args:
+        properties: openslide's properties of the slide.
+        slide: Its name, for the error.
+        given: The user's value, which overrules the metadata.
+        fallback: The user's value for slides whose metadata has none.
+
+    Returns:
+        µm per px, and ``metadata``, ``objective power`` (10 / power, the usual convention) or ``user``.
+
+    Raises:
+        DataError: If nothing says how large a pixel is, or the metadata gives pixels that are not square.
+    """
+    if given is not None:
+        return given, "user"
+    across, down = (_positive(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
+    if across is not None:
+        if down is not None and abs(across - down) > 0.05 * across:
+            raise DataError(
+                f"expected square pixels in slide '{slide}', found {across:g} x {down:g} µm in its metadata; "
+                "if that is wrong, give spacing_at_level_0"
+            )
+        return across, "metadata"
+    power = _positive(properties.get("openslide.objective-power"))
+    if power is not None:
+        return 10 / power, "objective power"
+    if fallback is not None:
+        return fallback, "user"
+    raise DataError(
+        f"expected a spacing (µm/px) in the metadata of slide '{slide}', found none; give it as spacing_at_level_0, "
+        "in the slide list's column of that name or as spacing_at_level_0=0.25 on the command line"
+    )
+
+
+def _positive(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def _properties(path: Path) -> dict[str, str]:
+    import openslide
+
+    try:
+        with openslide.OpenSlide(str(path)) as slide:
+            return dict(slide.properties)
+    except Exception as error:  # missing, unreadable, unsupported or damaged: openslide has a type for each
+        reason = str(error).strip() or type(error).__name__
+        raise DataError(f"expected a slide that openslide can read, found {path}: {reason}") from None
+
+
+def _open(path: Path, spacing_um: float) -> Any:
+    from hs2p.wsi.reader import open_slide
+
+    with warnings.catch_warnings():
+        # hs2p warns where the given spacing differs from the metadata: that is what giving one is for.
+        warnings.filterwarnings("ignore", message="Slide spacing override conflict", category=UserWarning)
+        return open_slide(path, BACKEND, spacing_override=spacing_um)

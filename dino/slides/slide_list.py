@@ -1,0 +1,184 @@
+"""The list of slides: from files, folders and patterns, or from a CSV with patients, partitions and spacings."""
+
+import csv
+import difflib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dino.errors import DataError
+
+SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".czi"}
+REQUIRED = ("sample_id", "image_path")
+ABOUT = ("patient_id", "centre", "scanner", "stain", "partition", "exclude_reason")
+COLUMNS = (*REQUIRED, "mask_path", "spacing_at_level_0", *ABOUT)
+LONGEST_ID = 150
+
+
+@dataclass(frozen=True)
+class SlideRecord:
+    """One slide of the list.
+
+    Attributes:
+        slide_id: Unique name; also the name of its folder of tiles.
+        image_path: The slide's file, absolute.
+        mask_path: Binary tissue mask, absolute, if the user has one.
+        spacing_at_level_0: µm per px that overrules the slide's metadata.
+        patient_id: Whose tissue it is.
+        centre: Where it was made.
+        scanner: What it was scanned with.
+        stain: What it is stained with.
+        partition: ``pretrain`` or blank for pretraining; anything else is kept out of it.
+        exclude_reason: Why the slide is left out, if it is.
+    """
+
+    slide_id: str
+    image_path: Path
+    mask_path: Path | None = None
+    spacing_at_level_0: float | None = None
+    patient_id: str = ""
+    centre: str = ""
+    scanner: str = ""
+    stain: str = ""
+    partition: str = ""
+    exclude_reason: str = ""
+
+
+def read_slide_list(inputs: Sequence[Path], note: Callable[[str], None] = lambda line: None) -> list[SlideRecord]:
+    """Slides named by any mix of slide files, folders (searched recursively), patterns and CSV lists.
+
+    Args:
+        inputs: What the user gave. A ``.csv`` is a slide list; its relative paths resolve from its own folder.
+        note: Called with one line for what is odd but not wrong (a column nobody reads).
+
+    Returns:
+        The slides, in the order given; those of a folder or pattern sorted by path.
+
+    Raises:
+        DataError: If nothing is found, a list is malformed, a file is missing, or two slides share an id.
+    """
+    records: list[SlideRecord] = []
+    for given in inputs:
+        path = Path(given).expanduser().absolute()
+        if path.suffix.lower() == ".csv" and path.is_file():
+            records += _read_csv(path, note)
+        else:
+            records += [SlideRecord(_safe_id(found.stem, str(found)), found) for found in _find(path)]
+    if not records:
+        raise DataError("expected at least one slide, folder of slides or slides.csv, found none")
+    _refuse_duplicates(records)
+    return records
+
+
+def _find(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not found:
+            raise DataError(f"expected slides ({', '.join(sorted(SUFFIXES))}) in folder {path}, found none")
+        return found
+    found = sorted(p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file())
+    if not found:
+        raise DataError(f"expected a slide, a folder of slides, a pattern or a slides.csv at {path}, found nothing")
+    return found
+
+
+def _refuse_duplicates(records: Sequence[SlideRecord]) -> None:
+    seen: dict[str, SlideRecord] = {}
+    for record in records:
+        first = seen.setdefault(record.slide_id, record)
+        if first is not record:
+            raise DataError(
+                f"expected unique slide ids, found '{record.slide_id}' for both {first.image_path} and "
+                f"{record.image_path}; give them ids of their own in the sample_id column of a slides.csv"
+            )
+
+
+def _safe_id(slide_id: str, where: str) -> str:
+    """The id, if it can be the name of a folder and the beginning of file names."""
+    bad = not slide_id or slide_id.startswith(".") or len(slide_id) > LONGEST_ID
+    if bad or any(c in "/\\" or not c.isprintable() for c in slide_id):
+        raise DataError(
+            f"{where}: expected a slide id that can name a folder (1 to {LONGEST_ID} characters, no / or \\, "
+            f"no leading dot), found '{slide_id}'"
+        )
+    return slide_id
+
+
+def _read_csv(path: Path, note: Callable[[str], None]) -> list[SlideRecord]:
+    records = [_record(row, path.parent, where) for where, row in _rows(path, note)]
+    if not records:
+        raise DataError(f"expected at least one slide in {path}, found only its header")
+    return records
+
+
+def _rows(path: Path, note: Callable[[str], None]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each row as stripped texts by column, with the words that name its place in an error."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = csv.reader(file, strict=True)
+            header = [name.strip() for name in next(lines, [])]
+            _check_header(header, path, note)
+            for cells in lines:
+                where = f"{path}, line {lines.line_num}"
+                if not any(cell.strip() for cell in cells):
+                    continue
+                if len(cells) > len(header):
+                    raise DataError(f"{where}: expected {len(header)} cells as in the header, found {len(cells)}")
+                padded = [cell.strip() for cell in cells] + [""] * (len(header) - len(cells))
+                yield where, dict(zip(header, padded, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"expected a UTF-8 CSV at {path}, could not read it: {error}") from None
+    except OSError as error:
+        raise DataError(f"expected a readable slide list at {path}: {error.strerror}") from None
+
+
+def _check_header(header: Sequence[str], path: Path, note: Callable[[str], None]) -> None:
+    missing = [name for name in REQUIRED if name not in header]
+    if missing:
+        hint = "; its cells are separated by ';', export it with commas" if any(";" in name for name in header) else ""
+        found = ", ".join(name for name in header if name) or "an empty file"
+        raise DataError(f"expected columns {' and '.join(REQUIRED)} in {path}, found {found}{hint}")
+    for name in header:
+        if header.count(name) > 1 and name:
+            raise DataError(f"expected each column of {path} once, found '{name}' {header.count(name)} times")
+        if name and name not in COLUMNS:
+            close = difflib.get_close_matches(name, COLUMNS, 1, 0.75)
+            note(f"{path.name}: column '{name}' is not read" + (f"; did you mean '{close[0]}'?" if close else ""))
+
+
+def _record(row: dict[str, str], folder: Path, where: str) -> SlideRecord:
+    about = {name: row.get(name, "") for name in ABOUT}
+    excluded = bool(about["exclude_reason"])
+    if not row["image_path"]:
+        raise DataError(f"{where}: expected an image_path, found none")
+    mask = row.get("mask_path", "")
+    return SlideRecord(
+        slide_id=_safe_id(row["sample_id"], where),
+        image_path=_file(row["image_path"], folder, "image_path", where, excluded),
+        mask_path=_file(mask, folder, "mask_path", where, excluded) if mask else None,
+        spacing_at_level_0=_spacing(row.get("spacing_at_level_0", ""), where),
+        **about,
+    )
+
+
+def _file(text: str, folder: Path, column: str, where: str, may_be_missing: bool) -> Path:
+    path = Path(text).expanduser()
+    path = path if path.is_absolute() else folder / path
+    if not may_be_missing and not path.is_file():
+        raise DataError(f"{where}: expected a file as {column}, found none at {path}")
+    return path
+
+
+def _spacing(text: str, where: str) -> float | None:
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise DataError(f"{where}: expected spacing_at_level_0 as a positive number of µm per px, found '{text}'")
+    return value

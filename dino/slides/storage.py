@@ -1,0 +1,132 @@
+"""Writes the tiles of one slide: all of them under their final names, or none.
+
+A slide's JPEGs are written into a hidden folder beside them, synced, and become ``imgs/<slide>`` by one rename. That
+is as safe as an atomic write of each file, at one rename and a few folder syncs per slide instead of two per tile; an
+interrupted run leaves nothing behind under ``imgs`` that training could take for a tile.
+"""
+
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dino import files
+from dino.slides.tables import TILES_FOLDER, tile_name
+
+STORAGES = ("jpeg", "tar", "none")
+PARTIAL_FOLDER = ".partial"
+CACHED_TILES = 8  # side of the blocks in which a slide is read, in tiles
+
+
+def encode(pixels: np.ndarray, quality: int) -> bytes:
+    """JPEG of one tile, uint8 RGB ``(h, w, 3)``; the same bytes as in hs2p's tar."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def write_jpegs(
+    root: Path,
+    slide_id: str,
+    origins: Sequence[tuple[int, int]],
+    read_cell: Callable[[int, int], np.ndarray],
+    quality: int,
+) -> None:
+    """Cut the tiles at level-0 ``origins`` into ``patch_256_pretraining/imgs/<slide>/<slide>_<x>_<y>.jpg``.
+
+    Args:
+        root: Output folder.
+        slide_id: Name of the slide.
+        origins: ``(x, y)`` of each tile.
+        read_cell: Gives the pixels at ``(x, y)``.
+        quality: JPEG quality.
+    """
+    folder = jpeg_folder(root, slide_id)
+    if not origins:
+        shutil.rmtree(folder, ignore_errors=True)  # what an earlier slide of this name left
+        return
+    with _whole_folder(folder, root / PARTIAL_FOLDER / slide_id) as partial:
+        for x, y in in_blocks(origins):
+            (partial / tile_name(slide_id, x, y)).write_bytes(encode(read_cell(x, y), quality))
+
+
+def write_tar(root: Path, result: Any, quality: int) -> None:
+    """Cut the tiles of hs2p's ``result`` into ``patch_256_pretraining/tars/<slide>.tiles.tar`` (and its manifest).
+
+    Every tile is read for itself (``supertile_sizes=()``): where a level's downsample is not whole, openslide
+    interpolates between pixels by the fraction of the origin, so that tiles cropped out of one larger read would not
+    be the pixels of a read of their own.
+    """
+    from hs2p.tiling.tar import extract_tiles_to_tar
+
+    folder = tar_path(root, result.sample_id).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    extract_tiles_to_tar(result, folder, tiles_dir=folder, jpeg_quality=quality, supertile_sizes=())
+    _sync(tar_path(root, result.sample_id))
+
+
+def has_tiles(root: Path, slide_id: str, origins: Iterable[tuple[int, int]], storage: str) -> bool:
+    """True if every tile that was recorded is still there."""
+    names = {tile_name(slide_id, x, y) for x, y in origins}
+    if storage == "none" or not names:
+        return True
+    if storage == "tar":
+        return tar_path(root, slide_id).is_file()
+    try:
+        return names <= {path.name for path in jpeg_folder(root, slide_id).iterdir()}
+    except FileNotFoundError:
+        return False
+
+
+def in_blocks(origins: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The origins in square blocks of the slide, so that openslide still has the neighbours' pixels decoded.
+
+    Row by row, a wide slide would have been decoded once more for every row of tiles.
+    """
+    places = [(int(x), int(y)) for x, y in origins]
+    steps = np.diff(np.unique([x for x, _ in places]))
+    side = CACHED_TILES * int(steps.min()) if len(steps) else 1
+    return sorted(places, key=lambda place: (place[1] // side, place[0] // side, place[1], place[0]))
+
+
+def jpeg_folder(root: Path, slide_id: str) -> Path:
+    """Folder of a slide's JPEG tiles."""
+    return root / TILES_FOLDER / "imgs" / slide_id
+
+
+def tar_path(root: Path, slide_id: str) -> Path:
+    """Tar of a slide's tiles, as hs2p names it."""
+    return root / TILES_FOLDER / "tars" / f"{slide_id}.tiles.tar"
+
+
+@contextmanager
+def _whole_folder(folder: Path, partial: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``folder`` (replacing an older one) when the block ends well."""
+    shutil.rmtree(partial, ignore_errors=True)  # an interrupted run's
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in partial.iterdir():  # after all are written: the first sync carries most of the others' bytes
+            _sync(path)
+        _sync(partial)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        files.sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

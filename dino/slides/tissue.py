@@ -1,0 +1,153 @@
+"""Where on a slide there is tissue, by hs2p: from a given mask or by segmentation; and hs2p's pixel QC of tiles."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dino.errors import ConfigError, DataError
+from dino.slides.reader import SlideReader
+
+METHODS = ("hsv", "otsu", "threshold")
+LARGEST_LEVEL_PX = 400_000_000  # an RGB level of this size takes 1.2 GB, its segmentation several times that
+
+
+@dataclass(frozen=True)
+class TissueRule:
+    """What counts as tissue, and how much of it a tile or region must hold.
+
+    Attributes:
+        method: hs2p's segmentation where no mask is given: ``hsv``, ``otsu`` or ``threshold``.
+        downsample: Downsample at which tissue is segmented or the mask is read (the slide's nearest level).
+        min_tissue: Least tissue fraction of a tile.
+        min_tissue_region: Least tissue fraction of a region.
+        qc: Drop white, black, grey and blurred tiles.
+    """
+
+    method: str = "hsv"
+    downsample: int = 64
+    min_tissue: float = 0.25
+    min_tissue_region: float = 0.25
+    qc: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        for name, value, good, rule in (
+            ("tissue_method", self.method, self.method in METHODS, f"one of {', '.join(METHODS)}"),
+            ("tissue_downsample", self.downsample, self.downsample >= 1, "at least 1"),
+            ("min_tissue", self.min_tissue, 0 <= self.min_tissue <= 1, "a fraction from 0 to 1"),
+            ("min_tissue_region", self.min_tissue_region, 0 <= self.min_tissue_region <= 1, "a fraction from 0 to 1"),
+        ):
+            if not good:
+                raise ConfigError(f"expected {name} to be {rule}, found {value}")
+
+
+def segmentation_config(rule: TissueRule) -> Any:
+    """hs2p's segmentation settings for ``rule``."""
+    from hs2p.configs import SegmentationConfig
+
+    return SegmentationConfig(method=rule.method, downsample=rule.downsample)
+
+
+def filter_config(rule: TissueRule) -> Any:
+    """hs2p's QC settings for ``rule``: all four pixel checks or none, at hs2p's thresholds."""
+    from hs2p.configs import FilterConfig
+
+    return FilterConfig(filter_white=rule.qc, filter_black=rule.qc, filter_grayspace=rule.qc, filter_blur=rule.qc)
+
+
+def find_tissue(reader: SlideReader, mask_path: Path | None, rule: TissueRule) -> Any:
+    """Tissue mask of a slide.
+
+    Args:
+        reader: The open slide.
+        mask_path: Binary mask of the whole slide at any scale, tissue marked by 1 or by 255; segmented if None.
+        rule: How tissue is found.
+
+    Returns:
+        hs2p's ``ResolvedTissueMask``; its ``tissue_mask`` is uint8 ``(h, w)``, non-zero where there is tissue.
+
+    Raises:
+        DataError: If the slide has no level small enough, or the mask does not fit the slide.
+    """
+    from hs2p.tiling.mask import resolve_tissue_mask
+    from hs2p.wsi.geometry import select_level_for_downsample
+
+    level = select_level_for_downsample(float(rule.downsample), reader.slide.level_downsamples)
+    width, height = reader.slide.level_dimensions[level]
+    if width * height > LARGEST_LEVEL_PX:
+        raise DataError(
+            f"expected a level of at most {LARGEST_LEVEL_PX / 1e6:.0f} megapixels near downsample {rule.downsample} in "
+            f"{reader.path}, found {width} x {height} px; raise tissue_downsample, or save the slide as a pyramid"
+        )
+    if mask_path is not None:
+        return _read_mask(reader, mask_path, rule)
+    return resolve_tissue_mask(slide=reader.slide, segmentation=segmentation_config(rule))
+
+
+def tissue_fractions(mask: np.ndarray, origins: np.ndarray, reader: SlideReader) -> np.ndarray:
+    """Tissue fraction of each tile, counted over the whole mask.
+
+    Args:
+        mask: uint8 ``(h, w)``, non-zero where there is tissue.
+        origins: ``(N, 2)`` int64 level-0 ``(x, y)``.
+        reader: The open slide.
+
+    Returns:
+        ``(N,)`` float32 in [0, 1].
+    """
+    from hs2p.tiling.coverage import compute_tile_coverage
+
+    return compute_tile_coverage(
+        candidates=origins,
+        binary_mask=mask,
+        tile_size_lv0=reader.lattice.step_lv0,
+        slide_dimensions=reader.lattice.slide_size,
+    )
+
+
+def passes_qc(reader: SlideReader, origins: np.ndarray, rule: TissueRule) -> np.ndarray:
+    """Which tiles pass hs2p's pixel QC (white, black, grey, blurred).
+
+    Args:
+        reader: The open slide.
+        origins: ``(N, 2)`` int64 level-0 ``(x, y)``.
+        rule: Whether there is any QC.
+
+    Returns:
+        ``(N,)`` bool.
+    """
+    from hs2p.tile_qc import filter_coordinate_tiles
+
+    geometry = reader.lattice.geometry
+    kept = filter_coordinate_tiles(
+        coord_candidates=origins,
+        keep_flags=np.ones(len(origins), dtype=np.uint8),
+        level_dimensions=reader.slide.level_dimensions,
+        level_downsamples=reader.slide.level_downsamples,
+        requested_tile_size_px=geometry.tile_size_px,
+        requested_spacing_um=geometry.spacing_um,
+        base_spacing_um=reader.spacing_um,
+        tolerance=geometry.tolerance,
+        filter_params=filter_config(rule),
+        read_window=lambda x, y, width, height, level: reader.slide.read_region((x, y), level, (width, height)),
+        source_label=str(reader.path),
+    )
+    return kept.astype(bool)
+
+
+def _read_mask(reader: SlideReader, mask_path: Path, rule: TissueRule) -> Any:
+    from hs2p.tiling.mask import open_tissue_mask, resolve_tissue_mask
+
+    first_error: Exception | None = None
+    for tissue in (1, 255):  # hs2p refuses values that are not declared, so a mask is read by one of the two or none
+        try:
+            with open_tissue_mask(mask_path, pixel_mapping={"background": 0, "tissue": tissue}) as mask:
+                return resolve_tissue_mask(slide=reader.slide, segmentation=segmentation_config(rule), mask=mask)
+        except Exception as error:  # hs2p raises ValueError and RuntimeError, the image libraries their own
+            first_error = first_error or error
+    raise DataError(
+        f"expected a binary mask (0 and 1, or 0 and 255) of the whole of {reader.path.name} at {mask_path}: "
+        f"{first_error}"
+    )
