@@ -167,13 +167,16 @@ def _override_layers(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[t
 
 def _refuse_unknown(schema: type, layer: Any, origin: str) -> None:
     known = {s.key for s in settings(schema)}
-    groups = {key.rsplit(".", i)[0] for key in known for i in range(1, key.count(".") + 1)}
-    for key in flatten(OmegaConf.to_container(layer)):  # type: ignore[arg-type]
+    groups = {key.rsplit(".", i)[0]: key for key in sorted(known, reverse=True) for i in range(1, key.count(".") + 1)}
+    for key, value in flatten(OmegaConf.to_container(layer)).items():  # type: ignore[arg-type]
+        if key in groups and value != {}:
+            found = "nothing" if value is None else f"'{value}'"
+            raise ConfigError(f"{origin}: expected settings under '{key}', as {groups[key]}; found {found}")
         if key in known or key in groups:
             continue
         if key in REPLACED:
             raise ConfigError(f"{origin}: '{key}' is gone; use {REPLACED[key]}")
-        close = difflib.get_close_matches(key, known, 1, 0.5) or [k for k in known if k.endswith(f".{key}")][:1]
+        close = [k for k in sorted(known) if k.endswith(f".{key}")] or difflib.get_close_matches(key, known, 1, 0.5)
         hint = f"did you mean '{close[0]}'?" if close else "`--help` lists every key"
         raise ConfigError(f"{origin}: there is no setting '{key}'; {hint}")
 

@@ -1,0 +1,118 @@
+"""A command of the house: its help page lists every setting, and a deliberate error is one line and an exit code."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperCommand
+
+from dino.cli.grammar import UsageError
+from dino.errors import DinoError
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", "--config-file", "-c", metavar="FILE", help="YAML with the settings to change."),
+]
+
+
+class Command(TyperCommand):
+    """Base of every command.
+
+    Attributes:
+        schema: Dataclass of the command's settings, ``None`` when it has none.
+        recipe: YAML of the package whose values are the defaults.
+    """
+
+    schema: ClassVar[type | None] = None
+    recipe: ClassVar[str | None] = None
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What stands behind the command in the usage line: the words as its metavar spells them, then options."""
+        arguments = [param.metavar for param in self.get_params(ctx) if param.param_type_name == "argument"]
+        return [metavar for metavar in arguments if metavar] + ["[OPTIONS]"]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help page, and below it every setting with its default."""
+        super().format_help(ctx, formatter)
+        if self.schema is not None:
+            _print_settings(self.schema, self.recipe)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; a :class:`DinoError` becomes one line on stderr and its own exit code."""
+        try:
+            return super().invoke(ctx)
+        except DinoError as error:
+            if isinstance(error, UsageError):
+                typer.echo(ctx.get_usage(), err=True)
+            typer.echo(f"error{_process()}: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+def with_settings(settings_schema: type, settings_recipe: str | None = None) -> type[Command]:
+    """A :class:`Command` whose help page lists the settings of ``settings_schema``."""
+
+    class CommandWithSettings(Command):
+        schema = settings_schema
+        recipe = settings_recipe
+
+    return CommandWithSettings
+
+
+def flat_scalars(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested results as ``(dotted name, text)`` rows, floats with four digits."""
+    for key, value in result.items():
+        if isinstance(value, dict):
+            yield from flat_scalars(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def print_rows(rows: Iterator[tuple[str, str]]) -> None:
+    """Print two columns on the main process: names and values."""
+    if _process():
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    Console(highlight=False).print(table, markup=False)
+
+
+def _process() -> str:
+    """Which process this is, under ``torchrun``, when it is not the first one."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" or "WORLD_SIZE" not in os.environ else f" in process {rank}"
+
+
+def _print_settings(schema: type, recipe: str | None) -> None:
+    from dino.config.load import flatten, load_config, settings, to_dict
+
+    values = flatten(to_dict(load_config(schema, recipe=recipe)))
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("setting", no_wrap=True)
+    table.add_column("default", overflow="fold", max_width=16)
+    table.add_column("what it is", overflow="fold")
+    group = ""
+    for item in settings(schema):
+        if item.key.rpartition(".")[0] != group:
+            group = item.key.rpartition(".")[0]
+            table.add_row()
+        table.add_row(item.key, _shown(values[item.key]), item.help)
+    console = Console(highlight=False)
+    origin = f" The defaults are those of the recipe {recipe}." if recipe else ""
+    console.print(f"Settings, as KEY=VALUE words or in the YAML of --config.{origin}\n")
+    console.print(table, markup=False)
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == "":
+        return "-"
+    return str(value).lower() if isinstance(value, bool) else str(value)

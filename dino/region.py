@@ -1,0 +1,14 @@
+"""Level 2: DINO on the feature grids of regions: ``python3 dino/region.py KEY=VALUE...``."""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path, here or in a spawned worker: this folder is no place to import from, its parent is
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() not in (here, here.parent)]
+    sys.path.insert(0, str(here.parent))
+
+from dino.cli.main import region_door
+
+if __name__ == "__main__":
+    region_door()

@@ -1,0 +1,208 @@
+"""What each command hands to the api, and how it ends."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+import dino
+from dino.cli.main import app
+from dino.config import schema
+from dino.config.load import load_config, settings
+from dino.errors import CheckpointError, DataError, Stopped, TrainingFault
+
+COMMANDS = {
+    ("tile",): schema.TileConfig,
+    ("pretrain", "patch"): schema.PatchConfig,
+    ("pretrain", "region"): schema.RegionConfig,
+    ("extract",): schema.ExtractConfig,
+    ("evaluate", "knn"): schema.KnnConfig,
+    ("export",): schema.ExportConfig,
+    ("demo",): schema.DemoConfig,
+}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stands in for ``dino.api``: remembers what it was called with."""
+    made = []
+    api = SimpleNamespace()
+    for name, answer in {
+        "tile": None,
+        "pretrain": None,
+        "extract": None,
+        "export": None,
+        "evaluate_knn": {"knn": {"20": {"accuracy": 0.51234}}, "tiles": 12},
+        "info": {"arch": "vit_tiny", "transform": {"name": "imagenet"}},
+    }.items():
+        setattr(api, name, lambda *args, name=name, answer=answer: made.append((name, *args)) or answer)
+    monkeypatch.setitem(sys.modules, "dino.api", api)
+    monkeypatch.setattr(dino, "api", api, raising=False)
+    return made
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    return lambda *words: CliRunner().invoke(app, words)
+
+
+def test_tile(run, calls):
+    assert run("tile", "a.svs", "qc=true", "b.svs", "root").exit_code == 0
+    expected = load_config(schema.TileConfig, overrides={"qc": True})
+    assert calls == [("tile", [Path("a.svs"), Path("b.svs")], Path("root"), expected)]
+
+
+def test_pretrain_starts_from_the_pathology_recipe(run, calls):
+    assert run("pretrain", "patch", "root", "runs/a", "seed=3").exit_code == 0
+    expected = load_config(schema.PatchConfig, recipe="patch_pathology", overrides={"seed": 3})
+    expected.data_dir, expected.output_dir = "root", "runs/a"
+    assert calls == [("pretrain", "patch", expected)]
+
+
+def test_pretrain_takes_another_recipe_and_a_file(run, calls, tmp_path):
+    (tmp_path / "my.yaml").write_text("model:\n  out_dim: 77\ndata_dir: there\noutput_dir: here\n")
+    assert run("pretrain", "patch", "--recipe", "patch", "--config", "my.yaml").exit_code == 0
+    config = calls[0][2]
+    assert (config.model.out_dim, config.aug.solarize, config.data_dir, config.output_dir) == (77, 0.2, "there", "here")
+
+
+def test_pretrain_region(run, calls):
+    assert run("pretrain", "region", "root", "run").exit_code == 0
+    assert calls[0][1] == "region"
+    assert calls[0][2].model.arch == "hvit_xs"
+
+
+def test_odd_folder_names_are_taken_as_they_are(run, calls, tmp_path):
+    (tmp_path / "stain=[HE").mkdir()
+    assert run("pretrain", "patch", "stain=[HE", "1e5").exit_code == 0
+    assert (calls[0][2].data_dir, calls[0][2].output_dir) == ("stain=[HE", "1e5")
+
+
+def test_extract_evaluate_export_info(run, calls):
+    assert run("extract", "timm:vit_tiny_patch16_224", "root", "pretrained=false").exit_code == 0
+    assert run("extract", "model=run", "data_dir=root").exit_code == 0
+    result = run("evaluate", "knn", "run", "labels.csv", "k=[5]")
+    assert "knn.20.accuracy" in result.stdout
+    assert "0.5123" in result.stdout
+    assert run("export", "run", "folder").exit_code == 0
+    assert "transform.name" in run("info", "run").stdout
+    plain = [(name, *(a for a in args if isinstance(a, str | Path))) for name, *args in calls]
+    assert plain == [
+        ("extract", "timm:vit_tiny_patch16_224", Path("root")),
+        ("extract", "run", Path("root")),
+        ("evaluate_knn", "run", Path("labels.csv")),
+        ("export", "run", Path("folder")),
+        ("info", "run"),
+    ]
+    assert calls[0][3].pretrained is False
+    assert calls[2][3].k == [5]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_help_lists_every_setting_with_its_help(run, words):
+    result = run(*words, "--help")
+    assert result.exit_code == 0
+    shown = {line.split()[0] for line in result.stdout.splitlines() if line.strip()}
+    assert {item.key for item in settings(COMMANDS[words])} <= shown
+    text = " ".join(result.stdout.split())
+    for item in settings(COMMANDS[words]):
+        assert " ".join(item.help.split()[:3]) in text
+    assert "For example" in result.stdout
+    assert f"dino {' '.join(words)}" in result.stdout
+
+
+def test_help_shows_the_values_that_a_start_would_use(run):
+    lines = run("pretrain", "patch", "--help").stdout.splitlines()
+    shown = {line.split()[0]: line.split()[1] for line in lines if len(line.split()) > 1}
+    assert (shown["aug.solarize"], shown["aug.quarter_turns"], shown["optim.lr"]) == ("0.0", "true", "0.0005")
+
+
+def test_help_of_dino_lists_the_commands_in_the_order_of_the_chain(run):
+    text = run("--help").stdout
+    order = [text.index(f" {name} ") for name in ("tile", "pretrain", "extract", "evaluate", "export", "info")]
+    assert order == sorted(order)
+
+
+def test_version(run):
+    assert run("--version").stdout == f"dino {dino.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tile"], "expected one or more SLIDE and then ROOT, found nothing"),
+        (["tile", "a.svs"], "expected one or more SLIDE and then ROOT, found 1: a.svs"),
+        (["tile", "a.svs", "root", "spacing=0.5"], "there is no setting 'spacing'; did you mean 'spacing_um'?"),
+        (["tile", "a.svs", "root", "qc=perhaps"], "expected bool for 'qc'"),
+        (["pretrain", "patch", "root"], "expected ROOT RUN, found 1: root"),
+        (["pretrain", "patch", "output_dir=run"], "found no data_dir"),
+        (["pretrain", "patch", "a", "b", "data_dir=c"], "expected ROOT once"),
+        (["pretrain", "patch", "a", "b", "model.out_dims=1"], "did you mean 'model.out_dim'?"),
+        (["pretrain", "patch", "a", "b", "--recipe", "best"], "expected a recipe"),
+        (["pretrain", "patch", "a", "b", "--config", "no.yaml"], "expected a YAML file at no.yaml, found none"),
+        (["pretrain", "region", "a", "b", "aug.hed_jitter=1"], "there is no setting 'aug.hed_jitter'"),
+        (["extract", "run"], "expected RUN ROOT, found 1: run"),
+        (["extract", "model=run"], "expected RUN ROOT (or model= and data_dir=), found run"),
+        (["evaluate", "knn", "run"], "expected RUN LABELS, found 1: run"),
+        (["export", "run", "a", "b"], "expected RUN DIR, found 3: run a b"),
+        (["info"], "expected CHECKPOINT, found nothing"),
+        (["demo", "a", "b"], "expected one DIR at most"),
+    ],
+)
+def test_wrong_words_end_with_2_and_one_line(run, calls, words, said):
+    result = run(*words)
+    assert result.exit_code == 2
+    assert calls == []
+    *usage, error = result.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert said in error
+    assert len(usage) <= 1
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["tile", "a", "b", "--jobs", "3"], ["pretrain", "root", "run"], ["evaluate"], ["no"]]
+)
+def test_unknown_options_and_commands_end_with_2(run, calls, words):
+    result = run(*words)
+    assert (result.exit_code, calls) == (2, [])
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (DataError("expected images in x,\n  found none"), 2, "error: expected images in x, found none\n"),
+        (CheckpointError("damaged"), 2, "error: damaged\n"),
+        (TrainingFault("the loss is nan"), 1, "error: the loss is nan\n"),
+        (Stopped("saved; run again to go on"), 75, "error: saved; run again to go on\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_each_error_has_its_exit_code_and_one_line(run, calls, raised, code, said):
+    def fail(*_):
+        raise raised
+
+    sys.modules["dino.api"].info = fail  # type: ignore[attr-defined]
+    result = run("info", "run")
+    assert (result.exit_code, result.stderr) == (code, said)
+
+
+def test_other_processes_of_a_job_say_which_they_are(run, calls, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert run("info").stderr.splitlines()[-1].startswith("error in process 3: ")
+    assert run("info", "run").stdout == ""
+
+
+def test_an_unexpected_error_is_not_hidden(run, calls):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    sys.modules["dino.api"].info = fail  # type: ignore[attr-defined]
+    result = run("info", "run")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ZeroDivisionError)

@@ -1,0 +1,67 @@
+"""The command line as a process of its own: doors by path, light imports, exit codes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _python(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("door", ["patch", "region", "extract_features"])
+def test_doors_run_by_path_from_anywhere(door, tmp_path):
+    result = _python(str(ROOT / "dino" / f"{door}.py"), "--help", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("[OPTIONS]")[0].split("Usage: ")[1].startswith(f"{door}.py ")
+
+
+def test_a_door_run_by_path_ends_with_2_and_one_line(tmp_path):
+    result = _python(str(ROOT / "dino" / "patch.py"), "data_dir=a", "output_dir=b", "model.outdim=3", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "did you mean 'model.out_dim'?" in result.stderr
+
+
+@pytest.mark.parametrize("door", ["patch", "region", "extract_features"])
+def test_doors_leave_the_modules_of_the_package_out_of_the_top_level(door, tmp_path):
+    """Also in a spawned worker, which runs the file again under another name with the parent's path list."""
+    program = f"""
+import runpy, sys
+folder = {str(ROOT / "dino")!r}
+sys.path[0] = folder
+for name in ("__mp_main__", "__mp_main__"):
+    runpy.run_path(folder + "/{door}.py", run_name=name)
+    assert folder not in sys.path, sys.path
+    assert sys.path.count({str(ROOT)!r}) == 1, sys.path
+import dino.cli.main
+assert dino.__file__ == folder + "/__init__.py"
+"""
+    result = _python("-c", program, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_help_is_light(tmp_path):
+    program = """
+import sys
+from typer.testing import CliRunner
+from dino.cli.main import app
+assert CliRunner().invoke(app, ["pretrain", "patch", "--help"]).exit_code == 0
+heavy = {"torch", "timm", "hs2p", "openslide", "cv2", "matplotlib", "sklearn", "h5py", "pandas", "tensorboard", "wandb"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    result = _python("-c", program, cwd=tmp_path)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_the_module_is_the_command(tmp_path):
+    result = _python("-m", "dino", "--version", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert result.stdout.startswith("dino ")

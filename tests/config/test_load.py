@@ -1,0 +1,106 @@
+"""Layers of settings, and what is said about wrong ones."""
+
+from pathlib import Path
+
+import pytest
+
+from dino.config import schema
+from dino.config.load import REPLACED, flatten, identity_of, load_config, settings, to_dict, to_yaml
+from dino.errors import ConfigError
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / "my.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_words_win_over_the_file_over_the_recipe_over_the_defaults(tmp_path):
+    file = _write(tmp_path, "seed: 3\nmodel:\n  out_dim: 512\n  norm_last_layer: true\n")
+    config = load_config(schema.PatchConfig, recipe="patch", file=file, overrides=["model.out_dim=1024"])
+    assert config.model.out_dim == 1024
+    assert config.model.norm_last_layer is True
+    assert config.seed == 3
+    assert config.aug.color_jitter == 0.8
+
+
+def test_a_mapping_of_dotted_keys_does_the_same_as_words():
+    words = load_config(schema.PatchConfig, overrides=["optim.lr_scheduler.min_lr=1e-5", "evaluate.k=[5,10]"])
+    mapping = load_config(schema.PatchConfig, overrides={"optim.lr_scheduler.min_lr": 1e-5, "evaluate.k": [5, 10]})
+    assert words == mapping
+
+
+def test_resolved_yaml_loads_again_to_the_same(tmp_path):
+    config = load_config(schema.RegionConfig, recipe="region", overrides=["seed=7", "data_dir=/some where/root"])
+    assert load_config(schema.RegionConfig, file=_write(tmp_path, to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("model.out_dims=3", "did you mean 'model.out_dim'?"),
+        ("out_dim=3", "did you mean 'model.out_dim'?"),
+        ("training.n_epochs=3", "did you mean 'training.nepochs'?"),
+        ("model.out_dim=many", "expected int for 'model.out_dim'"),
+        ("model.use_bn_in_head=perhaps", "expected bool for 'model.use_bn_in_head'"),
+        ("aug.global_crops_scale=0.4", "aug.global_crops_scale"),
+        ("aug.global_crops_scale=[a,b]", "aug.global_crops_scale"),
+        ("model=vit_small", "model"),
+        ("speed.use_fp16=true", "speed.precision"),
+        ("model.out_dim=[1", "could not read the value"),
+        ("--model.out_dim=3", "expected key=value"),
+    ],
+)
+def test_a_wrong_word_gets_one_clear_line(word, said):
+    with pytest.raises(ConfigError) as caught:
+        load_config(schema.PatchConfig, overrides=[word])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model:\n  outdim: 3\n", "did you mean 'model.out_dim'?"),
+        ("- a\n- b\n", "found a list"),
+        ("model: [1\n", "could not read"),
+        ("seed: ${nowhere}\n", "could not read"),
+        ("seed: 1.5\n", "seed"),
+        ("training: 3\n", "training"),
+    ],
+)
+def test_a_wrong_file_gets_one_clear_line_with_its_name(tmp_path, text, said):
+    file = _write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(schema.PatchConfig, file=file)
+    assert said in str(caught.value)
+    assert "my.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere.yaml"):
+        load_config(schema.PatchConfig, file=tmp_path / "nowhere.yaml")
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    assert load_config(schema.TileConfig, file=_write(tmp_path, "")) == schema.TileConfig()
+
+
+def test_settings_reach_every_leaf_and_say_something_about_it():
+    for kind in (schema.PatchConfig, schema.RegionConfig, schema.TileConfig, schema.ExtractConfig, schema.KnnConfig):
+        listed = {item.key: item for item in settings(kind)}
+        assert set(listed) == set(flatten(to_dict(kind())))
+        assert all(len(item.help) >= 8 for item in listed.values())
+
+
+def test_only_settings_that_decide_what_is_computed_are_identity():
+    keys = identity_of(schema.PatchConfig())
+    assert {"seed", "model.arch", "training.nepochs", "optim.lr", "aug.solarize"} <= set(keys)
+    assert not {"output_dir", "speed.num_workers", "speed.device", "logging.wandb", "dry_run"} & set(keys)
+
+
+def test_no_key_is_both_known_and_gone():
+    known = {item.key for kind in (schema.PatchConfig, schema.RegionConfig) for item in settings(kind)}
+    assert not known & set(REPLACED)
