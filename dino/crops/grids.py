@@ -148,7 +148,8 @@ class GridCrops:
         return boxes[enough[0] if enough else int(np.argmax(held))]
 
     def _boxes(self, size: Sequence[int], count: int, rng: np.random.Generator) -> np.ndarray:
-        corners = rng.integers(0, np.array(self.grid_size) - size + 1, (count, 2))
+        most = [cells - side for cells, side in zip(self.grid_size, size, strict=True)]
+        corners = rng.integers(0, most, (count, 2), endpoint=True)
         return np.concatenate([corners, np.broadcast_to(size, (count, 2))], axis=1)  # (count, 4)
 
     @torch.no_grad()

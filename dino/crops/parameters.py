@@ -194,7 +194,7 @@ def draw_boxes(scale: np.ndarray, height: int, width: int, rng: np.random.Genera
     room = np.array([height, width]) - side
     corner = (rng.random((len(scale), 2)) * (room + 1)).astype(np.int64)
     boxes = np.concatenate([corner, side], axis=1)
-    boxes[~fits.any(axis=1)] = _central_box(height, width)
+    boxes[~np.any(fits, axis=1)] = _central_box(height, width)
     return boxes
 
 

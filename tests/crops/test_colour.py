@@ -1,0 +1,84 @@
+"""Colour operations against torchvision's on the same numbers, stain jitter against the formula in float64."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional as tv
+
+from dino.crops import colour
+
+FACTORS = torch.tensor([0.0, 0.3, 1.0, 1.4, 2.5])
+SHIFTS = torch.tensor([-0.5, -0.1, 0.0, 0.07, 0.5])
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    images[:, :, 0, :4] = 0.25  # grey: no hue
+    images[:, :, 0, 4:8] = 0.0
+    images[:, :, 0, 8:12] = 1.0
+    images[:, 0, 1] = images[:, 1, 1]  # ties between channels
+    images[:, 1, 2] = images[:, 2, 2]
+    images[:, 0, 3] = images[:, 2, 3]
+    return images
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "factors"),
+    [
+        (colour.adjust_brightness, tv.adjust_brightness, FACTORS),
+        (colour.adjust_contrast, tv.adjust_contrast, FACTORS),
+        (colour.adjust_saturation, tv.adjust_saturation, FACTORS),
+        (colour.adjust_hue, tv.adjust_hue, SHIFTS),
+    ],
+)
+def test_jitters_equal_torchvision_to_1e_5(images, ours, theirs, factors):
+    expected = torch.stack([theirs(image, float(f)) for image, f in zip(images, factors, strict=True)])
+    assert (ours(images.clone(), factors) - expected).abs().max() < 1e-5
+
+
+def test_grey_equals_torchvision(images):
+    assert (colour.grayscale(images.clone()) - tv.rgb_to_grayscale(images, 3)).abs().max() < 1e-6
+
+
+def test_solarize_equals_torchvision_and_pillow_on_8_bit_values(images):
+    levels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 4, 256).contiguous()
+    ours = colour.solarize(levels.float() / 255)
+    pillow = np.asarray(ImageOps.solarize(Image.fromarray(levels[0].permute(1, 2, 0).numpy()), 128))
+    assert np.array_equal((ours[0] * 255).round().permute(1, 2, 0).numpy(), pillow)
+    assert torch.equal(colour.solarize(images.clone()), tv.solarize(images, 128 / 255))
+
+
+def direct_hed(image: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Pixel by pixel, as Ruifrok & Johnston 2001 and Tellez et al. 2018 write it; (h, w, 3) float64."""
+    stains = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+    stains /= np.sqrt((stains**2).sum(axis=1, keepdims=True))
+    result = np.empty_like(image)
+    for place in np.ndindex(image.shape[:2]):
+        density = -np.log10(np.maximum(image[place], 1 / 255))
+        content = np.linalg.solve(stains.T, density)  # density = stains.T @ content
+        result[place] = 10 ** -(stains.T @ (content * scale + shift))
+    return result.clip(0, 1)
+
+
+def test_stain_jitter_equals_the_formula(images):
+    generator = np.random.default_rng(0)
+    scale, shift = generator.uniform(0.8, 1.2, (5, 3)), generator.uniform(-0.2, 0.2, (5, 3))
+    ours = colour.hed_jitter(images.clone(), torch.tensor(scale).float(), torch.tensor(shift).float())
+    for image, result, s, b in zip(images, ours, scale, shift, strict=True):
+        expected = direct_hed(image.permute(1, 2, 0).double().numpy(), s, b)
+        assert np.abs(result.permute(1, 2, 0).numpy() - expected).max() < 1e-5
+
+
+def test_stain_jitter_by_nothing_changes_nothing(images):
+    images = images.clamp_min(1 / 255)
+    ours = colour.hed_jitter(images.clone(), torch.ones(5, 3), torch.zeros(5, 3))
+    assert (ours - images).abs().max() < 1e-5
+
+
+def test_more_haematoxylin_absorbs_what_haematoxylin_absorbs():
+    white = torch.ones(1, 3, 2, 2)
+    moved = colour.hed_jitter(white, torch.ones(1, 3), torch.tensor([[0.05, 0.0, 0.0]]))[0, :, 0, 0]
+    vector = torch.tensor([0.65, 0.70, 0.29])
+    assert torch.allclose(-moved.log10(), 0.05 * vector / vector.norm(), atol=1e-6)

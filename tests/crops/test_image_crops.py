@@ -1,0 +1,160 @@
+"""The views of a batch of tiles: each sample by itself, in the right order, against torchvision step by step."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+from dino.crops import images as module
+from dino.crops.blur import blur_radius
+from dino.crops.images import ImageCrops
+from dino.crops.parameters import JITTER_ORDERS, ViewRecipe
+from dino.crops.resample import resize_dense
+from dino.randomness import generator
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SHARED = {
+    "horizontal_flip": 0.5,
+    "vertical_flip": 0.5,
+    "quarter_turns": True,
+    "color_jitter": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.2,
+    "hue": 0.1,
+    "grayscale": 0.2,
+}
+SHAPES = [(64, 64), (50, 61), (64, 40), (33, 35), (64, 64), (57, 64)]
+
+
+def recipes(**more) -> list[ViewRecipe]:
+    shared = {**SHARED, **more}
+    return [
+        ViewRecipe(48, (0.4, 1.0), blur=1.0, **shared),
+        ViewRecipe(48, (0.4, 1.0), blur=0.1, solarize=0.5, **shared),
+        *[ViewRecipe(20, (0.05, 0.4), blur=0.5, **shared)] * 4,
+    ]
+
+
+def batch(crops: ImageCrops, shapes=SHAPES) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    random = np.random.default_rng(0)
+    pixels = torch.zeros(len(shapes), 3, max(s[0] for s in shapes), max(s[1] for s in shapes), dtype=torch.uint8)
+    for row, (height, width) in enumerate(shapes):
+        pixels[row, :, :height, :width] = torch.from_numpy(random.integers(0, 256, (3, height, width), dtype=np.uint8))
+    drawn = [crops.draw(shape, None, generator(0, row, "crops")) for row, shape in enumerate(shapes)]
+    return pixels, {k: torch.from_numpy(np.stack([d[k] for d in drawn])) for k in drawn[0]}
+
+
+def step_by_step(image: torch.Tensor, view: dict[str, torch.Tensor], recipe: ViewRecipe) -> torch.Tensor:
+    """One view of one tile by torchvision's functions."""
+    size = [recipe.size] * 2
+    x = tv.resized_crop(
+        image.float() / 255, *view["box"].tolist(), size, interpolation=InterpolationMode.BICUBIC, antialias=True
+    ).clamp(0, 1)
+    x = tv.horizontal_flip(x) if view["flip_x"] else x
+    x = tv.vertical_flip(x) if view["flip_y"] else x
+    x = torch.rot90(x, int(view["turns"]), (-2, -1))
+    operations = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]
+    factors = [float(view[name]) for name in ("brightness", "contrast", "saturation", "hue")]
+    if view["jitter_order"] >= 0:
+        for index in JITTER_ORDERS[view["jitter_order"]]:
+            x = operations[index](x, factors[index])
+    x = tv.rgb_to_grayscale(x, 3) if view["grayscale"] else x
+    if view["sigma"] > 0:
+        kernel = 2 * blur_radius(recipe.blur_sigma[1], recipe.size) + 1
+        x = tv.gaussian_blur(x, [kernel] * 2, [float(view["sigma"])] * 2)
+    x = tv.solarize(x, 128 / 255) if view["solarize"] else x
+    return tv.normalize(x, list(MEAN), list(STD))
+
+
+@pytest.fixture(scope="module")
+def crops() -> ImageCrops:
+    return ImageCrops(recipes(), MEAN, STD)
+
+
+def test_every_view_equals_torchvision_with_the_same_parameters(crops):
+    pixels, parameters = batch(crops)
+    # Solarizing is a jump at 128: a value that rounding puts on its other side may differ, as one in 1e4 does.
+    groups = crops.apply(pixels, parameters)
+    assert [g.shape for g in groups] == [(2, 6, 3, 48, 48), (4, 6, 3, 20, 20)]
+    views = [view for group in groups for view in group]
+    assert parameters["solarize"].any() and parameters["grayscale"].any() and (parameters["turns"] == 3).any()
+    for number, (view, recipe) in enumerate(zip(views, crops.views, strict=True)):
+        for row in range(len(pixels)):
+            drawn = {name: value[row, number] for name, value in parameters.items()}
+            wrong = (view[row] - step_by_step(pixels[row], drawn, recipe)).abs() > 1e-4
+            assert wrong.float().mean() <= (1e-3 if drawn["solarize"] else 0)
+
+
+@pytest.mark.parametrize("stains", [0.0, 0.5])
+def test_a_sample_does_not_depend_on_its_batch(stains):
+    crops = ImageCrops(recipes(hed_jitter=stains), MEAN, STD)
+    pixels, parameters = batch(crops)
+    together = crops.apply(pixels, parameters)
+    order = [3, 1, 5, 0, 4, 2]
+    shuffled = crops.apply(pixels[order], {k: v[order] for k, v in parameters.items()})
+    for a, b in zip(together, shuffled, strict=True):
+        assert close(a[:, order], b)
+    for row in range(len(pixels)):
+        height, width = SHAPES[row]  # alone, a tile is not padded either
+        one = {k: v[row : row + 1] for k, v in parameters.items()}
+        for a, b in zip(together, crops.apply(pixels[row : row + 1, :, :height, :width], one), strict=True):
+            assert close(a[:, row : row + 1], b)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to rounding but where solarizing's jump at 128 magnifies it."""
+    return bool((((a - b).abs() > 1e-5).float().mean() < 1e-3).item())
+
+
+def test_the_same_call_gives_the_same_bits_and_leaves_its_input(crops):
+    pixels, parameters = batch(crops)
+    before = pixels.clone(), {k: v.clone() for k, v in parameters.items()}
+    first, second = crops.apply(pixels, parameters), crops.apply(pixels, parameters)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(pixels, before[0])
+    assert all(torch.equal(parameters[k], before[1][k]) for k in parameters)
+
+
+def test_the_form_for_gpus_gives_the_same_views(crops, monkeypatch):
+    pixels, parameters = batch(crops)
+    boxed = crops.apply(pixels, parameters)
+    monkeypatch.setattr(module, "resize_boxed", resize_dense)
+    monkeypatch.setattr(module, "CACHED_VALUES", 2**40)  # recolours the whole batch at once, too
+    for a, b in zip(boxed, crops.apply(pixels, parameters), strict=True):
+        assert ((a - b).abs() > 2e-4).float().mean() < 1e-3
+
+
+def test_autocast_does_not_touch_pixels(crops):
+    pixels, parameters = batch(crops)
+    expected = crops.apply(pixels, parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = crops.apply(pixels, parameters)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_groups_follow_the_sizes():
+    one = ViewRecipe(32, (0.4, 1.0))
+    assert ImageCrops([one] * 2, MEAN, STD).groups == [2]
+    assert ImageCrops([one] * 3, MEAN, STD).groups == [3]
+    assert ImageCrops([one, one, ViewRecipe(16, (0.1, 0.4))], MEAN, STD).groups == [2, 1]
+
+
+def test_drawing_needs_only_the_seed_and_the_draw(crops):
+    a, b = (crops.draw((64, 64), None, generator(0, 12, "crops")) for _ in range(2))
+    assert all(np.array_equal(a[k], b[k]) and len(a[k]) == 6 for k in a)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_views_of_a_cpu_and_is_never_waited_for(crops):
+    pixels, parameters = batch(crops)
+    crops.apply(pixels.cuda(), parameters)  # constants are copied once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = crops.apply(pixels.cuda(non_blocking=True), parameters)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(crops.apply(pixels, parameters), found, strict=True):
+        assert ((a - b.cpu()).abs() > 1e-3).float().mean() < 1e-3

@@ -1,0 +1,192 @@
+"""Drawn parameters against the distributions that they are meant to have."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torchvision.transforms import RandomResizedCrop
+
+from dino.crops.parameters import JITTER_ORDERS, ViewDrawer, ViewRecipe, draw_boxes, draw_view
+from dino.errors import ConfigError
+from dino.randomness import generator
+
+DRAWS = 4000
+LEAST_P = 1e-3  # of each test below; the seeds are fixed, so nothing here fails by chance
+RECIPE = ViewRecipe(
+    size=96,
+    scale=(0.1, 0.4),
+    horizontal_flip=0.5,
+    vertical_flip=0.3,
+    quarter_turns=True,
+    hed_jitter=0.5,
+    hed_strength=0.05,
+    color_jitter=0.8,
+    brightness=0.4,
+    contrast=0.2,
+    saturation=1.5,
+    hue=0.1,
+    grayscale=0.2,
+    blur=0.6,
+    blur_sigma=(0.1, 2.0),
+    solarize=0.25,
+)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, np.ndarray]:
+    drawer = ViewDrawer([RECIPE] * DRAWS)
+    return drawer(512, 512, generator(3, 0, "crops"))
+
+
+def uniform_p(values: np.ndarray, low: float, high: float) -> float:
+    return stats.kstest(values, stats.uniform(low, high - low).cdf).pvalue
+
+
+def even_p(values: np.ndarray, choices: int) -> float:
+    return stats.chisquare(np.bincount(values, minlength=choices)).pvalue
+
+
+def test_box_areas_are_uniform_and_ratios_log_uniform(drawn):
+    # In a large tile every attempt fits, and rounding to px does not show.
+    box = draw_boxes(np.tile([[0.1, 0.4]], (DRAWS, 1)), 20000, 20000, generator(4, 0, "crops")).astype(float)
+    assert uniform_p(box[:, 2] * box[:, 3] / 20000**2, 0.1, 0.4) > LEAST_P
+    assert uniform_p(np.log(box[:, 3] / box[:, 2]), math.log(3 / 4), math.log(4 / 3)) > LEAST_P
+    for corner, side in ((box[:, 0], box[:, 2]), (box[:, 1], box[:, 3])):
+        assert uniform_p(corner / (20000 - side), 0, 1) > LEAST_P
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale"), [(256, 256, (0.4, 1.0)), (100, 180, (0.05, 0.9)), (7, 9, (0.05, 0.4))]
+)
+def test_boxes_are_distributed_as_torchvision_draws_them(height, width, scale):
+    # The reference runs torchvision's own code, rejected attempts included.
+    torch.manual_seed(0)
+    picture = torch.empty(3, height, width)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(picture, list(scale), [3 / 4, 4 / 3]) for _ in range(DRAWS)], dtype=float
+    )
+    ours = draw_boxes(np.tile([scale], (DRAWS, 1)), height, width, generator(5, 0, "crops")).astype(float)
+    for quantity in (*range(4), "area", "ratio"):
+        a, b = (
+            {"area": x[:, 2] * x[:, 3], "ratio": x[:, 3] / x[:, 2]}[quantity]
+            if isinstance(quantity, str)
+            else x[:, quantity]
+            for x in (ours, theirs)
+        )
+        assert stats.ks_2samp(a, b).pvalue > LEAST_P, quantity
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 200), (200, 10), (1, 1), (3, 2)])
+def test_narrow_tiles_get_the_central_box_of_torchvision(height, width):
+    # The whole area never fits at ratios within 3/4 .. 4/3 of a tile this narrow.
+    if max(height, width) > 4:
+        torch.manual_seed(0)
+        expected = RandomResizedCrop.get_params(torch.empty(3, height, width), [1.0, 1.0], [3 / 4, 4 / 3])
+        boxes = draw_boxes(np.array([[1.0, 1.0]] * 20), height, width, generator(0, 0, "crops"))
+        assert (boxes == np.array(expected)).all()
+    for seed in range(20):
+        top, left, h, w = draw_boxes(np.array([[0.05, 1.0]]), height, width, generator(seed, 0, "crops"))[0]
+        assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h > 0 and w > 0
+
+
+@pytest.mark.parametrize(("name", "chance"), [("flip_x", 0.5), ("flip_y", 0.3), ("grayscale", 0.2), ("solarize", 0.25)])
+def test_probabilities(drawn, name, chance):
+    assert stats.binomtest(int(drawn[name].sum()), DRAWS, chance).pvalue > LEAST_P
+
+
+def test_turns_are_even(drawn):
+    assert even_p(drawn["turns"], 4) > LEAST_P
+
+
+def test_jitter_has_its_probability_and_every_order(drawn):
+    on = drawn["jitter_order"] >= 0
+    assert stats.binomtest(int(on.sum()), DRAWS, 0.8).pvalue > LEAST_P
+    assert even_p(drawn["jitter_order"][on], 24) > LEAST_P
+    assert sorted(Counter(map(tuple, JITTER_ORDERS.tolist()))) == sorted({tuple(o) for o in JITTER_ORDERS.tolist()})
+    assert len({tuple(o) for o in JITTER_ORDERS.tolist()}) == 24
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("brightness", 0.6, 1.4), ("contrast", 0.8, 1.2), ("saturation", 0.0, 2.5), ("hue", -0.1, 0.1)],
+)
+def test_jitter_factors_are_uniform_and_neutral_when_off(drawn, name, low, high):
+    on = drawn["jitter_order"] >= 0
+    assert uniform_p(drawn[name][on], low, high) > LEAST_P
+    assert (drawn[name][~on] == (0 if name == "hue" else 1)).all()
+
+
+def test_stain_jitter(drawn):
+    on = (drawn["hed_scale"] != 1).any(axis=1)
+    assert stats.binomtest(int(on.sum()), DRAWS, 0.5).pvalue > LEAST_P
+    for stain in range(3):
+        assert uniform_p(drawn["hed_scale"][on, stain], 0.95, 1.05) > LEAST_P
+        assert uniform_p(drawn["hed_shift"][on, stain], -0.05, 0.05) > LEAST_P
+    assert (drawn["hed_shift"][~on] == 0).all()
+    columns = np.concatenate([drawn["hed_scale"][on], drawn["hed_shift"][on]], axis=1)
+    assert np.abs(np.corrcoef(columns.T) - np.eye(6)).max() < 0.1
+
+
+def test_blur(drawn):
+    on = drawn["sigma"] > 0
+    assert stats.binomtest(int(on.sum()), DRAWS, 0.6).pvalue > LEAST_P
+    assert uniform_p(drawn["sigma"][on], 0.1, 2.0) > LEAST_P
+
+
+def test_a_draw_depends_on_seed_and_draw_alone():
+    drawer = ViewDrawer([RECIPE] * 10)
+    again = [drawer(256, 224, generator(1, 7, "crops")) for _ in range(2)]
+    other = drawer(256, 224, generator(1, 8, "crops"))
+    for name, value in again[0].items():
+        assert np.array_equal(value, again[1][name]), name
+    assert not np.array_equal(again[0]["box"], other["box"])
+
+
+def test_changing_one_probability_leaves_the_rest_as_drawn():
+    changed = {"solarize": 1.0, "color_jitter": 0.0, "blur": 0.0}
+    settings = {n: getattr(RECIPE, n) for n in RECIPE.__dataclass_fields__}
+    a, b = (
+        ViewDrawer([r])(256, 256, generator(0, 0, "crops")) for r in (RECIPE, ViewRecipe(**{**settings, **changed}))
+    )
+    for name in ("box", "flip_x", "flip_y", "turns", "hed_scale", "hed_shift", "grayscale"):
+        assert np.array_equal(a[name], b[name]), name
+
+
+def test_one_view_has_the_documented_types():
+    view = draw_view(RECIPE, 256, 256, generator(0, 0, "crops"))
+    assert {k: (str(v.dtype), v.shape) for k, v in view.items()} == {
+        "box": ("int64", (4,)),
+        "flip_x": ("bool", ()),
+        "flip_y": ("bool", ()),
+        "turns": ("int64", ()),
+        "hed_scale": ("float32", (3,)),
+        "hed_shift": ("float32", (3,)),
+        "jitter_order": ("int64", ()),
+        "brightness": ("float32", ()),
+        "contrast": ("float32", ()),
+        "saturation": ("float32", ()),
+        "hue": ("float32", ()),
+        "grayscale": ("bool", ()),
+        "sigma": ("float32", ()),
+        "solarize": ("bool", ()),
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scale": (0.5, 0.4)},
+        {"scale": (0.0, 0.4)},
+        {"size": 0},
+        {"blur": 1.5},
+        {"blur_sigma": (0.0, 1.0)},
+        {"hue": 0.6},
+        {"brightness": -0.1},
+    ],
+)
+def test_impossible_recipes_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        ViewRecipe(**{"size": 96, "scale": (0.1, 0.4), **wrong})
