@@ -1,0 +1,216 @@
+"""The whole chain on the sample slide that ships with the package, in a few minutes and without a GPU.
+
+It is the product's own code at small sizes: tiles overlap by half and regions by all but one cell, because the slide is
+small. It proves the plumbing, not the model.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.table import Table
+
+from dino import api, progress
+from dino.api.own_place import measure_own_place
+from dino.api.report_evidence import open_run
+from dino.api.reporting import last_metrics, report, versions
+from dino.config.load import load_config, to_dict
+from dino.config.schema import DemoConfig, ExtractConfig, PatchConfig, RegionConfig, TileConfig
+from dino.files import write_json
+from dino.slides.sample import sample_slide
+
+Result = TypeVar("Result")
+
+NOTICE = (
+    "This is the demo: one small slide, a tiny network, a few minutes of training. It shows that every step of the "
+    "chain works and how to read what comes out of it. It proves the plumbing, not the model: with a few hundred "
+    "overlapping tiles there is next to nothing to learn, and none of these numbers says how a real run will do."
+)
+
+
+@dataclass
+class DemoSummary:
+    """What the demo came to; written as ``summary.json``.
+
+    Attributes:
+        directory: Where everything lies.
+        report: The HTML report.
+        tiles: How many tiles were cut.
+        regions: How many regions were formed.
+        losses: Last loss of each level as a share of ln K.
+        entropies: Last teacher entropy of each level as a share of ln K.
+        own_place: Shares of tiles that find their own place: teacher, untrained, pixels, and the number of tiles.
+        verdicts: Word and sentence on each level.
+        results: One line on each stage.
+        seconds: Seconds of each stage; a stage that was done before keeps what it took then.
+        settings: Settings of the demo.
+        versions: Versions that the numbers depend on.
+    """
+
+    directory: Path
+    report: Path
+    tiles: int = 0
+    regions: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    entropies: dict[str, float] = field(default_factory=dict)
+    own_place: dict[str, Any] = field(default_factory=dict)
+    verdicts: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    results: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def run_demo(directory: Path, config: DemoConfig) -> DemoSummary:
+    """Tile, pretrain both levels, extract, judge and report, all under ``directory``.
+
+    Run again in the same folder it goes on where it was: every verb skips what it has done.
+
+    Args:
+        directory: Output folder, made when absent.
+        config: Seed, steps and device.
+
+    Returns:
+        The numbers, which ``summary.json`` holds too.
+
+    Raises:
+        ConfigError: If ``directory`` holds a demo with other settings.
+        Stopped: If a signal asked for it; run again to go on.
+    """
+    directory = directory.absolute()
+    summary = DemoSummary(directory, directory / "report.html", settings=to_dict(config), versions=versions())
+    summary.seconds.update(_earlier_seconds(directory / "summary.json"))
+    root, patch, region = directory / "slides", directory / "patch", directory / "region"
+    extraction = ExtractConfig(device=config.device, num_workers=max(1, config.num_workers))
+
+    tiling = _stage(summary, "tile", lambda: api.tile([sample_slide()], root, tile_config()))
+    summary.tiles, summary.regions = tiling.tiles, tiling.regions
+    summary.results["tile"] = f"{tiling.tiles} tiles, {tiling.regions} regions"
+
+    _stage(summary, "pretrain patch", lambda: api.pretrain(patch_config(root, patch, config)))
+    _note_run(summary, "patch", patch)
+
+    _stage(summary, "extract tiles", lambda: api.extract(str(patch), root, extraction))
+    summary.results["extract tiles"] = f"{tiling.regions} feature grids"
+
+    _stage(summary, "pretrain region", lambda: api.pretrain(region_config(root, region, config)))
+    _note_run(summary, "region", region)
+
+    _stage(summary, "extract regions", lambda: api.extract(str(region), root, extraction))
+    summary.results["extract regions"] = "one .h5 for the slide"
+
+    summary.own_place = _stage(summary, "evaluate", lambda: _own_place(root, patch, config))
+    found = "own place found: trained {teacher:.0%}, untrained {untrained:.0%}, pixels {pixels:.0%}"
+    summary.results["evaluate"] = found.format(**summary.own_place)
+
+    page = {"own_place": summary.own_place, "notice": NOTICE, "device": config.device}
+    _stage(summary, "report", lambda: report(root, patch, region, summary.report, **page))
+    summary.results["report"] = f"{summary.report.stat().st_size / 1e6:.1f} MB"
+    write_json(directory / "summary.json", asdict(summary))
+    _print(summary)
+    return summary
+
+
+def tile_config() -> TileConfig:
+    """Tiles that overlap by half, regions of 4 x 4 of them that overlap by all but one cell."""
+    return TileConfig(overlap=0.5, region_size_px=1024, region_overlap_cells=3, num_workers=1)
+
+
+def patch_config(root: Path, run: Path, config: DemoConfig) -> PatchConfig:
+    """The pathology recipe at a size for two cores: ViT-Ti, crops of 96 and 48 px."""
+    return load_config(
+        PatchConfig,
+        recipe="patch_pathology",
+        overrides={
+            **_common(root, run, config, config.patch_steps),
+            "model.arch": "vit_tiny",
+            "model.out_dim": 2048,
+            "training.batch_size_per_gpu": 32,
+            "aug.global_crops_size": 96,
+            "aug.local_crops_size": 48,
+            "aug.local_crops_number": 6,
+        },
+    )
+
+
+def region_config(root: Path, run: Path, config: DemoConfig) -> RegionConfig:
+    """The region recipe with a small head."""
+    return load_config(
+        RegionConfig,
+        recipe="region",
+        overrides={
+            **_common(root, run, config, config.region_steps),
+            "model.out_dim": 1024,
+            "training.batch_size_per_gpu": 32,
+        },
+    )
+
+
+def _common(root: Path, run: Path, config: DemoConfig, steps: int) -> dict[str, Any]:
+    """What both levels share: with so few samples the teacher has to follow within tens of steps, not thousands."""
+    return {
+        "data_dir": str(root),
+        "output_dir": str(run),
+        "seed": config.seed,
+        "model.hidden_dim": 512,
+        "model.bottleneck_dim": 128,
+        "model.momentum_teacher": 0.98,
+        "model.drop_path_rate": 0.0,
+        "training.max_steps": steps,
+        "training.warmup_epochs": 3,
+        "optim.lr": 0.004,
+        "speed.device": config.device,
+        "speed.num_workers": config.num_workers,
+        "logging.every_steps": 5,
+    }
+
+
+def _stage(summary: DemoSummary, name: str, work: Callable[[], Result]) -> Result:
+    progress.say(f"\n{name}")
+    start = time.monotonic()
+    result = work()
+    # A stage that an earlier run has done takes no time now: what it took then is what a reader wants to know.
+    summary.seconds[name] = round(max(time.monotonic() - start, summary.seconds.get(name, 0.0)), 1)
+    write_json(summary.directory / "summary.json", asdict(summary))
+    return result
+
+
+def _note_run(summary: DemoSummary, level: str, run: Path) -> None:
+    last = last_metrics([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+    verdict = json.loads((run / "status.json").read_text())["verdict"]
+    summary.losses[level] = last["loss_relative"]
+    summary.entropies[level] = last["teacher_entropy_relative"]
+    summary.verdicts[level] = verdict
+    summary.results[f"pretrain {level}"] = (
+        f"{verdict['word']}; {last['step']} steps, loss {last['loss_relative']:.3f} ln K"
+    )
+
+
+def _own_place(root: Path, run: Path, config: DemoConfig) -> dict[str, Any]:
+    networks = open_run(run, PatchConfig)
+    return measure_own_place(
+        root, networks.trained, networks.untrained, device=config.device, seed=config.seed
+    ).to_dict()
+
+
+def _earlier_seconds(path: Path) -> dict[str, float]:
+    try:
+        return dict(json.loads(path.read_text())["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _print(summary: DemoSummary) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("stage")
+    table.add_column("result")
+    table.add_column("seconds", justify="right")
+    for name, seconds in summary.seconds.items():
+        table.add_row(name, summary.results.get(name, ""), f"{seconds:.0f}")
+    table.add_row("in all", "", f"{sum(summary.seconds.values()):.0f}")
+    progress.say("")
+    progress.console.print(table)
+    progress.say(f"\n{summary.report}\n{summary.directory / 'summary.json'}")
