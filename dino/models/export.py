@@ -16,6 +16,8 @@ from dino.models.transforms import TRANSFORMS
 from dino.models.vit import timm_arguments
 from dino.models.weights import FORMAT, SECTION, LoadedBackbone
 
+REGION_CELLS = (16, 16)  # of 256 px in a region of 4096 px, where the checkpoint does not say
+
 # Which timm entry makes which of this package's architectures; its arguments are all given, so that any would do.
 ENTRIES = {
     "vit_tiny": "vit_tiny_patch16_224",
@@ -29,14 +31,13 @@ def export_backbone(loaded: LoadedBackbone, directory: Path, tile_size_px: int =
     """Write ``config.json`` and ``model.safetensors``.
 
     timm resizes positions by a rule of its own; so the table is written as this package's rule makes it for
-    ``tile_size_px`` (level 2: for as many cells as make a region, 16), and timm then gives this package's features at
-    that size. Level-2 exports name the architecture ``hvit_xs``, which timm knows after ``import dino``.
+    ``tile_size_px`` (level 2: for the grid of a region), and timm then gives this package's features at that size.
+    Level-2 exports name the architecture ``hvit_xs``, which timm knows after ``import dino``.
 
     Args:
         loaded: What to export.
         directory: Where; created when absent, files in it replaced.
-        tile_size_px: Side of the tiles that the export is for; a level-2 export keeps its own table where its side is
-            not that of 16 cells.
+        tile_size_px: Side of the tiles that a level-1 export is for.
 
     Raises:
         ConfigError: The patch size does not divide ``tile_size_px``.
@@ -52,16 +53,15 @@ def export_backbone(loaded: LoadedBackbone, directory: Path, tile_size_px: int =
         "pretrained_cfg": _pretrained_config(loaded, spec),
         SECTION: _history(loaded, spec),
     }
+    (directory / "config.json").unlink(missing_ok=True)  # until the new one stands, the folder is not an export
     write_bytes(directory / "model.safetensors", save(_baked(loaded, spec), metadata={"format": "pt"}))
     write_json(directory / "config.json", json.loads(json.dumps(config, default=str)))
 
 
-REGION_CELLS = 16
-
-
 def _input_size(loaded: LoadedBackbone, tile_size_px: int) -> tuple[int, int]:
     if loaded.level == "region":
-        return (REGION_CELLS, REGION_CELLS)
+        cells = loaded.region_cells or REGION_CELLS
+        return (cells[0], cells[1])
     patch_size = loaded.backbone.spec.patch_size
     if tile_size_px < patch_size or tile_size_px % patch_size:
         near = max(1, round(tile_size_px / patch_size)) * patch_size
@@ -79,7 +79,7 @@ def _baked(loaded: LoadedBackbone, spec: BackboneSpec) -> dict[str, Tensor]:
 
 
 def _entry(spec: BackboneSpec) -> tuple[str, dict[str, Any]]:
-    """timm's name and the arguments to give with it."""
+    """The name that timm knows, and the arguments to give with it."""
     shape = shape_of(spec.arch)
     if shape is None:
         return spec.arch, {"img_size": list(spec.img_size), "num_classes": 0, "global_pool": "token"}
@@ -115,7 +115,11 @@ def _history(loaded: LoadedBackbone, spec: BackboneSpec) -> dict[str, Any]:
         "step": loaded.step,
         "spec": spec.to_dict(),
         "transform": loaded.transform.to_dict() if loaded.transform else None,
-        "geometry": {"spacing_um": loaded.spacing_um, "tile_size_px": loaded.tile_size_px},
+        "geometry": {
+            "spacing_um": loaded.spacing_um,
+            "tile_size_px": loaded.tile_size_px,
+            "region_cells": loaded.region_cells,
+        },
         "config": loaded.config,
         "source": loaded.source,
         "source_fingerprint": loaded.fingerprint,

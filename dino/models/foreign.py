@@ -1,7 +1,8 @@
 """Checkpoints of others: what their tensors are called here, and which backbone they belong to.
 
-Known layouts: facebookresearch/dino (``student`` and ``teacher`` with ``module.`` and ``backbone.`` before the names, or
-a bare state dict), HIPT's two levels (the second with ``phi.0`` for the embedding), torch.compile's ``_orig_mod.``, timm.
+Known layouts: facebookresearch/dino (``student`` and ``teacher`` with ``module.`` and ``backbone.`` before the names,
+or a bare state dict), HIPT's two levels (the second with ``phi.0`` for the embedding), torch.compile's ``_orig_mod.``,
+and timm.
 """
 
 import math

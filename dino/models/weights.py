@@ -19,6 +19,7 @@ from dino.progress import say
 
 FORMAT = "histodino/1"
 TIMM = "timm:"
+DETAILS = ("total_steps", "versions", "training_slides")
 SECTION = "histodino"  # of an export's config.json
 __all__ = [
     "TRANSFORMS",
@@ -57,6 +58,7 @@ class LoadedBackbone:
         source: Path of the file or folder, or ``timm:NAME``.
         spacing_um: µm per px that it was trained at, where known.
         tile_size_px: Side of the tiles that it was trained on, where known.
+        region_cells: (h, w) of the grids that a level-2 model was trained on, where known.
         own: Whether this package trained it.
         step: Optimizer steps of training, where known.
         config: Settings of the run, where known.
@@ -71,6 +73,7 @@ class LoadedBackbone:
     source: str
     spacing_um: float | None = None
     tile_size_px: int | None = None
+    region_cells: tuple[int, int] | list[int] | None = None
     own: bool = False
     step: int | None = None
     config: dict | None = None
@@ -117,8 +120,8 @@ def load_backbone_file(
 def init_from(backbone: Backbone, source: str | Path, arch: str | None = None) -> LoadedBackbone:
     """Give a backbone the weights of another as its start; nothing changes when any of them does not fit.
 
-    The source's position table is taken as it is: the backbone's table, and ``img_size`` in its spec, become those of the
-    source. Call it before optimizers and wrappers see the parameters.
+    The source's position table is taken as it is: the backbone's table, and ``img_size`` in its spec, become those of
+    the source. Call it before optimizers and wrappers see the parameters.
 
     Args:
         backbone: What to start; its rule for resizing positions stays.
@@ -200,10 +203,11 @@ def _with_history(loaded: LoadedBackbone, content: Mapping[str, Any]) -> LoadedB
         transform=Transform.from_dict(stored) if stored else None,
         spacing_um=geometry.get("spacing_um"),
         tile_size_px=geometry.get("tile_size_px"),
+        region_cells=geometry.get("region_cells"),
         own=bool(content.get("own", True)),
         step=content.get("step"),
         config=content.get("config"),
-        details={key: content[key] for key in ("total_steps", "versions", "training_slides") if key in content},
+        details={key: content[key] for key in DETAILS if key in content},
     )
 
 
