@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from dino.errors import ConfigError, DataError
+from dino.extraction.embed import embed, grids_as_they_are, normaliser
+from dino.models.backbone import BackboneSpec, build_backbone
+
+CPU = torch.device("cpu")
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return build_backbone(BackboneSpec("vit:dim=32,depth=2,heads=2", "patch", 3, (32, 32), 16), seed=0)
+
+
+@pytest.fixture(scope="module")
+def tiles():
+    return torch.randint(0, 256, (12, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-6), ("fp32", 1e-5), ("bf16", 0.02)])
+def test_one_big_batch_agrees_with_many_small(backbone, tiles, precision, tolerance):
+    normalise = normaliser(MEAN, STD, 16)
+    big = embed(backbone, [tiles], normalise, CPU, precision)
+    small = embed(backbone, tiles.split(1), normalise, CPU, precision)
+    assert big.dtype == torch.float32 and big.shape == (12, 32)
+    torch.testing.assert_close(small, big, rtol=0, atol=tolerance)
+
+
+def test_features_are_those_of_the_bare_backbone(backbone, tiles):
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    with torch.no_grad():
+        wanted = backbone((tiles / 255 - mean) / std).cls
+    torch.testing.assert_close(embed(backbone, tiles.split(5), normaliser(MEAN, STD, 16), CPU, "fp32"), wanted)
+
+
+def test_modes_and_number_format_are_restored(backbone, tiles):
+    backbone.train()
+    backbone.vit.blocks[0].eval()
+    features = embed(backbone, [tiles], normaliser(MEAN, STD, 16), CPU, "fp64")
+    assert backbone.training and backbone.vit.blocks[1].training and not backbone.vit.blocks[0].training
+    assert next(backbone.parameters()).dtype == torch.float32
+    (features * torch.ones(32, requires_grad=True)).sum().backward()  # no inference tensor leaves the room
+
+
+def test_modes_are_restored_after_an_error(backbone):
+    backbone.train()
+    with pytest.raises(ConfigError):
+        embed(backbone, [torch.zeros(1, 5, 32, 32, dtype=torch.uint8)], grids_as_they_are, CPU, "fp32")
+    assert backbone.training
+
+
+def test_sizes_that_do_not_fit_are_resized_whole():
+    tile = torch.zeros(1, 3, 50, 71, dtype=torch.uint8)
+    tile[..., :4] = 255  # a bright border, which a centre crop would lose
+    normalised = normaliser((0, 0, 0), (1, 1, 1), 16)(tile)
+    assert normalised.shape[-2:] == (48, 64)
+    assert normalised[..., 0].mean() > 0.9 and normalised[..., -1].mean() < 0.1
+    assert normaliser((0, 0, 0), (1, 1, 1), 16, (224, 224))(tile).shape[-2:] == (224, 224)
+
+
+def test_grids_are_embedded_as_they_are():
+    backbone = build_backbone(BackboneSpec("vit:dim=16,depth=1,heads=2", "region", 8, (4, 4), 1), seed=0)
+    grids = torch.randn(3, 8, 4, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = backbone(grids).cls
+    torch.testing.assert_close(embed(backbone, [grids], grids_as_they_are, CPU, "fp32"), wanted)
+
+
+def test_broken_features_are_refused(backbone):
+    with pytest.raises(DataError, match="finite"):
+        embed(backbone, [torch.full((1, 3, 32, 32), torch.nan)], grids_as_they_are, CPU, "fp32")
+
+
+def test_no_batches_make_no_features(backbone):
+    assert embed(backbone, [], grids_as_they_are, CPU, "fp32").shape == (0, 32)
+
+
+def test_unknown_names_are_refused(backbone, tiles):
+    with pytest.raises(ConfigError, match="fp16"):
+        embed(backbone, [tiles], normaliser(MEAN, STD, 16), CPU, "fp16")
