@@ -94,7 +94,7 @@ def _prepare(loaded: LoadedBackbone, root: Path, config: ExtractConfig) -> list[
     if level_1.get("embed_dim", loaded.backbone.spec.input_dim) != loaded.backbone.spec.input_dim:
         raise DataError(
             f"expected grids of D={loaded.backbone.spec.input_dim}, which {loaded.source} was trained on, found "
-            f"D={level_1['embed_dim']} by {level_1.get('model')} in {root}; extract with the level-1 model it belongs to"
+            f"D={level_1['embed_dim']} by {level_1.get('model')} in {root}; extract with its level-1 model"
         )
     grids = {key: level_1.get(key) for key in ("fingerprint", "transform", "precision")} if level_1 else None
     record = {

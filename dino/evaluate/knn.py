@@ -1,6 +1,7 @@
 """Weighted k-nearest-neighbour classification of frozen features."""
 
 from collections.abc import Hashable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -92,8 +93,9 @@ def knn_scores(
     return scores
 
 
+@cache
 def capped_k(k: int, references: int) -> int:
-    """``k``, or the size of the reference set where that is smaller (with a warning)."""
+    """``k``, or the size of the reference set where that is smaller (with a warning, given once)."""
     if k > references:
         progress.warn(f"k={k} is more than the {references} references; all {references} of them vote")
     return min(k, references)
