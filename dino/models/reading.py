@@ -14,7 +14,7 @@ from dino.errors import CheckpointError
 from dino.progress import say
 
 RUN_CHOICES = ("best.pt", "last.pt")
-# The code that ran into a refused name puts it here: "Unsupported global: GLOBAL posix.system was not an allowed ..."
+# In torch's message: "Unsupported global: GLOBAL pathlib.Path was not ...", "unsupported GLOBAL posix.system whose ..."
 REFUSED = re.compile(r"GLOBAL ([\w.]+)")
 
 
@@ -97,12 +97,12 @@ def fingerprint(module: nn.Module, note: str = "") -> str:
 
 def _reason(path: Path, error: Exception) -> str:
     refused = REFUSED.search(str(error))
-    if refused and "Unsupported global" in str(error):
+    if refused:
         return (
             f"{path}: reading it would run code ({refused.group(1)}), which is refused: save its tensors alone, "
             "where you trust it, with torch.save(torch.load(file, weights_only=False)['teacher'], new_file)"
         )
-    return f"{path}: expected a checkpoint, found a file that is damaged, cut off or none ({_first_line(error)})"
+    return f"{path}: expected a checkpoint, found a file that is damaged, cut off or none ({type(error).__name__})"
 
 
 def _first_line(error: Exception) -> str:

@@ -5,10 +5,11 @@ import copy
 import pytest
 import timm
 import torch
+from torch import nn
+
 from dino.errors import ConfigError
 from dino.models.backbone import Backbone, BackboneSpec, build_backbone
 from dino.models.spec import SHAPES, arch_of, shape_of
-from torch import nn
 
 ALL = frozenset({"cls", "patches"})
 NARROW = "vit:dim=24,depth=3,heads=2"

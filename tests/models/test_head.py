@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from dino.models.head import DINOHead
 from torch import nn
 from torch.nn.utils import parametrizations
+
+from dino.models.head import DINOHead
 
 
 def test_equals_torchs_weight_norm() -> None:

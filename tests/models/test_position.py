@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from timm.layers import resample_abs_pos_embed
+from torch.nn import functional as F
+
 from dino.errors import ConfigError
 from dino.models.backbone import BackboneSpec, build_backbone
 from dino.models.position import resampling_matrix
-from timm.layers import resample_abs_pos_embed
-from torch.nn import functional as F
 
 
 def cubic(distance: float, a: float = -0.75) -> float:
