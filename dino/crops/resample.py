@@ -65,8 +65,8 @@ def resize_dense(pixels: Tensor, box: Tensor, flip_x: Tensor, flip_y: Tensor, tr
     geometry = torch.cat([box, flip_x[..., None], flip_y[..., None]], dim=-1)  # (V, B, 6)
     geometry = to_device(geometry, pixels.device)
     share = max(1, DENSE_BYTES // (4 * channels * height * views * size))
-    for rows in torch.arange(batch).split(share):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    for start in range(0, batch, share):
+        part = slice(start, start + share)
         top, left, box_height, box_width, mirrored, flipped = geometry[:, part].transpose(0, 1).unbind(-1)  # (b, V)
         across = resize_weights(left, box_width, mirrored.bool(), size, width)  # (b, V, s, W)
         down = resize_weights(top, box_height, flipped.bool(), size, height)  # (b, V, s, H)

@@ -58,10 +58,10 @@ def test_fp32_is_safe_for_large_logits(scale):
     single = student.detach().float().requires_grad_()
     loss = dino_loss(single, targets.float(), 0.04)
     loss.backward()
-    assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     (gradient,) = torch.autograd.grad(expected, student)
     # A logit of 100 / 0.04 is itself rounded by 1e-4 in fp32.
-    assert (single.grad - gradient).abs().max() < 1e-6 * max(1, scale)
+    assert (single.grad - gradient).abs().max() < 1e-5 * max(1, scale / 10)
 
 
 def test_fp32_under_autocast_stays_fp32():
