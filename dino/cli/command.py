@@ -65,6 +65,12 @@ def with_settings(settings_schema: type, settings_recipe: str | None = None) -> 
     return CommandWithSettings
 
 
+def end(exit_code: int) -> None:
+    """End the command with ``exit_code``, what there is to say being said."""
+    if exit_code:
+        raise typer.Exit(exit_code)
+
+
 def flat_scalars(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested results as ``(dotted name, text)`` rows, floats with four digits."""
     for key, value in result.items():

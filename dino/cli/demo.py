@@ -27,9 +27,9 @@ def demo(words: Words = None, config: ConfigFile = None) -> None:
     if len(positional) > 1:
         raise UsageError(f"expected one DIR at most, found {len(positional)}: {' '.join(positional)}")
     settings = load_config(DemoConfig, file=config, overrides=overrides)
-    from dino.demo import run
+    from dino.demo import run_demo
 
-    run(Path(positional[0] if positional else "demo"), settings)
+    run_demo(Path(positional[0] if positional else "demo"), settings)
 
 
 command = with_settings(DemoConfig)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dino.cli.command import ConfigFile, with_settings
+from dino.cli.command import ConfigFile, end, with_settings
 from dino.cli.grammar import UsageError, named_or_positional
 from dino.config.load import load_config
 from dino.config.schema import ExtractConfig
@@ -32,7 +32,7 @@ def extract(words: Words = None, config: ConfigFile = None) -> None:
     settings = load_config(ExtractConfig, file=config, overrides=overrides)
     from dino import api
 
-    api.extract(given["model"], Path(given["data_dir"]), settings)
+    end(api.extract(given["model"], Path(given["data_dir"]), settings).exit_code)
 
 
 command = with_settings(ExtractConfig)

@@ -4,13 +4,15 @@ from typing import Annotated
 
 import typer
 
-from dino.cli.command import Command, flat_scalars, print_rows
-from dino.cli.grammar import expect
+from dino.cli.command import ConfigFile, flat_scalars, print_rows, with_settings
+from dino.cli.grammar import expect, split
+from dino.config.load import load_config
+from dino.config.schema import InfoConfig
 
-Words = Annotated[list[str] | None, typer.Argument(metavar="CHECKPOINT", hidden=True)]
+Words = Annotated[list[str] | None, typer.Argument(metavar="CHECKPOINT [KEY=VALUE]...", hidden=True)]
 
 
-def info(words: Words = None) -> None:
+def info(words: Words = None, config: ConfigFile = None) -> None:
     """Say what a checkpoint is: architecture, training, transform, spacing and tile size.
 
     CHECKPOINT is a run, a checkpoint file (foreign ones too) or an export.
@@ -19,10 +21,12 @@ def info(words: Words = None) -> None:
 
         dino info runs/patch
     """
-    (source,) = expect(words or [], ["CHECKPOINT"])
+    positional, overrides = split(words or [])
+    (source,) = expect(positional, ["CHECKPOINT"])
+    settings = load_config(InfoConfig, file=config, overrides=overrides)
     from dino import api
 
-    print_rows(flat_scalars(api.info(source)))
+    print_rows(flat_scalars(api.info(source, settings.arch)))
 
 
-command = Command
+command = with_settings(InfoConfig)

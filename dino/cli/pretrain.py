@@ -60,12 +60,13 @@ def pretrain(level: str, words: list[str], file: Path | None, recipe: str) -> No
     schema: type[PretrainConfig] = PatchConfig if level == "patch" else RegionConfig
     settings = load_config(schema, recipe=recipe, file=file, overrides=overrides)
     settings = dataclasses.replace(settings, **folders)
-    missing = [key for key in ("data_dir", "output_dir") if not getattr(settings, key)]
+    needed = ("data_dir",) if settings.dry_run else ("data_dir", "output_dir")
+    missing = [key for key in needed if not getattr(settings, key)]
     if missing:
         raise UsageError(f"expected ROOT and RUN (or data_dir= and output_dir=), found no {' and no '.join(missing)}")
     from dino import api
 
-    api.pretrain(level, settings)
+    api.pretrain(settings)
 
 
 patch_command = with_settings(PatchConfig, "patch_pathology")

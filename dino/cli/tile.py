@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dino.cli.command import ConfigFile, with_settings
+from dino.cli.command import ConfigFile, end, with_settings
 from dino.cli.grammar import expect_many, split
 from dino.config.load import load_config
 from dino.config.schema import TileConfig
@@ -30,7 +30,7 @@ def tile(words: Words = None, config: ConfigFile = None) -> None:
     settings = load_config(TileConfig, file=config, overrides=overrides)
     from dino import api
 
-    api.tile([Path(word) for word in inputs], Path(root), settings)
+    end(api.tile([Path(word) for word in inputs], Path(root), settings).exit_code)
 
 
 command = with_settings(TileConfig)

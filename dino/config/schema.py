@@ -267,6 +267,13 @@ class ExportConfig:
 
 
 @dataclass
+class InfoConfig:
+    """`dino info`."""
+
+    arch: str | None = runtime(None, "architecture of a foreign checkpoint, where its head count is not dim/64")
+
+
+@dataclass
 class DemoConfig:
     """`dino demo`."""
 

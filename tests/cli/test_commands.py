@@ -20,6 +20,7 @@ COMMANDS = {
     ("extract",): schema.ExtractConfig,
     ("evaluate", "knn"): schema.KnnConfig,
     ("export",): schema.ExportConfig,
+    ("info",): schema.InfoConfig,
     ("demo",): schema.DemoConfig,
 }
 
@@ -30,9 +31,9 @@ def calls(monkeypatch):
     made = []
     api = SimpleNamespace()
     for name, answer in {
-        "tile": None,
+        "tile": SimpleNamespace(exit_code=0),
         "pretrain": None,
-        "extract": None,
+        "extract": SimpleNamespace(exit_code=0),
         "export": None,
         "evaluate_knn": {"knn": {"20": {"accuracy": 0.51234}}, "tiles": 12},
         "info": {"arch": "vit_tiny", "transform": {"name": "imagenet"}},
@@ -60,26 +61,26 @@ def test_pretrain_starts_from_the_pathology_recipe(run, calls):
     assert run("pretrain", "patch", "root", "runs/a", "seed=3").exit_code == 0
     expected = load_config(schema.PatchConfig, recipe="patch_pathology", overrides={"seed": 3})
     expected.data_dir, expected.output_dir = "root", "runs/a"
-    assert calls == [("pretrain", "patch", expected)]
+    assert calls == [("pretrain", expected)]
 
 
 def test_pretrain_takes_another_recipe_and_a_file(run, calls, tmp_path):
     (tmp_path / "my.yaml").write_text("model:\n  out_dim: 77\ndata_dir: there\noutput_dir: here\n")
     assert run("pretrain", "patch", "--recipe", "patch", "--config", "my.yaml").exit_code == 0
-    config = calls[0][2]
+    config = calls[0][1]
     assert (config.model.out_dim, config.aug.solarize, config.data_dir, config.output_dir) == (77, 0.2, "there", "here")
 
 
 def test_pretrain_region(run, calls):
     assert run("pretrain", "region", "root", "run").exit_code == 0
-    assert calls[0][1] == "region"
-    assert calls[0][2].model.arch == "hvit_xs"
+    assert isinstance(calls[0][1], schema.RegionConfig)
+    assert calls[0][1].model.arch == "hvit_xs"
 
 
 def test_odd_folder_names_are_taken_as_they_are(run, calls, tmp_path):
     (tmp_path / "stain=[HE").mkdir()
     assert run("pretrain", "patch", "stain=[HE", "1e5").exit_code == 0
-    assert (calls[0][2].data_dir, calls[0][2].output_dir) == ("stain=[HE", "1e5")
+    assert (calls[0][1].data_dir, calls[0][1].output_dir) == ("stain=[HE", "1e5")
 
 
 def test_extract_evaluate_export_info(run, calls):
@@ -196,6 +197,13 @@ def test_other_processes_of_a_job_say_which_they_are(run, calls, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert run("info").stderr.splitlines()[-1].startswith("error in process 3: ")
     assert run("info", "run").stdout == ""
+
+
+def test_a_slide_that_failed_shows_in_the_exit_code(run, calls):
+    for name in ("tile", "extract"):
+        setattr(sys.modules["dino.api"], name, lambda *_: SimpleNamespace(exit_code=2))
+    assert run("tile", "a.svs", "root").exit_code == 2
+    assert run("extract", "run", "root").exit_code == 2
 
 
 def test_an_unexpected_error_is_not_hidden(run, calls):

@@ -32,6 +32,7 @@ RECIPES: dict[str, tuple[type, dict[str, Any]]] = {
     "extract": (schema.ExtractConfig, {}),
     "knn": (schema.KnnConfig, {}),
     "export": (schema.ExportConfig, {}),
+    "info": (schema.InfoConfig, {}),
     "demo": (schema.DemoConfig, {}),
 }
 

@@ -1,0 +1,142 @@
+"""Rules of the house that no linter knows."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dino.config import schema
+from dino.config.load import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted(ROOT.glob("dino/**/*.py"))
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+# What slides, reports, curves and labels need, and training does not.
+LAZY = ["hs2p", "openslide", "cv2", "matplotlib", "tensorboard", "h5py", "sklearn", "jinja2", "wandb", "mlflow"]
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_one_module_talks_to_torch_distributed():
+    importers = {
+        _name(path)
+        for path in MODULES
+        for name in _imports(_tree(path))
+        if name.startswith(("torch.distributed", "torch.nn.parallel"))
+    }
+    assert importers == {"dino/distributed.py"}
+
+
+def test_training_imports_without_what_it_does_not_need():
+    program = "\n".join(
+        [
+            "import sys",
+            *(f"sys.modules[{name!r}] = None" for name in LAZY),
+            "import dino, dino.api.pretraining",
+            "from dino.api import export, extract, info, load_backbone, pretrain",
+        ]
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_no_module_bears_the_name_of_a_standard_library_module():
+    """`python3 dino/patch.py` would otherwise import it in place of the real one."""
+    assert not {path.stem for path in (ROOT / "dino").iterdir()} & set(sys.stdlib_module_names) - {"__init__"}
+
+
+def test_files_are_written_in_one_place():
+    """Everything on disk appears whole or not at all, so nothing but dino.files writes text or bytes by itself."""
+    found = [
+        f"{_name(path)}:{call.lineno} {name}"
+        for path in MODULES
+        if _name(path) not in ("dino/files.py", "dino/slides/storage.py")  # storage: a whole folder, then one rename
+        for name, call in _calls(_tree(path))
+        if re.search(r"\.write_(text|bytes)$", name) and not name.startswith("files.")
+    ]
+    assert found == []
+
+
+def test_nothing_unpickles_code():
+    found = []
+    for path in MODULES:
+        tree = _tree(path)
+        found += [
+            f"{_name(path)} imports {name}" for name in _imports(tree) if name.split(".")[0] in ("pickle", "dill")
+        ]
+        for name, call in _calls(tree):
+            safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
+            if (name == "torch.load" and not safe) or re.match(r"(pickle|dill|joblib)\.", name):
+                found.append(f"{_name(path)}:{call.lineno} {name}")
+    assert found == []
+
+
+def test_randomness_comes_from_draw_numbers():
+    """No global generator: neither numpy's, nor Python's."""
+    found = [
+        f"{_name(path)}:{call.lineno} {name}"
+        for path in MODULES
+        if path.name != "randomness.py"
+        for name, call in _calls(_tree(path))
+        if re.match(r"(np|numpy)\.random\.|random\.(random|choice|shuffle|randint|seed|sample)$", name)
+    ]
+    assert found == []
+
+
+def test_modules_and_functions_stay_small():
+    found = []
+    for path in MODULES:
+        text = path.read_text(encoding="utf-8")
+        if len(text.splitlines()) > 300 and path.name != "schema.py":  # one long list of settings
+            found.append(f"{_name(path)}: {len(text.splitlines())} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                docstring = node.body[0] if ast.get_docstring(node) else None
+                lines = node.end_lineno - node.lineno + 1  # type: ignore[operator]
+                lines -= docstring.end_lineno - docstring.lineno + 1 if docstring else 0  # type: ignore[operator]
+                if lines > 40:
+                    found.append(f"{_name(path)}: {node.name} has {lines} lines")
+    assert found == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'(?:src|href)="([^"#]+)"', text)
+    local = [link for link in links if not link.startswith(("http:", "https:", "mailto:"))]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_settings_in_code_blocks_exist(page):
+    kinds = [value for name, value in vars(schema).items() if name.endswith("Config") and isinstance(value, type)]
+    known = {item.key for kind in kinds for item in settings(kind)} | {"model", "data_dir", "output_dir"}
+    code = "\n".join(re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+    commands = [line for line in code.replace("\\\n", " ").splitlines() if re.search(r"\bdino\b", line)]
+    words = [word for line in commands for word in re.findall(r"(?<=\s)([a-z_][\w.]*)=", line)]
+    assert [word for word in words if word not in known] == []
