@@ -11,7 +11,7 @@ import numpy as np
 from dino import files
 from dino.slides.parts import COORDINATES_FOLDER
 from dino.slides.reader import BACKEND, SlideReader
-from dino.slides.tissue import TissueRule, filter_config, segmentation_config
+from dino.slides.tissue import LARGEST_LEVEL_PX, TissueRule, filter_config, segmentation_config
 
 PREVIEW_DOWNSAMPLE = 32
 TISSUE_COLOUR = [157, 219, 129]
@@ -106,13 +106,16 @@ def save_previews(
 
     slide = {"wsi_path": reader.path, "backend": BACKEND, "spacing_at_level_0": reader.spacing_um}
     side = reader.lattice.step_lv0
+    level = _preview_level(reader)
+    downsample = reader.slide.level_downsamples[level][0]
+    thin = max(1, round(max(reader.slide.level_dimensions[level]) / 1500))  # lines that show at screen size
 
     def tissue(folder: Path) -> None:
         save_overlay_preview(
             **slide,
             mask_arr=(mask > 0).astype(np.uint8),
             mask_preview_path=folder / f"{slide_id}.jpg",
-            downsample=PREVIEW_DOWNSAMPLE,
+            downsample=downsample,
             pixel_mapping={"background": 0, "tissue": 1},
             color_mapping={"background": None, "tissue": TISSUE_COLOUR},
         )
@@ -124,15 +127,14 @@ def save_previews(
             tile_size_lv0=size,
             save_dir=folder,
             sample_id=slide_id,
-            downsample=PREVIEW_DOWNSAMPLE,
+            downsample=downsample,
             grid_thickness=thickness,
         )
 
-    thin, thick = _line_widths(reader)
     draw = {
         "tissue": tissue,
         "tiles": grid(tiles, side, thin),
-        "regions": grid(regions, side * reader.lattice.geometry.region_cells, thick),
+        "regions": grid(regions, side * reader.lattice.geometry.region_cells, 3 * thin),
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Slide spacing override conflict", category=UserWarning)
@@ -145,13 +147,13 @@ def preview_path(root: Path, slide_id: str, kind: str) -> Path:
     return root / COORDINATES_FOLDER / "previews" / kind / f"{slide_id}.jpg"
 
 
-def _line_widths(reader: SlideReader) -> tuple[int, int]:
-    """Widths of the lines of tiles and regions that show at the size of the preview."""
+def _preview_level(reader: SlideReader) -> int:
+    """The level that hs2p draws on: the one nearest to the wanted downsample, unless it is too large to hold."""
     from hs2p.wsi.geometry import select_level_for_downsample
 
     level = select_level_for_downsample(PREVIEW_DOWNSAMPLE, reader.slide.level_downsamples)
-    thin = max(1, round(max(reader.slide.level_dimensions[level]) / 1500))
-    return thin, 3 * thin
+    width, height = reader.slide.level_dimensions[level]
+    return level if width * height <= LARGEST_LEVEL_PX else len(reader.slide.level_dimensions) - 1
 
 
 def _save_picture(path: Path, render: Callable[[Path], None]) -> None:

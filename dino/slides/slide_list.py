@@ -127,6 +127,8 @@ def _rows(path: Path, note: Callable[[str], None]) -> Iterator[tuple[str, dict[s
                     continue
                 if len(cells) > len(header):
                     raise DataError(f"{where}: expected {len(header)} cells as in the header, found {len(cells)}")
+                if any("\0" in cell for cell in cells):
+                    raise DataError(f"{where}: expected text, found a zero byte; save the list as a plain CSV")
                 padded = [cell.strip() for cell in cells] + [""] * (len(header) - len(cells))
                 yield where, dict(zip(header, padded, strict=True))
     except (csv.Error, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,12 @@ def jpeg_folder(root: Path, slide_id: str) -> Path:
 def tar_path(root: Path, slide_id: str) -> Path:
     """Tar of a slide's tiles, as hs2p names it."""
     return root / TILES_FOLDER / "tars" / f"{slide_id}.tiles.tar"
+
+
+def tidy(root: Path) -> None:
+    """Take away the folder of unfinished slides, if none is left in it."""
+    with suppress(OSError):
+        (root / PARTIAL_FOLDER).rmdir()
 
 
 @contextmanager

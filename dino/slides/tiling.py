@@ -68,10 +68,11 @@ class TilingSummary:
         words = (tables.OK, tables.NO_TISSUE, tables.EXCLUDED, tables.FAILED)
         counts = {word: sum(status.status == word for status in self.statuses) for word in words}
         slides = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-        lines = [f"{len(self.statuses)} slides ({slides}; {self.reused} done before)"]
+        total = "1 slide" if len(self.statuses) == 1 else f"{len(self.statuses):,} slides"
+        lines = [f"{total} ({slides}; {self.reused} done before)"]
         lines.append(f"{self.tiles:,} tiles, {self.regions:,} regions")
         if self.dry_run:
-            lines.append(f"to write: {self.gigabytes:.3g} GB in {self.files:,} files, about {self.hours:.2g} hours")
+            lines.append(f"to write: {self.gigabytes:.2f} GB in {self.files:,} files, in about {self.hours:.2f} hours")
         else:
             lines.append(f"tables: {self.root / tables.TILES_TABLE}, {tables.REGIONS_TABLE}, {tables.STATUS_TABLE}")
         return lines
@@ -113,6 +114,7 @@ def tile_slides(
                 _report(status)
                 bar.advance(note=status.slide_id)
     finally:
+        storage.tidy(root)
         parts.merge(root)
     return TilingSummary(root, [statuses[record.slide_id] for record in records], reused)
 

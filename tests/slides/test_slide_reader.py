@@ -1,0 +1,106 @@
+"""Pixels of cells: the same wherever they are read, and where they should be."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+from painted_slide import coordinates, halved, noise, write_slide
+from PIL import Image
+
+from dino.errors import DataError
+from dino.slides.lattice import Geometry
+from dino.slides.reader import SlideReader, spacing_of
+from dino.slides.sample import sample_slide
+from dino.slides.storage import encode
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pixels = noise(1003, 771)
+    return write_slide(tmp_path_factory.mktemp("slides") / "noise.tiff", [pixels, halved(pixels)], mpp=0.25)
+
+
+@pytest.mark.parametrize("spacing_um", [0.25, 0.5, 0.7, 1.0])
+def test_a_regions_cells_are_the_tiles_cut_there(slide: Path, spacing_um: float) -> None:
+    """One reader cuts all tiles, another reads a region's cells in another order: equal to the last bit."""
+    geometry = Geometry(spacing_um=spacing_um, tile_size_px=32, region_cells=3, overlap=0.5)
+    with SlideReader(slide, geometry) as reader:
+        tiles = {(x, y): reader.read_cell(x, y) for x, y in reader.lattice.tile_origins().tolist()}
+    with SlideReader(slide, geometry) as reader:
+        regions = reader.lattice.region_origins().tolist()
+        assert regions
+        for x, y in reversed(regions):
+            for place in reader.lattice.cells_of_region(x, y).tolist():
+                np.testing.assert_array_equal(reader.read_cell(*place), tiles[tuple(place)])
+
+
+def test_native_cells_are_the_slides_own_pixels() -> None:
+    with (
+        SlideReader(sample_slide(), Geometry(region_cells=4)) as reader,
+        openslide.OpenSlide(sample_slide()) as direct,
+    ):
+        whole = np.asarray(direct.read_region((0, 0), 0, direct.dimensions).convert("RGB"))
+        for x, y in reader.lattice.tile_origins()[::13]:
+            np.testing.assert_array_equal(reader.read_cell(x, y), whole[y : y + 256, x : x + 256])
+        assert reader.spacing_um == 0.499 and reader.spacing_source == "metadata"
+
+
+@pytest.mark.parametrize(("spacing_um", "read"), [(1.0, 513), (0.7, 359)])
+def test_resampled_cells_are_pillows(spacing_um: float, read: int) -> None:
+    with SlideReader(sample_slide(), Geometry(spacing_um=spacing_um, region_cells=2)) as reader:
+        assert reader.lattice.step_lv0 == read
+        x, y = reader.lattice.tile_origins()[-1]
+        source = reader.slide.read_region((x, y), 0, (read, read))
+        expected = Image.fromarray(source).resize((256, 256), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(reader.read_cell(x, y), np.asarray(expected))
+
+
+def test_cells_come_in_rows_of_the_slide(tmp_path: Path) -> None:
+    """A slide painted with its own coordinates: the cells of a region, in file order, say (y, then x)."""
+    path = write_slide(tmp_path / "painted.tiff", [coordinates(640, 512, unit=64)], mpp=0.5)
+    with SlideReader(path, Geometry(tile_size_px=64, region_cells=4)) as reader:
+        assert reader.lattice.region_origins().tolist() == [[0, 0], [256, 0], [0, 256], [256, 256]]
+        cells = np.stack(
+            [reader.read_cell(*place) for place in reader.lattice.cells_of_region(256, 256)]
+        )  # (16, S, S, 3)
+    corners = cells[:, 0, 0].reshape(4, 4, 3)  # (row, column, RGB)
+    np.testing.assert_array_equal(corners[..., 0], np.tile(np.arange(4, 8), (4, 1)))  # red: x
+    np.testing.assert_array_equal(corners[..., 1], np.tile(np.arange(4, 8)[:, None], (1, 4)))  # green: y
+    assert (cells == cells[:, :1, :1]).all()  # no cell straddles two
+
+
+def test_encoding_is_plain_pillow() -> None:
+    pixels = noise(64, 64)
+    assert Image.open(io.BytesIO(encode(pixels, 90))).size == (64, 64)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+    assert encode(pixels, 90) == buffer.getvalue()
+
+
+def test_where_the_spacing_comes_from() -> None:
+    mpp, power = {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.25"}, {"openslide.objective-power": "20"}
+    assert spacing_of({**mpp, **power}, "s", fallback=1.0) == (0.25, "metadata")
+    assert spacing_of(power, "s", fallback=1.0) == (0.5, "objective power")
+    assert spacing_of({}, "s", fallback=1.0) == (1.0, "user")
+    assert spacing_of(mpp, "s", given=0.3) == (0.3, "user")
+    assert spacing_of({"openslide.mpp-x": "oops", **power}, "s") == (0.5, "objective power")
+    with pytest.raises(DataError, match=r"'s'.*spacing_at_level_0"):
+        spacing_of({"openslide.mpp-x": "0", "openslide.objective-power": "nan"}, "s")
+    with pytest.raises(DataError, match="square"):
+        spacing_of({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}, "s")
+
+
+def test_a_given_spacing_overrules_silently(slide: Path, recwarn: pytest.WarningsRecorder) -> None:
+    with SlideReader(slide, Geometry(tile_size_px=32), spacing_at_level_0=0.5) as reader:
+        assert (reader.spacing_um, reader.spacing_source, reader.lattice.step_lv0) == (0.5, "user", 32)
+    assert not recwarn.list
+
+
+def test_what_is_no_slide(tmp_path: Path) -> None:
+    text = tmp_path / "notes.svs"
+    text.write_text("not a slide")
+    for path in (text, tmp_path / "absent.svs"):
+        with pytest.raises(DataError, match=path.name):
+            SlideReader(path, Geometry())

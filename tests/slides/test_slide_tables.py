@@ -1,0 +1,102 @@
+"""What is written under ROOT comes back, and what is damaged is named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dino.errors import DataError
+from dino.slides import parts, tables
+from dino.slides.tables import RegionRecord, SlideStatus, TileRecord
+
+TILE = TileRecord("a_1,b", 256, 0, 256, 0.5, 0.499, 0.25)
+REGION = RegionRecord(
+    "a_1,b",
+    0,
+    512,
+    256,
+    (2, 3),
+    0.499,
+    tables.region_path("a_1,b", 0, 512),
+    np.arange(6, dtype=np.float32).reshape(2, 3) / 8,
+)
+STATUS = SlideStatus(
+    "a_1,b", "ok", 'said "so", then\nleft', 1, 1, Path("/x/a, b.svs"), None, "p1", "pretrain", 0.1 + 0.2, "user", 9, 8
+)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    parts.save_part(tmp_path, STATUS, {"image_bytes": 1}, [TILE], [REGION])
+    parts.save_status(tmp_path, SlideStatus("zz", "failed", "no spacing"), {})
+    parts.merge(tmp_path)
+    return tmp_path
+
+
+def test_round_trip(root: Path) -> None:
+    assert tables.read_tiles(root) == [TILE]
+    (region,) = tables.read_regions(root)
+    assert (region.slide_id, region.x, region.y, region.grid, region.path) == ("a_1,b", 0, 512, (2, 3), REGION.path)
+    np.testing.assert_allclose(region.tissue, REGION.tissue, atol=5e-4)  # row-major, three decimals
+    statuses = tables.read_status(root)
+    assert list(statuses) == ["a_1,b", "zz"]
+    found = statuses["a_1,b"]
+    assert found.reason == 'said "so", then left'
+    assert (found.image_path, found.mask_path, found.spacing_um) == (STATUS.image_path, None, 0.1 + 0.2)
+    assert parts.tile_places(root, "a_1,b") == [(256, 0)]
+
+
+def test_merging_leaves_alone_what_does_not_change(root: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in root.glob("*.csv")}
+    parts.merge(root)
+    assert {path.name: path.stat().st_mtime_ns for path in root.glob("*.csv")} == before
+    parts.save_status(root, SlideStatus("zz", "no_tissue"), {})
+    parts.merge(root)
+    after = {path.name: path.stat().st_mtime_ns for path in root.glob("*.csv")}
+    assert [name for name in after if after[name] != before[name]] == ["slides_status.csv"]
+
+
+def test_an_unfinished_slide_is_in_no_table(root: Path) -> None:
+    parts.drop_part(root, "a_1,b")
+    parts.merge(root)
+    assert tables.read_tiles(root) == [] and tables.read_regions(root) == []
+    assert list(tables.read_status(root)) == ["zz"]
+
+
+def test_paths() -> None:
+    assert TILE.path == Path("patch_256_pretraining/imgs/a_1,b/a_1,b_256_0.jpg")
+    assert REGION.path == Path("region_4096_pretraining/a_1,b_0_512.pt")
+
+
+READERS = {"tiles.csv": tables.read_tiles, "regions.csv": tables.read_regions, "slides_status.csv": tables.read_status}
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("damage", ["absent", "header", "cut", "binary", "word", "empty"])
+def test_damage_is_named(root: Path, name: str, damage: str) -> None:
+    path = root / name
+    text = path.read_text()
+    header, row = text.split("\n", 1)
+    wrong = {
+        "header": text.replace("slide_id", "name"),
+        "cut": header + "\n" + row[: len(row) // 3] + "\n",
+        "word": header + "\n" + row.replace("ok,", "fine,").replace("256", "many").replace("9,8", "9,tall"),
+        "empty": "",
+    }
+    if damage == "absent":
+        path.unlink()
+    elif damage == "binary":
+        path.write_bytes(header.encode() + b"\n\xff\xfe\n")
+    else:
+        path.write_text(wrong[damage])
+    with pytest.raises(DataError, match=name) as caught:
+        READERS[name](root)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"settings": {}, "geometry": {"colour": 1}}', "[1]"])
+def test_a_damaged_tiling_file(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "tiling.json").write_text(content)
+    with pytest.raises(DataError, match=r"tiling\.json"):
+        tables.read_tiling(tmp_path)
