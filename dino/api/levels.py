@@ -14,7 +14,8 @@ from dino.data.images import list_images
 from dino.data.sources import GridEntry, GridFolder, ImageFolder, keep_partition, slide_of
 from dino.errors import ConfigError, DataError
 from dino.models.backbone import BackboneSpec
-from dino.models.weights import TRANSFORMS, Transform
+from dino.models.transforms import TRANSFORMS, Transform
+from dino.models.weights import LoadedBackbone, load_backbone_file
 from dino.slides.tables import read_regions, read_status, read_tiling
 
 TILES = Path("patch_256_pretraining", "imgs")
@@ -33,6 +34,7 @@ class Level:
         transform: Normalisation of its images; None for feature grids.
         geometry: Spacing and tile size of its samples, where known.
         slides: ``slide_ids`` and ``patient_ids`` that it trains on, as far as they are known.
+        start: Start weights; None to start from nothing.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Level:
     transform: Transform | None
     geometry: dict[str, Any]
     slides: dict[str, list[str]]
+    start: LoadedBackbone | None
 
 
 def build_level(config: PretrainConfig) -> Level:
@@ -75,16 +78,17 @@ def patch_level(config: PatchConfig) -> Level:
             raise ConfigError(
                 f"expected aug.{name} to be a multiple of model.patch_size={patch_size}, found {getattr(config.aug, name)}"
             )
-    transform = TRANSFORMS["imagenet"]
-    tiling = read_tiling(root) if (root / "tiling.json").exists() else {}
+    start = _start(config)
+    transform = TRANSFORMS["imagenet"] if start is None or start.transform is None else start.transform
     return Level(
         "patch",
         source,
         ImageCrops(view_recipes(config.aug), transform.mean, transform.std),
         BackboneSpec(config.model.arch, "patch", 3, (size, size), patch_size, config.model.pos_resample),
         transform,
-        {"spacing_um": tiling.get("spacing_um"), "tile_size_px": tiling.get("tile_size_px")},
+        _geometry(root),
         _slides(root, source.slide_ids),
+        start,
     )
 
 
@@ -140,15 +144,15 @@ def region_level(config: RegionConfig) -> Level:
         ),
     )
     height, width = crops.sizes[0]
-    tiling = read_tiling(root) if (root / "tiling.json").exists() else {}
     return Level(
         "region",
         source,
         crops,
         BackboneSpec(model.arch, "region", source.dim, (height, width), 1, model.pos_resample),
         None,
-        {"spacing_um": tiling.get("spacing_um"), "tile_size_px": tiling.get("tile_size_px")},
+        _geometry(root),
         _slides(root, source.slide_ids),
+        _start(config),
     )
 
 
@@ -187,6 +191,18 @@ def _partitions(root: Path) -> dict[str, str]:
     if not (root / "slides_status.csv").exists():
         return {}
     return {slide: row.partition for slide, row in read_status(root).items()}
+
+
+def _start(config: PretrainConfig) -> LoadedBackbone | None:
+    return load_backbone_file(config.model.init, config.model.init_arch) if config.model.init else None
+
+
+def _geometry(root: Path) -> dict[str, Any]:
+    """Spacing and size of the tiles under ``root``, where ``dino tile`` recorded them."""
+    if not (root / "tiling.json").exists():
+        return {"spacing_um": None, "tile_size_px": None}
+    geometry = read_tiling(root).geometry
+    return {"spacing_um": geometry.spacing_um, "tile_size_px": geometry.tile_size_px}
 
 
 def _slides(root: Path, slide_ids: set[str]) -> dict[str, list[str]]:

@@ -15,9 +15,9 @@ from dino.config.schema import PatchConfig, RegionConfig
 from dino.errors import CheckpointError, ConfigError, DinoError, Stopped
 from dino.models.export import export_backbone
 from dino.models.weights import load_backbone_file
-from dino.train.callbacks import Callback, Checkpoints, Judge, MetricsLog, SaveClock
+from dino.train.callbacks import Checkpoints, Judge, MetricsLog, SaveClock
 from dino.train.checkpoint import LAST, START, CheckpointFolder
-from dino.train.loop import StepReport, Trainer
+from dino.train.loop import Callback, StepReport, Trainer
 from dino.train.run_folder import RunFolder, launch_id
 from dino.train.trackers import build_trackers
 
@@ -89,7 +89,7 @@ def _train(run: Run, folder: RunFolder) -> RunSummary:
     judge = build_judge(run, folder, checkpoints)
     saved = files.load()
     if saved is None and distributed.is_main():
-        files.save({**run.description(0), "teacher": trainer.model.teacher.state_dict()}, START)
+        files.save({**run.description(trainer), "teacher": trainer.model.teacher.published_state()}, START)
     trackers = build_trackers(
         folder.path, to_dict(config), tensorboard=log.tensorboard, wandb=log.wandb, mlflow=log.mlflow
     )
@@ -109,8 +109,8 @@ def _resume(trainer: Trainer, saved: dict[str, Any]) -> None:
     """Take up a checkpoint: the draw number is an offset, so nothing random has to be restored."""
     if saved.get("format") != FORMAT or "optimizer" not in saved:
         raise CheckpointError(f"expected a checkpoint of this version to resume from, found {saved.get('format')!r}")
-    trainer.model.teacher.load_state_dict(saved["teacher"])
-    trainer.model.student.load_state_dict(saved["student"])
+    trainer.model.teacher.load_published(saved["teacher"])
+    trainer.model.student.load_published(saved["student"])
     for objective, state in zip(trainer.model.objectives, saved["objectives"], strict=True):
         objective.load_state_dict(state)
     trainer.optimizer.load_state_dict(saved["optimizer"])

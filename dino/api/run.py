@@ -1,5 +1,6 @@
 """A run as its settings describe it: networks, schedules, batches and the trainer that drives them."""
 
+import copy
 import dataclasses
 import math
 import platform
@@ -70,26 +71,22 @@ class Run:
 
     def networks(self) -> SelfDistillation:
         """Student, teacher and objective with their start weights, on the device."""
-        model = self.config.model
-
-        def network() -> Network:
-            backbone = build_backbone(self.level.spec, self.config.seed)
-            if model.init:
-                init_from(backbone, model.init, model.init_arch)
-            head = DINOHead(
-                backbone.embed_dim,
-                model.out_dim,
-                model.hidden_dim,
-                model.bottleneck_dim,
-                model.use_bn_in_head,
-                model.norm_last_layer,
-                self.config.seed + 1,
-            )
-            return Network(backbone, {DINO.head: head}).to(self.device, DTYPES[self.config.speed.precision])
-
-        objective = DINO(model.out_dim, model.student_temp, model.center_momentum)
-        objective.to(self.device, DTYPES[self.config.speed.precision])
-        return SelfDistillation(network(), network(), [objective], self.device)
+        model, dtype = self.config.model, DTYPES[self.config.speed.precision]
+        backbone = build_backbone(self.level.spec, self.config.seed)
+        if model.init:
+            init_from(backbone, model.init, model.init_arch)
+        head = DINOHead(
+            backbone.embed_dim,
+            model.out_dim,
+            model.hidden_dim,
+            model.bottleneck_dim,
+            model.use_bn_in_head,
+            model.norm_last_layer,
+            self.config.seed + 1,
+        )
+        student = Network(backbone, {DINO.head: head}).to(self.device, dtype)
+        objective = DINO(model.out_dim, model.student_temp, model.center_momentum).to(self.device, dtype)
+        return SelfDistillation(student, copy.deepcopy(student), [objective], self.device)
 
     def schedules(self) -> Schedules:
         """Learning rate, weight decay, momentum and temperature over the run's steps."""
@@ -143,9 +140,9 @@ class Run:
     def content(self, trainer: Trainer) -> dict[str, Any]:
         """What a checkpoint holds."""
         return {
-            **self.description(trainer.step),
-            "teacher": trainer.model.teacher.state_dict(),
-            "student": trainer.model.student.state_dict(),
+            **self.description(trainer),
+            "teacher": trainer.model.teacher.published_state(),
+            "student": trainer.model.student.published_state(),
             "objectives": [objective.state_dict() for objective in trainer.model.objectives],
             "optimizer": trainer.optimizer.state_dict(),
             "state": {
@@ -154,15 +151,15 @@ class Run:
             },
         }
 
-    def description(self, step: int) -> dict[str, Any]:
+    def description(self, trainer: Trainer) -> dict[str, Any]:
         """What a checkpoint says about itself besides its weights."""
         transform = self.level.transform
         return {
             "format": FORMAT,
             "level": self.level.name,
-            "step": step,
+            "step": trainer.step,
             "total_steps": self.length.total,
-            "spec": self.level.spec.to_dict(),
+            "spec": trainer.model.teacher.backbone.spec.to_dict(),
             "transform": dataclasses.asdict(transform) if transform else None,
             "geometry": self.level.geometry,
             "config": to_dict(self.config),
@@ -173,4 +170,4 @@ class Run:
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}

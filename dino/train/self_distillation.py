@@ -49,6 +49,20 @@ class Network(nn.Module):
         return {name: getattr(self, name)(cls.flatten(0, 1)).unflatten(0, cls.shape[:2]) for name in self.head_names}
 
 
+    def published_state(self) -> dict[str, Tensor]:
+        """The weights under the names that facebookresearch/dino gives them (``backbone.cls_token``, ``head.mlp.0…``)."""
+        return {_published(name): tensor for name, tensor in self.state_dict().items()}
+
+    def load_published(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`published_state` gave; every name must fit."""
+        own = {_published(name): name for name in self.state_dict()}
+        self.load_state_dict({own.get(name, name): tensor for name, tensor in state.items()})
+
+
+def _published(name: str) -> str:
+    return name.replace("backbone.vit.", "backbone.", 1)
+
+
 class Objective(Protocol):
     """What is learned: how a head's logits become a loss, and what is remembered from step to step.
 
