@@ -1,0 +1,51 @@
+"""Level 2 in Python: features of tiles to grids, grids to a region transformer, and a vector per slide.
+
+    python examples/level2.py --work out --pretrain training.nepochs=100
+
+goes on from examples/level1.py in the same folder: features come to lie under out/slides, the run under out/region.
+"""
+
+import argparse
+from pathlib import Path
+
+import h5py
+import torch
+
+import dino
+from dino import api
+from dino.config.load import load_config
+from dino.config.schema import ExtractConfig, RegionConfig
+from dino.data.grids import read_grid
+
+
+def main() -> None:
+    """Extract, pretrain, extract again, and embed one region by hand."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="the folder that level1.py worked in")
+    parser.add_argument("--extract", nargs="*", default=[], metavar="KEY=VALUE", help="settings of both extractions")
+    parser.add_argument("--pretrain", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the run")
+    arguments = parser.parse_args()
+    root, patch, region = (arguments.work / name for name in ("slides", "patch", "region"))
+    extraction = load_config(ExtractConfig, overrides=arguments.extract)
+
+    api.extract(str(patch), root, extraction)
+
+    config = load_config(RegionConfig, recipe="region", overrides=arguments.pretrain)
+    config.data_dir, config.output_dir = str(root), str(region)
+    summary = api.pretrain(config)
+    print(f"{summary.state} after {summary.steps} steps: {summary.numbers['verdict']['text']}")
+
+    api.extract(str(region), root, extraction)
+    for path in sorted((root / "slide_features").glob("*.h5")):
+        with h5py.File(path) as file:
+            print(f"{path.stem}: features {file['features'].shape}, one vector {file['slide_embedding'].shape}")
+
+    # The same by hand, for one region: its grid of tile features through the region transformer.
+    grid = read_grid(sorted((root / "region_4096_pretraining").glob("*.pt"))[0])  # (D, h, w)
+    with torch.inference_mode():
+        features = dino.load_backbone(region)(grid[None])  # (1, 192)
+    print(f"grid {tuple(grid.shape)} to features {tuple(features.shape)}")
+
+
+if __name__ == "__main__":
+    main()
