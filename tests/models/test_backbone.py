@@ -9,6 +9,7 @@ from torch import nn
 
 from dino.errors import ConfigError
 from dino.models.backbone import Backbone, BackboneSpec, build_backbone
+from dino.models.blocks import mix
 from dino.models.spec import SHAPES, arch_of, shape_of
 
 ALL = frozenset({"cls", "patches"})
@@ -128,6 +129,13 @@ def test_last_attention_is_the_softmax_of_the_cls_row() -> None:
     scores = torch.einsum("bhd,bnhd->bhn", qkv[:, 0, 0], qkv[:, :, 1]) / 12**0.5
     expected = scores.softmax(-1)[..., 3:]
     torch.testing.assert_close(model.last_attention(images()), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("queries", [1, 9])
+def test_fused_and_written_out_attention_agree(queries: int) -> None:
+    query, key, value = torch.randn(3, 2, 4, 9, 6, dtype=torch.float64)
+    one, other = (mix(query[:, :, :queries], key, value, 0.3, fused) for fused in (True, False))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 def test_bf16_autocast_stays_near() -> None:
