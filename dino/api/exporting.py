@@ -77,11 +77,7 @@ def export(source: str, directory: Path, config: ExportConfig) -> Path:
 
 
 def info(source: str, arch: str | None = None) -> dict[str, Any]:
-    """What a checkpoint is, as plain values.
-
-    Args:
-        source: As in ``load_backbone``.
-        arch: As in ``load_backbone``.
+    """What a checkpoint is, as plain values; the arguments are those of ``load_backbone``.
 
     Returns:
         Kind, level, architecture, dims, parameter count, transform, spacing (µm/px), tile size (px), steps, settings of
