@@ -54,7 +54,7 @@ def evaluate_knn(model: str, labels: str | Path, config: KnnConfig) -> dict[str,
     table = read_labels(Path(labels))
     loaded = load_backbone_file(model, config.arch, config.transform)
     leakage = check_leakage(table, loaded.details.get("training_slides"), config.allow_leakage)
-    progress.say(f"{labels}: compared {leakage['compared']} with the pretraining")
+    progress.say(f"{labels}: compared with the pretraining: {leakage['compared']}")
     if leakage["allowed"]:
         progress.warn("test data that was pretrained on is allowed (allow_leakage=true): the score is optimistic")
     run = partial(_features, table, loaded, config, device)
