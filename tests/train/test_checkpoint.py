@@ -1,0 +1,83 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dino.errors import CheckpointError
+from dino.train.checkpoint import CheckpointFolder, check_archive
+
+
+def content(step: int) -> dict:
+    return {"format": "histodino/1", "step": step, "teacher": {"w": torch.full((64, 64), float(step))}}
+
+
+def test_the_one_before_is_kept(tmp_path: Path) -> None:
+    files = CheckpointFolder(tmp_path)
+    assert files.load() is None
+    files.save(content(1))
+    files.save(content(2))
+    assert files.load()["step"] == 2
+    assert torch.load(tmp_path / "previous.pt", weights_only=True)["step"] == 1
+
+
+def test_kept_copies_do_not_change_with_the_last(tmp_path: Path) -> None:
+    files = CheckpointFolder(tmp_path)
+    files.save(content(1))
+    files.keep_last_as("best.pt")
+    files.keep_last_as("best.pt")  # the same file once more
+    files.save(content(2))
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == 1
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt", "previous.pt"]
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "empty"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, damage: str) -> None:
+    files = CheckpointFolder(tmp_path)
+    files.save(content(1))
+    files.save(content(2))
+    raw = bytearray((tmp_path / "last.pt").read_bytes())
+    if damage == "flipped":
+        raw[len(raw) // 2] ^= 1
+    (tmp_path / "last.pt").write_bytes({"torn": raw[: len(raw) // 2], "flipped": raw, "empty": b""}[damage])
+    assert files.load()["step"] == 1
+
+
+def test_nothing_whole_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "last.pt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="found none"):
+        CheckpointFolder(tmp_path).load()
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    files = CheckpointFolder(tmp_path)
+    files.save(content(1))
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(OSError, match="No space"):
+            files.save(content(2))
+    assert files.load()["step"] == 1
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def test_bytes_that_read_back_differently_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = CheckpointFolder(tmp_path)
+    files.save(content(1))
+    honest = torch.save
+
+    def corrupting(obj: object, path: Path) -> None:
+        honest(obj, path)
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        path.write_bytes(raw)
+
+    monkeypatch.setattr(torch, "save", corrupting)
+    with pytest.raises(CheckpointError, match="damaged"):
+        files.save(content(2))
+    assert files.load()["step"] == 1
+    check_archive(tmp_path / "last.pt")

@@ -1,0 +1,81 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dino.errors import ConfigError
+from dino.train.optimizer import build_optimizer, clip_gradients, gated_step, parameter_groups
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
+
+
+def fill_gradients(module: nn.Module, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+def test_only_matrices_decay() -> None:
+    decayed, fixed = parameter_groups(network())
+    assert [tuple(p.shape) for p in decayed["params"]] == [(5, 6), (3, 5)]
+    assert all(p.ndim == 1 for p in fixed["params"]) and fixed["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("mode", ["per_parameter", "global"])
+def test_clipping_follows_its_formula(mode: str) -> None:
+    module = network()
+    fill_gradients(module, 3.0)
+    before = [p.grad.clone() for p in module.parameters()]
+    total = torch.cat([g.flatten() for g in before]).norm()
+    norm, finite = clip_gradients(module.parameters(), 2.0, mode)
+    assert norm == pytest.approx(float(total), rel=1e-12) and bool(finite)
+    for old, parameter in zip(before, module.parameters(), strict=True):
+        own = total if mode == "global" else old.norm()
+        assert torch.allclose(parameter.grad, old * min(1.0, 2.0 / (float(own) + 1e-6)), rtol=1e-12, atol=0)
+
+
+def test_no_clipping_at_zero() -> None:
+    module = network()
+    fill_gradients(module, 100.0)
+    before = [p.grad.clone() for p in module.parameters()]
+    clip_gradients(module.parameters(), 0.0, "global")
+    assert all(torch.equal(old, p.grad) for old, p in zip(before, module.parameters(), strict=True))
+
+
+def test_adamw_step_equals_its_formula() -> None:
+    """Loshchilov & Hutter 2019, algorithm 2, in double precision; biases do not decay."""
+    module = network()
+    weight = module[0].weight.detach().clone()
+    fill_gradients(module)
+    gradient = module[0].weight.grad.clone()
+    optimizer = build_optimizer("adamw", module)
+    gated_step(optimizer, 0.01, 0.1, torch.tensor(True))
+    first, second = 0.1 * gradient / (1 - 0.9), 0.001 * gradient**2 / (1 - 0.999)
+    expected = weight * (1 - 0.01 * 0.1) - 0.01 * first / (second.sqrt() + 1e-8)
+    assert torch.allclose(module[0].weight, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
+    module = network()
+    optimizer = build_optimizer(name, module)
+    fill_gradients(module)
+    gated_step(optimizer, 0.1, 0.1, torch.tensor(True))
+    weights, state = copy.deepcopy(module.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    fill_gradients(module)
+    module[2].weight.grad[0, 0] = float("nan")
+    _, finite = clip_gradients(module.parameters(), 3.0, "per_parameter")
+    gated_step(optimizer, 0.1, 0.1, finite)
+    assert not finite
+    assert all(torch.equal(weights[k], v) for k, v in module.state_dict().items())
+    for index, values in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(values[k], state[index][k]) for k in values if isinstance(values[k], torch.Tensor))
+
+
+def test_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="adamw or sgd, found 'lion'"):
+        build_optimizer("lion", network())
