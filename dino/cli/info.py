@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dino.cli.command import ConfigFile, flat_scalars, print_rows, with_settings
+from dino.cli.command import ConfigFile, flat_scalars, print_table, with_settings
 from dino.cli.grammar import expect, split
 from dino.config.load import load_config
 from dino.config.schema import InfoConfig
@@ -26,7 +26,7 @@ def info(words: Words = None, config: ConfigFile = None) -> None:
     settings = load_config(InfoConfig, file=config, overrides=overrides)
     from dino import api
 
-    print_rows(flat_scalars(api.info(source, settings.arch)))
+    print_table(flat_scalars(api.info(source, settings.arch)))
 
 
 command = with_settings(InfoConfig)

@@ -35,7 +35,12 @@ def calls(monkeypatch):
         "pretrain": None,
         "extract": SimpleNamespace(exit_code=0),
         "export": None,
-        "evaluate_knn": {"knn": {"20": {"accuracy": 0.51234}}, "tiles": 12},
+        "evaluate_knn": {
+            "model": {"knn_20_accuracy": 0.51234},
+            "untrained": {"knn_20_accuracy": 0.4},
+            "standard_error": {"20": 0.01},
+            "about": {"tiles": 12},
+        },
         "info": {"arch": "vit_tiny", "transform": {"name": "imagenet"}},
     }.items():
         setattr(api, name, lambda *args, name=name, answer=answer: made.append((name, *args)) or answer)
@@ -87,8 +92,10 @@ def test_extract_evaluate_export_info(run, calls):
     assert run("extract", "timm:vit_tiny_patch16_224", "root", "pretrained=false").exit_code == 0
     assert run("extract", "model=run", "data_dir=root").exit_code == 0
     result = run("evaluate", "knn", "run", "labels.csv", "k=[5]")
-    assert "knn.20.accuracy" in result.stdout
-    assert "0.5123" in result.stdout
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["model", "untrained"]
+    assert lines[1] == ["knn_20_accuracy", "0.5123", "0.4000"]
+    assert lines[2][-1] == "0.0100"
     assert run("export", "run", "folder").exit_code == 0
     assert "transform.name" in run("info", "run").stdout
     plain = [(name, *(a for a in args if isinstance(a, str | Path))) for name, *args in calls]
