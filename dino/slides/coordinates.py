@@ -120,7 +120,7 @@ def save_previews(
             color_mapping={"background": None, "tissue": TISSUE_COLOUR},
         )
 
-    def grid(origins: np.ndarray, size: int, thickness: int) -> Callable[[Path], None]:
+    def grid(origins: np.ndarray, size: int, thickness: int) -> Callable[[Path], object]:
         return lambda folder: write_coordinate_preview(
             **slide,
             coordinates=[(int(x), int(y)) for x, y in origins],
@@ -156,7 +156,7 @@ def _preview_level(reader: SlideReader) -> int:
     return level if width * height <= LARGEST_LEVEL_PX else len(reader.slide.level_dimensions) - 1
 
 
-def _save_picture(path: Path, render: Callable[[Path], None]) -> None:
+def _save_picture(path: Path, render: Callable[[Path], object]) -> None:
     """Let hs2p draw into a folder of its own, then put the picture in its place whole (it draws none of no tiles)."""
     with tempfile.TemporaryDirectory() as folder:
         render(Path(folder))

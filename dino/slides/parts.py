@@ -2,7 +2,7 @@
 
 A slide's part is written when all else of it stands, and its ``.json`` last of all: it is the mark that the slide is
 done. The tables under ROOT are merged from the parts, so that a run that was killed loses at most the slides it was
-working on, and several runs may fill one ROOT.
+working on, and several runs may fill one ROOT, each with slides of its own.
 """
 
 import json
@@ -46,10 +46,14 @@ def save_status(root: Path, status: SlideStatus, made_from: dict[str, Any]) -> N
 
 
 def load_part(root: Path, slide_id: str) -> Part | None:
-    """What an earlier run recorded of a slide; None if nothing that can be read."""
+    """What an earlier run recorded of a slide; None if nothing, or if some of it is lost."""
     try:
         content = json.loads(_path(root, slide_id, "json").read_text())
-        return Part(tables.parse_status(content["status"]), dict(content["made_from"]))
+        part = Part(tables.parse_status(content["status"]), dict(content["made_from"]))
+        whole = part.status.status != tables.OK or all(
+            _path(root, slide_id, kind).is_file() for kind in ("tiles.csv", "regions.csv")
+        )
+        return part if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -63,7 +67,6 @@ def tile_places(root: Path, slide_id: str) -> list[tuple[int, int]] | None:
     """Level-0 ``(x, y)`` of the slide's recorded tiles; None if its lines are lost."""
     try:
         lines = _path(root, slide_id, "tiles.csv").read_text().splitlines()
-        _path(root, slide_id, "regions.csv").stat()
         # Counted from the right, since an id may hold commas.
         cells = [line.rsplit(",", len(tables.TILE_COLUMNS) - 1) for line in lines]
         return [(int(x), int(y)) for _, x, y, *_ in cells]

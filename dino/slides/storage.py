@@ -9,6 +9,7 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dino.slides.tables import TILES_FOLDER, tile_name
 STORAGES = ("jpeg", "tar", "none")
 PARTIAL_FOLDER = ".partial"
 CACHED_TILES = 8  # side of the blocks in which a slide is read, in tiles
+SYNCS_AT_ONCE = 16
 
 
 def encode(pixels: np.ndarray, quality: int) -> bytes:
@@ -118,8 +120,9 @@ def _whole_folder(folder: Path, partial: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for path in partial.iterdir():  # after all are written: the first sync carries most of the others' bytes
-            _sync(path)
+        # After all are written, and many at once: a sync is a wait, and a journal takes many files in one go.
+        with ThreadPoolExecutor(SYNCS_AT_ONCE) as pool:
+            list(pool.map(_sync, partial.iterdir()))
         _sync(partial)
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():

@@ -97,8 +97,9 @@ def tile_slides(
     if not (root / tables.TILING_FILE).exists():
         files.write_json(root / tables.TILING_FILE, _description(plan, settings))
     statuses = _settled(records, root, plan)
-    for slide_id, status in statuses.items():
-        _bring_up_to_date(root, slide_id, status, records)
+    for record in records:
+        if record.slide_id in statuses:
+            _bring_up_to_date(root, record, statuses[record.slide_id])
     to_do = [record for record in records if record.slide_id not in statuses]
 
     def died(record: SlideRecord) -> SlideStatus:
@@ -187,11 +188,10 @@ def _stands(root: Path, status: SlideStatus, plan: TilingPlan) -> bool:
     return storage.has_tiles(root, status.slide_id, places, plan.storage)
 
 
-def _bring_up_to_date(root: Path, slide_id: str, status: SlideStatus, records: Sequence[SlideRecord]) -> None:
+def _bring_up_to_date(root: Path, record: SlideRecord, status: SlideStatus) -> None:
     """Record what changed in the list since a slide was tiled: its patient, partition, place, or exclusion."""
-    part = parts.load_part(root, slide_id)
+    part = parts.load_part(root, record.slide_id)
     if part is None or part.status != status:
-        record = next(record for record in records if record.slide_id == slide_id)
         parts.save_status(root, status, part.made_from if part else origin_of(record))
 
 

@@ -63,6 +63,13 @@ def test_an_unfinished_slide_is_in_no_table(root: Path) -> None:
     assert list(tables.read_status(root)) == ["zz"]
 
 
+def test_a_slide_whose_lines_are_lost_is_unfinished(root: Path) -> None:
+    (root / "coordinates/parts/a_1,b.regions.csv").unlink()
+    assert parts.load_part(root, "a_1,b") is None
+    parts.merge(root)
+    assert list(tables.read_status(root)) == ["zz"]
+
+
 def test_paths() -> None:
     assert TILE.path == Path("patch_256_pretraining/imgs/a_1,b/a_1,b_256_0.jpg")
     assert REGION.path == Path("region_4096_pretraining/a_1,b_0_512.pt")
