@@ -125,9 +125,16 @@ def parallelize(student: nn.Module, device: torch.device) -> nn.Module:
 
     Returns:
         The module itself on one process, else its ``DistributedDataParallel`` wrapper.
+
+    Raises:
+        ConfigError: If it normalises over batches that torch cannot join here.
     """
     if world_size() == 1:
         return student
+    if any(isinstance(module, nn.BatchNorm1d) for module in student.modules()):
+        if device.type != "cuda":
+            raise ConfigError("batch normalisation over several processes needs GPUs; set model.use_bn_in_head=false")
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
 
 

@@ -150,7 +150,7 @@ def region_level(config: RegionConfig) -> Level:
         crops,
         BackboneSpec(model.arch, "region", source.dim, (height, width), 1, model.pos_resample),
         None,
-        _geometry(root),
+        {**_geometry(root), "region_cells": [source.height, source.width]},
         _slides(root, source.slide_ids),
         _start(config),
     )

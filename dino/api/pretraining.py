@@ -21,6 +21,7 @@ from dino.train.loop import Callback, StepReport, Trainer
 from dino.train.run_folder import RunFolder, launch_id
 from dino.train.trackers import build_trackers
 
+DEFAULT_TILE_SIZE_PX = 256
 DRY_STEPS = 3  # the first warms up, the others are timed
 
 
@@ -66,11 +67,13 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
         if folder.was_ended_by_this_launch():
             return _report_end(folder)
         run = Run(config, build_level(config), device)
-        folder.claim(run.identity(), to_yaml(config))
+        folder.check(run.identity())
         if folder.is_over():
             progress.say(f"{folder.path}: this run is {folder.status()['state']}; nothing to do")
             return _report_end(folder)
-        return _train(run, folder)
+        trainer = run.trainer()  # before the folder is claimed: what cannot be built leaves nothing behind
+        folder.claim(run.identity(), to_yaml(config))
+        return _train(run, trainer, folder)
 
 
 def _report_end(folder: RunFolder) -> RunSummary:
@@ -82,9 +85,9 @@ def _report_end(folder: RunFolder) -> RunSummary:
     return RunSummary(folder.path, status["state"], status.get("step", 0), status)
 
 
-def _train(run: Run, folder: RunFolder) -> RunSummary:
+def _train(run: Run, trainer: Trainer, folder: RunFolder) -> RunSummary:
     config, log = run.config, run.config.logging
-    trainer, files = run.trainer(), CheckpointFolder(folder.checkpoints)
+    files = CheckpointFolder(folder.checkpoints)
     checkpoints = Checkpoints(files, run.content, folder, log.save_every_steps, log.keep_every_steps)
     judge = build_judge(run, folder, checkpoints)
     saved = files.load()
@@ -140,7 +143,8 @@ def _finish(run: Run, trainer: Trainer, folder: RunFolder, judge: Judge | None) 
     judgement = final_verdict(run, trainer, folder, judge)
     if distributed.is_main():
         loaded = load_backbone_file(str(folder.checkpoints / LAST))
-        export_backbone(loaded, folder.path / "backbone", run.level.geometry.get("tile_size_px") or 256)
+        size, side = run.level.geometry["tile_size_px"] or DEFAULT_TILE_SIZE_PX, run.level.spec.patch_size
+        export_backbone(loaded, folder.path / "backbone", max(side, size - size % side))
     folder.update_status(state=state, step=trainer.step, eta_seconds=0, bad_files=len(trainer.quarantine), **judgement)
     progress.say(f"{folder.path}: {state} after {trainer.step} steps. {judgement['verdict']['text']}")
     distributed.barrier()

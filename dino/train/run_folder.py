@@ -49,12 +49,11 @@ class RunFolder:
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         return restarted and self._status.get("run_id") == launch_id() and self._status.get("state") in FINAL_STATES
 
-    def claim(self, identity: Mapping[str, Any], config_yaml: str) -> None:
-        """Make sure that the folder is new or this very run's, and write ``config.yaml`` and ``identity.json``.
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """Make sure that the folder is new or this very run's; nothing is written.
 
         Args:
             identity: What the run computes, by dotted key.
-            config_yaml: The resolved settings.
 
         Raises:
             ConfigError: If the folder holds another run, or files that are no run.
@@ -65,8 +64,16 @@ class RunFolder:
         elif self.path.exists() and any(self.path.iterdir()):
             raise ConfigError(f"expected an empty folder or a run at {self.path}, found other files; name another folder")
         distributed.barrier()  # nobody writes before everybody has looked
+
+    def claim(self, identity: Mapping[str, Any], config_yaml: str) -> None:
+        """Write ``identity.json`` and ``config.yaml``: from here on the folder is this run's.
+
+        Args:
+            identity: What the run computes, by dotted key.
+            config_yaml: The resolved settings.
+        """
         if distributed.is_main():
-            write_json(known, dict(identity))
+            write_json(self.path / "identity.json", dict(identity))
             write_text(self.path / "config.yaml", config_yaml)
 
     def _refuse_other(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -1,0 +1,315 @@
+"""Whole runs through the API: they resume exactly, refuse what does not fit, and lose nothing."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dino.api import pretrain
+from dino.config.load import load_config, to_yaml
+from dino.config.schema import PatchConfig, RegionConfig
+from dino.errors import ConfigError, DataError, TrainingFault
+
+TINY = {
+    "model.arch": "vit:dim=32,depth=2,heads=2",
+    "model.out_dim": 32,
+    "model.hidden_dim": 24,
+    "model.bottleneck_dim": 8,
+    "model.drop_path_rate": 0.3,
+    "training.batch_size_per_gpu": 4,
+    "training.max_steps": 8,
+    "training.warmup_epochs": 0,
+    "training.freeze_last_layer": 0.1,
+    "optim.lr": 0.05,
+    "speed.num_workers": 0,
+    "speed.precision": "fp32",
+    "speed.device": "cpu",
+    "logging.every_steps": 1,
+    "logging.save_every_steps": 3,
+    "logging.tensorboard": False,
+}
+TINY_PATCH = {**TINY, "aug.global_crops_size": 32, "aug.local_crops_size": 16, "aug.local_crops_number": 2}
+WALL_CLOCK = {"seconds", "samples_per_second"}
+
+
+@pytest.fixture
+def tiles(tmp_path: Path) -> Path:
+    """20 tiles of smooth colour, each its own."""
+    folder = tmp_path / "tiles"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((48, 48), Image.Resampling.BICUBIC).save(folder / f"slide{i % 4}_{i * 48}_0.png")
+    return folder
+
+
+@pytest.fixture
+def grids(tmp_path: Path) -> Path:
+    folder = tmp_path / "grids"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(12):
+        torch.save(torch.randn(36, 10, generator=generator), folder / f"slide_{i * 100}_0.pt")
+    return folder
+
+
+def config(data: Path, output: Path, **changes: object) -> PatchConfig | RegionConfig:
+    region = data.name == "grids"
+    values = {**(TINY if region else TINY_PATCH), "data_dir": str(data), "output_dir": str(output), **changes}
+    return load_config(RegionConfig if region else PatchConfig, overrides=values)
+
+
+def command(settings: PatchConfig | RegionConfig, folder: Path, processes: int = 0) -> list[str]:
+    """The command line that trains with exactly these settings, under torchrun where processes are given."""
+    level = "region" if isinstance(settings, RegionConfig) else "patch"
+    (folder / "settings.yaml").write_text(to_yaml(settings))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return [sys.executable, *launcher, "-m", "dino", "pretrain", level, "--config", str(folder / "settings.yaml")]
+
+
+def last(run: Path) -> dict:
+    return torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines]
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    for part in ("teacher", "student"):
+        one, other = last(first)[part], last(second)[part]
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert metrics(first) == metrics(second)
+    one, other = (last(run)["optimizer"]["state"] for run in (first, second))
+    assert all(torch.equal(one[i][k], other[i][k]) for i in one for k in one[i])
+
+
+class Crash(BaseException):
+    """Stands for whatever ends a process without letting it tidy up."""
+
+
+def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    from dino.train.loop import Trainer
+
+    honest = Trainer._step
+
+    def step(self: Trainer, *args: object) -> object:
+        if self.step == steps:
+            raise Crash
+        return honest(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "_step", step)
+
+
+@pytest.mark.parametrize("level", ["tiles", "grids"])
+@pytest.mark.parametrize("crash", [2, 5, 7])
+def test_an_interrupted_run_ends_with_the_same_bits(
+    level: str, crash: int, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = request.getfixturevalue(level)
+    pretrain(config(data, tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_after(patch, crash)
+        pretrain(config(data, tmp_path / "cut"))
+    summary = pretrain(config(data, tmp_path / "cut"))
+    assert summary.state == "finished" and summary.steps == 8
+    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_killed_process_goes_on_with_the_same_bits(tiles: Path, tmp_path: Path) -> None:
+    long = {"training.max_steps": 40}
+    pretrain(config(tiles, tmp_path / "whole", **long))
+    process = subprocess.Popen(command(config(tiles, tmp_path / "killed", **long), tmp_path))
+    log = tmp_path / "killed" / "metrics.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 8):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9
+    pretrain(config(tiles, tmp_path / "killed", **long))
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_ends_with_75(tiles: Path, tmp_path: Path, number: signal.Signals) -> None:
+    long = {"training.max_steps": 100_000, "logging.save_every_steps": 0}
+    process = subprocess.Popen(command(config(tiles, tmp_path / "run", **long), tmp_path))
+    log = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(timeout=25) == 75
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "stopped" and last(tmp_path / "run")["step"] == status["step"] == metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_workers_do_not_change_the_bits(tiles: Path, tmp_path: Path) -> None:
+    for workers in (0, 1, 3):
+        pretrain(config(tiles, tmp_path / str(workers), **{"speed.num_workers": workers, "training.max_steps": 5}))
+    assert_same_bits(tmp_path / "0", tmp_path / "1")
+    assert_same_bits(tmp_path / "0", tmp_path / "3")
+
+
+def test_accumulation_gives_the_run_of_the_whole_batch(tiles: Path, tmp_path: Path) -> None:
+    double = {"speed.precision": "fp64"}
+    pretrain(config(tiles, tmp_path / "whole", **double))
+    halves = {**double, "training.batch_size_per_gpu": 2, "training.gradient_accumulation": 2}
+    pretrain(config(tiles, tmp_path / "halves", **halves))
+    for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "halves"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-9)
+
+
+def test_a_finished_run_says_so(tiles: Path, tmp_path: Path) -> None:
+    pretrain(config(tiles, tmp_path / "run"))
+    stamp = (tmp_path / "run" / "checkpoints" / "last.pt").stat().st_mtime_ns
+    assert pretrain(config(tiles, tmp_path / "run")).state == "finished"
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").stat().st_mtime_ns == stamp
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["step"] == 8 and status["verdict"]["word"] in {"learning", "flat", "collapsed"}
+
+
+def test_another_runs_folder_is_refused_and_kept(tiles: Path, tmp_path: Path) -> None:
+    pretrain(config(tiles, tmp_path / "run"))
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"training\.max_steps 8 -> 9.*model\.init="):
+        pretrain(config(tiles, tmp_path / "run", **{"training.max_steps": 9}))
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="other files"):
+        pretrain(config(tiles, tmp_path / "full"))
+
+
+def test_changed_data_is_another_run(tiles: Path, tmp_path: Path) -> None:
+    pretrain(config(tiles, tmp_path / "run"))
+    (tiles / "slide0_0_0.png").unlink()
+    with pytest.raises(ConfigError, match="samples 20 -> 19"):
+        pretrain(config(tiles, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training.batch_size_per_gpu": 21}, "20 samples for a global batch of 21"),
+        ({"aug.global_crops_size": 40}, r"aug\.global_crops_size to be a multiple of model\.patch_size=16"),
+        ({"model.arch": "resnet18"}, "resnet18"),
+        ({"model.out_dim": 0}, "out_dim"),
+        ({"speed.precision": "fp8"}, "fp8"),
+        ({"speed.device": "tpu"}, "tpu"),
+        ({"speed.device": "cuda:99"}, "cuda:99"),
+        ({"training.clip_mode": "both"}, "both"),
+        ({"data_dir": "nowhere"}, "nowhere"),
+        ({"output_dir": ""}, "run folder"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(
+    tiles: Path, tmp_path: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        pretrain(config(tiles, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_images_are_replaced_counted_and_bounded(tiles: Path, tmp_path: Path) -> None:
+    (tiles / "slide1_48_0.png").write_bytes(b"torn")
+    with pytest.raises(DataError, match=r"at most 0 samples.*slide1_48_0\.png"):
+        pretrain(config(tiles, tmp_path / "strict", **{"training.max_bad_fraction": 0.0}))
+    assert json.loads((tmp_path / "strict" / "status.json").read_text())["state"] == "failed"
+    pretrain(config(tiles, tmp_path / "run", **{"training.max_bad_fraction": 0.1}))
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["bad_files"] == 1
+    assert list(last(tmp_path / "run")["state"]["quarantine"]) == ["slide1_48_0.png"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(
+    tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dino.train import self_distillation
+
+    calls = []
+    honest = self_distillation.dino_loss
+
+    def broken(*args: object) -> torch.Tensor:
+        calls.append(1)
+        return honest(*args) * (float("nan") if len(calls) == 6 else 1.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(self_distillation, "dino_loss", broken)
+    with pytest.raises(TrainingFault, match="step 6"):
+        pretrain(config(tiles, tmp_path / "run"))
+    saved = last(tmp_path / "run")
+    assert saved["step"] == 3
+    assert all(torch.isfinite(tensor).all() for tensor in saved["student"].values())
+
+
+def test_dry_run_writes_nothing(tiles: Path, tmp_path: Path) -> None:
+    summary = pretrain(config(tiles, tmp_path / "run", dry_run=True))
+    assert not (tmp_path / "run").exists()
+    assert summary.numbers["global_batch"] == 4 and summary.numbers["effective_lr"] == pytest.approx(0.05 * 4 / 256)
+
+
+def test_a_run_starts_from_an_earlier_one(tiles: Path, tmp_path: Path) -> None:
+    pretrain(config(tiles, tmp_path / "old"))
+    pretrain(config(tiles, tmp_path / "new", **{"model.init": str(tmp_path / "old"), "training.max_steps": 1}))
+    start = torch.load(tmp_path / "new" / "checkpoints" / "start.pt", weights_only=True)["teacher"]
+    old = last(tmp_path / "old")["teacher"]
+    backbone = [name for name in old if name.startswith("backbone.")]
+    assert backbone and all(torch.equal(start[name], old[name]) for name in backbone)
+
+
+def test_knn_while_training_keeps_the_best_and_stops_early(tiles: Path, tmp_path: Path) -> None:
+    rows = ["image_path,label,partition,slide_id"]
+    for i, path in enumerate(sorted(tiles.glob("*.png"))):
+        rows.append(f"{path},{'ab'[i % 2]},{'train' if i < 12 else 'test'},held{i}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    judged = {
+        "evaluate.labels": str(tmp_path / "labels.csv"),
+        "evaluate.every_steps": 1,
+        "evaluate.k": [3],
+        "evaluate.early_stopping_patience": 3,
+        "training.max_steps": 60,
+    }
+    summary = pretrain(config(tiles, tmp_path / "run", **judged))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scores = [l["evaluation"]["teacher"]["knn_3_accuracy"] for l in lines if "teacher" in l.get("evaluation", {})]
+    best = max(range(len(scores)), key=lambda i: scores[i])
+    assert summary.state == "early_stopped" and len(scores) == best + 1 + 3
+    kept = torch.load(tmp_path / "run" / "checkpoints" / "best.pt", weights_only=True)
+    assert kept["step"] == best + 1
+
+
+@pytest.mark.parametrize("level", ["tiles", "grids"])
+def test_two_processes_train_as_one(level: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Same losses and same weights for the same global batch, drop-path on, in double precision."""
+    data, double = request.getfixturevalue(level), {"speed.precision": "fp64"}
+    pretrain(config(data, tmp_path / "one", **double))
+    shared = config(data, tmp_path / "two", **double, **{"training.batch_size_per_gpu": 2})
+    subprocess.run(command(shared, tmp_path, processes=2), check=True, timeout=240)
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert one.keys() == two.keys()
+        assert all(one[key] == pytest.approx(two[key], rel=1e-9) for key in one)
+    for part in ("student", "teacher"):
+        one, two = last(tmp_path / "one")[part], last(tmp_path / "two")[part]
+        assert all(torch.allclose(one[name], two[name], rtol=1e-7, atol=1e-9) for name in one)
+    centres = [last(tmp_path / run)["objectives"][0]["centre.center"] for run in ("one", "two")]
+    assert torch.allclose(*centres, rtol=1e-9)
+
+
+def test_a_run_on_two_processes_resumes_on_one(tiles: Path, tmp_path: Path) -> None:
+    double = {"speed.precision": "fp64", "training.max_steps": 9}
+    pretrain(config(tiles, tmp_path / "one", **double))
+    shared = config(tiles, tmp_path / "moved", **double, **{"training.batch_size_per_gpu": 2, "logging.save_every_steps": 1})
+    process = subprocess.Popen(command(shared, tmp_path, processes=2))
+    while process.poll() is None and not (tmp_path / "moved" / "checkpoints" / "last.pt").exists():
+        time.sleep(0.01)
+    process.terminate()
+    process.wait(timeout=60)
+    pretrain(config(tiles, tmp_path / "moved", **double))
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "moved"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-9)
