@@ -16,7 +16,7 @@ from dino.errors import ConfigError, DataError
 from dino.models.backbone import BackboneSpec
 from dino.models.transforms import TRANSFORMS, Transform
 from dino.models.weights import LoadedBackbone, load_backbone_file
-from dino.slides.tables import read_regions, read_status, read_tiling
+from dino.slides.tables import OK, read_regions, read_status, read_tiling
 
 TILES = Path("patch_256_pretraining", "imgs")
 GRIDS = Path("region_4096_pretraining")
@@ -188,9 +188,10 @@ def _pair(name: str, values: Sequence[float]) -> tuple[float, float]:
 
 
 def _partitions(root: Path) -> dict[str, str]:
+    """Partition of each slide under ``root``; for a slide that was excluded later or failed, that word instead."""
     if not (root / "slides_status.csv").exists():
         return {}
-    return {slide: row.partition for slide, row in read_status(root).items()}
+    return {slide: row.partition if row.status == OK else row.status for slide, row in read_status(root).items()}
 
 
 def _start(config: PretrainConfig) -> LoadedBackbone | None:
