@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 import h5py
+import numpy as np
 import torch
 
 import dino
@@ -38,7 +39,8 @@ def main() -> None:
     api.extract(str(region), root, extraction)
     for path in sorted((root / "slide_features").glob("*.h5")):
         with h5py.File(path) as file:
-            print(f"{path.stem}: features {file['features'].shape}, one vector {file['slide_embedding'].shape}")
+            features, vector = (np.asarray(file[name]) for name in ("features", "slide_embedding"))
+        print(f"{path.stem}: features {features.shape}, one vector {vector.shape}")
 
     # The same by hand, for one region: its grid of tile features through the region transformer.
     grid = read_grid(sorted((root / "region_4096_pretraining").glob("*.pt"))[0])  # (D, h, w)

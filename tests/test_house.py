@@ -86,9 +86,6 @@ def test_nothing_unpickles_code():
     found = []
     for path in MODULES:
         tree = _tree(path)
-        found += [
-            f"{_name(path)} imports {name}" for name in _imports(tree) if name.split(".")[0] in ("pickle", "dill")
-        ]
         for name, call in _calls(tree):
             safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
             if (name == "torch.load" and not safe) or re.match(r"(pickle|dill|joblib)\.", name):
