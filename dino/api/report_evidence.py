@@ -1,7 +1,7 @@
 """Gathers what a report shows: reads the slide, the samples and the networks of the runs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,7 @@ class FinishedRun:
     def evidence(self, name: str) -> RunEvidence:
         """The run's curves, verdict and settings."""
         found = self.status.get("verdict")
-        # The sentence begins with the word, which stands in front of it on the page.
-        verdict = Verdict(name, found["word"], _without(found["text"], found["word"])) if found else None
-        return RunEvidence(name, self.lines, verdict, flatten(to_dict(self.config)))
+        return RunEvidence(name, self.lines, _spoken(name, found) if found else None, flatten(to_dict(self.config)))
 
 
 def open_run(folder: Path, schema: type[PatchConfig] | type[RegionConfig]) -> FinishedRun:
@@ -146,13 +144,14 @@ class TiledSlide:
 
 
 def most_tissue_apart(regions: Sequence[RegionRecord], count: int) -> list[int]:
-    """Indices of the regions with most tissue; those that overlap a chosen one only come in where too few are left."""
-    order = sorted(range(len(regions)), key=lambda i: -float(regions[i].tissue.mean()))
-    apart: list[int] = []
-    for index in order:
-        if all(_disjoint(regions[index], regions[other]) for other in apart):
-            apart.append(index)
-    return (apart + [index for index in order if index not in apart])[:count]
+    """Indices of regions with much tissue that overlap little: each in turn has the most tissue not yet shown."""
+    left = {index: float(region.tissue.mean()) for index, region in enumerate(regions)}
+    chosen: list[int] = []
+    while left and len(chosen) < count:
+        chosen.append(max(left, key=lambda i: left[i]))
+        del left[chosen[-1]]
+        left = {i: value * (1 - _shared(regions[i], regions[chosen[-1]])) for i, value in left.items()}
+    return chosen
 
 
 def crop_evidence(run: FinishedRun) -> CropEvidence:
@@ -236,14 +235,18 @@ def _attention(backbone: Backbone, inputs: Tensor, patch_size: int, device: str)
     return weights.unflatten(2, (inputs.shape[2] // patch_size, inputs.shape[3] // patch_size)).cpu().numpy()
 
 
-def _disjoint(first: RegionRecord, second: RegionRecord) -> bool:
-    width, height = (first.grid[1] * first.step_lv0, first.grid[0] * first.step_lv0)
-    return abs(first.x - second.x) >= width or abs(first.y - second.y) >= height
+def _shared(first: RegionRecord, second: RegionRecord) -> float:
+    """Share of a region that another one of the same size covers."""
+    width, height = first.grid[1] * first.step_lv0, first.grid[0] * first.step_lv0
+    across, down = 1 - abs(first.x - second.x) / width, 1 - abs(first.y - second.y) / height
+    return max(0.0, across) * max(0.0, down)
 
 
 def _stack(pixels: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()  # (n, 3, S, S)
 
 
-def _without(text: str, word: str) -> str:
-    return text.removeprefix(f"{word.capitalize()}. ")
+def _spoken(name: str, verdict: Mapping[str, str]) -> Verdict:
+    """A verdict in three parts. Its text is "Word. A sentence or two. The numbers behind it."."""
+    said, _, numbers = verdict["text"].removeprefix(f"{verdict['word'].capitalize()}. ").rpartition(". ")
+    return Verdict(name, verdict["word"], f"{said}." if said else numbers, numbers if said else "")

@@ -131,9 +131,9 @@ def _crops(patch: FinishedRun) -> CropEvidence | None:
 def _page(
     evidence: Evidence, slide: TiledSlide | None, patch: FinishedRun | None, region: FinishedRun | None, notice: str
 ) -> Page:
-    named = [("patch run", patch), ("region run", region)]
-    parts = [f"slide {slide.slide_id}"] if slide else []
-    parts += [f"{name} {run.folder.name}" for name, run in named if run]
+    named = [("patch-level run", patch), ("region-level run", region)]
+    parts = [f"Slide {slide.slide_id}"] if slide else []
+    parts += [f"{name} {run.folder.absolute().parent.name}/{run.folder.name}" for name, run in named if run]
     settings = {f"{run.name}: settings": run.settings for run in evidence.runs}
     if slide:
         settings = {"Tiling: settings": slide.tiling.settings, **settings}

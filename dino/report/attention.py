@@ -7,13 +7,16 @@ import numpy as np
 from dino.report.sheets import Cell, sheet
 
 COLOURS = "OrRd"  # from light to dark: strong attention stands out on pale glass as well as on grey tissue
+EVENLY_TWICE = 2.0  # times the even share: less than that is no focus
 STRONGEST = 0.85  # opacity of the strongest attention: the tissue below stays visible
 
 
 def overlay(pixels: np.ndarray, attention: np.ndarray, *, smooth: bool = True) -> np.ndarray:
     """Attention laid over a picture: grey tissue, the redder the more the token looks there.
 
-    The map is stretched from 0 to its 99th percentile, picture by picture.
+    Attention is taken relative to an even share, 1 / (h w) of the total: up to there nothing is coloured, and the
+    deepest red is the map's 99th percentile, but at least twice the even share. An even map stays pale that way,
+    where stretching it to its own range would show noise.
 
     Args:
         pixels: uint8, (H, W, 3).
@@ -27,7 +30,9 @@ def overlay(pixels: np.ndarray, attention: np.ndarray, *, smooth: bool = True) -
     from PIL import Image
 
     height, width = pixels.shape[:2]
-    stretched = np.clip(attention / max(float(np.percentile(attention, 99)), 1e-12), 0.0, 1.0).astype(np.float32)
+    ratio = attention / max(float(attention.mean()), 1e-12)
+    deepest = max(EVENLY_TWICE, float(np.percentile(ratio, 99)))
+    stretched = np.clip((ratio - 1) / (deepest - 1), 0.0, 1.0).astype(np.float32)
     resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     weight = np.clip(np.asarray(Image.fromarray(stretched).resize((width, height), resample)), 0.0, 1.0)
     grey = pixels.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # (H, W)

@@ -40,7 +40,7 @@ def curves(lines: Lines) -> bytes:
 def _panel(axes: "Axes", lines: Lines, key: str, title: str, limit: float | None = None, note: str = "") -> None:
     points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
     axes.set_title(title)
-    axes.set_xlabel("step")
+    _count_steps(axes)
     if not points:
         axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=style.QUIET)
         return
@@ -66,7 +66,7 @@ def _knn_metric(lines: Lines) -> str | None:
 
 def _knn_panel(axes: "Axes", lines: Lines, metric: str) -> None:
     axes.set_title(metric.replace("_", " ").replace("knn", "kNN"))
-    axes.set_xlabel("step")
+    _count_steps(axes)
     colours = {"teacher": style.TRAINED, "student": style.REGION, "untrained": style.UNTRAINED}
     for who, colour in colours.items():
         scores = [(x["step"], x["evaluation"].get(who, {}).get(metric)) for x in lines if "evaluation" in x]
@@ -77,3 +77,10 @@ def _knn_panel(axes: "Axes", lines: Lines, metric: str) -> None:
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, color=colour, marker="o", markersize=3, label=who)
     axes.legend(loc="best")
+
+
+def _count_steps(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class Ground:
 
 
 def tiling_map(ground: Ground, tiles: np.ndarray, side: float, regions: np.ndarray, shown: Sequence[int] = ()) -> bytes:
-    """Where tissue tiles and regions lie, beside the bare slide.
+    """The bare slide, where its tiles lie, and where its regions lie.
 
     Args:
         ground: The slide.
@@ -46,27 +46,16 @@ def tiling_map(ground: Ground, tiles: np.ndarray, side: float, regions: np.ndarr
     Returns:
         JPEG.
     """
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
-
-    with _panels(ground, 2) as (figure, axes):
+    with _panels(ground, 3) as (figure, axes):
         _lay(axes[0], ground, "The slide")
-        _lay(axes[1], ground, f"{len(tiles):,} tiles, {len(regions):,} regions")
-        scale = 1 / ground.downsample
-        # Tiles that overlap would bury the tissue under their own outlines, so the covered area is washed instead.
-        washed = _wash(ground.thumbnail, coverage(ground, tiles, side))
-        axes[1].images[0].set_data(washed)
-        boxes = [Rectangle((x * scale, y * scale), w * scale, h * scale) for x, y, w, h in regions]
-        axes[1].add_collection(
-            PatchCollection(boxes, facecolor="none", edgecolor=style.REGION, linewidth=0.6, alpha=0.35)
-        )
-        for index in shown:
-            x, y, w, h = regions[index] * scale
-            axes[1].add_patch(Rectangle((x, y), w, h, facecolor="none", edgecolor=style.REGION, linewidth=1.8))
-        corners = [Rectangle((x * scale, y * scale), side * scale, side * scale) for x, y in tiles]
-        axes[1].add_collection(
-            PatchCollection(corners, facecolor="none", edgecolor=style.TRAINED, linewidth=0.35, alpha=0.55)
-        )
+        _lay(axes[1], ground, _counted(len(tiles), "tile"))
+        axes[1].images[0].set_data(_wash(ground.thumbnail, coverage(ground, tiles, side)))
+        squares = np.concatenate([tiles, np.full((len(tiles), 2), side)], axis=1)  # (N, 4)
+        _outline(axes[1], ground, squares, edgecolor=style.TRAINED, linewidth=0.5, alpha=0.6)
+        _lay(axes[2], ground, _counted(len(regions), "region"))
+        axes[2].images[0].set_data(_wash(ground.thumbnail, np.zeros(ground.thumbnail.shape[:2], dtype=bool), 0.6))
+        _outline(axes[2], ground, regions, edgecolor=style.REGION, linewidth=0.6, alpha=0.45)
+        _outline(axes[2], ground, regions[list(shown)], edgecolor=style.REGION, linewidth=1.8)
         return style.photo(figure)
 
 
@@ -124,9 +113,23 @@ def _boxes(ground: Ground, corners: np.ndarray, side: float) -> list[tuple[slice
     return [(slice(y0, y1), slice(x0, x1)) for (x0, y0), (x1, y1) in zip(low, high, strict=True)]
 
 
-def _wash(thumbnail: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The picture with everything outside ``kept`` faded towards white."""
-    faded = 255 - (255 - thumbnail.astype(np.float32)) * 0.35
+def _outline(axes: "Axes", ground: Ground, boxes: np.ndarray, **look: Any) -> None:
+    """Draw level-0 boxes, (N, 4): x, y, width, height."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    scaled = boxes / ground.downsample
+    patches = [Rectangle((x, y), width, height) for x, y, width, height in scaled]
+    axes.add_collection(PatchCollection(patches, facecolor="none", **look))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _wash(thumbnail: np.ndarray, kept: np.ndarray, strength: float = 0.35) -> np.ndarray:
+    """The picture with everything outside ``kept`` faded towards white, to ``strength`` of its contrast."""
+    faded = 255 - (255 - thumbnail.astype(np.float32)) * strength
     return np.where(kept[..., None], thumbnail, faded.astype(np.uint8))
 
 

@@ -53,11 +53,12 @@ class Section:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one run came to: a word (learning, flat, collapsed, ...) and a sentence."""
+    """What one run came to: a word (learning, flat, collapsed, ...), a sentence, and the numbers behind it."""
 
     subject: str
     word: str
     text: str
+    numbers: str = ""
 
 
 @dataclass(frozen=True)

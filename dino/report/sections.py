@@ -39,7 +39,7 @@ def sections(evidence: Evidence) -> list[Section]:
     if evidence.region_attention:
         pictures.append(region_attention_picture(evidence.region_attention))
     if pictures:
-        lead = "What the cls token of the last block draws on. Attention shows where a network looks, not why."
+        lead = "What the cls token of the last block draws on: where a network looks, not why."
         found.append(Section("Attention", lead, pictures))
     return found
 
@@ -47,13 +47,13 @@ def sections(evidence: Evidence) -> list[Section]:
 def tiling_picture(slide: SlideEvidence) -> Picture:
     """Tiles and regions on the slide."""
     content = maps.tiling_map(slide.ground, slide.tiles, slide.side, slide.regions, slide.shown_regions)
-    bold = " The bold ones are looked into below." if len(slide.shown_regions) else ""
+    bold = " Attention over the bold ones is shown below." if len(slide.shown_regions) else ""
     return Picture(
         content,
-        f"Thumbnail of slide {slide.slide_id}, beside it the same with {len(slide.tiles)} tiles and "
+        f"Thumbnail of slide {slide.slide_id}, with its {len(slide.tiles)} tiles outlined, and with its "
         f"{len(slide.regions)} regions outlined.",
-        "Left: the slide. Right: tiles in green, regions in rust; what lies in no tile is faded. Tissue that is faded "
-        f"was left out, glass that is not was taken in.{bold}",
+        "Middle: what lies in no tile is faded, so faded tissue was left out and bright glass was taken in. Right: "
+        f"regions are made of whole tiles of the same lattice.{bold}",
     )
 
 
@@ -145,8 +145,9 @@ def tile_attention_picture(evidence: AttentionEvidence) -> Picture:
     return Picture(
         content,
         f"{len(evidence.pictures)} tiles with the attention of the patch-level network laid over them.",
-        "Tiles. The redder, the more attention; each panel is scaled to its own maximum. Heads that look at different "
-        "things (nuclei, fibres, edges) are a good sign; the untrained network looks everywhere and nowhere.",
+        "Tiles. Attention above an even share is red; the deepest red is twice that share, or more where a panel has "
+        "more. A pale panel looks everywhere alike, as an untrained network does. Heads that look at different things "
+        "(nuclei, fibres, edges) are a good sign.",
     )
 
 

@@ -23,7 +23,7 @@ class Cell:
         pixels: uint8 (H, W, 3).
         note: A few characters below it.
         um_per_px: Draw a scale bar for this spacing; 0 for none.
-        size: Side as a share of the column's width, for crops that are smaller than their neighbours.
+        size: Side as a share of the largest, for crops that are smaller than their neighbours.
     """
 
     pixels: np.ndarray
@@ -46,11 +46,12 @@ def sheet(
     Returns:
         JPEG.
     """
-    columns = len(titles)
     extra = 0.3 if split is not None else 0.0
-    side = (width - GAP * (columns - 1) - extra) / columns
+    shares = [max((row[c].size for row in rows if row[c]), default=1.0) for c in range(len(titles))]  # type: ignore[union-attr]
+    side = (width - GAP * (len(titles) - 1) - extra) / sum(shares)
+    starts = np.cumsum([0.0, *(side * share + GAP for share in shares[:-1])])
+    lefts = [float(start) + (extra if split is not None and c >= split else 0.0) for c, start in enumerate(starts)]
     below = LINE if any(cell and cell.note for row in rows for cell in row) else 0.0
-    lefts = [c * (side + GAP) + (extra if split is not None and c >= split else 0.0) for c in range(columns)]
     height = LINE + len(rows) * (side + below + GAP)
     with style.figure(width, height) as figure:
         for left, title in zip(lefts, titles, strict=True):
@@ -64,16 +65,16 @@ def sheet(
 
 
 def _place(figure: "Figure", cell: Cell, left: float, bottom: float, side: float) -> None:
-    """Put one picture into its square; all lengths in inches."""
+    """Put one picture at the left of its column, in the middle of its row; all lengths in inches."""
     width, height = figure.get_size_inches()
     shown = side * cell.size
-    offset = (side - shown) / 2
-    axes = figure.add_axes(((left + offset) / width, (bottom + offset) / height, shown / width, shown / height))
+    middle = bottom + (side - shown) / 2
+    axes = figure.add_axes((left / width, middle / height, shown / width, shown / height))
     axes.imshow(cell.pixels, interpolation="antialiased", aspect="auto")
     style.bare(axes)
     if cell.um_per_px:
         style.scale_bar(axes, cell.um_per_px, cell.pixels.shape[1])
-    x, y = (left + side / 2) / width, (bottom - 0.04) / height
+    x, y = (left + shown / 2) / width, (bottom - 0.04) / height
     figure.text(x, y, cell.note, fontsize=7.5, color=style.QUIET, va="top", ha="center")
 
 
