@@ -1,5 +1,6 @@
 """Crops of tiles: drawn by a data worker, applied to the whole batch on the training device."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
@@ -12,6 +13,7 @@ from dino.crops.blur import blur_radius, gaussian_blur
 from dino.crops.orientation import fold_turns
 from dino.crops.parameters import JITTER_ORDERS, ViewDrawer, ViewRecipe
 from dino.crops.resample import resize_boxed, resize_dense, to_device
+from dino.crops.threads import run_threaded
 
 JITTERS = (
     ("brightness", colour.adjust_brightness),
@@ -20,7 +22,7 @@ JITTERS = (
     ("hue", colour.adjust_hue),
 )
 FACTORS = ("brightness", "contrast", "saturation", "hue", "sigma", "hed_scale", "hed_shift")
-CACHED_VALUES = 2**18  # on a CPU, recolour as many values at a time as stay in its cache
+CACHED_VALUES = 2**19  # on a CPU, work on as many values at a time as its cache holds
 
 
 class ImageCrops:
@@ -73,29 +75,37 @@ class ImageCrops:
         Returns:
             One (V_g, B, 3, s, s) float32 tensor per group, normalised, on the device of ``pixels``.
         """
+        if pixels.device.type != "cpu":
+            return self.apply_at_once(pixels, parameters)
+        batch = len(pixels)
+        result = [torch.empty(count, batch, 3, size, size) for size, count in zip(self.sizes, self.groups, strict=True)]
+
+        def work(part: slice) -> None:
+            views = self.apply_at_once(pixels[part], {name: value[part] for name, value in parameters.items()})
+            for whole, piece in zip(result, views, strict=True):
+                whole[:, part] = piece
+
+        share = max(1, CACHED_VALUES // sum(group[:, :1].numel() for group in result)) if batch else 1
+        share = min(share, math.ceil(batch / torch.get_num_threads())) or 1
+        run_threaded(work, [slice(start, start + share) for start in range(0, batch, share)])
+        return result
+
+    @torch.no_grad()
+    def apply_at_once(self, pixels: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
+        """What :meth:`apply` does, on the whole batch in every operation."""
+        resize = resize_boxed if pixels.device.type == "cpu" else resize_dense
         result = []
         first = 0
         with torch.autocast(pixels.device.type, enabled=False):  # bf16 would cost two grey levels
             for size, count in zip(self.sizes, self.groups, strict=True):
                 group = {k: v[:, first : first + count].transpose(0, 1) for k, v in parameters.items()}  # (V_g, B, ..)
-                result.append(self._apply_group(pixels, group, size))
+                flip_x, flip_y, transpose = fold_turns(group["flip_x"], group["flip_y"], group["turns"])
+                result.append(resize(pixels, group["box"], flip_x, flip_y, transpose, size))  # (V_g, B, 3, s, s)
+                self._recolour(result[-1].flatten(0, 1), {k: v.flatten(0, 1) for k, v in group.items()})
                 first += count
         return result
 
-    def _apply_group(self, pixels: Tensor, group: dict[str, Tensor], size: int) -> Tensor:
-        resize = resize_boxed if pixels.device.type == "cpu" else resize_dense
-        flip_x, flip_y, transpose = fold_turns(group["flip_x"], group["flip_y"], group["turns"])
-        out = resize(pixels, group["box"], flip_x, flip_y, transpose, size)  # (V_g, B, 3, s, s)
-        images = out.flatten(0, 1)
-        flat = {name: value.flatten(0, 1) for name, value in group.items()}
-        radius = blur_radius(max(view.blur_sigma[1] for view in self.views if view.size == size), size)
-        share = max(1, CACHED_VALUES // images[0].numel()) if pixels.device.type == "cpu" else len(images)
-        for start in range(0, len(images), share):
-            part = slice(start, start + share)
-            self._recolour(images[part], {name: value[part] for name, value in flat.items()}, radius)
-        return out
-
-    def _recolour(self, images: Tensor, drawn: dict[str, Tensor], radius: int) -> None:
+    def _recolour(self, images: Tensor, drawn: dict[str, Tensor]) -> None:
         """All that follows the geometry, in place on (n, 3, s, s) values from 0 to 255."""
         images.div_(255).clamp_(0, 1)  # bicubic overshoots
         batch = _Batch(images, drawn)
@@ -106,6 +116,8 @@ class ImageCrops:
             for index, (name, operation) in enumerate(JITTERS):
                 batch.update(orders[:, turn] == index, operation, name)
         batch.update(drawn["grayscale"].numpy(), colour.grayscale)
+        size = images.shape[-1]
+        radius = blur_radius(max(view.blur_sigma[1] for view in self.views if view.size == size), size)
         batch.update(drawn["sigma"].numpy() > 0, lambda x, sigma: gaussian_blur(x, sigma, radius), "sigma")
         batch.update(drawn["solarize"].numpy(), colour.solarize)
         mean, std = colour.constant((self.mean, self.std), images.device)[:, :, None, None]

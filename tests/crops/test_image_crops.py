@@ -121,9 +121,35 @@ def test_the_form_for_gpus_gives_the_same_views(crops, monkeypatch):
     pixels, parameters = batch(crops)
     boxed = crops.apply(pixels, parameters)
     monkeypatch.setattr(module, "resize_boxed", resize_dense)
-    monkeypatch.setattr(module, "CACHED_VALUES", 2**40)  # recolours the whole batch at once, too
-    for a, b in zip(boxed, crops.apply(pixels, parameters), strict=True):
+    for a, b in zip(boxed, crops.apply_at_once(pixels, parameters), strict=True):
         assert ((a - b).abs() > 2e-4).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_and_shares_do_not_change_the_views(crops, monkeypatch, threads):
+    pixels, parameters = batch(crops)
+    expected = crops.apply_at_once(pixels, parameters)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(module, "CACHED_VALUES", 2 * sum(view.size**2 * 3 for view in crops.views))
+    try:
+        found = crops.apply(pixels, parameters)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(close(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_an_error_on_a_thread_is_raised(crops):
+    pixels, parameters = batch(crops)
+    with pytest.raises(KeyError, match="box"):
+        crops.apply(pixels, {k: v for k, v in parameters.items() if k != "box"})
+
+
+def test_an_empty_batch_gives_no_views(crops):
+    pixels, parameters = batch(crops)
+    groups = crops.apply(pixels[:0], {k: v[:0] for k, v in parameters.items()})
+    assert [g.shape for g in groups] == [(2, 0, 3, 48, 48), (4, 0, 3, 20, 20)]
 
 
 def test_autocast_does_not_touch_pixels(crops):
