@@ -57,6 +57,8 @@ def process_group(device: torch.device, timeout_minutes: float = 30.0) -> Iterat
         yield
         return
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         timeout=timedelta(minutes=timeout_minutes),

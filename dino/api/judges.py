@@ -42,7 +42,7 @@ def build_judge(run: Run, folder: RunFolder, checkpoints: Checkpoints) -> Judge 
         return None
     table = read_labels(Path(settings.labels))
     facts = check_leakage(table, run.level.slides, settings.allow_leakage)
-    progress.say(f"{settings.labels}: compared {facts['compared']} with the training data")
+    progress.say(f"{settings.labels}: compared with the training data: {facts['compared']}")
     scorer = _KnnScorer(run, table)
     return Judge(
         scorer,

@@ -1,5 +1,6 @@
 """From draw numbers to batches: workers decode and draw crop parameters, the device applies them later."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -182,11 +183,13 @@ def load_batches(
         prefetch: Batches that each worker keeps ready.
         pin: Put the batches into page-locked memory.
     """
-    return DataLoader(
-        batches,
-        batch_size=None,
-        sampler=_FirstDraws(layout, *steps),
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        pin_memory=pin,
-    )
+    with warnings.catch_warnings():  # torch advises against more workers than cores; here that is the user's choice
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=_FirstDraws(layout, *steps),
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            pin_memory=pin,
+        )

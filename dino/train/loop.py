@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dino import distributed
+from dino import distributed, progress
 from dino.data.loader import Batch
 from dino.errors import DataError, Stopped, TrainingFault
 from dino.train.optimizer import clip_gradients, gated_step
@@ -244,7 +244,10 @@ class Trainer:
 
     def _merge_quarantine(self, batches: Sequence[Batch]) -> None:
         for bad in distributed.gather([pair for batch in batches for pair in batch.bad]):
-            self.quarantine.update(bad)
+            for name, reason in bad:
+                if name not in self.quarantine:
+                    progress.warn(f"{reason}; another sample takes its place")
+                self.quarantine[name] = reason
         if len(self.quarantine) > self.largest_quarantine:
             names = "; ".join(list(self.quarantine.values())[:3])
             raise DataError(

@@ -218,12 +218,16 @@ def test_bad_settings_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_images_are_replaced_counted_and_bounded(tiles: Path, tmp_path: Path) -> None:
+def test_bad_images_are_named_replaced_counted_and_bounded(
+    tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (tiles / "slide1_48_0.png").write_bytes(b"torn")
     with pytest.raises(DataError, match=r"at most 0 samples.*slide1_48_0\.png"):
         pretrain(config(tiles, tmp_path / "strict", **{"training.max_bad_fraction": 0.0}))
+    capsys.readouterr()
     assert json.loads((tmp_path / "strict" / "status.json").read_text())["state"] == "failed"
     pretrain(config(tiles, tmp_path / "run", **{"training.max_bad_fraction": 0.1}))
+    assert capsys.readouterr().out.count("slide1_48_0.png") == 1
     assert json.loads((tmp_path / "run" / "status.json").read_text())["bad_files"] == 1
     assert list(last(tmp_path / "run")["state"]["quarantine"]) == ["slide1_48_0.png"]
 
