@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (PyTorch is large: some minutes on a fresh machine)"
 	@$(PIP) setuptools==$(shell sed -n 's/^setuptools==//p' constraints.txt) -q
-	@$(PIP) --no-build-isolation -e '.[dev]' | sed -n -E 's/^ *Downloading ([^ ]+) \((.*)\)$$/  \1 \2/p; s/^(Installing) .*/\1/p'
+	@$(PIP) --no-build-isolation -e '.[dev]' | sed -n -E 's/^ *(Downloading|Using cached) ([^ ]+) \(([0-9]{2,}\.[0-9] MB)\)$$/  \2 \3/p; s/^(Installing) .*/\1/p'
 	@touch $@
 
 demo: $(STAMP)
