@@ -82,7 +82,7 @@ def test_grids_are_judged_by_a_level_2_model_only(labelled, run, tmp_path):
     generator = torch.Generator().manual_seed(0)
     lines = ["image_path,label,partition"]
     for i in range(8):
-        torch.save(torch.randn(16, 8, generator=generator) + 3 * (i % 2), tmp_path / f"s{i}_0_0.pt")
+        torch.save(torch.randn(16, 8, generator=generator) + 6 * (i % 2) - 3, tmp_path / f"s{i}_0_0.pt")
         lines.append(f"s{i}_0_0.pt,{i % 2},{'train' if i < 4 else 'test'}")
     table = tmp_path / "grids.csv"
     table.write_text("\n".join(lines))
