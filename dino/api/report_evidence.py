@@ -189,9 +189,14 @@ def feature_evidence(slide: TiledSlide, run: FinishedRun, device: str) -> Featur
             pixels.append(slide.pixels(tile))
             bar.advance()
     batches = _stack(pixels).split(BATCH)
-    where, normalise = distributed.choose_device(device), tile_normaliser(run.trained)
+    where, normalise, precision = (
+        distributed.choose_device(device),
+        tile_normaliser(run.trained),
+        run.config.speed.precision,
+    )
     untrained, trained = (
-        embed(network.backbone, batches, normalise, where, "fp32").numpy() for network in (run.untrained, run.trained)
+        embed(network.backbone, batches, normalise, where, precision).numpy()
+        for network in (run.untrained, run.trained)
     )
     lattice = {id(tile) for tile in cells_only(tiles)}
     separate = [index for index, tile in enumerate(tiles) if id(tile) in lattice]
