@@ -76,8 +76,8 @@ def cells_of_tiles(root: Path, slide_id: str, cells: Sequence[tuple[int, int]], 
         places = (root / path, *(folder / path.name for folder in folders[1:]))
         return next((place for place in places if place.is_file()), None)
 
-    found = {cell: find(cell) for cell in cells}
-    absent = [cell for cell, path in found.items() if path is None]
+    found = {cell: path for cell in cells if (path := find(cell)) is not None}
+    absent = [cell for cell in cells if cell not in found]
     if absent:
         raise DataError(
             f"expected a tile for every cell of the regions of slide '{slide_id}', found none for {len(absent)} of "
@@ -86,7 +86,6 @@ def cells_of_tiles(root: Path, slide_id: str, cells: Sequence[tuple[int, int]], 
 
     def read(cell: tuple[int, int]) -> Tensor:
         path = found[cell]
-        assert path is not None  # for the type checker: refused above
         pixels = decode(path)
         if tuple(pixels.shape[1:]) != (size_px, size_px):
             raise DataError(f"expected a tile of {size_px} px, found {pixels.shape[2]} x {pixels.shape[1]} in {path}")
