@@ -3,6 +3,7 @@
 #   make demo     the whole chain on the sample slide, ending in demo/report.html
 #   make test     the fast tests
 #   make install  only set up
+#   make bench    does it learn? (needs the labelled tiles that CONTRIBUTING names)
 #   make check    formatter, linter, type checker, import contracts
 
 PYTHON ?= python3
@@ -53,7 +54,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/crc5.py output/benchmarks
 
 clean:
 	rm -rf demo build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
