@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from dino.api.extracting import extract
     from dino.api.judging import evaluate_knn
     from dino.api.pretraining import pretrain
+    from dino.api.replaying import replay
     from dino.api.tiling import tile
 
-__all__ = ["evaluate_knn", "export", "extract", "info", "load_backbone", "pretrain", "tile"]
+__all__ = ["evaluate_knn", "export", "extract", "info", "load_backbone", "pretrain", "replay", "tile"]
 
 _MODULES = {
     "evaluate_knn": "judging",
@@ -24,6 +25,7 @@ _MODULES = {
     "info": "exporting",
     "load_backbone": "exporting",
     "pretrain": "pretraining",
+    "replay": "replaying",
     "tile": "tiling",
 }
 

@@ -1,8 +1,6 @@
 """What judges a run: kNN on labelled images while it trains, and one verdict at its end."""
 
 import dataclasses
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +58,7 @@ class _KnnScorer:
     def __init__(self, run: Run, table: LabelTable) -> None:
         self.run, self.table = run, table
         transform, spec = run.level.transform, run.level.spec
-        self.normalise = (
-            normaliser(transform.mean, transform.std, spec.patch_size) if transform else grids_as_they_are
-        )
+        self.normalise = normaliser(transform.mean, transform.std, spec.patch_size) if transform else grids_as_they_are
 
     def __call__(self, backbone: Backbone) -> Scores:
         table, settings = self.table, self.run.config.evaluate
@@ -107,7 +103,7 @@ def final_verdict(run: Run, trainer: Trainer, folder: RunFolder, judge: Judge | 
     untrained = load_backbone_file(str(folder.checkpoints / START)).backbone
     untrained.to(run.device, next(trainer.model.teacher.parameters()).dtype)
     features = [_paired(run, backbone) for backbone in (trainer.model.teacher.backbone, untrained)]
-    last = _last_metrics(folder)
+    last = folder.last_metrics()
     judged, numbers = judge_run(
         *features,
         entropy=last.get("teacher_entropy_relative"),
@@ -134,11 +130,3 @@ def _labelled_score(judge: Judge | None) -> Score | None:
     return Score(
         judge.tracked.replace("_", " "), teacher, untrained, difference_error(teacher, untrained, max(1, queries))
     )
-
-
-def _last_metrics(folder: RunFolder) -> dict[str, float]:
-    """The newest line of ``metrics.jsonl`` with a loss."""
-    log = folder.path / "metrics.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    losses = [line for line in lines if "loss" in line]
-    return {k: v for k, v in losses[-1].items() if math.isfinite(v)} if losses else {}

@@ -177,7 +177,9 @@ def grid_entries(root: Path, folder: Path) -> list[GridEntry]:
     if not entries:
         raise DataError(f"expected grids with partition blank or pretrain in {folder}, found only held-out slides")
     if not known:
-        progress.say(f"{folder}: no regions.csv; grids are taken as square, rows as row-major (grid_order=xy turns them)")
+        progress.say(
+            f"{folder}: no regions.csv; grids are taken as square, rows as row-major (grid_order=xy turns them)"
+        )
     return entries
 
 

@@ -9,16 +9,17 @@ from typing import Any
 from dino import distributed, progress
 from dino.api.judges import build_judge, final_verdict
 from dino.api.levels import build_level
-from dino.api.run import FORMAT, Run
+from dino.api.run import Run, restore
 from dino.config.load import to_dict, to_yaml
 from dino.config.schema import PatchConfig, RegionConfig
-from dino.errors import CheckpointError, ConfigError, DinoError, Stopped
+from dino.errors import ConfigError, DinoError, Stopped
 from dino.models.export import export_backbone
 from dino.models.weights import load_backbone_file
 from dino.train.callbacks import Checkpoints, Judge, MetricsLog, SaveClock
 from dino.train.checkpoint import LAST, START, CheckpointFolder
-from dino.train.loop import Callback, StepReport, Trainer
-from dino.train.run_folder import RunFolder, launch_id
+from dino.train.failure import record_failure
+from dino.train.loop import Callback, NonFiniteStep, StepReport, Trainer
+from dino.train.run_folder import RunFolder
 from dino.train.trackers import build_trackers
 
 DEFAULT_TILE_SIZE_PX = 256
@@ -103,25 +104,9 @@ def _train(run: Run, trainer: Trainer, folder: RunFolder) -> RunSummary:
         callbacks: list[Callback] = [metrics, checkpoints] if judge is None else [metrics, judge, checkpoints]
         trainer.callbacks, trainer.save_clock = callbacks, SaveClock(log.save_every_minutes)
         if saved is not None:
-            _resume(trainer, saved)
+            restore(trainer, saved)
         _fit(trainer, folder)
     return _finish(run, trainer, folder, judge)
-
-
-def _resume(trainer: Trainer, saved: dict[str, Any]) -> None:
-    """Take up a checkpoint: the draw number is an offset, so nothing random has to be restored."""
-    if saved.get("format") != FORMAT or "optimizer" not in saved:
-        raise CheckpointError(f"expected a checkpoint of this version to resume from, found {saved.get('format')!r}")
-    trainer.model.teacher.load_published(saved["teacher"])
-    trainer.model.student.load_published(saved["student"])
-    for objective, state in zip(trainer.model.objectives, saved["objectives"], strict=True):
-        objective.load_state_dict(state)
-    trainer.optimizer.load_state_dict(saved["optimizer"])
-    trainer.step = saved["step"]
-    trainer.quarantine.update(saved["state"]["quarantine"])
-    for callback in trainer.callbacks:
-        callback.load_state_dict(saved["state"]["callbacks"].get(type(callback).__name__, {}))
-    progress.say(f"resuming after step {trainer.step} of {trainer.length.total}")
 
 
 def _fit(trainer: Trainer, folder: RunFolder) -> None:
@@ -131,6 +116,11 @@ def _fit(trainer: Trainer, folder: RunFolder) -> None:
         trainer.fit()
     except Stopped as error:
         folder.update_status(state="stopped", step=trainer.step, error=str(error))
+        raise
+    except NonFiniteStep as error:
+        record_failure(folder.failure, error.report, folder.last_metrics())
+        progress.say(f"the step is described in {folder.failure}; `dino replay {folder.failure}` does it again")
+        folder.update_status(state="failed", step=trainer.step, error=str(error))
         raise
     except (DinoError, RuntimeError, OSError) as error:
         folder.update_status(state="failed", step=trainer.step, error=str(error))

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torchvision
 
-from dino import distributed
+from dino import distributed, progress
 from dino.api.levels import Level
 from dino.config.load import identity_of, to_dict
 from dino.config.schema import PretrainConfig
 from dino.data.loader import Batch, DrawnBatches, DropPath, Layout, load_batches
-from dino.errors import ConfigError
+from dino.errors import CheckpointError, ConfigError
 from dino.models.backbone import build_backbone
 from dino.models.head import DINOHead
 from dino.models.weights import init_from
@@ -168,6 +168,34 @@ class Run:
         }
 
 
+def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
+    """Take up a checkpoint: the draw number is an offset, so nothing random has to be restored.
+
+    Args:
+        trainer: Freshly built, its callbacks set.
+        saved: What :meth:`Run.content` gave.
+
+    Raises:
+        CheckpointError: If it is no checkpoint of this version.
+    """
+    if saved.get("format") != FORMAT or "optimizer" not in saved:
+        raise CheckpointError(f"expected a checkpoint of this version to resume from, found {saved.get('format')!r}")
+    trainer.model.teacher.load_published(saved["teacher"])
+    trainer.model.student.load_published(saved["student"])
+    for objective, state in zip(trainer.model.objectives, saved["objectives"], strict=True):
+        objective.load_state_dict(state)
+    trainer.optimizer.load_state_dict(saved["optimizer"])
+    trainer.step = saved["step"]
+    trainer.quarantine.update(saved["state"]["quarantine"])
+    for callback in trainer.callbacks:
+        callback.load_state_dict(saved["state"]["callbacks"].get(type(callback).__name__, {}))
+    progress.say(f"resuming after step {trainer.step} of {trainer.length.total}")
+
+
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+    }

@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from dino import __version__
-from dino.cli import demo, evaluate, export, extract, info, pretrain, tile
+from dino.cli import demo, evaluate, export, extract, info, pretrain, replay, tile
 from dino.cli.command import Command, ConfigFile
 
 
@@ -15,7 +15,7 @@ class _InOrder(TyperGroup):
     """Lists the subcommands in the order of the chain."""
 
     def list_commands(self, ctx: object) -> list[str]:
-        return ["tile", "pretrain", "extract", "evaluate", "export", "info", "demo"]
+        return ["tile", "pretrain", "extract", "evaluate", "export", "info", "replay", "demo"]
 
 
 app = typer.Typer(
@@ -58,6 +58,7 @@ app.add_typer(evaluation, name="evaluate")
 evaluation.command(cls=evaluate.command)(evaluate.knn)
 app.command(cls=export.command)(export.export)
 app.command(cls=info.command)(info.info)
+app.command(cls=replay.command)(replay.replay)
 app.command(cls=demo.command)(demo.demo)
 
 

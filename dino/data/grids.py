@@ -60,7 +60,9 @@ def grid_shape(path: Path, cells: int, shape: tuple[int, int] | None) -> tuple[i
         wanted = f"{height} x {width} = {height * width} rows" if shape else "a square number of rows"
         raise DataError(f"expected {wanted} in {path}, found {cells}; rectangular grids need a regions.csv beside them")
     if min(height, width) < SMALLEST_SIDE:
-        raise DataError(f"expected grids of at least 4 x 4 cells, found {height} x {width} in {path}; cut larger regions")
+        raise DataError(
+            f"expected grids of at least 4 x 4 cells, found {height} x {width} in {path}; cut larger regions"
+        )
     return height, width
 
 

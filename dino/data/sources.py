@@ -171,7 +171,9 @@ class GridFolder:
             notice()
         if len(kinds) != 1:
             found = "; ".join(f"D={d}, {h} x {w} in {path.name}" for (d, h, w), path in list(kinds.items())[:3])
-            raise DataError(f"expected grids of one D and one shape in {root}, found {found or 'none'}; split the folder")
+            raise DataError(
+                f"expected grids of one D and one shape in {root}, found {found or 'none'}; split the folder"
+            )
         ((self.dim, self.height, self.width),) = kinds
 
     def __len__(self) -> int:

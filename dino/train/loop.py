@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -55,6 +55,21 @@ class StepReport:
     stopping: bool = False
     save_wanted: bool = False
     save_due: bool = False
+
+
+class NonFiniteStep(TrainingFault):
+    """A loss or gradient was not finite on some process; the step changed nothing.
+
+    Attributes:
+        report: The step, as this process saw it.
+    """
+
+    def __init__(self, report: StepReport) -> None:
+        super().__init__(
+            f"loss or gradient was not finite at step {report.step}; that step changed no weight. "
+            "Lower optim.lr, or set speed.precision=fp32"
+        )
+        self.report = report
 
 
 class Callback(Protocol):
@@ -161,7 +176,7 @@ class Trainer:
 
         Raises:
             Stopped: If SIGTERM or SIGUSR1 came; callbacks have saved.
-            TrainingFault: If a loss or gradient was not finite on any process; that step changed nothing.
+            NonFiniteStep: If a loss or gradient was not finite on any process; that step changed nothing.
             DataError: If too many samples are bad.
         """
         for callback in self.callbacks:
@@ -177,7 +192,9 @@ class Trainer:
             if earlier is not None:
                 self.settle(earlier)  # a step late, so that the device never waits for the host
             stopping = earlier is not None and earlier.stopping
-            report.save_due = stopping or self.step == self.length.total or (earlier is not None and earlier.save_wanted)
+            report.save_due = (
+                stopping or self.step == self.length.total or (earlier is not None and earlier.save_wanted)
+            )
             for callback in self.callbacks:
                 callback.after_step(self, report)
             if stopping:
@@ -190,7 +207,7 @@ class Trainer:
         """Read what all processes agreed on about a step, once; to be called before anything of it is saved.
 
         Raises:
-            TrainingFault: If the step was not finite; it changed nothing.
+            NonFiniteStep: If the step was not finite; it changed nothing.
             DataError: If too many samples are bad by now.
         """
         if report.flags is None:
@@ -200,10 +217,7 @@ class Trainer:
         if bad:
             self._merge_quarantine(report.batches)
         if broken:
-            raise TrainingFault(
-                f"loss or gradient was not finite at step {report.step}; that step changed no weight. "
-                "Lower optim.lr, or set speed.precision=fp32"
-            )
+            raise NonFiniteStep(report)
 
     def _step(self, batches: Iterator[Batch], stop: StopSignal) -> StepReport:
         values = self.schedules.at(self.step)
@@ -225,16 +239,21 @@ class Trainer:
         return StepReport(self.step, values, loss, torch.stack(entropies).sum(), norm, used, flags)
 
     def _accumulate(self, batch: Batch, values: StepValues, *, last: bool) -> tuple[Tensor, Tensor]:
+        views, keep = self.views(batch)
+        with self.autocast():
+            return self.model.accumulate(views, keep, values.teacher_temp, share=1 / self.accumulation, last=last)
+
+    def views(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
+        """What the networks see of a batch: views by size, and the multipliers of the residual branches."""
         inputs = batch.inputs.to(self.device, non_blocking=True)
         views = [v.to(DTYPES[self.precision]) for v in self.crops.apply(inputs, batch.parameters)]
-        keep = None
-        if batch.keep is not None:
-            keep = batch.keep.to(self.device, DTYPES[self.precision], non_blocking=True)
-        autocast = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
-        with autocast:
-            return self.model.accumulate(
-                views, keep, values.teacher_temp, share=1 / self.accumulation, last=last
-            )
+        if batch.keep is None:
+            return views, None
+        return views, batch.keep.to(self.device, DTYPES[self.precision], non_blocking=True)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision of forward passes."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     def _flags(self, broken: Tensor, stop: StopSignal, bad: bool) -> Tensor:
         """(broken, stop, save, bad) as one small tensor that all processes agree on."""

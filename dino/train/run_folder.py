@@ -1,6 +1,7 @@
 """A run folder: its settings, log, status, and whether a command may go on in it."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.failure = path / "failure"
         self._status: dict[str, Any] = self.status()
 
     def status(self) -> dict[str, Any]:
@@ -60,9 +62,11 @@ class RunFolder:
         """
         known = self.path / "identity.json"
         if known.exists():
-            self._refuse_other(json.loads(known.read_text()), json.loads(json.dumps(identity)))
+            self._refuse_other(self.identity(), json.loads(json.dumps(identity)))
         elif self.path.exists() and any(self.path.iterdir()):
-            raise ConfigError(f"expected an empty folder or a run at {self.path}, found other files; name another folder")
+            raise ConfigError(
+                f"expected an empty folder or a run at {self.path}, found other files; name another folder"
+            )
         distributed.barrier()  # nobody writes before everybody has looked
 
     def claim(self, identity: Mapping[str, Any], config_yaml: str) -> None:
@@ -111,3 +115,23 @@ class RunFolder:
         if distributed.is_main():
             with open(self.path / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
+
+    def last_metrics(self) -> dict[str, float]:
+        """The newest line of ``metrics.jsonl`` with a finite loss, without what is not finite; empty without any."""
+        log = self.path / "metrics.jsonl"
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        losses = [line for line in lines if math.isfinite(line.get("loss", math.nan))]
+        return {k: v for k, v in losses[-1].items() if math.isfinite(v)} if losses else {}
+
+    def identity(self) -> dict[str, Any]:
+        """What the folder's run computes, by dotted key.
+
+        Raises:
+            ConfigError: If the folder holds no run.
+        """
+        try:
+            return dict(json.loads((self.path / "identity.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            raise ConfigError(
+                f"expected a run at {self.path}, found no readable identity.json; check the path"
+            ) from None

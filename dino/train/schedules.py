@@ -111,7 +111,9 @@ class Length:
             )
         total = max_steps if max_steps is not None else round(epochs * samples / global_batch)
         if total < 1:
-            raise ConfigError(f"expected at least one step, found {total}; raise training.nepochs or training.max_steps")
+            raise ConfigError(
+                f"expected at least one step, found {total}; raise training.nepochs or training.max_steps"
+            )
         return cls(samples, global_batch, total)
 
     def steps(self, epochs: float) -> int:

@@ -48,7 +48,6 @@ class Network(nn.Module):
         cls = torch.cat(tokens)  # (V, B, D)
         return {name: getattr(self, name)(cls.flatten(0, 1)).unflatten(0, cls.shape[:2]) for name in self.head_names}
 
-
     def published_state(self) -> dict[str, Tensor]:
         """The weights under the names that facebookresearch/dino gives them (``backbone.cls_token``, ``head.mlp.0…``)."""
         return {_published(name): tensor for name, tensor in self.state_dict().items()}
@@ -114,6 +113,12 @@ class DINO(nn.Module):
         self.centre.observe(teacher)
         return dino_loss(student, targets, self.student_temp), entropy(targets)
 
+    def sample_losses(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
+        """``(B,)`` loss of each sample alone, of the logits that :meth:`loss` takes; nothing is remembered."""
+        targets = self.centre.targets(teacher, teacher_temp)
+        alone = zip(student.split(1, 1), targets.split(1, 1), strict=True)
+        return torch.stack([dino_loss(z, q, self.student_temp) for z, q in alone])
+
     def step(self, finite: Tensor) -> None:
         """Move the centre by what was observed since the last step."""
         self.centre.step(finite)
@@ -129,9 +134,7 @@ class SelfDistillation(nn.Module):
         device: Where both live.
     """
 
-    def __init__(
-        self, student: Network, teacher: Network, objectives: Sequence[DINO], device: torch.device
-    ) -> None:
+    def __init__(self, student: Network, teacher: Network, objectives: Sequence[DINO], device: torch.device) -> None:
         super().__init__()
         self.student, self.teacher = student, teacher
         self.objectives = nn.ModuleList(objectives)

@@ -58,7 +58,12 @@ def test_bad_samples_are_replaced_and_named() -> None:
 def test_processes_share_each_step_without_repetition(processes: int, accumulation: int) -> None:
     layouts = [Layout(12 // processes // accumulation, accumulation, processes, p) for p in range(processes)]
     for step in range(3):
-        draws = [d for one in layouts for first in one.first_draws(step, step + 1) for d in range(first, first + one.batch_size)]
+        draws = [
+            d
+            for one in layouts
+            for first in one.first_draws(step, step + 1)
+            for d in range(first, first + one.batch_size)
+        ]
         assert sorted(draws) == list(range(step * 12, step * 12 + 12))
 
 

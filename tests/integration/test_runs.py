@@ -3,111 +3,15 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny_runs import Crash, assert_same_bits, command, config, crash_after, last, metrics
 
 from dino.api import pretrain
-from dino.config.load import load_config, to_yaml
-from dino.config.schema import PatchConfig, RegionConfig
 from dino.errors import ConfigError, DataError, TrainingFault
-
-TINY = {
-    "model.arch": "vit:dim=32,depth=2,heads=2",
-    "model.out_dim": 32,
-    "model.hidden_dim": 24,
-    "model.bottleneck_dim": 8,
-    "model.drop_path_rate": 0.3,
-    "training.batch_size_per_gpu": 4,
-    "training.max_steps": 8,
-    "training.warmup_epochs": 0,
-    "training.freeze_last_layer": 0.1,
-    "optim.lr": 0.05,
-    "speed.num_workers": 0,
-    "speed.precision": "fp32",
-    "speed.device": "cpu",
-    "logging.every_steps": 1,
-    "logging.save_every_steps": 3,
-    "logging.tensorboard": False,
-}
-TINY_PATCH = {**TINY, "aug.global_crops_size": 32, "aug.local_crops_size": 16, "aug.local_crops_number": 2}
-WALL_CLOCK = {"seconds", "samples_per_second"}
-
-
-@pytest.fixture
-def tiles(tmp_path: Path) -> Path:
-    """20 tiles of smooth colour, each its own."""
-    folder = tmp_path / "tiles"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(20):
-        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        coarse.resize((48, 48), Image.Resampling.BICUBIC).save(folder / f"slide{i % 4}_{i * 48}_0.png")
-    return folder
-
-
-@pytest.fixture
-def grids(tmp_path: Path) -> Path:
-    folder = tmp_path / "grids"
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for i in range(12):
-        torch.save(torch.randn(36, 10, generator=generator), folder / f"slide_{i * 100}_0.pt")
-    return folder
-
-
-def config(data: Path, output: Path, **changes: object) -> PatchConfig | RegionConfig:
-    region = data.name == "grids"
-    values = {**(TINY if region else TINY_PATCH), "data_dir": str(data), "output_dir": str(output), **changes}
-    return load_config(RegionConfig if region else PatchConfig, overrides=values)
-
-
-def command(settings: PatchConfig | RegionConfig, folder: Path, processes: int = 0) -> list[str]:
-    """The command line that trains with exactly these settings, under torchrun where processes are given."""
-    level = "region" if isinstance(settings, RegionConfig) else "patch"
-    (folder / "settings.yaml").write_text(to_yaml(settings))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    return [sys.executable, *launcher, "-m", "dino", "pretrain", level, "--config", str(folder / "settings.yaml")]
-
-
-def last(run: Path) -> dict:
-    return torch.load(run / "checkpoints" / "last.pt", weights_only=True)
-
-
-def metrics(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines]
-
-
-def assert_same_bits(first: Path, second: Path) -> None:
-    for part in ("teacher", "student"):
-        one, other = last(first)[part], last(second)[part]
-        assert all(torch.equal(one[name], other[name]) for name in one)
-    assert metrics(first) == metrics(second)
-    one, other = (last(run)["optimizer"]["state"] for run in (first, second))
-    assert all(torch.equal(one[i][k], other[i][k]) for i in one for k in one[i])
-
-
-class Crash(BaseException):
-    """Stands for whatever ends a process without letting it tidy up."""
-
-
-def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    from dino.train.loop import Trainer
-
-    honest = Trainer._step
-
-    def step(self: Trainer, *args: object) -> object:
-        if self.step == steps:
-            raise Crash
-        return honest(self, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Trainer, "_step", step)
 
 
 @pytest.mark.parametrize("level", ["tiles", "grids"])
@@ -148,7 +52,10 @@ def test_a_signal_saves_and_ends_with_75(tiles: Path, tmp_path: Path, number: si
     process.send_signal(number)
     assert process.wait(timeout=25) == 75
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["state"] == "stopped" and last(tmp_path / "run")["step"] == status["step"] == metrics(tmp_path / "run")[-1]["step"]
+    assert (
+        status["state"] == "stopped"
+        and last(tmp_path / "run")["step"] == status["step"] == metrics(tmp_path / "run")[-1]["step"]
+    )
 
 
 def test_workers_do_not_change_the_bits(tiles: Path, tmp_path: Path) -> None:
@@ -308,7 +215,9 @@ def test_two_processes_train_as_one(level: str, request: pytest.FixtureRequest, 
 def test_a_run_on_two_processes_resumes_on_one(tiles: Path, tmp_path: Path) -> None:
     double = {"speed.precision": "fp64", "training.max_steps": 9}
     pretrain(config(tiles, tmp_path / "one", **double))
-    shared = config(tiles, tmp_path / "moved", **double, **{"training.batch_size_per_gpu": 2, "logging.save_every_steps": 1})
+    shared = config(
+        tiles, tmp_path / "moved", **double, **{"training.batch_size_per_gpu": 2, "logging.save_every_steps": 1}
+    )
     process = subprocess.Popen(command(shared, tmp_path, processes=2))
     while process.poll() is None and not (tmp_path / "moved" / "checkpoints" / "last.pt").exists():
         time.sleep(0.01)

@@ -1,0 +1,102 @@
+"""Runs of both levels that take a second, and what to ask of the folders they leave behind."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dino.config.load import load_config, to_yaml
+from dino.config.schema import PatchConfig, RegionConfig
+
+TINY = {
+    "model.arch": "vit:dim=32,depth=2,heads=2",
+    "model.out_dim": 32,
+    "model.hidden_dim": 24,
+    "model.bottleneck_dim": 8,
+    "model.drop_path_rate": 0.3,
+    "training.batch_size_per_gpu": 4,
+    "training.max_steps": 8,
+    "training.warmup_epochs": 0,
+    "training.freeze_last_layer": 0.1,
+    "optim.lr": 0.05,
+    "speed.num_workers": 0,
+    "speed.precision": "fp32",
+    "speed.device": "cpu",
+    "logging.every_steps": 1,
+    "logging.save_every_steps": 3,
+    "logging.tensorboard": False,
+}
+TINY_PATCH = {**TINY, "aug.global_crops_size": 32, "aug.local_crops_size": 16, "aug.local_crops_number": 2}
+WALL_CLOCK = {"seconds", "samples_per_second"}
+
+
+def config(data: Path, output: Path, **changes: object) -> PatchConfig | RegionConfig:
+    region = any(data.glob("*.pt"))
+    values = {**(TINY if region else TINY_PATCH), "data_dir": str(data), "output_dir": str(output), **changes}
+    return load_config(RegionConfig if region else PatchConfig, overrides=values)
+
+
+def command(settings: PatchConfig | RegionConfig, folder: Path, processes: int = 0) -> list[str]:
+    """The command line that trains with exactly these settings, under torchrun where processes are given."""
+    level = "region" if isinstance(settings, RegionConfig) else "patch"
+    (folder / "settings.yaml").write_text(to_yaml(settings))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return [sys.executable, *launcher, "-m", "dino", "pretrain", level, "--config", str(folder / "settings.yaml")]
+
+
+def last(run: Path) -> dict:
+    return torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines]
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    for part in ("teacher", "student"):
+        one, other = last(first)[part], last(second)[part]
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert metrics(first) == metrics(second)
+    one, other = (last(run)["optimizer"]["state"] for run in (first, second))
+    assert all(torch.equal(one[i][k], other[i][k]) for i in one for k in one[i])
+
+
+class Crash(BaseException):
+    """Stands for whatever ends a process without letting it tidy up."""
+
+
+def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    from dino.train.loop import Trainer
+
+    honest = Trainer._step
+
+    def step(self: Trainer, *args: object) -> object:
+        if self.step == steps:
+            raise Crash
+        return honest(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "_step", step)
+
+
+def make_tiles(folder: Path, count: int = 20) -> Path:
+    """Tiles of smooth colour, each its own, of four slides."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((48, 48), Image.Resampling.BICUBIC).save(folder / f"slide{i % 4}_{i * 48}_0.png")
+    return folder
+
+
+def make_grids(folder: Path, count: int = 12) -> Path:
+    """Feature grids of 6 x 6 cells and D = 10."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        torch.save(torch.randn(36, 10, generator=generator), folder / f"slide_{i * 100}_0.pt")
+    return folder
