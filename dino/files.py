@@ -1,8 +1,10 @@
 """The one way in which this package writes a file: whole, or not at all."""
 
+import csv
+import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,10 +44,24 @@ def atomic_path(path: Path, *, check: Callable[[Path], None] | None = None) -> I
             os.close(descriptor)
         if check is not None:
             check(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def printable(path: object) -> str:
+    """A path or name as one line of valid text: line breaks and bytes that are no UTF-8 become escapes."""
+    text = str(path).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def csv_text(rows: Iterable[Sequence[str]]) -> str:
+    """Rows as CSV; what a spreadsheet would run as a formula gets an apostrophe before it."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerows([f"'{cell}" if cell[:1] in tuple("=+-@\t\r") else cell for cell in row] for row in rows)
+    return text.getvalue()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -76,7 +76,8 @@ def patch_level(config: PatchConfig) -> Level:
     for name in ("global_crops_size", "local_crops_size"):
         if getattr(config.aug, name) % patch_size:
             raise ConfigError(
-                f"expected aug.{name} to be a multiple of model.patch_size={patch_size}, found {getattr(config.aug, name)}"
+                f"expected aug.{name} to be a multiple of model.patch_size={patch_size}, "
+                f"found {getattr(config.aug, name)}"
             )
     start = _start(config)
     transform = TRANSFORMS["imagenet"] if start is None or start.transform is None else start.transform
@@ -128,7 +129,7 @@ def region_level(config: RegionConfig) -> Level:
     folder = root / GRIDS if (root / GRIDS).is_dir() else root
     entries = grid_entries(root, folder)
     with progress.bar("check grids", len(entries)) as bar:
-        source = GridFolder(folder, entries, config.grid_order, bar.advance)
+        source = GridFolder(folder, entries, config.grid_order, bar.advance, config.training.max_bad_fraction)
     aug, model = config.aug, config.model
     crops = GridCrops(
         (source.height, source.width),

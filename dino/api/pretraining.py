@@ -125,6 +125,8 @@ def _fit(trainer: Trainer, folder: RunFolder) -> None:
     except (DinoError, RuntimeError, OSError) as error:
         folder.update_status(state="failed", step=trainer.step, error=str(error))
         raise
+    finally:
+        folder.write_quarantine(trainer.quarantine)
 
 
 def _finish(run: Run, trainer: Trainer, folder: RunFolder, judge: Judge | None) -> RunSummary:

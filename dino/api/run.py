@@ -3,13 +3,11 @@
 import copy
 import dataclasses
 import math
-import platform
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
-import torchvision
 
 from dino import distributed, progress
 from dino.api.levels import Level
@@ -24,6 +22,7 @@ from dino.train.loop import DTYPES, Trainer
 from dino.train.optimizer import CLIP_MODES, build_optimizer
 from dino.train.schedules import Cosine, Length, Ramp, Schedules
 from dino.train.self_distillation import DINO, Network, SelfDistillation
+from dino.versions import versions
 
 FORMAT = "histodino/1"
 REFERENCE_BATCH = 256  # optim.lr is given for this many images (Goyal et al. 2017, arXiv 1706.02677)
@@ -190,12 +189,3 @@ def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
     for callback in trainer.callbacks:
         callback.load_state_dict(saved["state"]["callbacks"].get(type(callback).__name__, {}))
     progress.say(f"resuming after step {trainer.step} of {trainer.length.total}")
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-    }

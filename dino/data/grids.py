@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dino.errors import ConfigError, DataError
+from dino.files import printable
 
 ORDERS = ("yx", "xy")
 SMALLEST_SIDE = 4
@@ -32,14 +33,17 @@ def open_grids(path: Path) -> Tensor:
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        raise DataError(f"expected one tensor in {path}, found objects that would need running code") from None
+        raise DataError(f"expected one tensor in {printable(path)}, found objects that need running code") from None
     except Exception as error:  # torch raises many types on damaged archives
-        raise DataError(f"cannot read {path}: {type(error).__name__}: {str(error)[:200]}") from None
+        reason = f"{type(error).__name__}: {printable(error)[:200]}"
+        raise DataError(f"cannot read {printable(path)}: {reason}") from None
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.ndim not in (2, 3):
         found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise DataError(f"expected a float tensor [cells x D] or [regions x cells x D] in {path}, found {found}")
+        raise DataError(
+            f"expected a float tensor [cells x D] or [regions x cells x D] in {printable(path)}, found {found}"
+        )
     if 0 in tensor.shape:
-        raise DataError(f"expected features in {path}, found an empty tensor {tuple(tensor.shape)}")
+        raise DataError(f"expected features in {printable(path)}, found an empty tensor {tuple(tensor.shape)}")
     return tensor if tensor.ndim == 3 else tensor[None]
 
 
@@ -58,10 +62,12 @@ def grid_shape(path: Path, cells: int, shape: tuple[int, int] | None) -> tuple[i
     height, width = shape or (side, side)
     if height * width != cells:
         wanted = f"{height} x {width} = {height * width} rows" if shape else "a square number of rows"
-        raise DataError(f"expected {wanted} in {path}, found {cells}; rectangular grids need a regions.csv beside them")
+        raise DataError(
+            f"expected {wanted} in {printable(path)}, found {cells}; rectangular grids need a regions.csv beside them"
+        )
     if min(height, width) < SMALLEST_SIDE:
         raise DataError(
-            f"expected grids of at least 4 x 4 cells, found {height} x {width} in {path}; cut larger regions"
+            f"expected grids of at least 4 x 4 cells, found {height} x {width} in {printable(path)}; cut larger regions"
         )
     return height, width
 
@@ -84,7 +90,10 @@ def read_grid(path: Path, order: str = "yx", shape: tuple[int, int] | None = Non
     """
     if order not in ORDERS:
         raise ConfigError(f"expected grid_order yx or xy, found '{order}'")
-    rows = open_grids(path)[region]  # (T, D)
+    grids = open_grids(path)
+    if region >= len(grids):
+        raise DataError(f"expected region {region} in {printable(path)}, found only {len(grids)}; was it replaced?")
+    rows = grids[region]  # (T, D)
     height, width = grid_shape(path, rows.shape[0], shape)
     if order == "xy":
         grid = rows.unflatten(0, (width, height)).permute(2, 1, 0)  # (D, h, w)
@@ -92,5 +101,5 @@ def read_grid(path: Path, order: str = "yx", shape: tuple[int, int] | None = Non
         grid = rows.unflatten(0, (height, width)).permute(2, 0, 1)  # (D, h, w)
     grid = grid.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     if not bool(torch.isfinite(grid).all()):
-        raise DataError(f"expected finite features in {path}, found NaN or infinity; extract it again")
+        raise DataError(f"expected finite features in {printable(path)}, found NaN or infinity; extract it again")
     return grid

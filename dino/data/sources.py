@@ -14,6 +14,7 @@ from dino import randomness
 from dino.data.grids import grid_shape, open_grids, read_grid
 from dino.data.images import decode
 from dino.errors import DataError
+from dino.files import printable
 
 TILE_NAME = re.compile(r"(?P<slide>.+)_(?P<x>\d+)_(?P<y>\d+)")
 
@@ -115,7 +116,7 @@ class ImageFolder:
         try:
             return Sample(decode(path), name, slide_of(path))
         except DataError as error:
-            raise BadSample(name, str(error)) from None
+            raise BadSample(printable(name), str(error)) from None
 
     @property
     def fingerprint(self) -> str:
@@ -147,9 +148,10 @@ class GridFolder:
         entries: Files under it with what is known of each, in a fixed order. A file with several regions is unfolded.
         order: Order of the rows in the files, ``yx`` or ``xy``.
         notice: Called after each checked file, for a progress bar.
+        max_bad_fraction: Share of the files that may be no grids; they stay in the list and are bad when drawn.
 
     Raises:
-        DataError: If a file is not a grid, or D or the shape differ within the folder.
+        DataError: If more files than that are no grids, or D or the shape differ within the folder.
     """
 
     def __init__(
@@ -158,19 +160,29 @@ class GridFolder:
         entries: Sequence[GridEntry],
         order: str = "yx",
         notice: Callable[[], None] = lambda: None,
+        max_bad_fraction: float = 0.0,
     ) -> None:
         self.root, self.order = root, order
         self._entries: list[GridEntry] = []
         kinds: dict[tuple[int, int, int], Path] = {}
+        bad: list[str] = []
         for entry in entries:
-            regions, cells, dim = open_grids(entry.path).shape
-            shape = grid_shape(entry.path, cells, entry.shape)
-            kinds.setdefault((dim, *shape), entry.path)
             slide = entry.slide_id or slide_of(entry.path)
-            self._entries += [GridEntry(entry.path, m, slide, shape, entry.tissue) for m in range(regions)]
+            try:
+                regions, cells, dim = open_grids(entry.path).shape
+                kinds.setdefault((dim, *grid_shape(entry.path, cells, entry.shape)), entry.path)
+            except DataError as error:
+                regions = 1
+                bad.append(str(error))
+            self._entries += [GridEntry(entry.path, m, slide, entry.shape, entry.tissue) for m in range(regions)]
             notice()
+        if len(bad) > max_bad_fraction * len(entries):
+            more = f" (and {len(bad) - 1} more such files)" if len(bad) > 1 else ""
+            raise DataError(f"{bad[0]}{more}; more than training.max_bad_fraction={max_bad_fraction:g} of the files")
         if len(kinds) != 1:
-            found = "; ".join(f"D={d}, {h} x {w} in {path.name}" for (d, h, w), path in list(kinds.items())[:3])
+            found = "; ".join(
+                f"D={d}, {h} x {w} in {printable(path.name)}" for (d, h, w), path in list(kinds.items())[:3]
+            )
             raise DataError(
                 f"expected grids of one D and one shape in {root}, found {found or 'none'}; split the folder"
             )
@@ -188,9 +200,13 @@ class GridFolder:
         """
         entry = self._entries[index_of(seed, draw, attempt, len(self))]
         try:
-            grid = read_grid(entry.path, self.order, entry.shape, entry.region)
+            grid = read_grid(entry.path, self.order, (self.height, self.width), entry.region)
+            if len(grid) != self.dim:
+                raise DataError(
+                    f"expected D={self.dim} in {printable(entry.path)}, found {len(grid)}; was it replaced?"
+                )
         except DataError as error:
-            raise BadSample(self._name(entry), str(error)) from None
+            raise BadSample(printable(self._name(entry)), str(error)) from None
         return Sample(grid, self._name(entry), entry.slide_id, entry.tissue)
 
     @property

@@ -40,13 +40,15 @@ class MetricsLog(NoState):
         self._since = (time.monotonic(), 0)
 
     def start(self, trainer: Trainer) -> None:
-        """Cut the log back to where the run goes on."""
+        """Cut the log and the quarantine back to where the run goes on."""
         self.folder.cut_log(trainer.step)
+        self.folder.write_quarantine(trainer.quarantine)
         self._since = (time.monotonic(), trainer.step)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Write a line when one is due."""
         self.bar.advance()
+        self.folder.write_quarantine(trainer.quarantine)
         if report.step % self.every_steps and report.step != trainer.length.total:
             return
         line = {"step": report.step, "epoch": trainer.length.epoch(report.step), **self._numbers(trainer, report)}

@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written aside, synced, checked and renamed; the one before stays until the new one stands."""
+"""Checkpoints that survive: written aside, synced, checked, renamed; the one before stays until the new one stands."""
 
 import os
 import shutil

@@ -10,7 +10,7 @@ from typing import Any
 
 from dino import distributed
 from dino.errors import ConfigError
-from dino.files import write_json, write_text
+from dino.files import csv_text, write_json, write_text
 
 FINAL_STATES = {"finished", "early_stopped", "stopped", "failed"}
 OVER = {"finished", "early_stopped"}
@@ -33,6 +33,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.failure = path / "failure"
         self._status: dict[str, Any] = self.status()
+        self._quarantined = -1 if (path / "quarantine.csv").exists() else 0  # how many are listed; -1: not known
 
     def status(self) -> dict[str, Any]:
         """Content of ``status.json``; empty when there is none or it is damaged."""
@@ -86,8 +87,8 @@ class RunFolder:
             return
         shown = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed[:4])
         raise ConfigError(
-            f"{self.path} belongs to another run ({shown}); resuming needs the same settings. For a new run name another "
-            f"folder; model.init={self.path} starts it from this one's weights"
+            f"{self.path} belongs to another run ({shown}); resuming needs the same settings. For a new run name "
+            f"another folder; model.init={self.path} starts it from this one's weights"
         )
 
     def update_status(self, **changes: Any) -> None:
@@ -95,6 +96,16 @@ class RunFolder:
         self._status = {**self._status, **changes, "run_id": launch_id(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         if distributed.is_main():
             write_json(self.path / "status.json", self._status)
+
+    def write_quarantine(self, quarantine: Mapping[str, str]) -> None:
+        """Write ``quarantine.csv``, the samples that could not be used, when it holds others than are written.
+
+        Args:
+            quarantine: Reason of each by its name.
+        """
+        if distributed.is_main() and len(quarantine) != self._quarantined:
+            write_text(self.path / "quarantine.csv", csv_text([("path", "reason"), *quarantine.items()]))
+            self._quarantined = len(quarantine)
 
     def cut_log(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` after ``step``: a resumed run writes them anew."""
@@ -113,7 +124,7 @@ class RunFolder:
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""
         if distributed.is_main():
-            with open(self.path / "metrics.jsonl", "a") as file:
+            with (self.path / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def last_metrics(self) -> dict[str, float]:

@@ -49,7 +49,7 @@ class Network(nn.Module):
         return {name: getattr(self, name)(cls.flatten(0, 1)).unflatten(0, cls.shape[:2]) for name in self.head_names}
 
     def published_state(self) -> dict[str, Tensor]:
-        """The weights under the names that facebookresearch/dino gives them (``backbone.cls_token``, ``head.mlp.0…``)."""
+        """The weights under facebookresearch/dino's names for them (``backbone.cls_token``, ``head.mlp.0…``)."""
         return {_published(name): tensor for name, tensor in self.state_dict().items()}
 
     def load_published(self, state: Mapping[str, Tensor]) -> None:
@@ -108,7 +108,7 @@ class DINO(nn.Module):
         self.centre = Centre(out_dim, center_momentum)
 
     def loss(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> tuple[Tensor, Tensor]:
-        """Loss and teacher entropy of ``(V, B, K)`` student and ``(G, B, K)`` teacher logits, the first G views shared."""
+        """Loss and teacher entropy of ``(V, B, K)`` student and ``(G, B, K)`` teacher logits, first G views shared."""
         targets = self.centre.targets(teacher, teacher_temp)
         self.centre.observe(teacher)
         return dino_loss(student, targets, self.student_temp), entropy(targets)

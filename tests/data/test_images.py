@@ -34,7 +34,7 @@ def test_both_jpeg_decoders_give_the_same_pixels(tmp_path: Path, monkeypatch: py
 def test_unusual_modes_become_rgb(tmp_path: Path) -> None:
     grey = noise(8, 8, 1)
     Image.fromarray(grey).save(tmp_path / "grey.jpg", quality=100)
-    Image.fromarray((grey.astype(np.uint16) * 257)).save(tmp_path / "deep.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     clear = np.dstack([noise(8, 8), np.zeros((8, 8), np.uint8)])
     Image.fromarray(clear, "RGBA").save(tmp_path / "clear.png")
     Image.fromarray(noise(8, 8, 4), "CMYK").save(tmp_path / "print.jpg")

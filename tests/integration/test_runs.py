@@ -188,7 +188,7 @@ def test_knn_while_training_keeps_the_best_and_stops_early(tiles: Path, tmp_path
     }
     summary = pretrain(config(tiles, tmp_path / "run", **judged))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    scores = [l["evaluation"]["teacher"]["knn_3_accuracy"] for l in lines if "teacher" in l.get("evaluation", {})]
+    scores = [x["evaluation"]["teacher"]["knn_3_accuracy"] for x in lines if "teacher" in x.get("evaluation", {})]
     best = max(range(len(scores)), key=lambda i: scores[i])
     assert summary.state == "early_stopped" and len(scores) == best + 1 + 3
     kept = torch.load(tmp_path / "run" / "checkpoints" / "best.pt", weights_only=True)
