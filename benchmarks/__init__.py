@@ -1,0 +1,1 @@
+"""What this package costs beside its comparators: `python -m benchmarks`."""

@@ -1,0 +1,164 @@
+"""From JPEG files to trained weights: this package's loop beside Pillow's crops in a DataLoader and the plain step."""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.material import IMAGENET, original_crops, tile_files
+from benchmarks.measure import Duel, Row, Setting
+from benchmarks.networks import Task, our_trainer, take_steps, their_step
+from benchmarks.reference.crops import PillowCrops
+from benchmarks.reference.data import TileViews, loader
+from benchmarks.reference.step import Step
+from dino.crops.images import ImageCrops
+from dino.data.loader import Batch, DrawnBatches, Layout, load_batches
+from dino.data.sources import ImageFolder
+from dino.train.loop import Trainer
+
+TITLE = "from JPEG files"
+LARGEST_WAIT = 0.01
+
+
+class Waiting:
+    """An iterator that adds up how long it was waited for."""
+
+    def __init__(self, inner: Iterator) -> None:
+        self.inner, self.seconds = inner, 0.0
+
+    def __iter__(self) -> "Waiting":
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        item = next(self.inner)
+        self.seconds += time.perf_counter() - started
+        return item
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a turn goes.
+
+    Attributes:
+        task: What is trained.
+        paths: The tiles.
+        crops: Their views.
+        workers: Worker processes.
+        warm: Steps that do not count: until what was made in advance is used up.
+        steps: Steps that count.
+        device: Where to train.
+    """
+
+    task: Task
+    paths: list[Path]
+    crops: ImageCrops
+    workers: int
+    warm: int
+    steps: int
+    device: torch.device
+
+
+class OurTurn:
+    """Files, loader, crops and step of this package."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        source = ImageFolder(plan.paths[0].parent, plan.paths)
+        self.batches = DrawnBatches(source, plan.crops.draw, None, plan.task.batch, seed=0)
+        self.trainer: Trainer = our_trainer(plan.task, plan.device, "bf16", plan.crops)
+
+    def __call__(self) -> tuple[float, float]:
+        """Seconds of the steps that count, and of waiting for data in them."""
+        plan = self.plan
+        steps = (self.trainer.step, self.trainer.step + plan.warm + plan.steps)
+        pin = plan.device.type == "cuda"
+        loaded = load_batches(
+            self.batches, Layout(plan.task.batch), steps, workers=plan.workers, prefetch=1 if pin else 2, pin=pin
+        )
+        feed = Waiting(iter(loaded))
+        self.trainer.batches = lambda first, last: feed
+        take_steps(self.trainer, plan.warm)
+        _wait(plan.device)
+        before, started = feed.seconds, time.perf_counter()
+        take_steps(self.trainer, plan.steps)
+        _wait(plan.device)
+        return time.perf_counter() - started, feed.seconds - before
+
+
+class TheirTurn:
+    """Pillow's crops in a DataLoader, feeding the plain step."""
+
+    def __init__(self, plan: Plan, step: Step) -> None:
+        self.plan, self.step = plan, step
+        crops = PillowCrops([view.size for view in plan.crops.views], IMAGENET.mean, IMAGENET.std)
+        needed = plan.task.batch * (plan.warm + plan.steps)
+        paths = [plan.paths[i % len(plan.paths)] for i in range(needed)]
+        self.data = TileViews(paths, crops, plan.crops.draw)
+
+    def __call__(self) -> tuple[float, float]:
+        """Seconds of the steps that count, and of waiting for data in them."""
+        feed = Waiting(iter(loader(self.data, self.plan.task.batch, self.plan.workers)))
+        for _ in range(self.plan.warm):
+            self._take(feed)
+        before, started = feed.seconds, time.perf_counter()
+        for _ in range(self.plan.steps):
+            self._take(feed)
+        return time.perf_counter() - started, feed.seconds - before
+
+    def _take(self, feed: Waiting) -> None:
+        views: list[Tensor] = next(feed)  # type: ignore[assignment]
+        self.step([view.to(self.plan.device, non_blocking=True) for view in views])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def plans(setting: Setting) -> Iterator[tuple[Plan, int]]:
+    """ViT-S/16 as in the original, and a small network on small crops, which needs its data much faster."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, min(cores - 1, 15))
+    warm, steps = (workers + 1, 20) if setting.on_gpu else (1, 3)
+    if setting.quick:
+        task = Task("vit:dim=64,depth=2,heads=2", 2, 256, ((2, 32), (3, 16)))
+        crops = original_crops((32, 16), 3)
+        yield Plan(task, tile_files(setting.folder / "tiles", 4), crops, 1, 1, 1, setting.device), 1
+        return
+    task = Task("vit_small", setting.size(16, 256, 0))
+    paths = tile_files(setting.folder / "tiles", setting.size(256, 2048, 0))
+    yield Plan(task, paths, original_crops(), workers, warm, steps, setting.device), 2
+    small = Task("vit_tiny", setting.size(64, 512, 0), 4096, ((2, 96), (6, 48)))
+    yield Plan(small, paths, original_crops((96, 48), 6), workers, warm, steps, setting.device), 3
+
+
+def run(setting: Setting) -> Iterator[Row]:
+    """Both plans. That the crops and the steps are equal is asserted by the benchmarks of those."""
+    for plan, rounds in plans(setting):
+        setting.notice(f"{plan.task.arch} from JPEG files, batch {plan.task.batch}, {plan.workers} worker processes")
+        ours = OurTurn(plan)
+        theirs = TheirTurn(plan, their_step(plan.task, ours.trainer, "fp16" if setting.on_gpu else "bf16"))
+        results = [(ours(), theirs()) for _ in range(setting.rounds(rounds))]
+        row = Duel([a[0] for a, _ in results], [b[0] for _, b in results]).row(
+            f"from JPEG {plan.task.arch}",
+            plan.task.batch * plan.steps,
+            "img/s",
+            "Pillow in a DataLoader, the original algorithm",
+        )
+        waits = [sum(r[i][1] for r in results) / sum(r[i][0] for r in results) for i in (0, 1)]
+        row.target = 3.0 if setting.on_gpu and not setting.quick and plan.task.arch == "vit_small" else None
+        row.note = f"waiting for data {waits[0]:.2%} of a step (wanted < {LARGEST_WAIT:.0%})"
+        row.equality = "asserted for crops and step by the benchmarks of those names"
+        row.details = {
+            "batch": plan.task.batch,
+            "workers": plan.workers,
+            "our_waiting_share": round(waits[0], 5),
+            "their_waiting_share": round(waits[1], 5),
+            "waiting_share_wanted": LARGEST_WAIT,
+        }
+        yield row

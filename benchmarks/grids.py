@@ -1,0 +1,92 @@
+"""Level 2's data path: a folder of ``.pt`` grids to batches of views, beside a file and a crop at a time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.material import GRID_DIM, GRID_SIDE, grid_files
+from benchmarks.measure import Row, Setting, duel, expect_close
+from benchmarks.reference.data import GridViews, loader
+from dino.crops.grids import GridCrops
+from dino.data.loader import DrawnBatches, Layout, load_batches
+from dino.data.sources import GridEntry, GridFolder
+
+TITLE = "level-2 data path"
+WORKERS = 1
+
+
+class Ours:
+    """This package's source, loader and crops.
+
+    Args:
+        folder: Where the grids are.
+        paths: The grids.
+        batch: Grids in a batch.
+        device: Where crops are applied.
+    """
+
+    def __init__(self, folder: Path, paths: list[Path], batch: int, device: torch.device) -> None:
+        self.crops = GridCrops((GRID_SIDE, GRID_SIDE))
+        self.source = GridFolder(folder, [GridEntry(path) for path in paths])
+        self.batches = DrawnBatches(self.source, self.crops.draw, None, batch, seed=0)
+        self.layout, self.steps, self.device = Layout(batch), len(paths) // batch, device
+
+    def __call__(self, workers: int) -> Iterator[list[Tensor]]:
+        """One pass: views of each batch, on the device."""
+        pin = self.device.type == "cuda"
+        for batch in load_batches(self.batches, self.layout, (0, self.steps), workers=workers, prefetch=2, pin=pin):
+            yield self.crops.apply(batch.inputs.to(self.device, non_blocking=True), batch.parameters)
+
+
+def run(setting: Setting) -> Iterator[Row]:
+    """Views per second of both, read by the training process itself and by one worker process."""
+    folder, batch = setting.folder / "grids", setting.size(64, 256, 2)
+    paths = grid_files(folder, setting.size(512, 2048, 4))
+    ours = Ours(folder, paths, batch, setting.device)
+    theirs = GridViews(paths, GRID_SIDE, ours.crops.draw)
+    equality = check(ours, theirs)
+    for workers in [0] if setting.quick else [0, WORKERS]:
+        setting.notice(f"{len(paths)} grids of {GRID_DIM} x {GRID_SIDE} x {GRID_SIDE}, {workers} worker processes")
+        slow = loader(theirs, batch, workers)
+        result = duel(
+            lambda w=workers: _drain(ours(w)),
+            lambda x=slow: _drain([view.to(setting.device) for view in views] for views in x),
+            setting.rounds(3),
+            setting.device,
+        )
+        row = result.row(
+            f"grids to views, {workers} workers", len(paths), "grids/s", "torch.load and crops, one by one"
+        )
+        row.equality, row.target = equality, None if setting.quick else 10.0
+        row.details = {"grids": len(paths), "batch": batch, "gb": round(len(paths) * GRID_SIDE**2 * GRID_DIM * 4e-9, 2)}
+        yield row
+
+
+def check(ours: Ours, theirs: GridViews) -> str:
+    """The first batch's views must be the same numbers.
+
+    Raises:
+        RuntimeError: If they are not.
+    """
+    batch = ours.batches[0]
+    groups = ours.crops.apply(batch.inputs, batch.parameters)
+    views = [view for group in groups for view in group]
+    names = {path.name: index for index, path in enumerate(theirs.paths)}
+    worst = 0.0
+    for row, (draw, name) in enumerate(zip(batch.draws.tolist(), batch.names, strict=True)):
+        expected = _views_of(theirs, names[name.split("#")[0]], draw)
+        worst = max([worst, *(float((view[row] - e).abs().max()) for view, e in zip(views, expected, strict=True))])
+    return expect_close("views", worst, 0.0)
+
+
+def _views_of(theirs: GridViews, index: int, draw: int) -> list[Tensor]:
+    """The views of a file with the crops of a given draw."""
+    one = GridViews([theirs.paths[index]] * (draw + 1), theirs.side, theirs.draw, theirs.seed)
+    return one[draw]
+
+
+def _drain(views: Iterator) -> None:
+    for _ in views:
+        pass

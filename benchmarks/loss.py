@@ -1,0 +1,100 @@
+"""The loss alone, forward and backward, from logits that are there: time, and memory above the logits."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Row, Setting, duel, expect_close, peak_bytes, relative_error
+from benchmarks.reference.loss import PairwiseLoss
+from dino.train.self_distillation import DINO
+
+TITLE = "loss alone"
+VIEWS, TEACHER_TEMP = 10, 0.04
+COMPARATOR = "eighteen pairs, autograd"
+
+
+class Ours:
+    """This package's objective: targets, loss, gradient, entropy and centre."""
+
+    def __init__(self, out_dim: int, device: torch.device) -> None:
+        self.objective = DINO(out_dim, 0.1, 0.9).to(device)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss, and gradient (V, B, K)."""
+        student.grad = None
+        loss, _ = self.objective.loss(student, teacher, TEACHER_TEMP)
+        loss.backward()
+        self.objective.step(self.finite)
+        assert student.grad is not None  # for the type checker
+        return loss.detach(), student.grad
+
+
+class Theirs:
+    """The pairwise loss."""
+
+    def __init__(self, out_dim: int, device: torch.device) -> None:
+        self.objective = PairwiseLoss(out_dim, VIEWS, teacher_temp=TEACHER_TEMP).to(device)
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss, and gradient (V, B, K)."""
+        student.grad = None
+        loss = self.objective(student.flatten(0, 1), teacher.flatten(0, 1))
+        loss.backward()
+        assert student.grad is not None  # for the type checker
+        return loss.detach(), student.grad
+
+
+def example(batch: int, out_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines as a head gives them: student (10, B, K) and teacher (2, B, K)."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(VIEWS, batch, out_dim, generator=generator) / 16
+    teacher = torch.randn(2, batch, out_dim, generator=generator) / 16
+    return student.to(device).requires_grad_(), teacher.to(device)
+
+
+def run(setting: Setting) -> Iterator[Row]:
+    """Every batch size."""
+    out_dim = 65536 if not setting.quick else 257
+    sizes = [2] if setting.quick else [64, 128, 256] if setting.on_gpu else [64]
+    for batch in sizes:
+        setting.notice(f"{VIEWS} views x {out_dim:,} prototypes, batch {batch}")
+        yield _measure(batch, out_dim, setting)
+
+
+def _measure(batch: int, out_dim: int, setting: Setting) -> Row:
+    ours, theirs = Ours(out_dim, setting.device), Theirs(out_dim, setting.device)
+    equality = check(ours, theirs, *example(min(batch, 8), out_dim, setting.device))
+    student, teacher = example(batch, out_dim, setting.device)
+    memory = [peak_bytes(lambda work=work: work(student, teacher), setting.device) for work in (ours, theirs)]
+    rounds = setting.rounds(10 if setting.on_gpu else 5)
+    result = duel(lambda: ours(student, teacher), lambda: theirs(student, teacher), rounds, setting.device)
+    logits = student.numel() + teacher.numel()
+    row = result.row(f"loss batch {batch}", batch, "img/s", COMPARATOR, equality=equality)
+    row.target = None if setting.quick else 5.0 if setting.on_gpu else 3.0
+    row.note = f"memory above the logits {memory[0] / memory[1]:.2f} of theirs (wanted 0.20)"
+    row.details = {
+        "out_dim": out_dim,
+        "logits_mb": round(logits * 4e-6, 1),
+        "our_mb_above_logits": round(memory[0] * 1e-6, 1),
+        "their_mb_above_logits": round(memory[1] * 1e-6, 1),
+        "memory_share": round(memory[0] / memory[1], 3),
+        "memory_share_wanted": 0.2,
+        "bytes_per_item": 4 * (2 * student.numel() + teacher.numel()) / batch,  # each logit read, each gradient written
+    }
+    return row
+
+
+def check(ours: Ours, theirs: Theirs, student: Tensor, teacher: Tensor) -> str:
+    """Loss, gradient and centre must agree.
+
+    Raises:
+        RuntimeError: If they do not.
+    """
+    loss, gradient = ours(student.detach().clone().requires_grad_(), teacher.clone())
+    expected, expected_gradient = theirs(student.detach().clone().requires_grad_(), teacher.clone())
+    centres = relative_error(ours.objective.centre.center, theirs.objective.center)
+    expect_close("centre", centres, 1e-5)
+    expect_close("gradient", relative_error(gradient, expected_gradient), 1e-4)
+    return expect_close("loss, gradient and centre (fp32; the loss)", float((loss / expected - 1).abs()), 1e-5)
