@@ -52,7 +52,8 @@ def run_seed(seed: int, data: Path, output: Path, overrides: list[str]) -> dict[
     minutes = (time.monotonic() - started) / 60
     scores = api.evaluate_knn(str(run), data / "labels.csv", load_config(KnnConfig, overrides=[f"k=[{K}]"]))
     result = {name: scores[name][f"knn_{K}_accuracy"] for name in ("model", "untrained", "pixels_8x8")}
-    print(f"seed {seed}: {K}-NN accuracy " + ", ".join(f"{k} {v:.3f}" for k, v in result.items()) + f"; {minutes:.1f} min")
+    shown = ", ".join(f"{name} {score:.3f}" for name, score in result.items())
+    print(f"seed {seed}: {K}-NN accuracy {shown}; {minutes:.1f} min")
     return {"seed": seed, "minutes": round(minutes, 2), **result}
 
 

@@ -16,11 +16,12 @@ from rich.table import Table
 from dino import api, progress
 from dino.api.own_place import measure_own_place
 from dino.api.report_evidence import open_run
-from dino.api.reporting import last_metrics, report, versions
+from dino.api.reporting import last_metrics, report
 from dino.config.load import load_config, to_dict
 from dino.config.schema import DemoConfig, ExtractConfig, PatchConfig, RegionConfig, TileConfig
 from dino.files import write_json
 from dino.slides.sample import sample_slide
+from dino.versions import versions
 
 Result = TypeVar("Result")
 

@@ -1,10 +1,8 @@
 """``report``: one page on what was tiled, trained and learned."""
 
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,8 @@ from dino.report import methods
 from dino.report.evidence import CropEvidence, Evidence
 from dino.report.page import Page, render
 from dino.report.sections import sections
+from dino.versions import versions
 
-PACKAGES = ("histodino", "torch", "torchvision", "timm", "hs2p")
 PATCH, REGION = "Patch level", "Region level"
 
 
@@ -77,17 +75,6 @@ def report(
     write_text(output, render(_page(evidence, slide, patch, region, notice)))
     progress.say(f"report: {output}")
     return output
-
-
-def versions() -> dict[str, str]:
-    """Version of this package and of those that its results depend on."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {**found, "Python": platform.python_version()}
 
 
 def _slide(root: Path) -> TiledSlide | None:

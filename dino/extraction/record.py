@@ -3,27 +3,15 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dino import files
 from dino.errors import DataError
 from dino.models.weights import LoadedBackbone
+from dino.versions import versions
 
 COMPARED = ("level", "fingerprint", "transform", "precision", "geometry", "grids")
-PACKAGES = ("histodino", "torch", "timm", "hs2p", "openslide-python", "pillow", "h5py")
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that features depend on, of those that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def model_record(loaded: LoadedBackbone, precision: str) -> dict[str, Any]:

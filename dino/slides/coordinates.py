@@ -32,49 +32,56 @@ def tiling_result(
     """
     from hs2p.tiling.result import TileGeometry, TilingResult
 
-    lattice, geometry = reader.lattice, reader.lattice.geometry
     order = np.lexsort((tiles[:, 1], tiles[:, 0]))
     segmented = None if tissue.mask_path else segmentation_config(rule)
     thresholds = {f"seg_{n}": getattr(segmented, n, None) for n in ("sthresh", "sthresh_up", "mthresh", "close")}
     quality = filter_config(rule)
-    checks = ("filter_white", "filter_black", "white_threshold", "black_threshold", "fraction_threshold")
-    checks += ("filter_grayspace", "grayspace_saturation_threshold", "grayspace_fraction_threshold")
-    checks += ("filter_blur", "blur_threshold", "qc_spacing_um", "a_t", "a_h")
     return TilingResult(
         tiles=TileGeometry(
             x=tiles[order, 0],
             y=tiles[order, 1],
             tissue_fractions=fractions[order],
-            requested_tile_size_px=geometry.tile_size_px,
-            requested_spacing_um=geometry.spacing_um,
-            read_level=lattice.read_level,
-            read_tile_size_px=lattice.read_size_px,
-            read_spacing_um=reader.spacing_um * lattice.read_downsample,
-            tile_size_lv0=lattice.step_lv0,
-            is_within_tolerance=lattice.read_size_px == geometry.tile_size_px,
-            base_spacing_um=reader.spacing_um,
-            slide_dimensions=list(lattice.slide_size),
-            level_downsamples=[downsample for downsample, _ in reader.slide.level_downsamples],
-            overlap=geometry.overlap,
             min_tissue_fraction=rule.min_tissue,
+            **_reading(reader),
         ),
         sample_id=slide_id,
         image_path=reader.path,
         backend=BACKEND,
         requested_backend=BACKEND,
-        tolerance=geometry.tolerance,
-        step_px_lv0=round(lattice.step_lv0 / geometry.positions_per_step),
+        tolerance=reader.lattice.geometry.tolerance,
+        step_px_lv0=round(reader.lattice.step_lv0 / reader.lattice.geometry.positions_per_step),
         ref_tile_size_px=quality.ref_tile_size,
         spacing_at_level_0=reader.spacing_um,
         **{name: getattr(tissue, name) for name in _FROM_TISSUE},
         **thresholds,
-        **{name: getattr(quality, name) for name in checks},
+        **{name: getattr(quality, name) for name in _FROM_FILTERS},
     )
+
+
+def _reading(reader: SlideReader) -> dict[str, Any]:
+    """How the tiles of a slide are read, in hs2p's words."""
+    lattice, geometry = reader.lattice, reader.lattice.geometry
+    return {
+        "requested_tile_size_px": geometry.tile_size_px,
+        "requested_spacing_um": geometry.spacing_um,
+        "read_level": lattice.read_level,
+        "read_tile_size_px": lattice.read_size_px,
+        "read_spacing_um": reader.spacing_um * lattice.read_downsample,
+        "tile_size_lv0": lattice.step_lv0,
+        "is_within_tolerance": lattice.read_size_px == geometry.tile_size_px,
+        "base_spacing_um": reader.spacing_um,
+        "slide_dimensions": list(lattice.slide_size),
+        "level_downsamples": [downsample for downsample, _ in reader.slide.level_downsamples],
+        "overlap": geometry.overlap,
+    }
 
 
 _FROM_TISSUE = ("tissue_method", "requested_seg_downsample", "seg_downsample", "seg_level", "seg_spacing_um")
 _FROM_TISSUE += ("mask_path", "tissue_mask_tissue_value", "mask_level", "mask_spacing_um")
 _FROM_TISSUE += ("mask_backend", "requested_mask_backend")
+_FROM_FILTERS = ("filter_white", "filter_black", "white_threshold", "black_threshold", "fraction_threshold")
+_FROM_FILTERS += ("filter_grayspace", "grayspace_saturation_threshold", "grayspace_fraction_threshold")
+_FROM_FILTERS += ("filter_blur", "blur_threshold", "qc_spacing_um", "a_t", "a_h")
 
 
 def save_result(root: Path, result: Any) -> None:
@@ -105,7 +112,6 @@ def save_previews(
     from hs2p.wsi.visualization import save_overlay_preview, write_coordinate_preview
 
     slide = {"wsi_path": reader.path, "backend": BACKEND, "spacing_at_level_0": reader.spacing_um}
-    side = reader.lattice.step_lv0
     level = _preview_level(reader)
     downsample = reader.slide.level_downsamples[level][0]
     thin = max(1, round(max(reader.slide.level_dimensions[level]) / 1500))  # lines that show at screen size
@@ -131,11 +137,9 @@ def save_previews(
             grid_thickness=thickness,
         )
 
-    draw = {
-        "tissue": tissue,
-        "tiles": grid(tiles, side, thin),
-        "regions": grid(regions, side * reader.lattice.geometry.region_cells, 3 * thin),
-    }
+    side = reader.lattice.step_lv0
+    regions_side = side * reader.lattice.geometry.region_cells
+    draw = {"tissue": tissue, "tiles": grid(tiles, side, thin), "regions": grid(regions, regions_side, 3 * thin)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Slide spacing override conflict", category=UserWarning)
         for kind, render in draw.items():

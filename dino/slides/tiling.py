@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from dino.slides.slide import Measure, TilingPlan, about, failed, measure_slide,
 from dino.slides.slide_list import SlideRecord
 from dino.slides.tables import SlideStatus
 from dino.slides.tissue import filter_config, segmentation_config
+from dino.versions import versions
 
 DEATH = "the process that worked on it died; the file is damaged, or memory ran out (lower num_workers)"
 
@@ -224,13 +224,6 @@ def _description(plan: TilingPlan, settings: Mapping[str, Any]) -> dict[str, Any
     """Content of tiling.json: the settings that must match, and for the reader how they were carried out."""
     import openslide
 
-    packages = ("histodino", "hs2p", "openslide-python", "pillow", "opencv-python", "numpy")
-    versions: dict[str, str] = {"openslide": openslide.__library_version__}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "unknown"
     return {
         "format": "histodino-tiling/1",
         "settings": dict(settings),
@@ -241,5 +234,5 @@ def _description(plan: TilingPlan, settings: Mapping[str, Any]) -> dict[str, Any
         "jpeg": {"encoder": "PIL", "quality": plan.jpeg_quality},
         "segmentation": asdict(segmentation_config(plan.tissue)),
         "qc": asdict(filter_config(plan.tissue)) if plan.tissue.qc else None,
-        "versions": versions,
+        "versions": {**versions(), "openslide": openslide.__library_version__},
     }
