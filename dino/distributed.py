@@ -25,6 +25,11 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def launch_id() -> str | None:
+    """Identifier of the ``torchrun`` job that this process belongs to, None outside of ``torchrun``."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
 def rank() -> int:
     """Rank of this process, 0 when there is only one."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,23 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, content: str) -> None:
     """Write UTF-8 ``content`` to ``path`` atomically."""
     write_bytes(path, content.encode())
+
+
+def create_text(path: Path, content: str) -> bool:
+    """Write UTF-8 ``content`` to a file that must not be there yet; False when it is. One of several wins.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # other hosts may have this process's number
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.link(temporary, path)  # fails where `path` is, so that it appears whole and for one process only
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
 
 
 def write_json(path: Path, content: Any) -> None:

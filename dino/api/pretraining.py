@@ -18,6 +18,7 @@ from dino.models.weights import load_backbone_file
 from dino.train.callbacks import Checkpoints, Judge, MetricsLog, SaveClock
 from dino.train.checkpoint import LAST, START, CheckpointFolder
 from dino.train.failure import record_failure
+from dino.train.lock import RunLock
 from dino.train.loop import Callback, NonFiniteStep, StepReport, Trainer
 from dino.train.run_folder import RunFolder
 from dino.train.trackers import build_trackers
@@ -53,7 +54,7 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
         The run's summary. A run that is over already is reported as such and left alone.
 
     Raises:
-        ConfigError: If settings contradict each other, or the folder belongs to another run.
+        ConfigError: If settings contradict each other, or the folder belongs to another run or is in use.
         DataError: If the data cannot be trained on.
         Stopped: If a signal asked for it; the state is saved.
         TrainingFault: If the loss broke down.
@@ -73,8 +74,10 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
             progress.say(f"{folder.path}: this run is {folder.status()['state']}; nothing to do")
             return _report_end(folder)
         trainer = run.trainer()  # before the folder is claimed: what cannot be built leaves nothing behind
-        folder.claim(run.identity(), to_yaml(config))
-        return _train(run, trainer, folder)
+        with RunLock(folder.path).held():
+            folder.check(run.identity())  # once more: another run may have come and gone since
+            folder.claim(run.identity(), to_yaml(config))
+            return _train(run, trainer, folder)
 
 
 def _report_end(folder: RunFolder) -> RunSummary:

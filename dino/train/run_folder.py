@@ -11,14 +11,10 @@ from typing import Any
 from dino import distributed
 from dino.errors import ConfigError
 from dino.files import csv_text, write_json, write_text
+from dino.train.lock import LOCK
 
 FINAL_STATES = {"finished", "early_stopped", "stopped", "failed"}
 OVER = {"finished", "early_stopped"}
-
-
-def launch_id() -> str | None:
-    """Identifier of the torchrun job that this process belongs to, None outside of torchrun."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 class RunFolder:
@@ -50,7 +46,11 @@ class RunFolder:
     def was_ended_by_this_launch(self) -> bool:
         """True in a worker that torchrun restarted after the run had reached a final state: it must end at once."""
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        return restarted and self._status.get("run_id") == launch_id() and self._status.get("state") in FINAL_STATES
+        return (
+            restarted
+            and self._status.get("run_id") == distributed.launch_id()
+            and self._status.get("state") in FINAL_STATES
+        )
 
     def check(self, identity: Mapping[str, Any]) -> None:
         """Make sure that the folder is new or this very run's; nothing is written.
@@ -64,7 +64,7 @@ class RunFolder:
         known = self.path / "identity.json"
         if known.exists():
             self._refuse_other(self.identity(), json.loads(json.dumps(identity)))
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(LOCK not in path.name for path in self.path.iterdir()):
             raise ConfigError(
                 f"expected an empty folder or a run at {self.path}, found other files; name another folder"
             )
@@ -93,7 +93,12 @@ class RunFolder:
 
     def update_status(self, **changes: Any) -> None:
         """Rewrite ``status.json`` with ``changes``, so that scripts and people can look at any time."""
-        self._status = {**self._status, **changes, "run_id": launch_id(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        self._status = {
+            **self._status,
+            **changes,
+            "run_id": distributed.launch_id(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
         if distributed.is_main():
             write_json(self.path / "status.json", self._status)
 

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from dino.api import pretrain, replay
 from dino.cli.main import app
-from dino.errors import CheckpointError, DataError, TrainingFault
+from dino.errors import CheckpointError, ConfigError, DataError, TrainingFault
+from dino.train.lock import RunLock
 
 
 def poison(grids: Path) -> str:
@@ -74,3 +75,12 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
     (tmp_path / "failure.json").write_text('{"step": 3, "processes": [{}]}')
     with pytest.raises(CheckpointError, match="rank_0"):
         replay(tmp_path)
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(tiles: Path, tmp_path: Path) -> None:
+    with RunLock(tmp_path / "run").held():
+        with pytest.raises(ConfigError, match="to be free"):
+            pretrain(config(tiles, tmp_path / "run"))
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock.json"]
+    pretrain(config(tiles, tmp_path / "run", **{"training.max_steps": 1}))
+    assert not (tmp_path / "run" / "lock.json").exists()
