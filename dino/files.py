@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,22 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, content: str) -> None:
     """Write UTF-8 ``content`` to ``path`` atomically."""
     write_bytes(path, content.encode())
+
+
+def append_text(path: Path, content: str) -> None:
+    """Append UTF-8 ``content`` to ``path``, all of it or, when the disk is full, nothing.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(content)
+    except OSError:
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise
 
 
 def create_text(path: Path, content: str) -> bool:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from dino.api.levels import build_level
 from dino.api.run import Run, restore
 from dino.config.load import to_dict, to_yaml
 from dino.config.schema import PatchConfig, RegionConfig
-from dino.errors import ConfigError, DinoError, Stopped
+from dino.errors import CheckpointError, ConfigError, DinoError, Stopped
 from dino.models.export import export_backbone
 from dino.models.weights import load_backbone_file
 from dino.train.callbacks import Checkpoints, Judge, MetricsLog, SaveClock
 from dino.train.checkpoint import LAST, START, CheckpointFolder
+from dino.train.collapse import CollapseWatch
 from dino.train.failure import record_failure
-from dino.train.lock import RunLock
 from dino.train.loop import Callback, NonFiniteStep, StepReport, Trainer
 from dino.train.run_folder import RunFolder
 from dino.train.trackers import build_trackers
@@ -74,10 +75,22 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
             progress.say(f"{folder.path}: this run is {folder.status()['state']}; nothing to do")
             return _report_end(folder)
         trainer = run.trainer()  # before the folder is claimed: what cannot be built leaves nothing behind
-        with RunLock(folder.path).held():
+        with _disk_errors(folder), folder.lock.held():
             folder.check(run.identity())  # once more: another run may have come and gone since
             folder.claim(run.identity(), to_yaml(config))
             return _train(run, trainer, folder)
+
+
+@contextmanager
+def _disk_errors(folder: RunFolder) -> Iterator[None]:
+    """Turn what the disk refuses, where a run cannot go on without it, into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"expected to write in {folder.path}, found that it cannot be: {error}; make room, then run the same "
+            "command again: it goes on from its last checkpoint"
+        ) from error
 
 
 def _report_end(folder: RunFolder) -> RunSummary:
@@ -95,6 +108,8 @@ def _train(run: Run, trainer: Trainer, folder: RunFolder) -> RunSummary:
     checkpoints = Checkpoints(files, run.content, folder, log.save_every_steps, log.keep_every_steps)
     judge = build_judge(run, folder, checkpoints)
     saved = files.load()
+    if distributed.is_main():
+        files.tidy()
     if saved is None and distributed.is_main():
         files.save({**run.description(trainer), "teacher": trainer.model.teacher.published_state()}, START)
     trackers = build_trackers(
@@ -103,7 +118,8 @@ def _train(run: Run, trainer: Trainer, folder: RunFolder) -> RunSummary:
     with ExitStack() as stack:
         done = saved["step"] if saved else 0
         bar = stack.enter_context(progress.bar(f"pretrain {run.level.name}", run.length.total, done))
-        metrics = MetricsLog(folder, log.every_steps, config.model.out_dim, bar, trackers)
+        watch = CollapseWatch(run.settled_after())
+        metrics = MetricsLog(folder, log.every_steps, config.model.out_dim, bar, trackers, watch)
         callbacks: list[Callback] = [metrics, checkpoints] if judge is None else [metrics, judge, checkpoints]
         trainer.callbacks, trainer.save_clock = callbacks, SaveClock(log.save_every_minutes)
         if saved is not None:

@@ -99,6 +99,13 @@ class Run:
             steps(config.training.freeze_last_layer),
         )
 
+    def settled_after(self) -> int:
+        """Steps until every warm-up is over."""
+        model, training = self.config.model, self.config.training
+        return self.length.steps(
+            max(training.warmup_epochs, training.freeze_last_layer, model.warmup_teacher_temp_epochs)
+        )
+
     def drawn_batches(self, depth: int, seed: int) -> DrawnBatches:
         """This run's batches by draw number."""
         views, rate = sum(self.level.crops.groups), self.config.model.drop_path_rate

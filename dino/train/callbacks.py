@@ -2,18 +2,20 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from dino import distributed, progress
+from dino.errors import CheckpointError, ConfigError
 from dino.models.backbone import Backbone
 from dino.train.checkpoint import BEST, LAST, CheckpointFolder
 from dino.train.loop import NoState, StepReport, Trainer
 from dino.train.run_folder import RunFolder
 
 Scores = dict[str, float]
+TAKEN_OVER = "another process has taken the folder over"
 
 
 class MetricsLog(NoState):
@@ -25,6 +27,7 @@ class MetricsLog(NoState):
         out_dim: Number of prototypes K: loss and entropy are also given relative to ln K.
         bar: The progress bar.
         trackers: Further receivers of ``(step, numbers)``, such as TensorBoard.
+        watch: Sees every line; what it gives back is shown as a warning.
     """
 
     def __init__(
@@ -33,9 +36,11 @@ class MetricsLog(NoState):
         every_steps: int,
         out_dim: int,
         bar: progress.Bar,
-        trackers: tuple[Callable[[int, Mapping[str, float]], None], ...] = (),
+        trackers: Sequence[Callable[[int, Mapping[str, float]], None]] = (),
+        watch: Callable[[Mapping[str, float]], Sequence[str]] = lambda line: (),
     ) -> None:
-        self.folder, self.every_steps, self.bar, self.trackers = folder, every_steps, bar, trackers
+        self.folder, self.every_steps, self.bar = folder, every_steps, bar
+        self.trackers, self.watch = list(trackers), watch
         self.log_k = math.log(out_dim)
         self._since = (time.monotonic(), 0)
 
@@ -53,8 +58,9 @@ class MetricsLog(NoState):
             return
         line = {"step": report.step, "epoch": trainer.length.epoch(report.step), **self._numbers(trainer, report)}
         self.folder.log(line)
-        for tracker in self.trackers:
-            tracker(report.step, line)
+        self._track(report.step, line)
+        for sign in self.watch(line):
+            self.folder.warn(sign)
         left = trainer.length.total - report.step
         seconds = trainer.length.global_batch / line["samples_per_second"]
         self.folder.update_status(
@@ -65,6 +71,16 @@ class MetricsLog(NoState):
             bad_files=len(trainer.quarantine),
         )
         self.bar.advance(0, f"loss {line['loss']:.3f} ({line['samples_per_second']:.1f} img/s)")
+
+    def _track(self, step: int, line: Mapping[str, float]) -> None:
+        for tracker in tuple(self.trackers):
+            try:
+                tracker(step, line)
+            except Exception as error:  # a full disk or a lost connection: curves are no reason to lose a run
+                self.trackers.remove(tracker)
+                self.folder.warn(
+                    f"curves are no longer sent: {type(error).__name__}: {error}; metrics.jsonl has them all"
+                )
 
     def _numbers(self, trainer: Trainer, report: StepReport) -> dict[str, float]:
         own = torch.stack([report.loss, report.teacher_entropy, report.grad_norm.to(report.loss.dtype)])
@@ -108,6 +124,11 @@ class Checkpoints(NoState):
     ) -> None:
         self.files, self.content, self.folder = files, content, folder
         self.every_steps, self.keep_every_steps = every_steps, keep_every_steps
+        self.saved_step = 0
+
+    def start(self, trainer: Trainer) -> None:
+        """Note where the run is safe."""
+        self.saved_step = trainer.step
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Save when it is due."""
@@ -116,16 +137,50 @@ class Checkpoints(NoState):
         if not (by_steps or kept or report.save_due or trainer.stop_early):
             return
         trainer.settle(report)
-        self.save(trainer)
-        if kept and distributed.is_main():
-            self.files.keep_last_as(f"step_{report.step}.pt")
+        also = (f"step_{report.step}.pt",) if kept else ()
+        if not self.save(trainer, *also) and (report.final or trainer.stop_early):
+            raise CheckpointError(
+                f"expected to write the last checkpoint of this run, {self.files.folder / LAST}, found that the disk "
+                f"does not take it; the run is safe up to step {self.saved_step}: make room, and run the same command"
+            )
 
-    def save(self, trainer: Trainer) -> None:
-        """Write ``last.pt`` now."""
+    def save(self, trainer: Trainer, *also: str) -> bool:
+        """Write ``last.pt`` now; on every process, whether that went well.
+
+        Args:
+            trainer: What to save.
+            also: Further names for the same checkpoint.
+
+        Raises:
+            ConfigError: If another process has taken the folder over.
+        """
         content = self.content(trainer)
-        if distributed.is_main():
-            self.files.save(content)
+        problem = distributed.broadcast(self._write(content, also) if distributed.is_main() else "")
+        if problem == TAKEN_OVER:
+            raise ConfigError(
+                f"expected {self.folder.path} to be this run's, found that {problem}; nothing was written"
+            )
+        if problem:
+            self.folder.warn(
+                f"cannot write {self.files.folder / LAST}: {problem}; the one before is kept, the run goes on"
+            )
+            return False
+        self.saved_step = trainer.step
         self.folder.update_status(last_checkpoint=f"checkpoints/{LAST}", last_checkpoint_step=trainer.step)
+        return True
+
+    def _write(self, content: dict[str, Any], also: tuple[str, ...]) -> str:
+        """Write a checkpoint; a reason where that was not possible, else an empty string."""
+        lock = self.folder.lock
+        if not lock.is_mine():
+            return TAKEN_OVER if lock.is_anothers() else "the folder has vanished"
+        try:
+            self.files.save(content)
+            for name in also:
+                self.files.keep_last_as(name)
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
 
 
 class SaveClock:
@@ -193,10 +248,10 @@ class Judge:
         self.folder.log({"step": report.step, "evaluation": scores})
         progress.say(f"step {report.step}: teacher {_shown(scores['teacher'])}; student {_shown(scores['student'])}")
         if self.best is None or self.latest[self.tracked] > self.best:
-            self.best, self.misses = self.latest[self.tracked], 0
-            self.checkpoints.save(trainer)
-            if distributed.is_main():
-                self.checkpoints.files.keep_last_as(BEST)
+            before = self.best
+            self.best, self.misses = self.latest[self.tracked], 0  # first, because the checkpoint holds them
+            if not self.checkpoints.save(trainer, BEST):
+                self.best = before
             return
         self.misses += 1
         trainer.stop_early = 0 < self.patience <= self.misses

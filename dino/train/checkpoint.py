@@ -56,9 +56,16 @@ class CheckpointFolder:
             if name == LAST and path.exists():
                 self._link(path, PREVIOUS)
 
-        with atomic_path(path, check=check) as temporary:
-            torch.save(content, temporary)
+        # A file of Python's, because torch's own reports a full disk as a fault of the program.
+        with atomic_path(path, check=check) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
         return path
+
+    def tidy(self) -> None:
+        """Remove what a killed process left half-written; only for the process that writes here."""
+        for left in self.folder.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
 
     def keep_last_as(self, name: str) -> None:
         """Let ``name`` be the checkpoint that ``last.pt`` is now, at no cost in space where the disk has hard links."""

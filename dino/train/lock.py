@@ -67,9 +67,22 @@ class RunLock:
             return self.path.read_text() == self._text
         return False
 
+    def is_anothers(self) -> bool:
+        """True once another process has taken the lock over, because this one was silent for too long."""
+        with suppress(OSError):
+            return self.path.read_text() != self._text
+        return False
+
     def _take(self) -> str:
-        """Take the lock; a reason where that is not allowed, else an empty string."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Take the lock; a reason where that is not possible, else an empty string."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return self._contend()
+        except OSError as error:
+            return f"expected to write in {self.path.parent}, found that it cannot be: {error.strerror}; check the disk"
+
+    def _contend(self) -> str:
+        """Take the lock as soon as nobody who is alive holds it; a reason when somebody does."""
         while not create_text(self.path, self._text) and not self.is_mine():
             found = _read(self.path)
             if found is None:
@@ -105,8 +118,8 @@ class RunLock:
         if distributed.launch_id() not in NO_LAUNCH and holder.get("launch") == distributed.launch_id():
             return False  # the same job, started again elsewhere: its launcher has ended the old processes
         progress.say(
-            f"{self.path.parent} was last used on {holder.get('host')}: waiting up to {self.stale_seconds:.0f} s to see "
-            "whether a run there is alive"
+            f"{self.path.parent} was last used on {holder.get('host')}: waiting up to {self.stale_seconds:.0f} s "
+            "to see whether a run there is alive"
         )
         return self._still_beats()
 

@@ -42,6 +42,7 @@ class StepReport:
         flags: What processes agree on, ``(broken, stop, save, bad)``; None once :meth:`Trainer.settle` has read it.
         stopping: A process was asked to stop (known once settled).
         save_wanted: The clock asks for a checkpoint (known once settled).
+        final: True on every process when no step follows, unless a callback ends the run.
         save_due: True on every process when this step is to be saved.
     """
 
@@ -54,6 +55,7 @@ class StepReport:
     flags: Tensor | None
     stopping: bool = False
     save_wanted: bool = False
+    final: bool = False
     save_due: bool = False
 
 
@@ -192,9 +194,8 @@ class Trainer:
             if earlier is not None:
                 self.settle(earlier)  # a step late, so that the device never waits for the host
             stopping = earlier is not None and earlier.stopping
-            report.save_due = (
-                stopping or self.step == self.length.total or (earlier is not None and earlier.save_wanted)
-            )
+            report.final = stopping or self.step == self.length.total
+            report.save_due = report.final or (earlier is not None and earlier.save_wanted)
             for callback in self.callbacks:
                 callback.after_step(self, report)
             if stopping:

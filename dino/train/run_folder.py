@@ -4,14 +4,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dino import distributed
+from dino import distributed, progress
 from dino.errors import ConfigError
-from dino.files import csv_text, write_json, write_text
-from dino.train.lock import LOCK
+from dino.files import append_text, csv_text, write_json, write_text
+from dino.train.lock import LOCK, RunLock
 
 FINAL_STATES = {"finished", "early_stopped", "stopped", "failed"}
 OVER = {"finished", "early_stopped"}
@@ -28,7 +29,9 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.failure = path / "failure"
+        self.lock = RunLock(path)
         self._status: dict[str, Any] = self.status()
+        self._unwritten: list[str] = []  # lines of the log
         self._quarantined = -1 if (path / "quarantine.csv").exists() else 0  # how many are listed; -1: not known
 
     def status(self) -> dict[str, Any]:
@@ -99,8 +102,26 @@ class RunFolder:
             "run_id": distributed.launch_id(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        if distributed.is_main():
-            write_json(self.path / "status.json", self._status)
+        if distributed.is_main() and not self.lock.is_anothers():
+            with self.enduring("status.json"):
+                if not self.path.is_dir():  # a lost mount: its mount point is no place for a run
+                    raise FileNotFoundError(2, "the folder has vanished")
+                write_json(self.path / "status.json", self._status)
+
+    def warn(self, message: str) -> None:
+        """Say once what is wrong, on the terminal and under ``warnings`` of ``status.json``; the run goes on."""
+        known = self._status.setdefault("warnings", [])
+        if message not in known:
+            known.append(message)
+            progress.warn(message)
+
+    @contextmanager
+    def enduring(self, what: str) -> Iterator[None]:
+        """Go on, with a warning, when the disk does not take what the block writes."""
+        try:
+            yield
+        except OSError as error:
+            self.warn(f"cannot write {self.path / what}: {error.strerror or error}; the run goes on, look at the disk")
 
     def write_quarantine(self, quarantine: Mapping[str, str]) -> None:
         """Write ``quarantine.csv``, the samples that could not be used, when it holds others than are written.
@@ -109,8 +130,9 @@ class RunFolder:
             quarantine: Reason of each by its name.
         """
         if distributed.is_main() and len(quarantine) != self._quarantined:
-            write_text(self.path / "quarantine.csv", csv_text([("path", "reason"), *quarantine.items()]))
-            self._quarantined = len(quarantine)
+            with self.enduring("quarantine.csv"):
+                write_text(self.path / "quarantine.csv", csv_text([("path", "reason"), *quarantine.items()]))
+                self._quarantined = len(quarantine)
 
     def cut_log(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` after ``step``: a resumed run writes them anew."""
@@ -127,10 +149,12 @@ class RunFolder:
         write_text(log, "".join(kept))
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``."""
+        """Append one line to ``metrics.jsonl``; one that the disk does not take is kept and written with the next."""
         if distributed.is_main():
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            self._unwritten.append(json.dumps(line) + "\n")
+            with self.enduring("metrics.jsonl"):
+                append_text(self.path / "metrics.jsonl", "".join(self._unwritten))
+                self._unwritten.clear()
 
     def last_metrics(self) -> dict[str, float]:
         """The newest line of ``metrics.jsonl`` with a finite loss, without what is not finite; empty without any."""

@@ -1,3 +1,4 @@
+import io
 import os
 from pathlib import Path
 
@@ -49,7 +50,15 @@ def test_nothing_whole_is_an_error(tmp_path: Path) -> None:
         CheckpointFolder(tmp_path).load()
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    files = CheckpointFolder(tmp_path)
+    files.save(content(1))
+    (tmp_path / ".last.pt.77.tmp").write_bytes(b"half")
+    files.tidy()
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+@pytest.mark.parametrize("call", ["open", "fsync", "replace"])
 def test_a_failed_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     files = CheckpointFolder(tmp_path)
     files.save(content(1))
@@ -70,11 +79,12 @@ def test_bytes_that_read_back_differently_are_refused(tmp_path: Path, monkeypatc
     files.save(content(1))
     honest = torch.save
 
-    def corrupting(obj: object, path: Path) -> None:
-        honest(obj, path)
-        raw = bytearray(path.read_bytes())
+    def corrupting(obj: object, file: io.BufferedWriter) -> None:
+        buffer = io.BytesIO()
+        honest(obj, buffer)
+        raw = bytearray(buffer.getvalue())
         raw[len(raw) // 2] ^= 1
-        path.write_bytes(raw)
+        file.write(raw)
 
     monkeypatch.setattr(torch, "save", corrupting)
     with pytest.raises(CheckpointError, match="damaged"):

@@ -156,5 +156,6 @@ def test_the_heart_never_keeps_a_process_alive(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from dino.train.lock import RunLock\n"
         "RunLock(Path(sys.argv[1])).held().__enter__(); print('end of the program')"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=60, capture_output=True, text=True)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, check=False, timeout=60, capture_output=True, text=True)
     assert done.returncode == 0 and "end of the program" in done.stdout
