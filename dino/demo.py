@@ -27,9 +27,9 @@ Result = TypeVar("Result")
 
 NOTICE = (
     "This is the demo: one small slide, a tiny network, a few minutes of training. It shows that every step of the "
-    "chain works and how to read what comes out of it. It proves the plumbing, not the model: a few hundred overlapping "
-    "tiles and a few hundred steps are far too little, the trained network need not even beat the untrained one, and "
-    "none of these numbers says how a real run will do."
+    "chain works and how to read what comes out of it. It proves the plumbing, not the model: a few hundred tiles and "
+    "steps are far too few, the trained network need not even beat the untrained one, and none of these numbers says "
+    "how a real run will do."
 )
 
 
