@@ -3,8 +3,8 @@
 from typing import Any
 
 from dino.models.registration import register_with_timm
+from dino.versions import VERSION as __version__
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load_backbone"]
 
 register_with_timm()  # so that timm can build exported region backbones

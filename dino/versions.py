@@ -3,8 +3,7 @@
 import platform
 from importlib import metadata
 
-import dino
-
+VERSION = "0.1.0"
 PACKAGES = (
     "torch",
     "torchvision",
@@ -20,7 +19,7 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Version of this package, of Python, and of those packages that are installed."""
-    found = {"histodino": dino.__version__, "python": platform.python_version()}
+    found = {"histodino": VERSION, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from dino.api.judging import evaluate_knn
     from dino.api.pretraining import pretrain
     from dino.api.replaying import replay
+    from dino.api.reporting import report
     from dino.api.tiling import tile
 
-__all__ = ["evaluate_knn", "export", "extract", "info", "load_backbone", "pretrain", "replay", "tile"]
+__all__ = ["evaluate_knn", "export", "extract", "info", "load_backbone", "pretrain", "replay", "report", "tile"]
 
 _MODULES = {
     "evaluate_knn": "judging",
@@ -26,6 +27,7 @@ _MODULES = {
     "load_backbone": "exporting",
     "pretrain": "pretraining",
     "replay": "replaying",
+    "report": "reporting",
     "tile": "tiling",
 }
 
