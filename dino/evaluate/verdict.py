@@ -155,4 +155,5 @@ def _spoken(word: str, reason: str, signs: Signs) -> Verdict:
         facts.append(f"features fill about {signs.effective_rank:.1f}{of} directions")
     if signs.cosine is not None:
         facts.append(f"mean cosine of two features {signs.cosine:.3f}")
-    return Verdict(word, f"{word.capitalize()}. {reason}" + (f" {'; '.join(facts)}." if facts else ""))
+    numbers = "; ".join(facts)
+    return Verdict(word, f"{word.capitalize()}. {reason}" + (f" {numbers[0].upper()}{numbers[1:]}." if facts else ""))
