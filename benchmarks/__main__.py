@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.environment import environment
 from benchmarks.measure import Row, Setting, limits
-from benchmarks.results import record, summary, table_of
+from benchmarks.results import markdown, record, summary, table_of
 from dino import distributed, progress
 
 NAMES = ("step", "loss", "crops", "endtoend", "extraction", "grids", "optimizer", "scaling")
@@ -28,6 +28,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--facebook-dino", type=Path, metavar="PATH", help="a checkout of facebookresearch/dino")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that all of it runs, records nothing")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where results go (%(default)s)")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="measure nothing, print a results file as a table"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     arguments = parser.parse_args(words)
     unknown = [name for name in arguments.names if name not in NAMES]
@@ -67,6 +70,9 @@ def run_all(arguments: argparse.Namespace, setting: Setting, path: Path | None) 
 def main(words: list[str] | None = None) -> int:
     """Run, show and record; 1 if a benchmark failed."""
     arguments = parse(words)
+    if arguments.markdown is not None:
+        print(markdown(arguments.markdown), end="")
+        return 0
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = distributed.choose_device(arguments.device)
     facts = environment(device)

@@ -127,16 +127,29 @@ class Duel:
         )
 
 
-def duel(ours: Work, theirs: Work, rounds: int, device: torch.device, warmup: int = 1) -> Duel:
-    """Time two pieces of work in turn; the first ``warmup`` rounds do not count."""
-    return Duel(*in_turn([ours, theirs], rounds, device, warmup))
+def duel(
+    ours: Work, theirs: Work, rounds: int, device: torch.device, warmup: int = 1, prepare: Work = lambda: None
+) -> Duel:
+    """Time two pieces of work in turn (:func:`in_turn`)."""
+    return Duel(*in_turn([ours, theirs], rounds, device, warmup, prepare))
 
 
-def in_turn(works: Sequence[Work], rounds: int, device: torch.device, warmup: int = 1) -> list[list[float]]:
-    """Seconds of each piece of work in each round, A B C A B C; the first ``warmup`` rounds do not count."""
+def in_turn(
+    works: Sequence[Work], rounds: int, device: torch.device, warmup: int = 1, prepare: Work = lambda: None
+) -> list[list[float]]:
+    """Seconds of each piece of work in each round, A B C A B C.
+
+    Args:
+        works: What is timed.
+        rounds: How often each.
+        device: Where the work is done.
+        warmup: Rounds before, which do not count.
+        prepare: Called before each, untimed.
+    """
     times: list[list[float]] = [[] for _ in works]
     for number in range(warmup + rounds):
         for work, seconds in zip(works, times, strict=True):
+            prepare()
             spent = timed(work, device)
             if number >= warmup:
                 seconds.append(spent)

@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from benchmarks.measure import Row
+
+COLUMNS = ("what", "ours", "beside", "theirs", "ratio", "wanted", "of the limit", "note")
+FIELDS = {field.name for field in fields(Row)}
 
 
 def record(row: Row, benchmark: str, limits: dict[str, float], facts: dict[str, Any], path: Path | None) -> Row:
@@ -51,11 +54,21 @@ def with_limit(row: Row, limits: dict[str, float]) -> Row:
 def table_of(rows: Sequence[Row]) -> Table:
     """The table at the end of a run."""
     table = Table(title="more is better; ratio: median (least to greatest) of rounds in turn")
-    for title in ("what", "ours", "beside", "theirs", "ratio", "wanted", "of the limit", "note"):
+    for title in COLUMNS:
         table.add_column(title, justify="left" if title in ("what", "beside", "note") else "right")
     for row in rows:
         table.add_row(*cells(row))
     return table
+
+
+def markdown(path: Path) -> str:
+    """The rows of a results file as a Markdown table; of a row that was measured several times the last one."""
+    rows: dict[tuple[str, str], Row] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        values = {name: value for name, value in json.loads(line).items() if name in FIELDS}
+        rows[values["name"], values.get("comparator", "")] = Row(**values)
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
+    return "\n".join(lines + ["| " + " | ".join(cells(row)) + " |" for row in rows.values()]) + "\n"
 
 
 def cells(row: Row) -> list[str]:

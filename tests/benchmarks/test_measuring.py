@@ -51,6 +51,15 @@ def test_a_result_is_one_line_with_its_limit(tmp_path):
     assert (found["limit"], found["ours"], found["date"]) == (20.0, 5.0, "2026-01-01")
 
 
+def test_results_become_a_table_that_keeps_the_last_measurement(tmp_path):
+    path = tmp_path / "results.jsonl"
+    for ours in (1.0, 2.0):
+        row = Duel([1 / ours] * 2, [1.0, 1.0]).row("loss", 1, "img/s", "pairs", target=1.5)
+        results.record(row, "loss", {}, {"date": "2026-01-01"}, path)
+    *_, line = results.markdown(path).splitlines()
+    assert line == "| loss | 2 img/s | pairs | 1 | 2.00 (2.00 to 2.00) | 1.5 |  |  |"
+
+
 def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
         runner.parse(["speed"])
