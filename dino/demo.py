@@ -122,7 +122,10 @@ def tile_config() -> TileConfig:
 
 
 def patch_config(root: Path, run: Path, config: DemoConfig) -> PatchConfig:
-    """The pathology recipe at a size for two cores: ViT-Ti, crops of 96 and 48 px."""
+    """The pathology recipe at a size for two cores: ViT-Ti, crops of 96 and 48 px.
+
+    The colour jitter is the original's, which is stronger: one slide has one stain, and so few steps would learn that.
+    """
     return load_config(
         PatchConfig,
         recipe="patch_pathology",
@@ -134,6 +137,10 @@ def patch_config(root: Path, run: Path, config: DemoConfig) -> PatchConfig:
             "aug.global_crops_size": 96,
             "aug.local_crops_size": 48,
             "aug.local_crops_number": 6,
+            "aug.brightness": 0.4,
+            "aug.contrast": 0.4,
+            "aug.saturation": 0.2,
+            "aug.hue": 0.1,
         },
     )
 
@@ -158,12 +165,11 @@ def _common(root: Path, run: Path, config: DemoConfig, steps: int) -> dict[str, 
         "output_dir": str(run),
         "seed": config.seed,
         "model.hidden_dim": 512,
-        "model.bottleneck_dim": 128,
         "model.momentum_teacher": 0.99,
         "model.drop_path_rate": 0.0,
         "training.max_steps": steps,
         "training.warmup_epochs": 3,
-        "optim.lr": 0.002,
+        "optim.lr": 0.004,
         "optim.lr_scheduler.weight_decay_end": 0.1,
         "speed.device": config.device,
         "speed.num_workers": config.num_workers,

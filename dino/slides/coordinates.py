@@ -109,41 +109,54 @@ def save_previews(
         tiles: ``(N, 2)`` level-0 origins.
         regions: ``(M, 2)`` level-0 origins.
     """
-    from hs2p.wsi.visualization import save_overlay_preview, write_coordinate_preview
-
-    slide = {"wsi_path": reader.path, "backend": BACKEND, "spacing_at_level_0": reader.spacing_um}
     level = _preview_level(reader)
-    downsample = reader.slide.level_downsamples[level][0]
     thin = max(1, round(max(reader.slide.level_dimensions[level]) / 1500))  # lines that show at screen size
-
-    def tissue(folder: Path) -> None:
-        save_overlay_preview(
-            **slide,
-            mask_arr=(mask > 0).astype(np.uint8),
-            mask_preview_path=folder / f"{slide_id}.jpg",
-            downsample=downsample,
-            pixel_mapping={"background": 0, "tissue": 1},
-            color_mapping={"background": None, "tissue": TISSUE_COLOUR},
-        )
-
-    def grid(origins: np.ndarray, size: int, thickness: int) -> Callable[[Path], object]:
-        return lambda folder: write_coordinate_preview(
-            **slide,
-            coordinates=[(int(x), int(y)) for x, y in origins],
-            tile_size_lv0=size,
-            save_dir=folder,
-            sample_id=slide_id,
-            downsample=downsample,
-            grid_thickness=thickness,
-        )
-
+    slide = {
+        "wsi_path": reader.path,
+        "backend": BACKEND,
+        "spacing_at_level_0": reader.spacing_um,
+        "downsample": reader.slide.level_downsamples[level][0],
+    }
     side = reader.lattice.step_lv0
     regions_side = side * reader.lattice.geometry.region_cells
-    draw = {"tissue": tissue, "tiles": grid(tiles, side, thin), "regions": grid(regions, regions_side, 3 * thin)}
+    draw = {
+        "tissue": _tissue_picture(slide, slide_id, mask),
+        "tiles": _grid_picture(slide, slide_id, tiles, side, thin),
+        "regions": _grid_picture(slide, slide_id, regions, regions_side, 3 * thin),
+    }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Slide spacing override conflict", category=UserWarning)
         for kind, render in draw.items():
             _save_picture(preview_path(root, slide_id, kind), render)
+
+
+def _tissue_picture(slide: dict[str, Any], slide_id: str, mask: np.ndarray) -> Callable[[Path], object]:
+    """What draws the tissue of a slide into a folder."""
+    from hs2p.wsi.visualization import save_overlay_preview
+
+    return lambda folder: save_overlay_preview(
+        **slide,
+        mask_arr=(mask > 0).astype(np.uint8),
+        mask_preview_path=folder / f"{slide_id}.jpg",
+        pixel_mapping={"background": 0, "tissue": 1},
+        color_mapping={"background": None, "tissue": TISSUE_COLOUR},
+    )
+
+
+def _grid_picture(
+    slide: dict[str, Any], slide_id: str, origins: np.ndarray, side: int, thickness: int
+) -> Callable[[Path], object]:
+    """What draws squares of ``side`` level-0 px at ``origins`` into a folder."""
+    from hs2p.wsi.visualization import write_coordinate_preview
+
+    return lambda folder: write_coordinate_preview(
+        **slide,
+        coordinates=[(int(x), int(y)) for x, y in origins],
+        tile_size_lv0=side,
+        save_dir=folder,
+        sample_id=slide_id,
+        grid_thickness=thickness,
+    )
 
 
 def preview_path(root: Path, slide_id: str, kind: str) -> Path:
