@@ -137,8 +137,9 @@ def _fit(trainer: Trainer, folder: RunFolder) -> None:
         folder.update_status(state="stopped", step=trainer.step, error=str(error))
         raise
     except NonFiniteStep as error:
-        record_failure(folder.failure, error.report, folder.last_metrics())
-        progress.say(f"the step is described in {folder.failure}; `dino replay {folder.failure}` does it again")
+        with folder.enduring(folder.failure.name):
+            record_failure(folder.failure, error.report, folder.last_metrics())
+            progress.say(f"the step is described in {folder.failure}; `dino replay {folder.failure}` does it again")
         folder.update_status(state="failed", step=trainer.step, error=str(error))
         raise
     except (DinoError, RuntimeError, OSError) as error:

@@ -21,10 +21,16 @@ def check_archive(path: Path) -> None:
     """Read a written checkpoint back and compare its checksums.
 
     Raises:
-        CheckpointError: If an entry does not have the CRC it was written with.
+        CheckpointError: If it is no archive, or an entry does not have the CRC it was written with.
+        OSError: If it cannot be read at all.
     """
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # flipped bits also look like passwords and unknown compressions, each with its error
+        raise CheckpointError(f"expected a whole archive in {path}, found a damaged one: {error}") from None
     if damaged is not None:
         raise CheckpointError(f"expected {path} to read back as written, found '{damaged}' damaged; check the disk")
 
@@ -85,7 +91,7 @@ class CheckpointFolder:
             try:
                 check_archive(path)
                 return read_checkpoint(path)
-            except (CheckpointError, zipfile.BadZipFile, OSError) as error:
+            except (CheckpointError, OSError) as error:
                 reason = f"{reason}; {error}" if reason else str(error)
                 progress.warn(f"{path} is damaged and is not used: {error}")
         if reason:

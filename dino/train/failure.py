@@ -73,12 +73,16 @@ def record_failure(folder: Path, report: StepReport, last_metrics: Mapping[str, 
         folder: ``RUN/failure``.
         report: The step as this process saw it.
         last_metrics: The newest line of the log.
+
+    Raises:
+        OSError: If the disk does not take it.
     """
     own = {"loss": float(report.loss), "grad_norm": float(report.grad_norm)}
-    everyone = distributed.gather(own)
-    with atomic_path(folder / f"rank_{distributed.rank()}.pt") as temporary:
-        torch.save(_drawn(report.batches), temporary)
-    distributed.barrier()  # the record stands for files that are all there
+    try:
+        with atomic_path(folder / f"rank_{distributed.rank()}.pt") as temporary, temporary.open("wb") as file:
+            torch.save(_drawn(report.batches), file)
+    finally:
+        everyone = distributed.gather(own)  # also where the disk is full: the others wait; and all files come first
     if distributed.is_main():
         facts = {
             "step": report.step,
@@ -116,7 +120,7 @@ def read_failure(folder: Path) -> Failure:
         order = torch.argsort(draws)
         in_order = {key: value[order] for key, value in parameters.items()}
         return Failure(step, facts, draws[order].tolist(), [names[i] for i in order.tolist()], in_order)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except (OSError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"expected the record of a failed step in {folder} (RUN/failure), could not read it: {error}"
         ) from None
