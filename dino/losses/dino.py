@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from dino.distributed import mean_over_ranks
 from dino.errors import ConfigError
+from dino.losses.pieces import in_pieces, piece_size
 
 
-def dino_loss(student: Tensor, targets: Tensor, student_temp: float) -> Tensor:
+def dino_loss(student: Tensor, targets: Tensor, student_temp: float, *, overwrite: bool = False) -> Tensor:
     """Cross-entropy of every student view with every teacher view but its own (Caron et al. 2021, eq. 3).
 
     With ``z_v`` the student's logits, ``Q_v`` the sum of the targets of the teacher views other than ``v``, and
@@ -18,12 +19,15 @@ def dino_loss(student: Tensor, targets: Tensor, student_temp: float) -> Tensor:
         L = 1 / (n_pairs B) sum_v [ n_v logsumexp(z_v / temp) - Q_v . z_v / temp ]
         dL/dz_v = (n_v softmax(z_v / temp) - Q_v) / (n_pairs B temp)
 
-    so that 2 + 8 views cost ten terms instead of eighteen, and no more memory than the gradient and one view.
+    so that 2 + 8 views cost ten terms instead of eighteen. Value and gradient share the softmax: both are computed
+    in one go, on a CPU piece by piece in its cache.
 
     Args:
         student: (V, B, K) logits, fp32 or fp64 (bf16 errs by 0.05 near ``|z| = 1`` once divided by 0.04).
         targets: (G, B, K) teacher probabilities of the first G views; no gradient flows into them.
         student_temp: Temperature of the student.
+        overwrite: Put the gradient where the logits are, which then are gone: it takes no memory of its own, and on a
+            CPU half the time, most of which goes into fresh memory. For logits that nothing else reads.
 
     Returns:
         The loss, a scalar, in nats.
@@ -37,47 +41,68 @@ def dino_loss(student: Tensor, targets: Tensor, student_temp: float) -> Tensor:
             f"the loss compares two different views, found {views} of the student and {teacher_views} of the teacher:"
             " give it at least two"
         )
-    return _DinoLoss.apply(student, targets, float(student_temp))
+    return _DinoLoss.apply(student, targets, float(student_temp), overwrite)
 
 
 class _DinoLoss(torch.autograd.Function):
     """The gradient is written down, because autograd would keep three more tensors of the student's size."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, targets: Tensor, temp: float) -> Tensor:
-        views, teacher_views = len(student), len(targets)
-        everything = targets.sum(0)  # (B, K)
-        log_sums = []
-        total = student.new_zeros(student.shape[1])  # (B,)
-        for view in range(views):
-            others, count = _others(targets, everything, view)
-            scaled = student[view] / temp
-            log_sums.append(scaled.logsumexp(-1))  # (B,)
-            total += count * log_sums[-1] - scaled.mul_(others).sum(-1)
-        ctx.save_for_backward(student, targets, torch.stack(log_sums))
-        ctx.temp = temp
-        return total.mean() / (views * teacher_views - teacher_views)
+    def forward(ctx: Any, student: Tensor, targets: Tensor, temp: float, overwrite: bool) -> Tensor:
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = student.detach() if overwrite else torch.empty_like(student)
+            ctx.save_for_backward(gradient)
+        ctx.overwrite = overwrite
+        with torch.autocast(student.device.type, enabled=False):  # it would take the dot products in bf16
+            return _loss_and_gradient(student.detach(), targets, temp, gradient)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        student, targets, log_sums = ctx.saved_tensors
-        views, batch, _ = student.shape
-        everything = targets.sum(0)
-        factor = grads[0] / (len(targets) * (views - 1) * batch * ctx.temp)
-        gradient = torch.empty_like(student)
-        for view in range(views):
-            others, count = _others(targets, everything, view)
-            probabilities = torch.div(student[view], ctx.temp, out=gradient[view])
-            probabilities.sub_(log_sums[view, :, None]).exp_().mul_(count).sub_(others).mul_(factor)
-        return gradient, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        # Asking a GPU for the value would make the host wait.
+        if gradient.device.type != "cpu" or float(grads[0]) != 1:
+            gradient = gradient.mul_(grads[0]) if ctx.overwrite else gradient * grads[0]
+        return gradient, None, None, None
+
+
+def _loss_and_gradient(student: Tensor, targets: Tensor, temp: float, gradient: Tensor | None) -> Tensor:
+    """The loss; its gradient goes into ``gradient``, which may be ``student`` itself."""
+    views, batch, prototypes = student.shape
+    pairs = len(targets) * (views - 1)
+    piece = piece_size(batch, prototypes, student.device)
+    losses = student.new_empty(batch)
+
+    def work(first: int, last: int) -> None:
+        buffers = [student.new_empty(min(piece, last - first), prototypes) for _ in range(2)]
+        for start in range(first, last, piece):
+            part = slice(start, min(start + piece, last))
+            scaled, probabilities = (buffer[: part.stop - start] for buffer in buffers)
+            everything = targets[:, part].sum(0)  # (b, K)
+            total = student.new_zeros(part.stop - start)  # (b,)
+            for view in range(views):
+                others, count = _others(targets[:, part], everything, view)
+                torch.div(student[view, part], temp, out=scaled)
+                torch.softmax(scaled, -1, out=probabilities)
+                log_sums = scaled.amax(-1) - probabilities.amax(-1).log_()  # exp(max) / sum is the largest of them
+                total += count * log_sums - torch.linalg.vecdot(scaled, others)
+                if gradient is not None:
+                    factor = 1 / (pairs * batch * temp)
+                    torch.sub(probabilities.mul_(count * factor), others, alpha=factor, out=gradient[view, part])
+            losses[part] = total
+
+    in_pieces(work, batch, piece, student.device)
+    return losses.sum() / (pairs * batch)
 
 
 def _others(targets: Tensor, everything: Tensor, view: int) -> tuple[Tensor, int]:
-    """Sum of the targets of the teacher views other than ``view``, (B, K), and how many those are."""
+    """Sum of the targets of the teacher views other than ``view``, (b, K), and how many those are."""
     count = len(targets)
     if view >= count:
         return everything, count
+    if count == 2:
+        return targets[1 - view], 1
     kept = [v for v in range(count) if v != view]
     return targets[kept].sum(0), count - 1
 
@@ -118,7 +143,18 @@ class Centre(nn.Module):
         Returns:
             (G, B, K) probabilities.
         """
-        return ((teacher_logits - self.center) / temp).softmax(-1)
+        found = torch.empty_like(teacher_logits)
+        batch, prototypes = teacher_logits.shape[-2:]
+        piece = piece_size(batch, len(found) * prototypes, found.device)
+
+        def work(first: int, last: int) -> None:
+            for start in range(first, last, piece):
+                part = slice(start, min(start + piece, last))
+                sharpened = (teacher_logits[:, part] - self.center).div_(temp)
+                torch.softmax(sharpened, -1, out=found[:, part])
+
+        in_pieces(work, batch, piece, found.device)
+        return found
 
     @torch.no_grad()
     def observe(self, teacher_logits: Tensor) -> None:
@@ -162,4 +198,14 @@ def entropy(targets: Tensor) -> Tensor:
     Returns:
         Scalar, in nats.
     """
-    return torch.special.entr(targets).sum(-1).mean()
+    rows = targets.flatten(0, -2)  # (n, K)
+    entropies = rows.new_empty(len(rows))
+    piece = piece_size(len(rows), rows.shape[-1], rows.device)
+
+    def work(first: int, last: int) -> None:
+        for start in range(first, last, piece):
+            part = slice(start, min(start + piece, last))
+            entropies[part] = torch.special.entr(rows[part]).sum(-1)
+
+    in_pieces(work, len(rows), piece, rows.device)
+    return entropies.mean()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dino.errors import ConfigError
-from dino.losses import dino
+from dino.losses import dino, pieces
 from dino.losses.dino import Centre, dino_loss, entropy
 
 
@@ -44,6 +44,55 @@ def test_two_and_eight_views_are_eighteen_pairs():
     # Uniform student and any targets: every pair gives ln K.
     loss = dino_loss(torch.zeros(10, 3, 50, dtype=torch.float64), torch.full((2, 3, 50), 1 / 50).double(), 0.1)
     assert float(loss) == pytest.approx(math.log(50), abs=1e-12)
+
+
+def test_overwriting_gives_the_same_and_leaves_the_gradient_in_place_of_the_logits():
+    student, targets = example(5, 2)
+    expected = dino_loss(student, targets, 0.1)
+    (wanted,) = torch.autograd.grad(2 * expected, student)
+    logits = student.detach().clone().requires_grad_()
+    passed_on = logits * 1  # as a head gives them
+    found = dino_loss(passed_on, targets, 0.1, overwrite=True)
+    assert torch.equal(found.detach(), expected.detach())
+    assert torch.equal(2 * passed_on.detach(), wanted)
+    (gradient,) = torch.autograd.grad(2 * found, logits)
+    assert torch.equal(gradient, wanted)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("cached", [1, 70, 10_000])
+def test_pieces_and_threads_do_not_change_the_result(monkeypatch, threads, cached):
+    student, targets = example(4, 2, batch=7)
+    expected = dino_loss(student, targets, 0.1)
+    (wanted,) = torch.autograd.grad(expected, student)
+    centre = Centre(33).double()
+    spread = centre.targets(student.detach(), 0.3)
+    before = torch.get_num_threads()
+    monkeypatch.setattr(pieces, "CACHED_VALUES", cached)
+    torch.set_num_threads(threads)
+    try:
+        found = dino_loss(student, targets, 0.1)
+        assert torch.equal(torch.autograd.grad(found, student)[0], wanted)
+        assert torch.equal(centre.targets(student.detach(), 0.3), spread)
+        assert float(entropy(spread)) == pytest.approx(float(torch.special.entr(spread).sum(-1).mean()), rel=1e-12)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-14)
+
+
+def test_autocast_leaves_the_precision_alone():
+    student, targets = (tensor.float() for tensor in example(10, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = dino_loss(student, targets, 0.1)
+    assert float(found.detach()) == float(dino_loss(student, targets, 0.1).detach())
+
+
+def test_without_gradient_the_logits_stay():
+    student, targets = example(4, 2)
+    logits = student.detach().clone()
+    assert torch.equal(dino_loss(logits, targets, 0.1, overwrite=True), dino_loss(student, targets, 0.1).detach())
+    assert torch.equal(logits, student.detach())
 
 
 def test_gradient_against_finite_differences():
