@@ -3,9 +3,10 @@
 from typing import Any
 
 from dino.models.registration import register_with_timm
-from dino.versions import VERSION as __version__
+from dino.versions import VERSION
 
-__all__ = ["__version__", "load_backbone"]
+__version__ = VERSION
+__all__ = ["__version__", "load_backbone"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 register_with_timm()  # so that timm can build exported region backbones
 

@@ -73,7 +73,7 @@ def decode(path: Path) -> Tensor:
         content = _read(path)
         if simplejpeg is not None and content[:2] == b"\xff\xd8":
             height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-            if colours in JPEG_COLOURS and height * width <= LARGEST_PX:
+            if colours in JPEG_COLOURS and int(height) * int(width) <= LARGEST_PX:
                 pixels = simplejpeg.decode_jpeg(content, "RGB")  # (H, W, 3)
                 return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         return _decode_with_pillow(content)

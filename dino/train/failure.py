@@ -144,14 +144,15 @@ def examine(trainer: Trainer, batch: Batch, teacher_temp: float) -> list[SampleF
     for objective in model.objectives:
         logits = student[objective.head], teacher[objective.head]  # type: ignore[index]
         losses = losses + objective.sample_losses(*logits, teacher_temp)  # type: ignore[operator]
-    broken = [_broken_views(logits) for logits in (teacher, student)]  # each (V, B)
+    teacher_broken, student_broken = _broken_views(teacher), _broken_views(student)  # each (V, B)
     largest = torch.stack([views.abs().amax((0, 2, 3, 4)) for views in groups]).amax(0)  # (B,)
     return [
         SampleFinding(
             name,
             int(batch.draws[i]),
             float(losses[i]),
-            *(views[:, i].nonzero().flatten().tolist() for views in broken),
+            teacher_broken[:, i].nonzero().flatten().tolist(),
+            student_broken[:, i].nonzero().flatten().tolist(),
             float(largest[i]),
         )
         for i, name in enumerate(batch.names)

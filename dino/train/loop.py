@@ -23,7 +23,7 @@ DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  
 class Crops(Protocol):
     """What turns a batch into views."""
 
-    def apply(self, pixels: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
+    def apply(self, pixels: Tensor, /, parameters: dict[str, Tensor]) -> list[Tensor]:
         """Views by size, ``(V_g, B, C, h, w)`` on the device of ``pixels``."""
         ...
 
@@ -227,7 +227,9 @@ class Trainer:
         for micro in range(self.accumulation):
             batch = next(batches)
             loss, teacher_entropy = self._accumulate(batch, values, last=micro == self.accumulation - 1)
-            used.append(batch), losses.append(loss), entropies.append(teacher_entropy)
+            used.append(batch)
+            losses.append(loss)
+            entropies.append(teacher_entropy)
         if values.freeze_last_layer:
             self.model.freeze_last_layer()
         norm, finite = clip_gradients(self.model.student.parameters(), self.clip_grad, self.clip_mode)
@@ -252,7 +254,7 @@ class Trainer:
             return views, None
         return views, batch.keep.to(self.device, DTYPES[self.precision], non_blocking=True)
 
-    def autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[Any]:
         """The precision of forward passes."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 

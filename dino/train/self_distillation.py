@@ -171,10 +171,11 @@ class SelfDistillation(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float, finite: Tensor) -> None:
         """Teacher = momentum * teacher + (1 - momentum) * student; unchanged unless ``finite``. Centres move too."""
-        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        teacher: list[Tensor] = list(self.teacher.parameters())
+        student = [parameter.detach() for parameter in self.student.parameters()]
         pull = torch.where(finite, 1.0 - momentum, 0.0).to(teacher[0].dtype)
         torch._foreach_mul_(teacher, 1.0 - pull)
-        torch._foreach_add_(teacher, torch._foreach_mul([p.detach() for p in student], pull))
+        torch._foreach_add_(teacher, torch._foreach_mul(student, pull))
         for objective in self.objectives:
             objective.step(finite)  # type: ignore[operator]
 
