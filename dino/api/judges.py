@@ -128,5 +128,8 @@ def _labelled_score(judge: Judge | None) -> Score | None:
     teacher, untrained = judge.latest[judge.tracked], judge.untrained[judge.tracked]
     queries = len(judge.score.table.rows("test")) if isinstance(judge.score, _KnnScorer) else 0
     return Score(
-        judge.tracked.replace("_", " "), teacher, untrained, difference_error(teacher, untrained, max(1, queries))
+        f"{judge.tracked.split('_')[1]}-NN accuracy",
+        teacher,
+        untrained,
+        difference_error(teacher, untrained, max(1, queries)),
     )

@@ -51,7 +51,7 @@ def judge_run(
     places = {"teacher": own_place_accuracy(*teacher), "untrained": own_place_accuracy(*untrained)}
     count = teacher.shape[1]
     error = difference_error(places["teacher"], places["untrained"], count)
-    score = labelled or Score("share of tiles whose second view is found", **places, standard_error=error)
+    score = labelled or Score("share of samples whose second view is found", **places, standard_error=error)
     numbers = {
         "own_place_teacher": places["teacher"],
         "own_place_untrained": places["untrained"],
