@@ -96,7 +96,7 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, what is empty left out."""
         values = {**asdict(self), "met": self.met}
-        return {key: value for key, value in values.items() if value not in (None, "", {}, 0)}
+        return {key: value for key, value in values.items() if value is False or value not in (None, "", {}, 0)}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def dino_loss(student: Tensor, targets: Tensor, student_temp: float, *, overwrit
         targets: (G, B, K) teacher probabilities of the first G views; no gradient flows into them.
         student_temp: Temperature of the student.
         overwrite: Put the gradient where the logits are, which then are gone: it takes no memory of its own, and on a
-            CPU half the time, most of which goes into fresh memory. For logits that nothing else reads.
+            CPU a third less time, which fresh memory would cost. For logits that nothing else reads.
 
     Returns:
         The loss, a scalar, in nats.

@@ -16,6 +16,8 @@ def test_ratio_is_the_median_over_rounds():
     row = Duel([1.0, 2.0, 1.0], [3.0, 4.0, 5.0]).row("x", 10, "img/s", "theirs", target=2.5)
     assert (row.ours, row.theirs, row.ratio, row.spread, row.rounds) == (10.0, 2.5, 3.0, (2.0, 5.0), 3)
     assert row.met
+    missed = Row("x", ours=1.0, target=2.0).to_dict()
+    assert missed == {"name": "x", "ours": 1.0, "target": 2.0, "met": False}
 
 
 def test_rounds_take_turns_and_the_first_does_not_count():
