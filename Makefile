@@ -54,7 +54,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/crc5.py output/benchmarks
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf demo build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

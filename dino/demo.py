@@ -153,6 +153,8 @@ def region_config(root: Path, run: Path, config: DemoConfig) -> RegionConfig:
         overrides={
             **_common(root, run, config, config.region_steps),
             "model.out_dim": 1024,
+            "model.bottleneck_dim": 64,
+            "optim.lr": 0.0005,
             "training.batch_size_per_gpu": 32,
         },
     )

@@ -111,7 +111,8 @@ class DINO(nn.Module):
         """Loss and teacher entropy of ``(V, B, K)`` student and ``(G, B, K)`` teacher logits, first G views shared."""
         targets = self.centre.targets(teacher, teacher_temp)
         self.centre.observe(teacher)
-        return dino_loss(student, targets, self.student_temp), entropy(targets)
+        # Nothing else reads the student's logits: their memory takes the gradient.
+        return dino_loss(student, targets, self.student_temp, overwrite=True), entropy(targets)
 
     def sample_losses(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
         """``(B,)`` loss of each sample alone, of the logits that :meth:`loss` takes; nothing is remembered."""

@@ -51,9 +51,9 @@ def test_a_fault_that_does_not_come_back_is_said_to(
 
     calls, honest = [], self_distillation.dino_loss
 
-    def broken(*args: object) -> torch.Tensor:
+    def broken(*args: object, **options: object) -> torch.Tensor:
         calls.append(1)
-        return honest(*args) * (float("nan") if len(calls) == 10 else 1.0)  # type: ignore[arg-type]
+        return honest(*args, **options) * (float("nan") if len(calls) == 10 else 1.0)  # type: ignore[arg-type]
 
     halves = {"training.batch_size_per_gpu": 2, "training.gradient_accumulation": 2}
     with monkeypatch.context() as patch, pytest.raises(TrainingFault, match="step 5"):

@@ -147,9 +147,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(
     calls = []
     honest = self_distillation.dino_loss
 
-    def broken(*args: object) -> torch.Tensor:
+    def broken(*args: object, **options: object) -> torch.Tensor:
         calls.append(1)
-        return honest(*args) * (float("nan") if len(calls) == 6 else 1.0)  # type: ignore[arg-type]
+        return honest(*args, **options) * (float("nan") if len(calls) == 6 else 1.0)  # type: ignore[arg-type]
 
     monkeypatch.setattr(self_distillation, "dino_loss", broken)
     with pytest.raises(TrainingFault, match="step 6"):
