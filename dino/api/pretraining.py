@@ -142,8 +142,12 @@ def _fit(trainer: Trainer, folder: RunFolder) -> None:
             progress.say(f"the step is described in {folder.failure}; `dino replay {folder.failure}` does it again")
         folder.update_status(state="failed", step=trainer.step, error=str(error))
         raise
-    except (DinoError, RuntimeError, OSError) as error:
+    except DinoError as error:
         folder.update_status(state="failed", step=trainer.step, error=str(error))
+        raise
+    except (RuntimeError, OSError) as error:
+        # No final state: a process that lost its peers is started again by torchrun, and then has to go on.
+        folder.update_status(state="crashed", step=trainer.step, error=str(error))
         raise
     finally:
         folder.write_quarantine(trainer.quarantine)

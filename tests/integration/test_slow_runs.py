@@ -1,0 +1,58 @@
+"""The promises that take minutes: many kills, and several processes."""
+
+import random
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import assert_same_bits, command, config, metrics
+
+from dino.api import pretrain
+from dino.config.schema import PatchConfig, RegionConfig
+
+pytestmark = pytest.mark.slow
+KILLS = 20
+
+
+def start(settings: PatchConfig | RegionConfig, folder: Path, processes: int = 0) -> subprocess.Popen:
+    return subprocess.Popen(command(settings, folder, processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("level", ["tiles", "grids"])
+def test_killed_at_any_moment_a_run_ends_with_the_same_bits(
+    level: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Ten kills of one run a level, each some steps (or none) and a random fraction of a second after its start."""
+    data = request.getfixturevalue(level)
+    long = {"training.max_steps": 400, "logging.save_every_steps": 7}
+    pretrain(config(data, tmp_path / "whole", **long))
+    settings, log = config(data, tmp_path / "killed", **long), tmp_path / "killed" / "metrics.jsonl"
+    moments = random.Random(level)
+    kills = 0
+    while kills < KILLS // 2:
+        process = start(settings, tmp_path)
+        before, wait = log.stat().st_mtime_ns if log.exists() else 0, moments.random()
+        while process.poll() is None and (not log.exists() or log.stat().st_mtime_ns == before):
+            time.sleep(0.002)  # until the log is cut back or written
+        time.sleep(wait * 0.3)
+        process.kill()
+        if process.wait() == 0:
+            break
+        kills += 1
+    assert kills == KILLS // 2, "the run must be longer than its kills"
+    assert pretrain(settings).state == "finished"
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("level", ["tiles", "grids"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_train_as_one(
+    level: str, processes: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    data, double = request.getfixturevalue(level), {"speed.precision": "fp64", "training.max_steps": 20}
+    pretrain(config(data, tmp_path / "one", **double))
+    share = {"training.batch_size_per_gpu": 4 // processes}
+    assert start(config(data, tmp_path / "many", **double, **share), tmp_path, processes).wait(timeout=600) == 0
+    for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
+        assert all(one[key] == pytest.approx(many[key], rel=1e-8) for key in one)
