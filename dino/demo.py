@@ -124,7 +124,7 @@ def tile_config() -> TileConfig:
 def patch_config(root: Path, run: Path, config: DemoConfig) -> PatchConfig:
     """The pathology recipe at a size for two cores: ViT-Ti, crops of 96 and 48 px.
 
-    The colour jitter is the original's, which is stronger: one slide has one stain, and so few steps would learn that.
+    The colour jitter is the original's, which is stronger, as in the crc5 benchmark.
     """
     return load_config(
         PatchConfig,
