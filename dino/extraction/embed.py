@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dino.distributed import choose_device
 from dino.errors import ConfigError, DataError
 from dino.models.backbone import Backbone
 
-__all__ = ["Normalise", "choose_device", "embed", "embed_batches", "grids_as_they_are", "normaliser"]
+__all__ = ["Normalise", "embed", "embed_batches", "grids_as_they_are", "normaliser"]
 
 PRECISIONS = ("bf16", "fp32", "fp64")
 

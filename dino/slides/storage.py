@@ -6,7 +6,6 @@ interrupted run leaves nothing behind under ``imgs`` that training could take fo
 """
 
 import io
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +69,7 @@ def write_tar(root: Path, result: Any, quality: int) -> None:
     folder = tar_path(root, result.sample_id).parent
     folder.mkdir(parents=True, exist_ok=True)
     extract_tiles_to_tar(result, folder, tiles_dir=folder, jpeg_quality=quality, supertile_sizes=())
-    _sync(tar_path(root, result.sample_id))
+    files.sync(tar_path(root, result.sample_id))
 
 
 def has_tiles(root: Path, slide_id: str, origins: Iterable[tuple[int, int]], storage: str) -> bool:
@@ -122,20 +121,12 @@ def _whole_folder(folder: Path, partial: Path) -> Iterator[Path]:
         yield partial
         # After all are written, and many at once: a sync is a wait, and a journal takes many files in one go.
         with ThreadPoolExecutor(SYNCS_AT_ONCE) as pool:
-            list(pool.map(_sync, partial.iterdir()))
-        _sync(partial)
+            list(pool.map(files.sync, partial.iterdir()))
+        files.sync(partial)
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
-        files.sync_folder(folder.parent)
+        files.sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -61,15 +61,17 @@ def test_a_living_process_is_respected_and_a_killed_one_is_not(tmp_path: Path) -
 
 def test_a_number_that_was_given_to_another_process_is_no_holder(tmp_path: Path) -> None:
     leave(tmp_path, started="1")  # this very process's number, but another start
-    with RunLock(tmp_path).held():
-        pass
+    mine = RunLock(tmp_path)
+    with mine.held():
+        assert mine.is_mine()
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[1]", '{"pid": "x"}'])
 def test_a_damaged_lock_is_stale_when_silent(tmp_path: Path, damaged: str) -> None:
     (tmp_path / LOCK).write_text(damaged)
-    with quick(tmp_path).held():
-        pass
+    mine = quick(tmp_path)
+    with mine.held():
+        assert mine.is_mine()
 
 
 def test_a_silent_host_is_dead_and_a_beating_one_is_not(tmp_path: Path) -> None:
