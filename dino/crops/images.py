@@ -1,7 +1,7 @@
 """Crops of tiles: drawn by a data worker, applied to the whole batch on the training device."""
 
-import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
@@ -13,7 +13,7 @@ from dino.crops.blur import blur_radius, gaussian_blur
 from dino.crops.orientation import fold_turns
 from dino.crops.parameters import JITTER_ORDERS, ViewDrawer, ViewRecipe
 from dino.crops.resample import resize_boxed, resize_dense, to_device
-from dino.crops.threads import run_threaded
+from dino.threads import run_threaded
 
 JITTERS = (
     ("brightness", colour.adjust_brightness),
@@ -22,7 +22,6 @@ JITTERS = (
     ("hue", colour.adjust_hue),
 )
 FACTORS = ("brightness", "contrast", "saturation", "hue", "sigma", "hed_scale", "hed_shift")
-CACHED_VALUES = 2**19  # on a CPU, work on as many values at a time as its cache holds
 
 
 class ImageCrops:
@@ -75,35 +74,37 @@ class ImageCrops:
         Returns:
             One (V_g, B, 3, s, s) float32 tensor per group, normalised, on the device of ``pixels``.
         """
-        if pixels.device.type != "cpu":
-            return self.apply_at_once(pixels, parameters)
         batch = len(pixels)
-        result = [torch.empty(count, batch, 3, size, size) for size, count in zip(self.sizes, self.groups, strict=True)]
+        views = [
+            pixels.new_empty((count, batch, 3, size, size), dtype=torch.float32)
+            for size, count in zip(self.sizes, self.groups, strict=True)
+        ]
+        if pixels.device.type != "cpu":
+            self._fill(views, pixels, parameters)
+            return views
 
-        def work(part: slice) -> None:
-            views = self.apply_at_once(pixels[part], {name: value[part] for name, value in parameters.items()})
-            for whole, piece in zip(result, views, strict=True):
-                whole[:, part] = piece
+        def work(row: int) -> None:
+            one = slice(row, row + 1)
+            drawn = {name: value[one] for name, value in parameters.items()}
+            self._fill([group[:, one] for group in views], pixels[one], drawn)
 
-        share = max(1, CACHED_VALUES // sum(group[:, :1].numel() for group in result)) if batch else 1
-        share = min(share, math.ceil(batch / torch.get_num_threads())) or 1
-        run_threaded(work, [slice(start, start + share) for start in range(0, batch, share)])
-        return result
+        run_threaded(work, range(batch))
+        return views
 
-    @torch.no_grad()
-    def apply_at_once(self, pixels: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
-        """What :meth:`apply` does, on the whole batch in every operation."""
+    def _fill(self, views: Sequence[Tensor], pixels: Tensor, parameters: dict[str, Tensor]) -> None:
+        """Make the views of a batch (on a CPU: of one tile, which its cache holds) where ``apply`` wants them."""
         resize = resize_boxed if pixels.device.type == "cpu" else resize_dense
-        result = []
         first = 0
         with torch.autocast(pixels.device.type, enabled=False):  # bf16 would cost two grey levels
-            for size, count in zip(self.sizes, self.groups, strict=True):
+            for out in views:
+                count = len(out)
                 group = {k: v[:, first : first + count].transpose(0, 1) for k, v in parameters.items()}  # (V_g, B, ..)
                 flip_x, flip_y, transpose = fold_turns(group["flip_x"], group["flip_y"], group["turns"])
-                result.append(resize(pixels, group["box"], flip_x, flip_y, transpose, size))  # (V_g, B, 3, s, s)
-                self._recolour(result[-1].flatten(0, 1), {k: v.flatten(0, 1) for k, v in group.items()})
+                resize(pixels, group["box"], flip_x, flip_y, transpose, out.shape[-1], out)
+                # view() and not flatten(), which would copy what is not in one piece
+                images = out.view(-1, *out.shape[2:])
+                self._recolour(images, {k: v.flatten(0, 1) for k, v in group.items()})
                 first += count
-        return result
 
     def _recolour(self, images: Tensor, drawn: dict[str, Tensor]) -> None:
         """All that follows the geometry, in place on (n, 3, s, s) values from 0 to 255."""
@@ -137,10 +138,27 @@ class _Batch:
             name: f[:, 0] if width == 1 else f for name, f, width in zip(FACTORS, factors, widths, strict=True)
         }
 
+    @cached_property
+    def each(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Every image with its factors, as batches of one."""
+        factors = {name: factor.split(1) for name, factor in self.factors.items()}
+        return [(image, {n: f[row] for n, f in factors.items()}) for row, image in enumerate(self.images.split(1))]
+
     def update(self, chosen: np.ndarray, operation: Callable[..., Tensor], *names: str) -> None:
         """Run an operation on the chosen images, given their factors ``names``."""
+        if chosen.any():
+            run = self._one_by_one if self.images.device.type == "cpu" else self._together
+            run(chosen, operation, names)
+
+    def _together(self, chosen: np.ndarray, operation: Callable[..., Tensor], names: Sequence[str]) -> None:
         if chosen.all():
             operation(self.images, *(self.factors[name] for name in names))
-        elif chosen.any():
-            where = to_device(torch.from_numpy(chosen.nonzero()[0]), self.images.device)
-            self.images[where] = operation(self.images[where], *(self.factors[name][where] for name in names))
+            return
+        where = to_device(torch.from_numpy(chosen.nonzero()[0]), self.images.device)
+        self.images[where] = operation(self.images[where], *(self.factors[name][where] for name in names))
+
+    def _one_by_one(self, chosen: np.ndarray, operation: Callable[..., Tensor], names: Sequence[str]) -> None:
+        """Each image where it lies: gathering the chosen ones takes a CPU longer than most operations."""
+        for row in chosen.nonzero()[0].tolist():
+            image, factors = self.each[row]
+            operation(image, *(factors[name] for name in names))

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
+from dino.threads import run_threaded
 
 CACHED_VALUES = 2**18  # values of one tensor at a time: a few such tensors fit into a core's second-level cache
 SHARES_PER_THREAD = 4  # so that a thread that was held up leaves work to the others
@@ -40,14 +41,4 @@ def in_pieces(work: Callable[[int, int], None], batch: int, piece: int, device: 
         work(0, batch)
         return
 
-    @torch.no_grad()  # of each thread its own
-    def share_of(first: int) -> None:
-        work(first, min(first + share, batch))
-
-    # The number of threads is a thread's own setting, but also the default of those that start later: put that back.
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(share_of, firsts):
-                pass
-    finally:
-        torch.set_num_threads(threads)
+    run_threaded(lambda first: work(first, min(first + share, batch)), firsts)
