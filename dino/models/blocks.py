@@ -54,7 +54,11 @@ def mix(query: Tensor, key: Tensor, value: Tensor, scale: float, fused: bool) ->
     """Softmax attention (B, heads, M, d), by torch's fused kernel or written out; the two agree to rounding."""
     if fused:
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
-    return (query * scale @ key.transpose(-2, -1)).softmax(dim=-1) @ value.to(query.dtype)
+    scores = query * scale @ key.transpose(-2, -1)  # (B, heads, M, N)
+    # Autocast would make weights in fp32 only to round them for the next product. The kernel itself sums in fp32.
+    with torch.autocast(query.device.type, enabled=False):
+        weights = scores.softmax(dim=-1)
+    return weights @ value.to(weights.dtype)
 
 
 def _attend(attn: Any, tokens: Tensor, first: int | None) -> Tensor:

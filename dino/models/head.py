@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino.models.init import init_linear
+from dino.models.weight_norm import WeightNormLinear
 
 
 class DINOHead(nn.Module):
@@ -57,21 +58,3 @@ class DINOHead(nn.Module):
             # A bf16 logit near 1 errs by 0.002, which the teacher's temperature of 0.04 turns into 0.05.
             hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             return self.last_layer(F.normalize(hidden, dim=-1))
-
-
-class WeightNormLinear(nn.Module):
-    """Linear layer without bias whose rows have a length of their own: w = g v / |v| (Salimans & Kingma 2016).
-
-    Args:
-        in_dim: Dim of the input.
-        out_dim: Number of rows.
-    """
-
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
-        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_dim) -> (N, out_dim)."""
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))

@@ -175,8 +175,11 @@ class SelfDistillation(nn.Module):
         teacher: list[Tensor] = list(self.teacher.parameters())
         student = [parameter.detach() for parameter in self.student.parameters()]
         pull = torch.where(finite, 1.0 - momentum, 0.0).to(teacher[0].dtype)
-        torch._foreach_mul_(teacher, 1.0 - pull)
-        torch._foreach_add_(teacher, torch._foreach_mul(student, pull))
+        if pull.device.type == "cpu":  # reading it makes nobody wait, and saves a copy of all weights
+            torch._foreach_lerp_(teacher, student, float(pull))
+        else:
+            torch._foreach_mul_(teacher, 1.0 - pull)
+            torch._foreach_add_(teacher, torch._foreach_mul(student, pull))
         for objective in self.objectives:
             objective.step(finite)  # type: ignore[operator]
 
