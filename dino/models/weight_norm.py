@@ -31,9 +31,11 @@ class WeightNormLinear(nn.Module):
 
 
 class _WeightNormLinear(torch.autograd.Function):
-    """With ``s = g / |v|``, ``z = x v^T`` and ``y = z s``, and from the gradient ``dy`` the row ``dw = dy^T x``::
+    """Value and gradient in few passes over the weight, without a second tensor of the result's size.
 
-    dx = (dy s) v        dg = (v . dw) / |v|        dv = s (dw - v (v . dw) / |v|^2)
+    With ``s = g / |v|``, ``y = (x v^T) s``, and ``dw = dy^T x`` from the gradient ``dy``::
+
+        dx = (dy s) v        dg = (v . dw) / |v|        dv = s (dw - v (v . dw) / |v|^2)
     """
 
     @staticmethod
