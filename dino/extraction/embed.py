@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from dino.errors import ConfigError, DataError
 from dino.models.backbone import Backbone
+from dino.threads import run_threaded
 
 __all__ = ["Normalise", "embed", "embed_batches", "grids_as_they_are", "normaliser"]
 
@@ -87,13 +88,33 @@ def embed_batches(
     if precision not in PRECISIONS:
         raise ConfigError(f"expected precision bf16, fp32 or fp64, found '{precision}'")
     with _at_rest(backbone, device, precision) as number_format:
-        for batch in batches:
+
+        def forward(batch: Tensor) -> Tensor:
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 inputs = normalise(batch.to(device, non_blocking=True)).to(number_format)
-                features = backbone(inputs).cls.float().cpu()  # (B, D)
+                return backbone(inputs).cls.float().cpu()  # (B, D)
+
+        for batch in batches:
+            features = _on_all_cores(forward, batch) if device.type == "cpu" else forward(batch)
             if not features.isfinite().all():
                 raise DataError("expected finite features, found NaN or infinity; the model or a grid has broken down")
             yield features.clone()  # an ordinary tensor: one made in inference mode could not be trained on later
+
+
+def _on_all_cores(forward: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """``forward(batch)`` with a share of the batch on each core, faster than with each operation on all of them."""
+    cores = torch.get_num_threads()
+    if len(batch) < cores:
+        return forward(batch)
+    shares = list(enumerate(batch.tensor_split(cores)))
+    features: dict[int, Tensor] = {}
+
+    def work(share: tuple[int, Tensor]) -> None:
+        number, items = share
+        features[number] = forward(items)
+
+    run_threaded(work, shares)
+    return torch.cat([features[number] for number, _ in shares])
 
 
 @contextmanager

@@ -28,6 +28,19 @@ def test_one_big_batch_agrees_with_many_small(backbone, tiles, precision, tolera
     torch.testing.assert_close(small, big, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_shares_on_several_threads_are_put_back_in_order(backbone, tiles, threads):
+    normalise = normaliser(MEAN, STD, 16)
+    one_by_one = embed(backbone, tiles.split(1), normalise, CPU, "fp64")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = embed(backbone, tiles.split(7), normalise, CPU, "fp64")
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, one_by_one, rtol=0, atol=1e-6)
+
+
 def test_features_are_those_of_the_bare_backbone(backbone, tiles):
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     with torch.no_grad():
