@@ -11,6 +11,7 @@ from typing import Any
 from dino import distributed, progress
 from dino.api.judges import build_judge, final_verdict
 from dino.api.levels import build_level
+from dino.api.memory import memory_explained
 from dino.api.profiling import data_advice, profile
 from dino.api.run import Run, restore
 from dino.config.load import to_dict, to_yaml
@@ -62,12 +63,13 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
         DataError: If the data cannot be trained on.
         Stopped: If a signal asked for it; the state is saved.
         TrainingFault: If the loss broke down.
+        OutOfMemory: If the GPU's memory does not suffice.
     """
     rehearsal = config.dry_run or config.profile
     if not config.output_dir and not rehearsal:
         raise ConfigError("expected a run folder, found none; name RUN (output_dir=…)")
     device = distributed.choose_device(config.speed.device)
-    with distributed.process_group(device):
+    with distributed.process_group(device), memory_explained(config):
         if rehearsal:
             return _rehearse(Run(config, build_level(config), device))
         folder = RunFolder(Path(config.output_dir))
@@ -131,7 +133,7 @@ def _train(run: Run, trainer: Trainer, folder: RunFolder) -> RunSummary:
         trainer.callbacks, trainer.save_clock = callbacks, SaveClock(log.save_every_minutes)
         if saved is not None:
             restore(trainer, saved)
-        _fit(trainer, folder)
+        _fit(run, trainer, folder)
     return _finish(run, trainer, folder, judge)
 
 
@@ -141,11 +143,12 @@ def _watches(run: Run) -> Callable[[Mapping[str, float]], list[str]]:
     return lambda line: [sign for watch in watches for sign in watch(line)]
 
 
-def _fit(trainer: Trainer, folder: RunFolder) -> None:
+def _fit(run: Run, trainer: Trainer, folder: RunFolder) -> None:
     """Train, and leave the truth in ``status.json`` whatever happens."""
     folder.update_status(state="running", step=trainer.step, total_steps=trainer.length.total, error=None)
     try:
-        trainer.fit()
+        with memory_explained(run.config):
+            trainer.fit()
     except Stopped as error:
         folder.update_status(state="stopped", step=trainer.step, error=str(error))
         raise

@@ -99,6 +99,12 @@ def _advice(run: Run, parts: dict[str, float], waiting: float) -> list[str]:
     """What a user can do about these times, in words."""
     network = sum(share(parts, name) for name in (TEACHER, STUDENT, BACKWARD))
     lines = [data_advice(run, waiting)] if waiting > STARVING else []
+    if run.config.speed.checkpointing:
+        lines.append(
+            "speed.checkpointing=true computes the student's forward pass twice: leave it out if memory allows"
+        )
+    if run.device.type == "cuda" and run.config.speed.compile.lower() == "false":
+        lines.append("the blocks are run as written: speed.compile=auto compiles them")
     if not lines:
         lines.append(
             f"nothing stands out: the network takes {network:.0%} and the data is there in time "

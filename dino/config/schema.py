@@ -137,6 +137,8 @@ class SpeedConfig:
     precision: str = identity("bf16", "bf16 autocast, or plain fp32 or fp64")
     num_workers: int = runtime(4, "processes that decode tiles and draw crops")
     prefetch: int = runtime(2, "batches that each worker prepares ahead")
+    compile: str = runtime("auto", "compile the blocks for speed: true, false, or auto (on a GPU); rounds differently")
+    checkpointing: bool = runtime(False, "compute blocks again in the backward pass: less memory, more time, same bits")
 
 
 @dataclass
