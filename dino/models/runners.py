@@ -32,13 +32,13 @@ class CompiledBlocks:
     """
 
     def __init__(self, warn: Callable[[str], None], backend: str = "inductor") -> None:
-        import torch._dynamo
+        from torch._dynamo import config
+        from torch._dynamo.exc import TorchDynamoException
 
-        self.warn, self.failed = warn, False
-        self._failures = torch._dynamo.exc.TorchDynamoException
+        self.warn, self.failed, self._failures = warn, False, TorchDynamoException
         # DDP's gradients are averaged in buckets of its own; cutting graphs at their borders is for whole networks.
-        torch._dynamo.config.optimize_ddp = False
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+        config.optimize_ddp = False
+        config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
         self._compiled = torch.compile(run_block, dynamic=False, backend=backend)
 
     def __call__(self, block: Any, tokens: Tensor, keep: Tensor | None = None, first: int | None = None) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dino import distributed, progress
+from dino.crops.resample import to_device
 from dino.data.loader import Batch
 from dino.errors import DataError, Stopped, TrainingFault
 from dino.train.optimizer import clip_gradients, gated_step
@@ -270,7 +271,7 @@ class Trainer:
     def _flags(self, broken: Tensor, stop: StopSignal, bad: bool) -> Tensor:
         """(broken, stop, save, bad) as one small tensor that all processes agree on."""
         own = torch.tensor([stop.received, self.save_clock(), bad], dtype=torch.float32)
-        flags = torch.cat([broken.float().reshape(1), own.to(self.device, non_blocking=True)])
+        flags = torch.cat([broken.float().reshape(1), to_device(own, self.device)])
         return distributed.agree(flags)
 
     def _merge_quarantine(self, batches: Sequence[Batch]) -> None:

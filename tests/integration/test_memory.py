@@ -139,11 +139,13 @@ def test_a_run_goes_on_compiled_or_not(tiles: Path, tmp_path: Path, monkeypatch:
 
 @pytest.mark.slow
 def test_two_processes_train_compiled_as_one_does_not(tiles: Path, tmp_path: Path) -> None:
-    double = {"speed.precision": "fp64"}
-    pretrain(config(tiles, tmp_path / "one", **double))
+    few_graphs = {"model.arch": "vit:dim=32,depth=1,heads=2", "aug.local_crops_number": 0, "training.max_steps": 4}
+    same = {"speed.precision": "fp64", **few_graphs}
+    pretrain(config(tiles, tmp_path / "one", **same))
     shared = {"training.batch_size_per_gpu": 2, "speed.compile": "true"}
-    two = config(tiles, tmp_path / "two", **double, **shared)
+    two = config(tiles, tmp_path / "two", **same, **shared)
     subprocess.run(command(two, tmp_path, processes=2), check=True, timeout=900)
-    assert "warnings" not in json.loads((tmp_path / "two" / "status.json").read_text())
+    status = json.loads((tmp_path / "two" / "status.json").read_text())
+    assert not [warning for warning in status.get("warnings", []) if "compile" in warning]
     for one, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-9)

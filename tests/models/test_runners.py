@@ -69,11 +69,17 @@ def test_one_graph_serves_all_blocks_and_the_values_stay() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_inductor_computes_what_the_blocks_compute(dtype: torch.dtype) -> None:
-    compiled, plain = backbone(), backbone()
-    compiled.run_block = CompiledBlocks(no_warning)
-    assert_close(compiled, plain, rtol=1e-5)
+def test_inductor_computes_what_the_block_computes() -> None:
+    block = backbone().vit.blocks[0]
+    runs = [CompiledBlocks(no_warning), run_block]
+    tokens, keep = torch.randn(4, 7, 32, generator=torch.Generator().manual_seed(0)), masks()[:, 1]
+    found = []
+    for run in runs:
+        given = tokens.clone().requires_grad_()
+        out = run(block, given, keep, 1)
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), [given, *block.parameters()])))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
 
 def test_names_and_copies_of_the_weights_do_not_change() -> None:
