@@ -177,3 +177,24 @@ def choose_device(name: str) -> torch.device:
         found = f"{torch.cuda.device_count()} GPUs" if present else "no usable GPU"
         raise ConfigError(f"expected the GPU cuda:{index}, found {found}; set device=cpu or start fewer processes")
     return torch.device("cuda", index)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Make sure that the device computes in ``precision``.
+
+    Args:
+        precision: ``bf16``, ``fp32`` or ``fp64``.
+        device: As :func:`choose_device` gave it.
+
+    Raises:
+        ConfigError: If it is a GPU too old for bf16.
+    """
+    if device.type != "cuda" or precision != "bf16":
+        return
+    with torch.cuda.device(device):
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    if not supported:
+        raise ConfigError(
+            f"expected a GPU that computes in bf16 (compute capability 8.0 or higher), found "
+            f"{torch.cuda.get_device_name(device)} as {device}; set precision=fp32 (in pretrain speed.precision=fp32)"
+        )

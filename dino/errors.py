@@ -33,6 +33,10 @@ class TrainingFault(DinoError):
     exit_code = 1
 
 
+class OutOfMemory(DinoError):
+    """The device's memory does not hold what the settings ask for; the last checkpoint stands."""
+
+
 class Stopped(DinoError):
     """The run was asked to stop (SIGTERM or SIGUSR1), saved its state, and can be continued."""
 

@@ -1,11 +1,12 @@
 """Progress bars with remaining time, and lines for the person at the terminal; silent on all but the main process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from dino import distributed
 
@@ -60,3 +61,16 @@ def warn(message: str) -> None:
     """Print one warning line on the main process."""
     if distributed.is_main():
         console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+def table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
+    """Print rows in columns on the main process, the first column unbroken."""
+    if not distributed.is_main():
+        return
+    shown = Table(box=None, show_header=bool(header), header_style="bold", pad_edge=False)
+    for row in rows:
+        while len(shown.columns) < max(len(row), len(header)):
+            i = len(shown.columns)
+            shown.add_column(header[i] if header else "", no_wrap=i == 0, overflow="fold")
+        shown.add_row(*row)
+    Console(highlight=False).print(shown, markup=False)

@@ -31,7 +31,7 @@ TINY = {
     "logging.tensorboard": False,
 }
 TINY_PATCH = {**TINY, "aug.global_crops_size": 32, "aug.local_crops_size": 16, "aug.local_crops_number": 2}
-WALL_CLOCK = {"seconds", "samples_per_second"}
+WALL_CLOCK = {"seconds", "samples_per_second", "data_wait"}
 
 
 def config(data: Path, output: Path, **changes: object) -> PatchConfig | RegionConfig:

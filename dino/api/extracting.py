@@ -68,6 +68,7 @@ def extract(model: str, root: str | Path, config: ExtractConfig) -> ExtractSumma
             f"{config.precision}, {config.batch_size} and {config.num_workers}"
         )
     root, device = Path(root), distributed.choose_device(config.device)
+    distributed.check_precision(config.precision, device)
     if not root.is_dir():
         raise DataError(f"expected a folder at {root}, found {'a file' if root.exists() else 'nothing'}")
     with distributed.process_group(device, LONGEST_WAIT_MINUTES):

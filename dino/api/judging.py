@@ -51,6 +51,7 @@ def evaluate_knn(model: str, labels: str | Path, config: KnnConfig) -> dict[str,
     """
     _check(config)
     device = distributed.choose_device(config.device)
+    distributed.check_precision(config.precision, device)
     table = read_labels(Path(labels))
     loaded = load_backbone_file(model, config.arch, config.transform)
     leakage = check_leakage(table, loaded.details.get("training_slides"), config.allow_leakage)

@@ -2,14 +2,17 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dino import distributed, progress
 from dino.api.judges import build_judge, final_verdict
 from dino.api.levels import build_level
+from dino.api.memory import memory_explained
+from dino.api.profiling import data_advice, profile
 from dino.api.run import Run, restore
 from dino.config.load import to_dict, to_yaml
 from dino.config.schema import PatchConfig, RegionConfig
@@ -20,7 +23,8 @@ from dino.train.callbacks import Checkpoints, Judge, MetricsLog, SaveClock
 from dino.train.checkpoint import LAST, START, CheckpointFolder
 from dino.train.collapse import CollapseWatch
 from dino.train.failure import record_failure
-from dino.train.loop import Callback, NonFiniteStep, StepReport, Trainer
+from dino.train.loop import Callback, NonFiniteStep, NoState, StepReport, Trainer
+from dino.train.profiling import DATA, StarvationWatch, Stopwatch, clock_of
 from dino.train.run_folder import RunFolder
 from dino.train.trackers import build_trackers
 
@@ -34,9 +38,9 @@ class RunSummary:
 
     Attributes:
         output_dir: The run folder.
-        state: ``finished``, ``early_stopped``, or ``dry_run``.
+        state: ``finished``, ``early_stopped``, ``dry_run`` or ``profile``.
         steps: Steps done (dry run: steps that would be done).
-        numbers: Last metrics, verdict, and what the dry run found.
+        numbers: Last metrics and verdict, or what the dry run or the profile found.
     """
 
     output_dir: Path
@@ -59,13 +63,15 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
         DataError: If the data cannot be trained on.
         Stopped: If a signal asked for it; the state is saved.
         TrainingFault: If the loss broke down.
+        OutOfMemory: If the GPU's memory does not suffice.
     """
-    if not config.output_dir and not config.dry_run:
+    rehearsal = config.dry_run or config.profile
+    if not config.output_dir and not rehearsal:
         raise ConfigError("expected a run folder, found none; name RUN (output_dir=…)")
     device = distributed.choose_device(config.speed.device)
-    with distributed.process_group(device):
-        if config.dry_run:
-            return _dry_run(Run(config, build_level(config), device))
+    with distributed.process_group(device), memory_explained(config):
+        if rehearsal:
+            return _rehearse(Run(config, build_level(config), device))
         folder = RunFolder(Path(config.output_dir))
         if folder.was_ended_by_this_launch():
             return _report_end(folder)
@@ -118,21 +124,31 @@ def _train(run: Run, trainer: Trainer, folder: RunFolder) -> RunSummary:
     with ExitStack() as stack:
         done = saved["step"] if saved else 0
         bar = stack.enter_context(progress.bar(f"pretrain {run.level.name}", run.length.total, done))
-        watch = CollapseWatch(run.settled_after())
-        metrics = MetricsLog(folder, log.every_steps, config.model.out_dim, bar, trackers, watch)
+        stopwatch = Stopwatch(clock_of(run.device), {DATA})
+        trainer.span = stopwatch.span
+        metrics = MetricsLog(
+            folder, log.every_steps, config.model.out_dim, bar, trackers, _watches(run), stopwatch.take
+        )
         callbacks: list[Callback] = [metrics, checkpoints] if judge is None else [metrics, judge, checkpoints]
         trainer.callbacks, trainer.save_clock = callbacks, SaveClock(log.save_every_minutes)
         if saved is not None:
             restore(trainer, saved)
-        _fit(trainer, folder)
+        _fit(run, trainer, folder)
     return _finish(run, trainer, folder, judge)
 
 
-def _fit(trainer: Trainer, folder: RunFolder) -> None:
+def _watches(run: Run) -> Callable[[Mapping[str, float]], list[str]]:
+    """What looks at every line of the log for something to warn of."""
+    watches = [CollapseWatch(run.settled_after()), StarvationWatch(partial(data_advice, run))]
+    return lambda line: [sign for watch in watches for sign in watch(line)]
+
+
+def _fit(run: Run, trainer: Trainer, folder: RunFolder) -> None:
     """Train, and leave the truth in ``status.json`` whatever happens."""
     folder.update_status(state="running", step=trainer.step, total_steps=trainer.length.total, error=None)
     try:
-        trainer.fit()
+        with memory_explained(run.config):
+            trainer.fit()
     except Stopped as error:
         folder.update_status(state="stopped", step=trainer.step, error=str(error))
         raise
@@ -167,26 +183,26 @@ def _finish(run: Run, trainer: Trainer, folder: RunFolder, judge: Judge | None) 
     return RunSummary(folder.path, state, trainer.step, folder.status())
 
 
-class _StepTimer:
-    """Callback of the dry run: notes when each step ended and what it cost in memory."""
+class _StepTimer(NoState):
+    """Callback of the dry run: notes when each step ended."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
-
-    def start(self, trainer: Trainer) -> None:
-        """Nothing to prepare."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Note the time once the device is done."""
         report.loss.item()
         self.times.append(time.monotonic())
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to remember."""
-        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing was remembered."""
+def _rehearse(run: Run) -> RunSummary:
+    """Train some steps without a run folder: to see what the run would take, or where a step's time goes."""
+    if not run.config.profile:
+        return _dry_run(run)
+    if run.config.profile_steps < 1:
+        raise ConfigError(f"expected profile_steps of at least 1, found {run.config.profile_steps}")
+    numbers = profile(run, run.config.profile_steps)
+    return RunSummary(Path(run.config.output_dir), "profile", numbers["steps"], numbers)
 
 
 def _dry_run(run: Run) -> RunSummary:

@@ -17,6 +17,7 @@ from dino.data.loader import Batch, DrawnBatches, DropPath, Layout, load_batches
 from dino.errors import CheckpointError, ConfigError
 from dino.models.backbone import build_backbone
 from dino.models.head import DINOHead
+from dino.models.runners import choose_runner
 from dino.models.weights import init_from
 from dino.train.loop import DTYPES, Trainer
 from dino.train.optimizer import CLIP_MODES, build_optimizer
@@ -47,6 +48,7 @@ class Run:
             raise ConfigError("expected training.batch_size_per_gpu and training.gradient_accumulation of at least 1")
         if config.speed.precision not in DTYPES:
             raise ConfigError(f"expected speed.precision bf16, fp32 or fp64, found '{config.speed.precision}'")
+        distributed.check_precision(config.speed.precision, device)
         if training.clip_mode not in CLIP_MODES:
             raise ConfigError(f"expected training.clip_mode {' or '.join(CLIP_MODES)}, found '{training.clip_mode}'")
         if config.model.out_dim < 2:
@@ -85,7 +87,12 @@ class Run:
         )
         student = Network(backbone, {DINO.head: head}).to(self.device, dtype)
         objective = DINO(model.out_dim, model.student_temp, model.center_momentum).to(self.device, dtype)
-        return SelfDistillation(student, copy.deepcopy(student), [objective], self.device)
+        teacher, speed = copy.deepcopy(student), self.config.speed
+        run_block, compiles = choose_runner(speed.compile, speed.checkpointing, self.device, progress.warn)
+        student.backbone.run_block = teacher.backbone.run_block = run_block
+        if compiles:
+            progress.say("compiling the blocks: the first step takes longer; speed.compile=false goes without")
+        return SelfDistillation(student, teacher, [objective], self.device)
 
     def schedules(self) -> Schedules:
         """Learning rate, weight decay, momentum and temperature over the run's steps."""

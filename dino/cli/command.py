@@ -1,7 +1,7 @@
 """A command of the house: its help page lists every setting, and a deliberate error is one line and an exit code."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -78,19 +78,6 @@ def flat_scalars(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from flat_scalars(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
-    """Print rows in columns on the main process, the first column unbroken."""
-    if _process():
-        return
-    table = Table(box=None, show_header=bool(header), header_style="bold", pad_edge=False)
-    for row in rows:
-        while len(table.columns) < max(len(row), len(header)):
-            i = len(table.columns)
-            table.add_column(header[i] if header else "", no_wrap=i == 0, overflow="fold")
-        table.add_row(*row)
-    Console(highlight=False).print(table, markup=False)
 
 
 def _process() -> str:

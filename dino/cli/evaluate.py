@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dino.cli.command import ConfigFile, print_table, with_settings
+from dino.cli.command import ConfigFile, with_settings
 from dino.cli.grammar import expect, split
 from dino.config.load import load_config
 from dino.config.schema import KnnConfig
@@ -27,13 +27,13 @@ def knn(words: Words = None, config: ConfigFile = None) -> None:
     positional, overrides = split(words or [])
     model, labels = expect(positional, ["RUN", "LABELS"])
     settings = load_config(KnnConfig, file=config, overrides=overrides)
-    from dino import api
+    from dino import api, progress
 
     result = api.evaluate_knn(model, Path(labels), settings)
     scored = [name for name in result if name not in ("about", "standard_error")]
     rows = [[metric, *(f"{result[name][metric]:.4f}" for name in scored)] for metric in result[scored[0]]]
     rows += [[f"standard error, k = {k}", f"{error:.4f}"] for k, error in result["standard_error"].items()]
-    print_table(rows, ["", *scored])
+    progress.table(rows, ["", *scored])
 
 
 command = with_settings(KnnConfig)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dino.cli.command import ConfigFile, flat_scalars, print_table, with_settings
+from dino.cli.command import ConfigFile, flat_scalars, with_settings
 from dino.cli.grammar import expect, split
 from dino.config.load import load_config
 from dino.config.schema import InfoConfig
@@ -24,9 +24,9 @@ def info(words: Words = None, config: ConfigFile = None) -> None:
     positional, overrides = split(words or [])
     (source,) = expect(positional, ["CHECKPOINT"])
     settings = load_config(InfoConfig, file=config, overrides=overrides)
-    from dino import api
+    from dino import api, progress
 
-    print_table(flat_scalars(api.info(source, settings.arch)))
+    progress.table(flat_scalars(api.info(source, settings.arch)))
 
 
 command = with_settings(InfoConfig)

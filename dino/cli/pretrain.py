@@ -60,7 +60,7 @@ def pretrain(level: str, words: list[str], file: Path | None, recipe: str) -> No
     schema: type[PretrainConfig] = PatchConfig if level == "patch" else RegionConfig
     settings = load_config(schema, recipe=recipe, file=file, overrides=overrides)
     settings = dataclasses.replace(settings, **folders)
-    needed = ("data_dir",) if settings.dry_run else ("data_dir", "output_dir")
+    needed = ("data_dir",) if settings.dry_run or settings.profile else ("data_dir", "output_dir")
     missing = [key for key in needed if not getattr(settings, key)]
     if missing:
         raise UsageError(f"expected ROOT and RUN (or data_dir= and output_dir=), found no {' and no '.join(missing)}")

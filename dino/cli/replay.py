@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dino.cli.command import Command, print_table
+from dino.cli.command import Command
 from dino.cli.grammar import expect, split
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="RUN/failure [KEY=VALUE]...", hidden=True)]
@@ -24,7 +24,7 @@ def replay(words: Words = None) -> None:
     """
     positional, changes = split(words or [])
     (folder,) = expect(positional, ["RUN/failure"])
-    from dino import api
+    from dino import api, progress
 
     found = api.replay(Path(folder), changes)
     rows = [
@@ -38,7 +38,7 @@ def replay(words: Words = None) -> None:
         )
         for s in found.samples
     ]
-    print_table(rows, HEADER)
+    progress.table(rows, HEADER)
     typer.echo(_conclusion(found.step, found.again, [sample.name for sample in found.suspects]))
 
 

@@ -137,6 +137,8 @@ class SpeedConfig:
     precision: str = identity("bf16", "bf16 autocast, or plain fp32 or fp64")
     num_workers: int = runtime(4, "processes that decode tiles and draw crops")
     prefetch: int = runtime(2, "batches that each worker prepares ahead")
+    compile: str = runtime("auto", "compile the blocks for speed: true, false, or auto (on a GPU); rounds differently")
+    checkpointing: bool = runtime(False, "compute blocks again in the backward pass: less memory, more time, same bits")
 
 
 @dataclass
@@ -172,6 +174,8 @@ class PretrainConfig:
     output_dir: str = runtime("", "the run folder")
     seed: int = identity(0, "seed of everything random")
     dry_run: bool = runtime(False, "print what would happen, and stop")
+    profile: bool = runtime(False, "train some steps, print where their time goes, and stop; nothing is written")
+    profile_steps: int = runtime(20, "steps that profile=true measures, after a warm-up")
     model: ModelConfig = group(ModelConfig)
     training: TrainingConfig = group(TrainingConfig)
     optim: OptimConfig = group(OptimConfig)

@@ -1,5 +1,7 @@
 """Self-distillation with no labels: the loss and its centre (Caron et al. 2021, arXiv 2104.14294)."""
 
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -55,7 +57,7 @@ class _DinoLoss(torch.autograd.Function):
             ctx.save_for_backward(gradient)
         ctx.overwrite = overwrite
         with torch.autocast(student.device.type, enabled=False):  # it would take the dot products in bf16
-            return _loss_and_gradient(student.detach(), targets, temp, gradient)
+            return _fastest(student, targets)(student.detach(), targets, temp, gradient)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -65,6 +67,17 @@ class _DinoLoss(torch.autograd.Function):
         if gradient.device.type != "cpu" or float(grads[0]) != 1:
             gradient = gradient.mul_(grads[0]) if ctx.overwrite else gradient * grads[0]
         return gradient, None, None, None
+
+
+def _fastest(student: Tensor, targets: Tensor) -> Callable[[Tensor, Tensor, float, Tensor | None], Tensor]:
+    """The kernel where it can be used, else torch's operations."""
+    fits = all(x.dtype == torch.float32 and x.is_contiguous() for x in (student, targets))
+    if student.device.type == "cuda" and fits and find_spec("triton") is not None:
+        from dino.losses import kernel
+
+        if kernel.usable(student.device, _loss_and_gradient):
+            return kernel.loss_and_gradient
+    return _loss_and_gradient
 
 
 def _loss_and_gradient(student: Tensor, targets: Tensor, temp: float, gradient: Tensor | None) -> Tensor:

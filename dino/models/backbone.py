@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dino.errors import ConfigError
 from dino.models.blocks import as_keep, attention_weights, run_block
 from dino.models.position import resampling_matrix
+from dino.models.runners import BlockRunner
 from dino.models.spec import BackboneSpec
 from dino.models.vit import check_supported, init_weights, make_vit
 
@@ -45,6 +46,9 @@ class Backbone(nn.Module):
         spec: What to build.
         vit: The transformer, where it exists already; made from ``spec`` otherwise.
 
+    Attributes:
+        run_block: How each block is run (see :mod:`dino.models.runners`).
+
     Raises:
         ConfigError: The architecture is unknown or not supported.
     """
@@ -60,6 +64,7 @@ class Backbone(nn.Module):
         self.embed_dim: int = self.vit.embed_dim
         self.depth = len(self.vit.blocks)
         self.num_heads: int = self.vit.blocks[0].attn.num_heads
+        self.run_block: BlockRunner = run_block
         self._matrices: dict[tuple, Tensor] = {}
 
     def forward(
@@ -93,7 +98,7 @@ class Backbone(nn.Module):
         cls_only = "patches" not in need
         for index, block in enumerate(self.vit.blocks):
             last = index == self.depth - 1
-            tokens = run_block(block, tokens, keeps[index], first=1 if last and cls_only else None)
+            tokens = self.run_block(block, tokens, keeps[index], 1 if last and cls_only else None)
         tokens = self.vit.norm(tokens)  # (B, 1 or 1 + R + N, D)
         if cls_only:
             return Tokens(tokens[:, 0])

@@ -12,6 +12,7 @@ from dino.errors import CheckpointError, ConfigError
 from dino.models.backbone import Backbone
 from dino.train.checkpoint import BEST, LAST, CheckpointFolder
 from dino.train.loop import NoState, StepReport, Trainer
+from dino.train.profiling import DATA, share
 from dino.train.run_folder import RunFolder
 
 Scores = dict[str, float]
@@ -28,6 +29,7 @@ class MetricsLog(NoState):
         bar: The progress bar.
         trackers: Further receivers of ``(step, numbers)``, such as TensorBoard.
         watch: Sees every line; what it gives back is shown as a warning.
+        parts: What the time since it was last asked was spent on, in seconds.
     """
 
     def __init__(
@@ -38,9 +40,10 @@ class MetricsLog(NoState):
         bar: progress.Bar,
         trackers: Sequence[Callable[[int, Mapping[str, float]], None]] = (),
         watch: Callable[[Mapping[str, float]], Sequence[str]] = lambda line: (),
+        parts: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self.folder, self.every_steps, self.bar = folder, every_steps, bar
-        self.trackers, self.watch = list(trackers), watch
+        self.trackers, self.watch, self.parts = list(trackers), watch, parts
         self.log_k = math.log(out_dim)
         self._since = (time.monotonic(), 0)
 
@@ -49,6 +52,7 @@ class MetricsLog(NoState):
         self.folder.cut_log(trainer.step)
         self.folder.write_quarantine(trainer.quarantine)
         self._since = (time.monotonic(), trainer.step)
+        self.parts()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Write a line when one is due."""
@@ -69,6 +73,8 @@ class MetricsLog(NoState):
             total_steps=trainer.length.total,
             eta_seconds=round(left * seconds),
             bad_files=len(trainer.quarantine),
+            samples_per_second=round(line["samples_per_second"], 1),
+            data_wait=round(line["data_wait"], 3),
         )
         self.bar.advance(0, f"loss {line['loss']:.3f} ({line['samples_per_second']:.1f} img/s)")
 
@@ -85,6 +91,8 @@ class MetricsLog(NoState):
     def _numbers(self, trainer: Trainer, report: StepReport) -> dict[str, float]:
         own = torch.stack([report.loss, report.teacher_entropy, report.grad_norm.to(report.loss.dtype)])
         loss, entropy, grad_norm = distributed.mean_over_ranks(own).tolist()
+        # Read once the device has come this far anyway. The process that waits longest holds up all others.
+        waiting = distributed.agree(torch.tensor([share(self.parts(), DATA)]).to(trainer.device))
         then, step = self._since
         self._since = (time.monotonic(), report.step)
         seconds = self._since[0] - then
@@ -99,6 +107,7 @@ class MetricsLog(NoState):
             "teacher_temp": report.values.teacher_temp,
             "grad_norm": grad_norm,
             "samples_per_second": (report.step - step) * trainer.length.global_batch / max(seconds, 1e-9),
+            "data_wait": waiting.item(),
             "seconds": seconds,
         }
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from dino import distributed, progress
+from dino.crops.resample import to_device
 from dino.data.loader import Batch
 from dino.errors import DataError, Stopped, TrainingFault
 from dino.train.optimizer import clip_gradients, gated_step
+from dino.train.profiling import AVERAGE, CLIP, COPY, CROPS, DATA, OPTIMIZER, Span, no_span
 from dino.train.schedules import Length, Schedules, StepValues
 from dino.train.self_distillation import SelfDistillation
 
@@ -150,6 +152,7 @@ class Trainer:
         largest_quarantine: How many samples may turn out bad before the run stops.
         callbacks: Run after every step, in this order.
         save_clock: Asked on rank 0 after every step whether a checkpoint is due by time.
+        span: Told what each stretch of a step is spent on.
         step: Steps done.
         quarantine: Reason by name of the samples that could not be used.
         stop_early: Set by a callback, on every process at the same step, to end the run.
@@ -169,6 +172,7 @@ class Trainer:
     largest_quarantine: int
     callbacks: Sequence[Callback] = ()
     save_clock: Callable[[], bool] = lambda: False
+    span: Span = no_span
     step: int = 0
     quarantine: dict[str, str] = field(default_factory=dict)
     stop_early: bool = False
@@ -225,34 +229,40 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         used, losses, entropies = [], [], []
         for micro in range(self.accumulation):
-            batch = next(batches)
+            with self.span(DATA):
+                batch = next(batches)
             loss, teacher_entropy = self._accumulate(batch, values, last=micro == self.accumulation - 1)
             used.append(batch)
             losses.append(loss)
             entropies.append(teacher_entropy)
         if values.freeze_last_layer:
             self.model.freeze_last_layer()
-        norm, finite = clip_gradients(self.model.student.parameters(), self.clip_grad, self.clip_mode)
+        with self.span(CLIP):
+            norm, finite = clip_gradients(self.model.student.parameters(), self.clip_grad, self.clip_mode)
         loss = torch.stack(losses).sum()
         flags = self._flags(~(finite & torch.isfinite(loss)), stop, any(batch.bad for batch in used))
         finite = flags[0] == 0  # agreed by all processes, still on the device
-        gated_step(self.optimizer, values.lr, values.weight_decay, finite)
-        self.model.update_teacher(values.momentum, finite)
+        with self.span(OPTIMIZER):
+            gated_step(self.optimizer, values.lr, values.weight_decay, finite)
+        with self.span(AVERAGE):
+            self.model.update_teacher(values.momentum, finite)
         self.step += 1
         return StepReport(self.step, values, loss, torch.stack(entropies).sum(), norm, used, flags)
 
     def _accumulate(self, batch: Batch, values: StepValues, *, last: bool) -> tuple[Tensor, Tensor]:
         views, keep = self.views(batch)
         with self.autocast():
-            return self.model.accumulate(views, keep, values.teacher_temp, share=1 / self.accumulation, last=last)
+            share = 1 / self.accumulation
+            return self.model.accumulate(views, keep, values.teacher_temp, share=share, last=last, span=self.span)
 
     def views(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
         """What the networks see of a batch: views by size, and the multipliers of the residual branches."""
-        inputs = batch.inputs.to(self.device, non_blocking=True)
-        views = [v.to(DTYPES[self.precision]) for v in self.crops.apply(inputs, batch.parameters)]
-        if batch.keep is None:
-            return views, None
-        return views, batch.keep.to(self.device, DTYPES[self.precision], non_blocking=True)
+        dtype, keep = DTYPES[self.precision], batch.keep
+        with self.span(COPY):
+            inputs = batch.inputs.to(self.device, non_blocking=True)
+            keep = None if keep is None else keep.to(self.device, dtype, non_blocking=True)
+        with self.span(CROPS):
+            return [view.to(dtype) for view in self.crops.apply(inputs, batch.parameters)], keep
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of forward passes."""
@@ -261,7 +271,7 @@ class Trainer:
     def _flags(self, broken: Tensor, stop: StopSignal, bad: bool) -> Tensor:
         """(broken, stop, save, bad) as one small tensor that all processes agree on."""
         own = torch.tensor([stop.received, self.save_clock(), bad], dtype=torch.float32)
-        flags = torch.cat([broken.float().reshape(1), own.to(self.device, non_blocking=True)])
+        flags = torch.cat([broken.float().reshape(1), to_device(own, self.device)])
         return distributed.agree(flags)
 
     def _merge_quarantine(self, batches: Sequence[Batch]) -> None:

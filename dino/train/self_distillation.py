@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dino import distributed
 from dino.losses.dino import Centre, dino_loss, entropy
 from dino.models.backbone import Backbone
+from dino.train.profiling import BACKWARD, LOSS, STUDENT, TEACHER, Span, no_span
 
 TEACHER_VIEWS = 2  # the teacher sees the two global views
 
@@ -144,7 +145,14 @@ class SelfDistillation(nn.Module):
         self._parallel = [distributed.parallelize(self.student, device)]  # in a list: no second entry in state_dict
 
     def accumulate(
-        self, groups: Sequence[Tensor], keep: Tensor | None, teacher_temp: float, *, share: float, last: bool
+        self,
+        groups: Sequence[Tensor],
+        keep: Tensor | None,
+        teacher_temp: float,
+        *,
+        share: float,
+        last: bool,
+        span: Span = no_span,
     ) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-batch; gradients add up.
 
@@ -154,18 +162,21 @@ class SelfDistillation(nn.Module):
             teacher_temp: Temperature of the teacher.
             share: Share of this micro-batch in the step (1 / accumulation).
             last: Whether it is the step's last: only then are gradients averaged over processes.
+            span: Told what each stretch of the work is spent on.
 
         Returns:
             Loss and teacher entropy in nats, both times ``share``, as scalars without gradient.
         """
-        with torch.no_grad():
+        with span(TEACHER), torch.no_grad():
             teacher = self.teacher([groups[0][:TEACHER_VIEWS]])
         parallel = self._parallel[0]
         with distributed.without_gradient_sync(parallel, not last):
-            student = parallel(groups, keep)
-            results = [o.loss(student[o.head], teacher[o.head], teacher_temp) for o in self.objectives]  # type: ignore[operator,index]
-            loss = torch.stack([loss for loss, _ in results]).sum() * share
-            with torch.autocast(loss.device.type, enabled=False):
+            with span(STUDENT):
+                student = parallel(groups, keep)
+            with span(LOSS):
+                results = [o.loss(student[o.head], teacher[o.head], teacher_temp) for o in self.objectives]  # type: ignore[operator,index]
+                loss = torch.stack([loss for loss, _ in results]).sum() * share
+            with span(BACKWARD), torch.autocast(loss.device.type, enabled=False):
                 loss.backward()
         return loss.detach(), torch.stack([bits for _, bits in results]).mean().detach() * share
 

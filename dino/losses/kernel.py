@@ -1,0 +1,130 @@
+"""DINO's loss and its gradient as one GPU kernel: each row of logits is read twice and its gradient written once.
+
+Imported only where triton is there; :func:`usable` tells whether the kernel may be used on a device.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096  # prototypes at a time
+WARPS = 8
+TOLERANCE = 1e-5  # relative, of the check before first use
+
+LossAndGradient = Callable[[Tensor, Tensor, float, Tensor | None], Tensor]
+
+
+@triton.jit
+def _others(own, view, columns, prototypes, stride, teachers: tl.constexpr, block: tl.constexpr):
+    """Sum of a sample's targets of the teacher views other than ``view``, (block,); ``own`` are the first view's."""
+    others = tl.zeros([block], tl.float32)
+    for teacher in tl.static_range(teachers):  # pyright: ignore[reportGeneralTypeIssues]
+        wanted = (columns < prototypes) & (view != teacher)
+        others += tl.load(own + teacher * stride + columns, mask=wanted, other=0.0)
+    return others
+
+
+@triton.jit
+def _row(  # noqa: PLR0913, PLR0917 (a kernel takes pointers and numbers, nothing that would hold them together)
+    student,
+    targets,
+    gradient,
+    losses,
+    prototypes,
+    views,
+    temp,
+    teachers: tl.constexpr,
+    block: tl.constexpr,
+    with_gradient: tl.constexpr,
+):
+    """One view of one sample: ``n logsumexp(z) - Q . z`` with z = logits / temp, and its gradient."""
+    # The views of a sample follow each other, so that its targets stay in the cache.
+    sample, view = tl.program_id(0) // views, tl.program_id(0) % views
+    batch = tl.num_programs(0) // views
+    stride = batch.to(tl.int64) * prototypes  # from view to view
+    own = targets + sample.to(tl.int64) * prototypes
+    start = view * stride + sample.to(tl.int64) * prototypes
+    count = teachers - tl.where(view < teachers, 1, 0)
+    highest = tl.full([block], -1e38, tl.float32)  # of each lane, and its sum of exp(z - highest)
+    sums = tl.zeros([block], tl.float32)
+    product = tl.zeros([block], tl.float32)
+    for first in range(0, prototypes, block):
+        columns = first + tl.arange(0, block)
+        inside = columns < prototypes
+        scaled = tl.load(student + start + columns, mask=inside, other=0.0) / temp
+        product += scaled * _others(own, view, columns, prototypes, stride, teachers, block)
+        higher = tl.where(inside, tl.maximum(highest, scaled), highest)
+        sums = sums * tl.exp(highest - higher) + tl.where(inside, tl.exp(scaled - higher), 0.0)
+        highest = higher
+    top = tl.max(highest, 0)
+    log_sum = top + tl.log(tl.sum(sums * tl.exp(highest - top), 0))
+    tl.store(losses + view * batch + sample, count * log_sum - tl.sum(product, 0))
+    if with_gradient:
+        factor = 1.0 / (teachers * (views - 1) * batch * temp)
+        for first in range(0, prototypes, block):
+            columns = first + tl.arange(0, block)
+            inside = columns < prototypes
+            scaled = tl.load(student + start + columns, mask=inside, other=0.0) / temp
+            others = _others(own, view, columns, prototypes, stride, teachers, block)
+            value = (count * tl.exp(scaled - log_sum) - others) * factor
+            tl.store(gradient + start + columns, value, mask=inside)
+
+
+def loss_and_gradient(student: Tensor, targets: Tensor, temp: float, gradient: Tensor | None) -> Tensor:
+    """The loss of :func:`dino.losses.dino.dino_loss`; its gradient goes into ``gradient``.
+
+    Args:
+        student: (V, B, K) fp32 logits, contiguous.
+        targets: (G, B, K) fp32 teacher probabilities, contiguous.
+        temp: Temperature of the student.
+        gradient: (V, B, K), may be ``student`` itself; None for the loss alone.
+
+    Returns:
+        The loss, a scalar.
+    """
+    views, batch, prototypes = student.shape
+    pairs = len(targets) * (views - 1)
+    losses = student.new_empty(views, batch)
+    _row[(views * batch,)](
+        student,
+        targets,
+        student if gradient is None else gradient,
+        losses,
+        prototypes,
+        views,
+        temp,
+        teachers=len(targets),
+        block=min(BLOCK, triton.next_power_of_2(prototypes)),
+        with_gradient=gradient is not None,
+        num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+    )
+    return losses.sum() / (pairs * batch)
+
+
+@cache
+def usable(device: torch.device, as_written: LossAndGradient) -> bool:
+    """Whether the kernel compiles on ``device`` and agrees there with ``as_written``; a warning says so if not.
+
+    Asked once: the answer makes the host wait.
+    """
+    generator = torch.Generator().manual_seed(0)
+    student = (10 * torch.rand(3, 2, 5000, generator=generator)).to(device)
+    targets = torch.rand(2, 2, 5000, generator=generator).softmax(-1).to(device)
+    ours, theirs = torch.empty_like(student), torch.empty_like(student)
+    try:
+        loss = loss_and_gradient(student, targets, 0.1, ours)
+        expected = as_written(student, targets, 0.1, theirs)
+        agrees = torch.isclose(loss, expected, rtol=TOLERANCE) & ((ours - theirs).norm() <= TOLERANCE * theirs.norm())
+        problem = "" if bool(agrees) else "its values differ from those of torch's operations"
+    except (
+        Exception
+    ) as error:  # no C compiler, an old GPU, a driver that does not fit: triton's errors are of many types
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    if problem:
+        warnings.warn(f"the loss runs without its own kernel on {device}: {problem}", stacklevel=2)
+    return not problem

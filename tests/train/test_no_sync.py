@@ -1,0 +1,164 @@
+"""A step never makes the host wait for the device.
+
+The step runs on torch's ``meta`` device, whose tensors have a shape and no values: whatever would have to wait for a
+value there (``item``, ``nonzero``, a copy back) fails, as would an operation on tensors of two devices. Copies to the
+device must be asynchronous; a dispatch mode sees to it.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.optim import optimizer as optimizers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dino.crops import grids as grid_crops
+from dino.crops import images as image_crops
+from dino.crops import resample
+from dino.crops.grids import GridCrops
+from dino.crops.images import ImageCrops
+from dino.crops.parameters import ViewRecipe
+from dino.data.loader import Batch, DropPath
+from dino.models.backbone import BackboneSpec, build_backbone
+from dino.models.head import DINOHead
+from dino.models.runners import BlockRunner, run_block, with_checkpoints
+from dino.train import loop
+from dino.train.loop import StopSignal, Trainer
+from dino.train.optimizer import build_optimizer
+from dino.train.schedules import Cosine, Length, Ramp, Schedules
+from dino.train.self_distillation import DINO, Network, SelfDistillation
+
+DEVICE = torch.device("meta")
+K, DIM, DEPTH, BATCH = 16, 32, 2, 5
+
+
+class Waits(AssertionError):
+    """The host would wait."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses copies between host and device, but those to the device that are asynchronous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside_to_device = False
+        self.crossings = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim}
+        made = {x.device.type for x in tree_leaves(result) if isinstance(x, torch.Tensor)}
+        if "cpu" in given and "meta" in given | made:
+            asynchronous = kwargs.get("non_blocking") or any(x is True for x in args) or self.inside_to_device
+            if "copy" not in str(func) or not asynchronous:
+                raise Waits(f"{func} takes values of the host to the device, and waits")
+            self.crossings += 1
+        if "meta" in given and ("cpu" in made or "nonzero" in str(func)):
+            raise Waits(f"{func} waits for the device")
+        return result
+
+    def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Stands in for :func:`dino.crops.resample.to_device`, which pins memory: that needs a GPU."""
+        assert tensor.device.type == "cpu"
+        self.inside_to_device = True
+        try:
+            return tensor.to(device)
+        finally:
+            self.inside_to_device = False
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> NoWaiting:
+    mode = NoWaiting()
+    for module in (resample, image_crops, grid_crops, loop):
+        monkeypatch.setattr(module, "to_device", mode.to_device)
+    # torch knows neither autocast nor fused optimizers for this device; both are the same for it as without.
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    return mode
+
+
+def image_batch() -> tuple[ImageCrops, Batch]:
+    """Tiles with every operation on some of the samples, and none on others."""
+    large = ViewRecipe(32, (0.4, 1.0), quarter_turns=True, vertical_flip=0.5, hed_jitter=0.5, solarize=0.5)
+    small = ViewRecipe(16, (0.05, 0.4), quarter_turns=True, hed_jitter=0.5)
+    crops = ImageCrops([large, large, small, small], (0.5,) * 3, (0.2,) * 3)
+    return crops, batch(crops, torch.empty(BATCH, 3, 48, 48, dtype=torch.uint8))
+
+
+def grid_batch() -> tuple[GridCrops, Batch]:
+    crops = GridCrops((6, 6))
+    return crops, batch(crops, torch.empty(BATCH, 10, 6, 6))
+
+
+def batch(crops: ImageCrops | GridCrops, inputs: torch.Tensor) -> Batch:
+    drawn = [crops.draw(inputs.shape[-2:], None, np.random.default_rng(i)) for i in range(BATCH)]  # type: ignore[arg-type]
+    views = DropPath(0.3, DEPTH, sum(crops.groups))
+    keep = torch.from_numpy(np.stack([views.draw(np.random.default_rng(i)) for i in range(BATCH)]))
+    parameters = {key: torch.from_numpy(np.stack([one[key] for one in drawn])) for key in drawn[0]}
+    return Batch(inputs, torch.arange(BATCH), parameters, keep, [""] * BATCH, [None] * BATCH)
+
+
+def trainer(make: Callable[[], tuple[Any, Batch]], run: BlockRunner) -> Trainer:
+    crops, one = make()
+    size, patch = crops.sizes[0], 16 if isinstance(crops, ImageCrops) else 1
+    level, side = ("patch", (size, size)) if isinstance(crops, ImageCrops) else ("region", size)
+    spec = BackboneSpec(f"vit:dim={DIM},depth={DEPTH},heads=2", level, one.inputs.shape[1], side, patch)
+
+    def network() -> Network:
+        backbone = build_backbone(spec, seed=0)
+        backbone.run_block = run
+        return Network(backbone, {DINO.head: DINOHead(DIM, K, 24, 8)}).to(DEVICE)
+
+    model = SelfDistillation(network(), network(), [DINO(K, 0.1, 0.9).to(DEVICE)], DEVICE)
+    return Trainer(
+        model=model,
+        optimizer=build_optimizer("adamw", model.student),
+        crops=crops,
+        batches=lambda first, last: [one] * 2 * (last - first),
+        accumulation=2,
+        schedules=Schedules(Cosine(1, 0, 8), Cosine(0, 1, 8), Cosine(1, 1, 8), Ramp(0.04, 0.07, 3), 1),
+        length=Length(8, 2 * BATCH, 4),
+        device=DEVICE,
+        precision="fp32",
+        clip_grad=3.0,
+        clip_mode="per_parameter",
+        largest_quarantine=0,
+    )
+
+
+@pytest.mark.parametrize("make", [image_batch, grid_batch])
+@pytest.mark.parametrize("run", [run_block, with_checkpoints(run_block)], ids=["plain", "checkpointed"])
+def test_a_step_never_waits(make: Any, run: BlockRunner, no_waiting: NoWaiting) -> None:
+    training = trainer(make, run)
+    batches = iter(training.batches(0, 3))
+    for step in range(3):
+        with no_waiting if step else nullcontext():  # the first one fills caches: matrices of positions, constants
+            training._step(batches, StopSignal())
+    assert training.step == 3 and no_waiting.crossings >= 8
+
+
+def test_what_waits_is_found(no_waiting: NoWaiting) -> None:
+    there, here = torch.empty(3, device=DEVICE), torch.ones(3)
+    with no_waiting:
+        for wait in (
+            lambda: there.sum().item(),
+            lambda: float(there.sum()),
+            lambda: bool(there.sum() > 0),
+            there.nonzero,
+            lambda: there[there > 0],
+            there.tolist,
+            there.cpu,
+            lambda: here.to(DEVICE),
+            lambda: there.copy_(here),
+            lambda: there + here,
+        ):
+            with pytest.raises((Waits, RuntimeError, NotImplementedError)):
+                wait()
+        here.to(DEVICE, non_blocking=True)
+        here.nonzero()

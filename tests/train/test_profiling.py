@@ -1,0 +1,110 @@
+"""Named spans: the parts add up, waiting is found where it is, and a run that is not measured pays nothing."""
+
+import pytest
+import torch
+
+from dino.train.profiling import (
+    DATA,
+    PARTS,
+    REST,
+    STARVING,
+    HostClock,
+    StarvationWatch,
+    Stopwatch,
+    clock_of,
+    feeding_advice,
+    no_span,
+    share,
+)
+
+
+class FakeClock:
+    """A clock that moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now, self.marks = 0, 0
+
+    def mark(self) -> int:
+        self.marks += 1
+        return self.now
+
+    def between(self, first: int, second: int) -> float:
+        return float(second - first)
+
+
+def test_the_parts_are_what_was_spent_on_them_and_add_up_to_the_whole() -> None:
+    clock = FakeClock()
+    watch = Stopwatch(clock)
+    for _ in range(3):
+        clock.now += 1
+        with watch.span("data"):
+            clock.now += 10
+        with watch.span("forward"):
+            clock.now += 100
+            with watch.span("loss"):  # a span inside of another: its time is its own
+                clock.now += 1000
+            clock.now += 10_000
+        clock.now += 2
+    assert watch.take() == {REST: 9, "data": 30, "forward": 30_300, "loss": 3000}
+    assert clock.now == 9 + 30 + 30_300 + 3000
+    clock.now += 7
+    assert watch.take() == {REST: 7}  # counted anew
+
+
+def test_a_span_ends_where_its_block_fails() -> None:
+    clock = FakeClock()
+    watch = Stopwatch(clock)
+    with pytest.raises(KeyError), watch.span("data"):
+        clock.now += 5
+        raise KeyError
+    clock.now += 3
+    assert watch.take() == {"data": 5, REST: 3}
+
+
+def test_spans_that_are_not_asked_for_are_rest_and_never_look_at_the_clock() -> None:
+    clock = FakeClock()
+    watch = Stopwatch(clock, {"data"})
+    with watch.span("data"):
+        clock.now += 2
+    before = clock.marks
+    with watch.span("forward"):
+        clock.now += 8
+    assert clock.marks == before
+    assert watch.take() == {"data": 2, REST: 8}
+    assert no_span("data") is no_span("forward") is watch.span("forward")  # one object for all: nothing is made
+
+
+def test_shares() -> None:
+    assert share({"data": 1.0, REST: 3.0}, "data") == 0.25
+    assert share({}, "data") == 0 and share({REST: 0.0}, "data") == 0
+    assert len(set(PARTS)) == len(PARTS) and PARTS[0] == DATA and PARTS[-1] == REST
+
+
+def test_the_clock_is_the_devices() -> None:
+    assert isinstance(clock_of(torch.device("cpu")), HostClock)
+    assert type(clock_of(torch.device("cuda", 0))).__name__ == "CudaClock"
+    first, second = HostClock().mark(), HostClock().mark()
+    assert HostClock().between(first, second) == second - first >= 0
+
+
+@pytest.mark.parametrize(
+    ("workers", "available", "processes", "told"),
+    [
+        (4, 16, 1, ["waited 31%", "more speed.num_workers (4 now, 16 cores)", "local disk"]),
+        (0, 2, 1, ["more speed.num_workers (0 now, 2 cores)"]),
+        (4, 16, 2, ["(4 now, 16 cores for 2 processes)"]),
+        (8, 16, 2, ["no more cores to run on (16 for 2 processes)", "local disk"]),
+    ],
+)
+def test_advice_names_what_to_change(workers: int, available: int, processes: int, told: list[str]) -> None:
+    said = feeding_advice(0.31, workers, available, processes)
+    assert all(words in said for words in told)
+    assert ("more speed.num_workers" in said) == (workers * processes < available)
+
+
+def test_starvation_is_said_once_and_not_while_the_workers_start() -> None:
+    watch = StarvationWatch(lambda waiting: f"waited {waiting}")
+    assert watch({"data_wait": 0.9}) == []
+    assert watch({"data_wait": STARVING}) == []
+    assert watch({"data_wait": 0.3}) == ["waited 0.3"]
+    assert watch({"data_wait": 0.5}) == []
