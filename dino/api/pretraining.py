@@ -16,10 +16,11 @@ from dino.config.schema import PatchConfig, RegionConfig
 from dino.errors import CheckpointError, ConfigError, DinoError, Stopped
 from dino.models.export import export_backbone
 from dino.models.weights import load_backbone_file
-from dino.train.callbacks import Checkpoints, Judge, MetricsLog, SaveClock
+from dino.train.callbacks import Checkpoints, MetricsLog, SaveClock
 from dino.train.checkpoint import LAST, START, CheckpointFolder
 from dino.train.collapse import CollapseWatch
 from dino.train.failure import record_failure
+from dino.train.judge import Judge
 from dino.train.loop import Callback, NonFiniteStep, StepReport, Trainer
 from dino.train.run_folder import RunFolder
 from dino.train.trackers import build_trackers
@@ -108,8 +109,6 @@ def _train(run: Run, trainer: Trainer, folder: RunFolder) -> RunSummary:
     checkpoints = Checkpoints(files, run.content, folder, log.save_every_steps, log.keep_every_steps)
     judge = build_judge(run, folder, checkpoints)
     saved = files.load()
-    if distributed.is_main():
-        files.tidy()
     if saved is None and distributed.is_main():
         files.save({**run.description(trainer), "teacher": trainer.model.teacher.published_state()}, START)
     trackers = build_trackers(
