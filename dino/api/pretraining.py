@@ -117,7 +117,7 @@ def _train(run: Run, trainer: Trainer, folder: RunFolder) -> RunSummary:
     with ExitStack() as stack:
         done = saved["step"] if saved else 0
         bar = stack.enter_context(progress.bar(f"pretrain {run.level.name}", run.length.total, done))
-        watch = CollapseWatch(run.settled_after())
+        watch = CollapseWatch(run.settled_after(), run.layout.global_batch)
         metrics = MetricsLog(folder, log.every_steps, config.model.out_dim, bar, trackers, watch)
         callbacks: list[Callback] = [metrics, checkpoints] if judge is None else [metrics, judge, checkpoints]
         trainer.callbacks, trainer.save_clock = callbacks, SaveClock(log.save_every_minutes)

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dino import distributed, progress
 from dino.errors import CheckpointError, ConfigError
+from dino.evaluate.retrieval import effective_rank
 from dino.train.checkpoint import LAST, CheckpointFolder
-from dino.train.loop import NoState, StepReport, Trainer
+from dino.train.loop import RANKED, NoState, StepReport, Trainer
 from dino.train.run_folder import RunFolder
 
 TAKEN_OVER = "another process has taken the folder over"
@@ -97,9 +99,21 @@ class MetricsLog(NoState):
             "momentum": report.values.momentum,
             "teacher_temp": report.values.teacher_temp,
             "grad_norm": grad_norm,
+            "feature_rank": feature_rank(report.features),
             "samples_per_second": (report.step - step) * trainer.length.global_batch / max(seconds, 1e-9),
             "seconds": seconds,
         }
+
+
+def feature_rank(features: Tensor) -> float:
+    """How many directions the teacher's features of a step's first samples fill, the same on every process.
+
+    Args:
+        features: ``(micro-batches, n, D)`` of this process.
+    """
+    # (micro-batches, processes, n, D): in the order of the draws, so that it does not matter who drew which
+    everyone = torch.stack(distributed.gather(features.float().cpu()), dim=1)
+    return effective_rank(everyone.flatten(0, 2)[:RANKED])
 
 
 class Checkpoints(NoState):
