@@ -139,7 +139,7 @@ def _fit(trainer: Trainer, folder: RunFolder) -> None:
         with folder.enduring(folder.failure.name):
             record_failure(folder.failure, error.report, folder.last_metrics())
             progress.say(f"the step is described in {folder.failure}; `dino replay {folder.failure}` does it again")
-        folder.update_status(state="failed", step=trainer.step, error=str(error))
+        folder.update_status(state="failed", step=error.report.step, error=str(error))
         raise
     except DinoError as error:
         folder.update_status(state="failed", step=trainer.step, error=str(error))
