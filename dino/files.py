@@ -47,6 +47,11 @@ def atomic_path(path: Path, *, check: Callable[[Path], None] | None = None) -> I
         temporary.unlink(missing_ok=True)
 
 
+def leftovers(folder: Path) -> Iterator[Path]:
+    """Temporary files that killed processes left in ``folder`` and below it; their final files are as they were."""
+    return (path for path in folder.rglob(".*.tmp") if path.is_file())
+
+
 def printable(path: object) -> str:
     """A path or name as one line of valid text: line breaks and bytes that are no UTF-8 become escapes."""
     text = str(path).encode("utf-8", "backslashreplace").decode()

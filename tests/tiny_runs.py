@@ -58,12 +58,29 @@ def metrics(run: Path) -> list[dict]:
 
 
 def assert_same_bits(first: Path, second: Path) -> None:
-    for part in ("teacher", "student"):
-        one, other = last(first)[part], last(second)[part]
-        assert all(torch.equal(one[name], other[name]) for name in one)
+    """Two runs came to the same: checkpoints (what they are of, networks, optimizer, all state), log and quarantine."""
+    assert _checkpoints(first) == _checkpoints(second)
+    for name in _checkpoints(first):
+        one, other = (torch.load(run / "checkpoints" / name, weights_only=True) for run in (first, second))
+        for part in ("step", "teacher", "student", "objectives", "optimizer", "state"):
+            assert one.keys() == other.keys() and _same(one.get(part), other.get(part)), (name, part)
     assert metrics(first) == metrics(second)
-    one, other = (last(run)["optimizer"]["state"] for run in (first, second))
-    assert all(torch.equal(one[i][k], other[i][k]) for i in one for k in one[i])
+    lists = [run / "quarantine.csv" for run in (first, second)]
+    assert len({path.read_text() if path.exists() else "" for path in lists}) == 1
+
+
+def _checkpoints(run: Path) -> set[str]:
+    return {path.name for path in (run / "checkpoints").iterdir()} - {"previous.pt"}
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one == other
 
 
 class Crash(BaseException):
@@ -100,3 +117,29 @@ def make_grids(folder: Path, count: int = 12) -> Path:
     for i in range(count):
         torch.save(torch.randn(36, 10, generator=generator), folder / f"slide_{i * 100}_0.pt")
     return folder
+
+
+def add_bad_files(data: Path) -> None:
+    """Two files that cannot be used, among tiles or among grids."""
+    if any(data.glob("*.pt")):
+        torch.save(torch.full((36, 10), float("nan")), data / "slide_5_0.pt")
+        (data / "slide_6_0.pt").write_bytes(b"torn")
+    else:
+        (data / "slide0_5_0.png").write_bytes(b"torn")
+        (data / "slide1_5_0.png").write_bytes(b"")
+
+
+def judged(data: Path, every_steps: int = 2, patience: int = 3) -> dict[str, object]:
+    """Settings of a run that is judged by the files of ``data`` that can be used, in two classes of no meaning."""
+    bad = {"slide0_5_0.png", "slide1_5_0.png", "slide_5_0.pt", "slide_6_0.pt"}
+    paths = [path for path in sorted(data.iterdir()) if path.name not in bad]
+    parts = ["train" if i < 0.6 * len(paths) else "test" for i in range(len(paths))]
+    rows = [f"{path},{'ab'[i % 2]},{parts[i]},held{i}" for i, path in enumerate(paths)]
+    table = data.parent / f"{data.name}.csv"
+    table.write_text("\n".join(["image_path,label,partition,slide_id", *rows]))
+    return {
+        "evaluate.labels": str(table),
+        "evaluate.every_steps": every_steps,
+        "evaluate.k": [3],
+        "evaluate.early_stopping_patience": patience,
+    }

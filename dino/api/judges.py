@@ -18,9 +18,10 @@ from dino.extraction.embed import embed, grids_as_they_are, normaliser
 from dino.extraction.stream import batches, read_ahead
 from dino.models.backbone import Backbone
 from dino.models.weights import load_backbone_file
-from dino.train.callbacks import Checkpoints, Judge, Scores
+from dino.train.callbacks import Checkpoints
 from dino.train.checkpoint import START
 from dino.train.floor import judge_run, paired_features
+from dino.train.judge import Judge, Scores
 from dino.train.loop import Trainer
 from dino.train.run_folder import RunFolder
 

@@ -19,10 +19,11 @@ from dino.config.schema import PatchConfig, RegionConfig
 from dino.errors import CheckpointError, ConfigError, DinoError, Stopped
 from dino.models.export import export_backbone
 from dino.models.weights import load_backbone_file
-from dino.train.callbacks import Checkpoints, Judge, MetricsLog, SaveClock
+from dino.train.callbacks import Checkpoints, MetricsLog, SaveClock
 from dino.train.checkpoint import LAST, START, CheckpointFolder
 from dino.train.collapse import CollapseWatch
 from dino.train.failure import record_failure
+from dino.train.judge import Judge
 from dino.train.loop import Callback, NonFiniteStep, NoState, StepReport, Trainer
 from dino.train.profiling import DATA, StarvationWatch, Stopwatch, clock_of
 from dino.train.run_folder import RunFolder
@@ -114,8 +115,6 @@ def _train(run: Run, trainer: Trainer, folder: RunFolder) -> RunSummary:
     checkpoints = Checkpoints(files, run.content, folder, log.save_every_steps, log.keep_every_steps)
     judge = build_judge(run, folder, checkpoints)
     saved = files.load()
-    if distributed.is_main():
-        files.tidy()
     if saved is None and distributed.is_main():
         files.save({**run.description(trainer), "teacher": trainer.model.teacher.published_state()}, START)
     trackers = build_trackers(
@@ -139,7 +138,7 @@ def _train(run: Run, trainer: Trainer, folder: RunFolder) -> RunSummary:
 
 def _watches(run: Run) -> Callable[[Mapping[str, float]], list[str]]:
     """What looks at every line of the log for something to warn of."""
-    watches = [CollapseWatch(run.settled_after()), StarvationWatch(partial(data_advice, run))]
+    watches = [CollapseWatch(run.settled_after(), run.layout.global_batch), StarvationWatch(partial(data_advice, run))]
     return lambda line: [sign for watch in watches for sign in watch(line)]
 
 
@@ -156,7 +155,7 @@ def _fit(run: Run, trainer: Trainer, folder: RunFolder) -> None:
         with folder.enduring(folder.failure.name):
             record_failure(folder.failure, error.report, folder.last_metrics())
             progress.say(f"the step is described in {folder.failure}; `dino replay {folder.failure}` does it again")
-        folder.update_status(state="failed", step=trainer.step, error=str(error))
+        folder.update_status(state="failed", step=error.report.step, error=str(error))
         raise
     except DinoError as error:
         folder.update_status(state="failed", step=trainer.step, error=str(error))

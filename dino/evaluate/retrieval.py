@@ -1,5 +1,7 @@
 """What features say without labels: finding their own place again, and how many directions they fill."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,9 +50,12 @@ def effective_rank(features: Tensor) -> float:
         features: ``(N, D)``.
 
     Returns:
-        A number in [1, min(N, D)]; 1 for a matrix of zeros.
+        A number in [1, min(N, D)]; 1 for a matrix of zeros, NaN where a feature is not finite.
     """
-    values = torch.linalg.svdvals(features.detach().cpu().double())
+    matrix = features.detach().cpu().double()
+    if not matrix.isfinite().all():
+        return math.nan
+    values = torch.linalg.svdvals(matrix)
     total = values.sum()
     if total == 0:
         return 1.0

@@ -1,4 +1,4 @@
-"""What watches a run: the log, the checkpoints, and the judge."""
+"""What watches a run: the log and the checkpoints."""
 
 import math
 import time
@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dino import distributed, progress
 from dino.errors import CheckpointError, ConfigError
-from dino.models.backbone import Backbone
-from dino.train.checkpoint import BEST, LAST, CheckpointFolder
-from dino.train.loop import NoState, StepReport, Trainer
+from dino.evaluate.retrieval import effective_rank
+from dino.train.checkpoint import LAST, CheckpointFolder
+from dino.train.loop import RANKED, NoState, StepReport, Trainer
 from dino.train.profiling import DATA, share
 from dino.train.run_folder import RunFolder
 
-Scores = dict[str, float]
 TAKEN_OVER = "another process has taken the folder over"
 
 
@@ -48,8 +48,9 @@ class MetricsLog(NoState):
         self._since = (time.monotonic(), 0)
 
     def start(self, trainer: Trainer) -> None:
-        """Cut the log and the quarantine back to where the run goes on."""
-        self.folder.cut_log(trainer.step)
+        """Cut the log and the quarantine back to where the run goes on, and recall what the log has shown so far."""
+        for line in self.folder.cut_log(trainer.step):
+            self.watch(line)
         self.folder.write_quarantine(trainer.quarantine)
         self._since = (time.monotonic(), trainer.step)
         self.parts()
@@ -106,10 +107,22 @@ class MetricsLog(NoState):
             "momentum": report.values.momentum,
             "teacher_temp": report.values.teacher_temp,
             "grad_norm": grad_norm,
+            "feature_rank": feature_rank(report.features),
             "samples_per_second": (report.step - step) * trainer.length.global_batch / max(seconds, 1e-9),
             "data_wait": waiting.item(),
             "seconds": seconds,
         }
+
+
+def feature_rank(features: Tensor) -> float:
+    """How many directions the teacher's features of a step's first samples fill, the same on every process.
+
+    Args:
+        features: ``(micro-batches, n, D)`` of this process.
+    """
+    # (micro-batches, processes, n, D): in the order of the draws, so that it does not matter who drew which
+    everyone = torch.stack(distributed.gather(features.float().cpu()), dim=1)
+    return effective_rank(everyone.flatten(0, 2)[:RANKED])
 
 
 class Checkpoints(NoState):
@@ -136,57 +149,75 @@ class Checkpoints(NoState):
         self.saved_step = 0
 
     def start(self, trainer: Trainer) -> None:
-        """Note where the run is safe."""
+        """Note where the run is safe, and finish what a process that was killed did not come to."""
         self.saved_step = trainer.step
+        if trainer.step and self._is_kept(trainer.step):
+            self.name(f"step_{trainer.step}.pt")
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Save when it is due."""
         by_steps = self.every_steps > 0 and report.step % self.every_steps == 0
-        kept = self.keep_every_steps > 0 and report.step % self.keep_every_steps == 0
+        kept = self._is_kept(report.step)
         if not (by_steps or kept or report.save_due or trainer.stop_early):
             return
         trainer.settle(report)
-        also = (f"step_{report.step}.pt",) if kept else ()
-        if not self.save(trainer, *also) and (report.final or trainer.stop_early):
+        saved = self.saved_step == report.step or self.save(trainer)  # the judge may have saved this step
+        if not saved and (report.final or trainer.stop_early):
             raise CheckpointError(
                 f"expected to write the last checkpoint of this run, {self.files.folder / LAST}, found that the disk "
                 f"does not take it; the run is safe up to step {self.saved_step}: make room, and run the same command"
             )
+        if saved and kept:
+            self.name(f"step_{report.step}.pt")
 
-    def save(self, trainer: Trainer, *also: str) -> bool:
+    def save(self, trainer: Trainer) -> bool:
         """Write ``last.pt`` now; on every process, whether that went well.
-
-        Args:
-            trainer: What to save.
-            also: Further names for the same checkpoint.
 
         Raises:
             ConfigError: If another process has taken the folder over.
         """
         content = self.content(trainer)
-        problem = distributed.broadcast(self._write(content, also) if distributed.is_main() else "")
+
+        def write() -> None:
+            self.folder.sync_log()  # first: a resumed run counts on the lines up to its checkpoint
+            self.files.save(content)
+
+        if not self._write(LAST, write):
+            return False
+        self.saved_step = trainer.step
+        self.folder.update_status(last_checkpoint=f"checkpoints/{LAST}", last_checkpoint_step=trainer.step)
+        return True
+
+    def name(self, name: str) -> bool:
+        """Let the newest checkpoint bear a further name; on every process, whether that went well.
+
+        Raises:
+            ConfigError: If another process has taken the folder over.
+        """
+        return self._write(name, lambda: self.files.keep_last_as(name))
+
+    def _is_kept(self, step: int) -> bool:
+        return self.keep_every_steps > 0 and step % self.keep_every_steps == 0
+
+    def _write(self, name: str, write: Callable[[], None]) -> bool:
+        problem = distributed.broadcast(self._attempt(write) if distributed.is_main() else "")
         if problem == TAKEN_OVER:
             raise ConfigError(
                 f"expected {self.folder.path} to be this run's, found that {problem}; nothing was written"
             )
         if problem:
             self.folder.warn(
-                f"cannot write {self.files.folder / LAST}: {problem}; the one before is kept, the run goes on"
+                f"cannot write {self.files.folder / name}: {problem}; the one before is kept, the run goes on"
             )
-            return False
-        self.saved_step = trainer.step
-        self.folder.update_status(last_checkpoint=f"checkpoints/{LAST}", last_checkpoint_step=trainer.step)
-        return True
+        return not problem
 
-    def _write(self, content: dict[str, Any], also: tuple[str, ...]) -> str:
-        """Write a checkpoint; a reason where that was not possible, else an empty string."""
+    def _attempt(self, write: Callable[[], None]) -> str:
+        """Do ``write``; a reason where that was not possible, else an empty string."""
         lock = self.folder.lock
         if not lock.is_mine():
             return TAKEN_OVER if lock.is_anothers() else "the folder has vanished"
         try:
-            self.files.save(content)
-            for name in also:
-                self.files.keep_last_as(name)
+            write()
         except OSError as error:
             return error.strerror or str(error)
         return ""
@@ -209,71 +240,3 @@ class SaveClock:
             return False
         self._next = time.monotonic() + self.seconds
         return True
-
-
-class Judge:
-    """kNN of teacher and student on labelled images while training; keeps ``best.pt`` and ends a run that stalls.
-
-    Args:
-        score: Scores of a backbone; called on every process, returns the same numbers on each.
-        tracked: Which score decides, e.g. ``knn_20_accuracy``.
-        every_steps: Steps between evaluations.
-        patience: Evaluations without a better score before the run ends, 0 for never.
-        folder: The run folder.
-        checkpoints: Saves ``last.pt``, of which ``best.pt`` is a copy.
-    """
-
-    def __init__(
-        self,
-        score: Callable[[Backbone], Scores],
-        tracked: str,
-        every_steps: int,
-        patience: int,
-        folder: RunFolder,
-        checkpoints: Checkpoints,
-    ) -> None:
-        self.score, self.tracked, self.every_steps, self.patience = score, tracked, every_steps, patience
-        self.folder, self.checkpoints = folder, checkpoints
-        self.best: float | None = None
-        self.misses = 0
-        self.untrained: Scores = {}
-        self.latest: Scores = {}
-
-    def start(self, trainer: Trainer) -> None:
-        """Judge the start weights, as the floor of the run."""
-        if trainer.step == 0:
-            self.untrained = self.score(trainer.model.teacher.backbone)
-            self.folder.log({"step": 0, "evaluation": {"untrained": self.untrained}})
-            progress.say(f"untrained: {_shown(self.untrained)}")
-
-    def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Evaluate when it is due, keep the best, and count what is not better."""
-        if report.step % self.every_steps and report.step != trainer.length.total:
-            return
-        trainer.settle(report)
-        scores = {"teacher": self.score(trainer.model.teacher.backbone)}
-        scores["student"] = self.score(trainer.model.student.backbone)
-        self.latest = scores["teacher"]
-        self.folder.log({"step": report.step, "evaluation": scores})
-        progress.say(f"step {report.step}: teacher {_shown(scores['teacher'])}; student {_shown(scores['student'])}")
-        if self.best is None or self.latest[self.tracked] > self.best:
-            before = self.best
-            self.best, self.misses = self.latest[self.tracked], 0  # first, because the checkpoint holds them
-            if not self.checkpoints.save(trainer, BEST):
-                self.best = before
-            return
-        self.misses += 1
-        trainer.stop_early = 0 < self.patience <= self.misses
-
-    def state_dict(self) -> dict[str, Any]:
-        """Best score, misses, and the scores of the start weights."""
-        return {"best": self.best, "misses": self.misses, "untrained": self.untrained, "latest": self.latest}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting where the run was saved."""
-        self.best, self.misses = state["best"], state["misses"]
-        self.untrained, self.latest = state["untrained"], state["latest"]
-
-
-def _shown(scores: Scores) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items() if value is not None)

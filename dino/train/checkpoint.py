@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dino import progress
+from dino import distributed, progress
 from dino.errors import CheckpointError
 from dino.files import atomic_path
 from dino.models.weights import read_checkpoint
@@ -44,6 +44,7 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.newest = LAST  # the newest that is whole: not always that, until a damaged one is replaced
 
     def save(self, content: dict[str, Any], name: str = LAST) -> Path:
         """Write ``content`` as ``name``; the file it replaces is kept as ``previous.pt`` when it is the last one.
@@ -59,44 +60,56 @@ class CheckpointFolder:
 
         def check(temporary: Path) -> None:
             check_archive(temporary)
-            if name == LAST and path.exists():
+            if name == LAST and path.exists() and self.newest == LAST:
                 self._link(path, PREVIOUS)
 
         # A file of Python's, because torch's own reports a full disk as a fault of the program.
         with atomic_path(path, check=check) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
             file.flush()
+        if name == LAST:
+            self.newest = LAST
         return path
 
-    def tidy(self) -> None:
-        """Remove what a killed process left half-written; only for the process that writes here."""
-        for left in self.folder.glob(".*.tmp"):
-            left.unlink(missing_ok=True)
-
     def keep_last_as(self, name: str) -> None:
-        """Let ``name`` be the checkpoint that ``last.pt`` is now, at no cost in space where the disk has hard links."""
-        self._link(self.folder / LAST, name)
+        """Let ``name`` be the checkpoint that is the newest now, at no cost in space where the disk has hard links."""
+        self._link(self.folder / self.newest, name)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint that is whole, on the CPU; None when there is none.
+        """The newest checkpoint that is whole, on the CPU; None when there is none. The main process chooses it.
 
         Raises:
             CheckpointError: If there are checkpoints but none can be read.
         """
-        reason = ""
+        content, reason = self._newest() if distributed.is_main() else (None, "")
+        self.newest, exists, reason = distributed.broadcast((self.newest, content is not None, reason))
+        if not exists and reason:
+            raise CheckpointError(f"expected a whole checkpoint in {self.folder}, found none: {reason}")
+        return read_checkpoint(self.folder / self.newest) if exists and content is None else content
+
+    def _newest(self) -> tuple[dict[str, Any] | None, str]:
+        """The newest checkpoint that is whole, and what is wrong with those that are not."""
+        reasons = []
         for name in (LAST, PREVIOUS):
             path = self.folder / name
             if not path.exists():
                 continue
             try:
-                check_archive(path)
-                return read_checkpoint(path)
+                content = read_checkpoint(path)
             except (CheckpointError, OSError) as error:
-                reason = f"{reason}; {error}" if reason else str(error)
+                reasons.append(str(error))
                 progress.warn(f"{path} is damaged and is not used: {error}")
-        if reason:
-            raise CheckpointError(f"expected a whole checkpoint in {self.folder}, found none: {reason}")
-        return None
+            else:
+                self.newest = name
+                return content, ""
+        return None, "; ".join(reasons)
+
+    def step_of(self, name: str) -> int | None:
+        """The step that a checkpoint was saved after; None when there is none of that name, or it is damaged."""
+        try:
+            return read_checkpoint(self.folder / name, mmap=True).get("step")
+        except (CheckpointError, OSError):
+            return None
 
     def _link(self, source: Path, name: str) -> None:
         with atomic_path(self.folder / name) as temporary:

@@ -20,6 +20,7 @@ from dino.train.schedules import Length, Schedules, StepValues
 from dino.train.self_distillation import SelfDistillation
 
 DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of weights; bf16 is autocast
+RANKED = 64  # samples of a step whose features tell how many directions they fill
 
 
 class Crops(Protocol):
@@ -40,6 +41,7 @@ class StepReport:
         loss: Scalar tensor of this process; reading it waits for the device.
         teacher_entropy: Scalar tensor in nats, of this process.
         grad_norm: Norm over all gradients before clipping.
+        features: ``(micro-batches, n, D)`` of the teacher, of the first view of the first samples of each of them.
         batches: Its micro-batches on this process.
         flags: What processes agree on, ``(broken, stop, save, bad)``; None once :meth:`Trainer.settle` has read it.
         stopping: A process was asked to stop (known once settled).
@@ -53,6 +55,7 @@ class StepReport:
     loss: Tensor
     teacher_entropy: Tensor
     grad_norm: Tensor
+    features: Tensor
     batches: list[Batch]
     flags: Tensor | None
     stopping: bool = False
@@ -227,14 +230,15 @@ class Trainer:
     def _step(self, batches: Iterator[Batch], stop: StopSignal) -> StepReport:
         values = self.schedules.at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        used, losses, entropies = [], [], []
+        used, losses, entropies, features = [], [], [], []
         for micro in range(self.accumulation):
             with self.span(DATA):
                 batch = next(batches)
-            loss, teacher_entropy = self._accumulate(batch, values, last=micro == self.accumulation - 1)
+            loss, teacher_entropy, seen = self._accumulate(batch, values, last=micro == self.accumulation - 1)
             used.append(batch)
             losses.append(loss)
             entropies.append(teacher_entropy)
+            features.append(seen[:RANKED])
         if values.freeze_last_layer:
             self.model.freeze_last_layer()
         with self.span(CLIP):
@@ -247,9 +251,10 @@ class Trainer:
         with self.span(AVERAGE):
             self.model.update_teacher(values.momentum, finite)
         self.step += 1
-        return StepReport(self.step, values, loss, torch.stack(entropies).sum(), norm, used, flags)
+        entropy, shown = torch.stack(entropies).sum(), torch.stack(features)
+        return StepReport(self.step, values, loss, entropy, norm, shown, used, flags)
 
-    def _accumulate(self, batch: Batch, values: StepValues, *, last: bool) -> tuple[Tensor, Tensor]:
+    def _accumulate(self, batch: Batch, values: StepValues, *, last: bool) -> tuple[Tensor, Tensor, Tensor]:
         views, keep = self.views(batch)
         with self.autocast():
             share = 1 / self.accumulation

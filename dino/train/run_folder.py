@@ -11,7 +11,7 @@ from typing import Any
 
 from dino import distributed, progress
 from dino.errors import ConfigError
-from dino.files import append_text, csv_text, write_json, write_text
+from dino.files import append_text, csv_text, leftovers, sync, write_json, write_text
 from dino.train.lock import LOCK, RunLock
 
 FINAL_STATES = {"finished", "early_stopped", "stopped", "failed"}
@@ -67,11 +67,15 @@ class RunFolder:
         known = self.path / "identity.json"
         if known.exists():
             self._refuse_other(self.identity(), json.loads(json.dumps(identity)))
-        elif self.path.exists() and any(LOCK not in path.name for path in self.path.iterdir()):
+        elif self.path.exists() and self._others():
             raise ConfigError(
                 f"expected an empty folder or a run at {self.path}, found other files; name another folder"
             )
         distributed.barrier()  # nobody writes before everybody has looked
+
+    def _others(self) -> set[Path]:
+        """What lies in the folder beside locks and what a process killed in its first moments left."""
+        return {path for path in self.path.iterdir() if LOCK not in path.name} - set(leftovers(self.path))
 
     def claim(self, identity: Mapping[str, Any], config_yaml: str) -> None:
         """Write ``identity.json`` and ``config.yaml``: from here on the folder is this run's.
@@ -81,6 +85,9 @@ class RunFolder:
             config_yaml: The resolved settings.
         """
         if distributed.is_main():
+            for left in leftovers(self.path):
+                if LOCK not in left.name:  # another process may just be looking at the lock
+                    left.unlink(missing_ok=True)
             write_json(self.path / "identity.json", dict(identity))
             write_text(self.path / "config.yaml", config_yaml)
 
@@ -134,27 +141,44 @@ class RunFolder:
                 write_text(self.path / "quarantine.csv", csv_text([("path", "reason"), *quarantine.items()]))
                 self._quarantined = len(quarantine)
 
-    def cut_log(self, step: int) -> None:
-        """Drop the lines of ``metrics.jsonl`` after ``step``: a resumed run writes them anew."""
+    def cut_log(self, step: int) -> list[dict[str, Any]]:
+        """Drop the lines of ``metrics.jsonl`` after ``step``, which a resumed run writes anew; from 0 that is all.
+
+        Returns:
+            The lines that are kept and are no evaluations, on the main process; elsewhere none.
+        """
         log = self.path / "metrics.jsonl"
         if not distributed.is_main() or not log.exists():
-            return
+            return []
         kept = []
-        for line in log.read_text().splitlines():
+        for text in log.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+                line = json.loads(text)
+                if step > 0 and line["step"] <= step:
+                    kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue  # the line that a killed process left half-written
-        write_text(log, "".join(kept))
+        write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
+        return [line for line in kept if "loss" in line]
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``; one that the disk does not take is kept and written with the next."""
         if distributed.is_main():
             self._unwritten.append(json.dumps(line) + "\n")
             with self.enduring("metrics.jsonl"):
-                append_text(self.path / "metrics.jsonl", "".join(self._unwritten))
-                self._unwritten.clear()
+                self._append_lines()
+
+    def sync_log(self) -> None:
+        """Have every line of the log on disk, as far as it takes them."""
+        with self.enduring("metrics.jsonl"):
+            self._append_lines()
+            if (self.path / "metrics.jsonl").exists():
+                sync(self.path / "metrics.jsonl")
+
+    def _append_lines(self) -> None:
+        if self._unwritten:
+            append_text(self.path / "metrics.jsonl", "".join(self._unwritten))
+            self._unwritten.clear()
 
     def last_metrics(self) -> dict[str, float]:
         """The newest line of ``metrics.jsonl`` with a finite loss, without what is not finite; empty without any."""

@@ -30,14 +30,18 @@ class Network(nn.Module):
             self.add_module(name, head)
 
     def forward(self, groups: Sequence[Tensor], keep: Tensor | None = None) -> dict[str, Tensor]:
-        """Logits of every view, by objective.
+        """Logits of every view, by objective: :meth:`logits` of :meth:`features`."""
+        return self.logits(self.features(groups, keep))
+
+    def features(self, groups: Sequence[Tensor], keep: Tensor | None = None) -> Tensor:
+        """The cls token of every view.
 
         Args:
             groups: Views of one size each, ``(V_g, B, C, h, w)``.
             keep: ``(B, V, depth, 2)`` multipliers of the residual branches, or None.
 
         Returns:
-            ``(V, B, K)`` logits in fp32 by head name, views in the order of the groups.
+            ``(V, B, D)`` features, views in the order of the groups.
         """
         tokens, first = [], 0
         for views in groups:
@@ -46,7 +50,10 @@ class Network(nn.Module):
             kept = None if keep is None else keep[:, first : first + count].transpose(0, 1).flatten(0, 1)
             tokens.append(self.backbone(views.flatten(0, 1), keep=kept).cls.unflatten(0, (count, batch)))
             first += count
-        cls = torch.cat(tokens)  # (V, B, D)
+        return torch.cat(tokens)  # (V, B, D)
+
+    def logits(self, cls: Tensor) -> dict[str, Tensor]:
+        """``(V, B, K)`` logits in fp32 of ``(V, B, D)`` features, by head name."""
         return {name: getattr(self, name)(cls.flatten(0, 1)).unflatten(0, cls.shape[:2]) for name in self.head_names}
 
     def published_state(self) -> dict[str, Tensor]:
@@ -153,7 +160,7 @@ class SelfDistillation(nn.Module):
         share: float,
         last: bool,
         span: Span = no_span,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Forward and backward of one micro-batch; gradients add up.
 
         Args:
@@ -165,10 +172,12 @@ class SelfDistillation(nn.Module):
             span: Told what each stretch of the work is spent on.
 
         Returns:
-            Loss and teacher entropy in nats, both times ``share``, as scalars without gradient.
+            Loss and teacher entropy in nats, both times ``share``, as scalars without gradient; and the teacher's
+            ``(B, D)`` features of the first view.
         """
         with span(TEACHER), torch.no_grad():
-            teacher = self.teacher([groups[0][:TEACHER_VIEWS]])
+            features = self.teacher.features([groups[0][:TEACHER_VIEWS]])
+            teacher = self.teacher.logits(features)
         parallel = self._parallel[0]
         with distributed.without_gradient_sync(parallel, not last):
             with span(STUDENT):
@@ -178,7 +187,7 @@ class SelfDistillation(nn.Module):
                 loss = torch.stack([loss for loss, _ in results]).sum() * share
             with span(BACKWARD), torch.autocast(loss.device.type, enabled=False):
                 loss.backward()
-        return loss.detach(), torch.stack([bits for _, bits in results]).mean().detach() * share
+        return loss.detach(), torch.stack([bits for _, bits in results]).mean().detach() * share, features[0]
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, finite: Tensor) -> None:

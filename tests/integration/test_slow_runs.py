@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import assert_same_bits, command, config, metrics
+from forked import exit_codes, fork_group, kill_at_random
+from tiny_runs import add_bad_files, assert_same_bits, command, config, judged, metrics
 
 from dino.api import pretrain
 from dino.config.schema import PatchConfig, RegionConfig
@@ -19,15 +20,21 @@ def start(settings: PatchConfig | RegionConfig, folder: Path, processes: int = 0
     return subprocess.Popen(command(settings, folder, processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def long_run(data: Path, output: Path, **changes: object) -> PatchConfig | RegionConfig:
+    """Hundreds of steps with a judge, files that cannot be used, and an end that comes early."""
+    rest = {"training.max_steps": 600, "logging.save_every_steps": 7, "training.max_bad_fraction": 0.5}
+    return config(data, output, **{**judged(data, every_steps=25, patience=12), **rest, **changes})
+
+
 @pytest.mark.parametrize("level", ["tiles", "grids"])
 def test_killed_at_any_moment_a_run_ends_with_the_same_bits(
     level: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Ten kills of one run a level, each some steps (or none) and a random fraction of a second after its start."""
     data = request.getfixturevalue(level)
-    long = {"training.max_steps": 400, "logging.save_every_steps": 7}
-    pretrain(config(data, tmp_path / "whole", **long))
-    settings, log = config(data, tmp_path / "killed", **long), tmp_path / "killed" / "metrics.jsonl"
+    add_bad_files(data)
+    state = pretrain(long_run(data, tmp_path / "whole")).state
+    settings, log = long_run(data, tmp_path / "killed"), tmp_path / "killed" / "metrics.jsonl"
     moments = random.Random(level)
     kills = 0
     while kills < KILLS // 2:
@@ -41,7 +48,24 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(
             break
         kills += 1
     assert kills == KILLS // 2, "the run must be longer than its kills"
-    assert pretrain(settings).state == "finished"
+    assert pretrain(settings).state == state
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("level", ["tiles", "grids"])
+def test_killed_at_any_moment_two_processes_end_with_the_same_bits(
+    level: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Four kills of both processes of a run."""
+    data = request.getfixturevalue(level)
+    add_bad_files(data)
+    share = {"training.batch_size_per_gpu": 2, "training.max_steps": 150}
+    whole, cut = (long_run(data, tmp_path / name, **share) for name in ("whole", "killed"))
+    assert exit_codes(fork_group(lambda: pretrain(whole), 2)) == [0, 0]
+    moments = random.Random(level)
+    for _ in range(4):
+        assert kill_at_random(fork_group(lambda: pretrain(cut), 2), tmp_path / "killed" / "metrics.jsonl", moments)
+    assert exit_codes(fork_group(lambda: pretrain(cut), 2)) == [0, 0]
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
 
 

@@ -50,12 +50,36 @@ def test_nothing_whole_is_an_error(tmp_path: Path) -> None:
         CheckpointFolder(tmp_path).load()
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CheckpointFolder(tmp_path).save(content(1))
+    CheckpointFolder(tmp_path).save(content(2))
+    (tmp_path / "last.pt").write_bytes(b"torn")
     files = CheckpointFolder(tmp_path)
-    files.save(content(1))
-    (tmp_path / ".last.pt.77.tmp").write_bytes(b"half")
-    files.tidy()
-    assert os.listdir(tmp_path) == ["last.pt"]
+    assert files.load()["step"] == 1
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="No space"):
+            files.save(content(3))
+    assert CheckpointFolder(tmp_path).load()["step"] == 1
+    files.keep_last_as("best.pt")
+    assert files.step_of("best.pt") == 1
+    files.save(content(3))
+    assert [CheckpointFolder(tmp_path).step_of(name) for name in ("last.pt", "previous.pt")] == [3, 1]
+    files.save(content(4))
+    assert [files.step_of(name) for name in ("last.pt", "previous.pt", "best.pt")] == [4, 3, 1]
+
+
+def test_the_step_of_what_is_damaged_or_absent_is_not_known(tmp_path: Path) -> None:
+    files = CheckpointFolder(tmp_path)
+    files.save(content(7))
+    (tmp_path / "best.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-100])
+    assert [files.step_of(name) for name in ("last.pt", "best.pt", "start.pt")] == [7, None, None]
 
 
 @pytest.mark.parametrize("call", ["open", "fsync", "replace"])

@@ -44,8 +44,9 @@ def test_drop_path_multipliers_reach_their_view_and_sample() -> None:
 
 def test_teacher_is_the_moving_average_and_gets_no_gradient() -> None:
     both = model()
-    loss, _ = both.accumulate(views(), None, 0.04, share=1.0, last=True)
-    assert loss.requires_grad is False
+    loss, _, features = both.accumulate(views(), None, 0.04, share=1.0, last=True)
+    assert loss.requires_grad is False and features.shape == (3, 32)
+    assert torch.allclose(features, both.teacher.backbone(views()[0][0]).cls, rtol=1e-10)
     assert all(p.grad is None for p in both.teacher.parameters())
     assert all(p.grad is not None for p in both.student.parameters() if p.requires_grad)
     with torch.no_grad():

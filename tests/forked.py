@@ -1,0 +1,118 @@
+"""Runs in processes of their own, forked from the test's: they start at once, and are killed like any other."""
+
+import io
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from dino.train.loop import Trainer
+
+KILLED = -signal.SIGKILL
+
+
+def fork(work: Callable[[], object], rank: int = 0, processes: int = 1, port: int = 0) -> BaseProcess:
+    """Start ``work`` in a process; one of several that train together where ``processes`` says so."""
+
+    def run() -> None:
+        if processes > 1:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+            os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}})
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def fork_group(work: Callable[[], object], processes: int) -> list[BaseProcess]:
+    """Start ``work`` in so many processes that train together."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [fork(work, rank, processes, port) for rank in range(processes)]
+
+
+def exit_codes(group: Sequence[BaseProcess], timeout: float = 120) -> list[int | None]:
+    """Wait for all; None for one that hangs, which is then killed."""
+    until = time.monotonic() + timeout
+    for process in group:
+        process.join(max(0.1, until - time.monotonic()))
+    codes = [process.exitcode for process in group]
+    for process in group:
+        process.kill()
+    return codes
+
+
+@dataclass
+class Point:
+    """A moment of a run: just before the first operation of its kind on a file, while ``step`` steps are done.
+
+    Attributes:
+        step: Steps done.
+        event: Python's audit event ``open`` (to write), ``os.rename`` or ``os.link``; or ``torn``: a checkpoint is
+            half-written.
+        name: How the name of the file starts; that of the target, without the dot of a temporary one.
+    """
+
+    step: int
+    event: str
+    name: str
+
+    def is_of(self, event: str, arguments: tuple[Any, ...]) -> bool:
+        """True for an operation of this kind."""
+        if event != self.event or (event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)):
+            return False
+        target = arguments[0] if event == "open" else arguments[1]
+        return not isinstance(target, int) and Path(os.fsdecode(target)).name.lstrip(".").startswith(self.name)
+
+
+def die_at(point: Point) -> None:
+    """Let this process be killed at a moment of the run that it is about to begin."""
+    trainers: list[Trainer] = []
+    fit, save = Trainer.fit, torch.save
+
+    def noted_fit(self: Trainer) -> None:
+        trainers.append(self)
+        fit(self)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        now = event == point.event and (trainers[-1].step if trainers else 0) == point.step
+        if now and point.is_of(event, arguments):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def torn_save(content: object, file: BinaryIO) -> None:
+        if (trainers[-1].step if trainers else 0) == point.step:
+            save(content, whole := io.BytesIO())
+            file.write(whole.getvalue()[: whole.tell() // 2])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(content, file)
+
+    Trainer.fit = noted_fit  # type: ignore[method-assign]
+    if point.event == "torn":
+        torch.save = torn_save  # type: ignore[assignment]
+    sys.addaudithook(watch)  # cannot be taken away again, and need not: the process does nothing else
+
+
+def kill_at_random(group: Sequence[BaseProcess], log: Path, moments: random.Random, longest: float = 0.3) -> bool:
+    """Kill processes a random fraction of a second after they have cut or written the log; False if they had ended."""
+    before = log.stat().st_mtime_ns if log.exists() else 0
+    while all(p.exitcode is None for p in group) and (not log.exists() or log.stat().st_mtime_ns == before):
+        time.sleep(0.002)
+    time.sleep(moments.random() * longest)
+    for process in group:
+        process.kill()
+    for process in group:
+        process.join()
+    return any(process.exitcode == KILLED for process in group)
