@@ -11,7 +11,7 @@ import torch
 
 from dino import progress
 from dino.errors import CheckpointError
-from dino.files import atomic_path
+from dino.files import atomic_path, tidy
 from dino.models.weights import read_checkpoint
 
 LAST, PREVIOUS, BEST, START = "last.pt", "previous.pt", "best.pt", "start.pt"
@@ -70,8 +70,7 @@ class CheckpointFolder:
 
     def tidy(self) -> None:
         """Remove what a killed process left half-written; only for the process that writes here."""
-        for left in self.folder.glob(".*.tmp"):
-            left.unlink(missing_ok=True)
+        tidy(self.folder)
 
     def keep_last_as(self, name: str) -> None:
         """Let ``name`` be the checkpoint that ``last.pt`` is now, at no cost in space where the disk has hard links."""

@@ -12,7 +12,7 @@ from typing import Any
 from dino import distributed, progress
 from dino.errors import ConfigError
 from dino.files import append_text, csv_text, write_json, write_text
-from dino.train.lock import LOCK, RunLock
+from dino.lock import LOCK, RunLock
 
 FINAL_STATES = {"finished", "early_stopped", "stopped", "failed"}
 OVER = {"finished", "early_stopped"}

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from dino.api import pretrain, replay
 from dino.cli.main import app
 from dino.errors import CheckpointError, ConfigError, DataError, TrainingFault
-from dino.train.lock import RunLock
+from dino.lock import RunLock
 
 
 def poison(grids: Path) -> str:
