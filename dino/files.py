@@ -93,9 +93,9 @@ def csv_text(rows: Iterable[Sequence[str]]) -> str:
     return text.getvalue()
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` atomically."""
-    with atomic_path(path) as temporary:
+def write_bytes(path: Path, content: bytes, *, make_folder: bool = True) -> None:
+    """Write ``content`` to ``path`` atomically; ``make_folder`` as in :func:`atomic_path`."""
+    with atomic_path(path, make_folder=make_folder) as temporary:
         temporary.write_bytes(content)
 
 
