@@ -130,6 +130,7 @@ def aside(root: Path) -> Iterator[Path]:
 def put(partial: Path, path: Path) -> None:
     """Give a file that was finished aside its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial.chmod(0o666 & path.parent.stat().st_mode)  # hs2p's temporary files are for nobody else to read
     files.sync(partial)
     partial.replace(path)
     files.sync(path.parent)
