@@ -151,6 +151,34 @@ def _create(path: Path, content: str) -> bool:
     return True
 
 
+def parse_json(text: str) -> Any:
+    """The content of a JSON text.
+
+    Raises:
+        ValueError: If it is none, or is nested too deeply to be one of ours.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; ValueError as in :func:`parse_json`, OSError if it cannot be read."""
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Each line of a log that is a table of keys; what a killed process left half-written is passed by."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            content = parse_json(line)
+            if isinstance(content, dict):
+                lines.append(content)
+    return lines
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as indented JSON to ``path`` atomically; paths become strings."""
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")

@@ -14,7 +14,7 @@ from typing import Any
 
 from dino import distributed, progress
 from dino.errors import ConfigError
-from dino.files import create_text, write_text
+from dino.files import create_text, parse_json, write_text
 
 LOCK = "lock.json"
 BEAT_SECONDS = 10.0
@@ -71,13 +71,13 @@ class RunLock:
     def is_mine(self) -> bool:
         """True while the file is there as this process wrote it: nobody took over, and the folder has not vanished."""
         with suppress(OSError):
-            return self.path.read_text() == self._text
+            return self.path.read_text(errors="replace") == self._text
         return False
 
     def is_anothers(self) -> bool:
         """True once another process has taken the lock over, because this one was silent for too long."""
         with suppress(OSError):
-            return self.path.read_text() != self._text
+            return self.path.read_text(errors="replace") != self._text
         return False
 
     def _take(self) -> str:
@@ -161,7 +161,7 @@ def _read(path: Path) -> str | None:
 def _parsed(text: str) -> dict[str, Any]:
     """What a lock file says; empty when it is damaged."""
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

@@ -68,8 +68,8 @@ def visible(root: Path) -> dict[str, bytes]:
 
 
 def everything(root: Path) -> set[str]:
-    """Every path, hidden ones too."""
-    return {str(p.relative_to(root)) for p in root.rglob("*")}
+    """Every path, hidden ones too, but for what a lock leaves: others may be about to take it."""
+    return {str(p.relative_to(root)) for p in root.rglob("*") if ".lock.json" not in p.name}
 
 
 def main() -> None:

@@ -92,7 +92,7 @@ def read_record(path: Path) -> dict[str, Any]:
         DataError: If it is damaged.
     """
     try:
-        content = json.loads(path.read_text())
+        content = files.read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -5,7 +5,6 @@ done. The tables under ROOT are merged from the parts, so that a run that was ki
 working on, and several runs may fill one ROOT, one after the other, each with slides of its own.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +47,7 @@ def save_status(root: Path, status: SlideStatus, made_from: dict[str, Any]) -> N
 def load_part(root: Path, slide_id: str) -> Part | None:
     """What an earlier run recorded of a slide; None if nothing, or if some of it is lost."""
     try:
-        content = json.loads(_path(root, slide_id, "json").read_text())
+        content = files.read_json(_path(root, slide_id, "json"))
         part = Part(tables.parse_status(content["status"]), dict(content["made_from"]))
         whole = part.status.status != tables.OK or all(
             _path(root, slide_id, kind).is_file() for kind in ("tiles.csv", "regions.csv")

@@ -1,7 +1,6 @@
 """The tables under ROOT: tiles.csv, regions.csv, slides_status.csv and tiling.json, written and read in one place."""
 
 import csv
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dino.errors import DataError
+from dino.files import read_json
 from dino.slides.lattice import Geometry
 
 TILES_FOLDER = "patch_256_pretraining"
@@ -176,7 +176,7 @@ def read_tiling(root: Path) -> Tiling:
     """
     path = root / TILING_FILE
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         settings = dict(content["settings"])
         geometry = Geometry(**content["geometry"])
         return Tiling(geometry, str(settings["storage"]), settings, content)
