@@ -4,7 +4,6 @@ It is the product's own code at small sizes: tiles overlap by half and regions b
 small. It proves the plumbing, not the model.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from dino.api.report_evidence import open_run
 from dino.api.reporting import last_metrics, report
 from dino.config.load import load_config, to_dict
 from dino.config.schema import DemoConfig, ExtractConfig, PatchConfig, RegionConfig, TileConfig
-from dino.files import write_json
+from dino.files import read_json, read_json_lines, write_json
 from dino.slides.sample import sample_slide
 from dino.versions import versions
 
@@ -190,8 +189,8 @@ def _stage(summary: DemoSummary, name: str, work: Callable[[], Result]) -> Resul
 
 
 def _note_run(summary: DemoSummary, level: str, run: Path) -> None:
-    last = last_metrics([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
-    verdict = json.loads((run / "status.json").read_text())["verdict"]
+    last = last_metrics(read_json_lines(run / "metrics.jsonl"))
+    verdict = read_json(run / "status.json")["verdict"]
     summary.losses[level] = last["loss_relative"]
     summary.entropies[level] = last["teacher_entropy_relative"]
     summary.verdicts[level] = verdict
@@ -209,7 +208,7 @@ def _own_place(root: Path, run: Path, config: DemoConfig) -> dict[str, Any]:
 
 def _earlier_seconds(path: Path) -> dict[str, float]:
     try:
-        return dict(json.loads(path.read_text())["seconds"])
+        return dict(read_json(path)["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -1,6 +1,7 @@
 """The one way in which this package writes a file: whole, or not at all."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -9,6 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from dino.errors import DataError
+
+NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # as on CIFS and exFAT
 
 
 def sync(path: Path) -> None:
@@ -21,20 +26,22 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_path(path: Path, *, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
+def atomic_path(path: Path, *, check: Callable[[Path], None] | None = None, make_folder: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when the block ends well, it becomes ``path``.
 
     The bytes are synced before the rename and the folder after it, so that ``path`` holds either the old
     content or the whole new one, also after a crash. When the block raises, the temporary file is removed.
 
     Args:
-        path: Final path. Its folder is created when absent.
+        path: Final path.
         check: Called with the synced temporary file before the rename; an exception keeps the old file.
+        make_folder: Create the folder of ``path`` when absent. Where it was made before, its absence is a lost mount.
 
     Yields:
         The temporary path, unique to this process, for the block to write.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -52,6 +59,31 @@ def leftovers(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob(".*.tmp") if path.is_file())
 
 
+def tidy(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left half-written of files called ``name``; only where nobody else writes them."""
+    for left in folder.glob(f".{name}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+@contextmanager
+def refusals(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses, where the block cannot go on without it, into one line.
+
+    Raises:
+        DataError: For an ``OSError`` of the operating system: a full disk, a read-only folder, a lost mount.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # raised by a library, about something else
+            raise
+        at = f" ({printable(error.filename)})" if error.filename else ""
+        raise DataError(
+            f"expected to write in {folder}, found that it cannot be: {error.strerror}{at}; look at the disk, then run "
+            "the same command again: it goes on from what is written"
+        ) from error
+
+
 def printable(path: object) -> str:
     """A path or name as one line of valid text: line breaks and bytes that are no UTF-8 become escapes."""
     text = str(path).encode("utf-8", "backslashreplace").decode()
@@ -66,9 +98,9 @@ def csv_text(rows: Iterable[Sequence[str]]) -> str:
     return text.getvalue()
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` atomically."""
-    with atomic_path(path) as temporary:
+def write_bytes(path: Path, content: bytes, *, make_folder: bool = True) -> None:
+    """Write ``content`` to ``path`` atomically; ``make_folder`` as in :func:`atomic_path`."""
+    with atomic_path(path, make_folder=make_folder) as temporary:
         temporary.write_bytes(content)
 
 
@@ -105,9 +137,51 @@ def create_text(path: Path, content: str) -> bool:
         os.link(temporary, path)  # fails where `path` is, so that it appears whole and for one process only
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        return _create(path, content)
     finally:
         temporary.unlink(missing_ok=True)
     return True
+
+
+def _create(path: Path, content: str) -> bool:
+    """:func:`create_text` where there are no hard links: the file is empty for a moment."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
+def parse_json(text: str) -> Any:
+    """The content of a JSON text.
+
+    Raises:
+        ValueError: If it is none, or is nested too deeply to be one of ours.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; ValueError as in :func:`parse_json`, OSError if it cannot be read."""
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Each line of a log that is a table of keys; what a killed process left half-written is passed by."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            content = parse_json(line)
+            if isinstance(content, dict):
+                lines.append(content)
+    return lines
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,12 +1,12 @@
 """Damaged files of every kind that is read: always a typed error or a result, never a traceback and never a hang.
 
-A thousand cases: 170 of each of six kinds. Damage is what disks, transfers and editors do (bytes flipped, cut out,
-doubled, cut off) and, for text, what people do (cells and values of the wrong kind).
+1,530 cases: 170 of each of nine kinds. Damage is what disks, transfers and editors do (bytes flipped, cut out,
+doubled, cut off) and, for tables and records, what people do (cells and values of the wrong kind).
 """
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +15,26 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_models import save_checkpoint
 
+from dino.api import info
 from dino.config.load import load_config, to_yaml
 from dino.config.schema import PatchConfig, RegionConfig
 from dino.data.grids import read_grid
 from dino.data.images import decode
 from dino.errors import DinoError
 from dino.evaluate.labels import read_labels
+from dino.extraction.record import check_folder
+from dino.extraction.regions import plan_cells
+from dino.lock import RunLock
 from dino.models.weights import read_checkpoint
+from dino.slides.parts import load_part
+from dino.slides.slide_list import read_slide_list
 from dino.slides.tables import read_regions, read_status, read_tiles
+from dino.slides.tiling import refuse_to_mix
 from dino.train.checkpoint import CheckpointFolder
 from dino.train.failure import read_failure
+from dino.train.run_folder import RunFolder
 
 CASES = 170
 fuzz = settings(
@@ -49,6 +58,8 @@ POISON = [
     "\n",
     "9" * 400,
 ]
+
+PATHS = ["../x", "/etc/passwd", "a/../../x", "..", ".", "/", "~/x", "a\\..\\b", "a\0b", "a\nb", "-", "1.5", "0", "-3"]
 
 
 @st.composite
@@ -144,6 +155,46 @@ def test_checkpoints_and_records_of_failures(place: Path, damage: Callable[[byte
     survives(lambda: read_failure(folder))
 
 
+JUNK = st.one_of(
+    st.sampled_from([None, "", "x", -1, 0, 10**30, float("nan"), 1.5, True, [], {}, [[]], [1, 2, 3], "vit_tiny"]),
+    st.sampled_from([torch.zeros(0), torch.full((2, 3), float("nan")), torch.zeros(1, dtype=torch.int64)]),
+)
+
+
+def places_in(content: object, path: tuple = ()) -> Iterator[tuple]:
+    """The keys that lead to every value in nested dictionaries."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        yield (*path, key)
+        yield from places_in(value, (*path, key))
+
+
+def replaced(content: dict, path: tuple, value: object, drop: bool) -> dict:
+    """A copy with another value, or none, at one place."""
+    if len(path) == 1:
+        rest = {k: v for k, v in content.items() if k != path[0]}
+        return rest if drop else {**content, path[0]: value}
+    return {**content, path[0]: replaced(content[path[0]], path[1:], value, drop)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """A whole one, as this package writes it."""
+    path = save_checkpoint(tmp_path_factory.mktemp("whole") / "last.pt")
+    extra = {"geometry": {"spacing_um": 0.5, "tile_size_px": 256}, "training_slides": {"slide_ids": ["a"]}}
+    return {**torch.load(path, weights_only=True), **extra, "config": {"seed": 0}}
+
+
+@fuzz
+@given(data=st.data(), value=JUNK, drop=st.booleans())
+def test_checkpoints_with_a_value_of_another_kind(
+    place: Path, checkpoint: dict, data: st.DataObject, value: object, drop: bool
+) -> None:
+    """Whole files, so that checksums find nothing."""
+    path = data.draw(st.sampled_from(sorted(places_in(checkpoint), key=str)))
+    torch.save(replaced(checkpoint, path, value, drop), place / "odd.pt")
+    survives(lambda: info(str(place / "odd.pt")))
+
+
 @fuzz
 @given(damage=damages(), legacy=st.booleans())
 def test_grids(place: Path, damage: Callable[[bytes], bytes], legacy: bool) -> None:
@@ -175,11 +226,85 @@ STATUS = (
 )
 
 
+SLIDES = "sample_id,image_path,mask_path,spacing_at_level_0,partition\na,tile.png,,0.5,\nb,tile.png,tile.png,,test\n"
+NAMES = {"labels": "labels.csv", "regions": "regions.csv", "tiles": "tiles.csv", "status": "slides_status.csv"}
+TABLES = {"labels": LABELS, "regions": REGIONS, "tiles": TILES, "status": STATUS, "slides": SLIDES}
+
+
+def read_table(place: Path, table: str) -> None:
+    """Read a table as the commands do, and plan what they would read by it."""
+    if table == "labels":
+        read_labels(place / "labels.csv")
+    elif table == "slides":
+        read_slide_list([place / "slides.csv"])
+    elif table == "tiles":
+        assert all(".." not in tile.path.parts and not tile.path.is_absolute() for tile in read_tiles(place))
+    elif table == "status":
+        read_status(place)
+    else:
+        records = read_regions(place)
+        assert all(".." not in record.path.parts and not record.path.is_absolute() for record in records)
+        plan_cells(records)
+
+
 @fuzz
-@given(damage=damages(), table=st.sampled_from(["labels", "regions", "tiles", "status"]))
+@given(damage=damages(), table=st.sampled_from(sorted(TABLES)))
 def test_tables(place: Path, damage: Callable[[bytes], bytes], table: str) -> None:
-    names = {"labels": "labels.csv", "regions": "regions.csv", "tiles": "tiles.csv", "status": "slides_status.csv"}
-    whole = {"labels": LABELS, "regions": REGIONS, "tiles": TILES, "status": STATUS}[table]
-    (place / names[table]).write_bytes(damage(whole.encode()))
-    readers = {"regions": read_regions, "tiles": read_tiles, "status": read_status}
-    survives(lambda: readers[table](place) if table in readers else read_labels(place / "labels.csv"))
+    (place / NAMES.get(table, "slides.csv")).write_bytes(damage(TABLES[table].encode()))
+    survives(lambda: read_table(place, table))
+
+
+@fuzz
+@given(table=st.sampled_from(["regions", "tiles"]), column=st.integers(0, 8), value=st.sampled_from([*POISON, *PATHS]))
+def test_cells_of_tables(place: Path, table: str, column: int, value: str) -> None:
+    """A table that is whole, but for one cell."""
+    header, first, *rest = TABLES[table].splitlines()
+    cells = first.split(",")
+    cells[column % len(cells)] = '"' + value.replace('"', '""') + '"'
+    (place / NAMES[table]).write_text("\n".join([header, ",".join(cells), *rest]) + "\n")
+    survives(lambda: read_table(place, table))
+
+
+def take_lock(place: Path) -> None:
+    with RunLock(place, beat_seconds=0.0, stale_seconds=0.0).held():
+        pass
+
+
+TILING = {"settings": {"storage": "jpeg", "spacing_um": 0.5}, "geometry": {"spacing_um": 0.5, "region_cells": 16}}
+EXTRACT = {"level": "patch", "fingerprint": "a", "geometry": {"tile_size_px": 256}, "pixels": {"a": "slides"}}
+PART = {"status": dict(zip(*(line.split(",") for line in STATUS.splitlines()), strict=True)), "made_from": {}}
+RUN = {"state": "running", "step": 3, "run_id": None, "warnings": ["a"], "time": "2026-01-01T00:00:00"}
+LOCK = {"host": "elsewhere", "boot": "", "pid": 1, "started": "1", "launch": None, "token": "a"}
+RECORDS: dict[str, tuple[dict, Callable[[Path], object]]] = {
+    "tiling.json": (TILING, lambda place: refuse_to_mix(place, {"storage": "tar"})),
+    "extract.json": (EXTRACT, lambda place: check_folder(place / "extract.json", EXTRACT, place / "grids", ".pt")),
+    "coordinates/parts/s.json": (PART, lambda place: load_part(place, "s")),
+    "status.json": (RUN, lambda place: RunFolder(place).update_status(step=4)),
+    "identity.json": ({"seed": 0, "model.arch": "a"}, lambda place: RunFolder(place).check({"seed": 0})),
+    "metrics.jsonl": ({"step": 3, "loss": 1.0}, lambda place: RunFolder(place).last_metrics()),
+    "lock.json": (LOCK, take_lock),
+}
+
+
+@fuzz
+@given(damage=damages(), name=st.sampled_from(sorted(RECORDS)), data=st.data(), value=JUNK, odd=st.booleans())
+def test_records(
+    tmp_path_factory: pytest.TempPathFactory,
+    damage: Callable[[bytes], bytes],
+    name: str,
+    data: st.DataObject,
+    value: object,
+    odd: bool,
+) -> None:
+    place = tmp_path_factory.mktemp("records")
+    content, read = RECORDS[name]
+    (place / "grids").mkdir()
+    (place / "grids" / "a.pt").write_bytes(b"x")
+    (place / name).parent.mkdir(parents=True, exist_ok=True)
+    if odd:
+        path = data.draw(st.sampled_from(sorted(places_in(content), key=str)))
+        text = json.dumps(replaced(content, path, value, False), default=str).encode()
+    else:
+        text = damage(json.dumps(content).encode())
+    (place / name).write_bytes(text)
+    survives(lambda: read(place))

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dino.config.schema import ExportConfig
+from dino.files import refusals
 from dino.models.backbone import Backbone, BackboneSpec
 from dino.models.export import export_backbone
 from dino.models.transforms import Transform
@@ -68,9 +69,11 @@ def export(source: str, directory: Path, config: ExportConfig) -> Path:
     Raises:
         CheckpointError: The source is missing, damaged or unsafe, or its tensors do not fit.
         ConfigError: The patch size does not divide the tile size.
+        DataError: The disk does not take what is written.
     """
     loaded = load_backbone_file(source, config.arch, config.transform)
-    export_backbone(loaded, Path(directory), config.tile_size_px)
+    with refusals(Path(directory)):
+        export_backbone(loaded, Path(directory), config.tile_size_px)
     needs = "import dino; " if loaded.level == "region" else ""
     say(f'wrote {directory}: {needs}timm.create_model("local-dir:{directory}", pretrained=True, num_classes=0)')
     return Path(directory)

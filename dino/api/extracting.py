@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from dino.config.schema import ExtractConfig
 from dino.errors import ConfigError, DataError
 from dino.extraction.embed import PRECISIONS, embed_batches, normaliser
 from dino.extraction.pixels import REGIONS, list_region_images
-from dino.extraction.record import check_folder, model_record, write_record
+from dino.extraction.record import check_folder, make_tidy_folders, model_record, write_record
 from dino.extraction.regions import Embedder, Reading, write_regions
 from dino.extraction.summary import ExtractSummary
 from dino.extraction.together import agreed, merged, shares
 from dino.extraction.work import Place, SlideJob, find_work, refuse_other_pixels, split_by_slide
-from dino.files import write_text
+from dino.files import refusals, write_text
+from dino.lock import RunLock
 from dino.models.weights import LoadedBackbone, load_backbone_file
 from dino.slides.reader import BACKEND, RESAMPLER
 from dino.slides.slide_list import read_slide_list
@@ -58,9 +60,10 @@ def extract(model: str, root: str | Path, config: ExtractConfig) -> ExtractSumma
         What was done. A slide that cannot be read is among its failures, and does not stop the others.
 
     Raises:
-        DataError: If ROOT does not hold what the model needs, or holds features that were made otherwise.
+        DataError: If ROOT does not hold what the model needs, holds features that were made otherwise, or its disk does
+            not take what is written.
         CheckpointError: If the model cannot be loaded.
-        ConfigError: If a setting is wrong.
+        ConfigError: If a setting is wrong, or another extraction of this level is at work in ROOT.
     """
     if config.precision not in PRECISIONS or config.batch_size < 1 or config.num_workers < 0:
         raise ConfigError(
@@ -76,10 +79,16 @@ def extract(model: str, root: str | Path, config: ExtractConfig) -> ExtractSumma
             torch.cuda.set_device(device)
         loaded = load_backbone_file(model, config.arch, config.transform, pretrained=config.pretrained)
         run = _extract_regions if loaded.level == "patch" else extract_slides
-        summary = run(loaded, root, config, device)
+        with refusals(root), _alone(root, loaded.level, config.dry_run):
+            summary = run(loaded, root, config, device)
     for line in summary.lines():
         progress.say(line)
     return summary
+
+
+def _alone(root: Path, level: str, dry_run: bool) -> AbstractContextManager[None]:
+    """Let one extraction of each level at a time write into ROOT; a dry run writes nothing."""
+    return nullcontext() if dry_run else RunLock(root, name=f"extract_{level}.lock.json").held()
 
 
 def _extract_regions(loaded: LoadedBackbone, root: Path, config: ExtractConfig, device: torch.device) -> ExtractSummary:
@@ -149,9 +158,12 @@ def _prepare(loaded: LoadedBackbone, root: Path, config: ExtractConfig) -> tuple
     before = check_folder(root / RECORD, record, root / REGIONS_FOLDER, ".pt")
     refuse_other_pixels(jobs, before)
     if not config.dry_run:
-        write_record(root / RECORD, record, before)
-        if place.geometry is None:
-            write_text(root / REGIONS_TABLE, csv_line(REGION_COLUMNS) + "".join(region_lines(records)))
+        with refusals(root):  # here, so that every process hears of it
+            folders = {(root / region.path).parent for region in records}
+            make_tidy_folders(folders, root / RECORD)
+            write_record(root / RECORD, record, before)
+            if place.geometry is None:
+                write_text(root / REGIONS_TABLE, csv_line(REGION_COLUMNS) + "".join(region_lines(records)))
     return place, jobs
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino import distributed, progress
+from dino import distributed, files, progress
 from dino.config.schema import ExtractConfig
 from dino.data.grids import read_grid
 from dino.errors import DataError
 from dino.extraction.embed import embed, grids_as_they_are
-from dino.extraction.record import check_folder, model_record, read_record, write_record
+from dino.extraction.record import check_folder, make_tidy_folders, model_record, read_record, write_record
 from dino.extraction.slide_files import (
     FOLDER,
     GridFile,
@@ -106,7 +106,9 @@ def _prepare(loaded: LoadedBackbone, root: Path, config: ExtractConfig) -> list[
     folder = root / FOLDER
     before = check_folder(folder / RECORD, record, folder, ".h5")
     if not config.dry_run:
-        write_record(folder / RECORD, record, before)
+        with files.refusals(root):  # here, so that every process hears of it
+            make_tidy_folders([folder], folder / RECORD)
+            write_record(folder / RECORD, record, before)
     return slides
 
 

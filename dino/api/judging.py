@@ -45,7 +45,8 @@ def evaluate_knn(model: str, labels: str | Path, config: KnnConfig) -> dict[str,
         ``RUN/knn.json`` for a run.
 
     Raises:
-        DataError: If the labels are wrong, name files of the other level, or test on slides the model was trained on.
+        DataError: If the labels are wrong, name files of the other level, or test on slides the model was trained on;
+            if the disk does not take the scores.
         CheckpointError: If the model cannot be loaded.
         ConfigError: If a setting is wrong.
     """
@@ -72,7 +73,8 @@ def evaluate_knn(model: str, labels: str | Path, config: KnnConfig) -> dict[str,
     result["about"] = _about(loaded, table, labels, config, leakage)
     output = _output(model, config)
     if output is not None and distributed.is_main():
-        files.write_json(output, result)
+        with files.refusals(output.parent):
+            files.write_json(output, result)
         progress.say(f"scores: {output}")
     return result
 

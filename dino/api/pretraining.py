@@ -2,8 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from dino.api.profiling import data_advice, profile
 from dino.api.run import Run, restore
 from dino.config.load import to_dict, to_yaml
 from dino.config.schema import PatchConfig, RegionConfig
-from dino.errors import CheckpointError, ConfigError, DinoError, Stopped
+from dino.errors import ConfigError, DinoError, Stopped
+from dino.files import refusals
 from dino.models.export import export_backbone
 from dino.models.weights import load_backbone_file
 from dino.train.callbacks import Checkpoints, MetricsLog, SaveClock
@@ -82,22 +83,10 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
             progress.say(f"{folder.path}: this run is {folder.status()['state']}; nothing to do")
             return _report_end(folder)
         trainer = run.trainer()  # before the folder is claimed: what cannot be built leaves nothing behind
-        with _disk_errors(folder), folder.lock.held():
+        with refusals(folder.path), folder.lock.held():
             folder.check(run.identity())  # once more: another run may have come and gone since
             folder.claim(run.identity(), to_yaml(config))
             return _train(run, trainer, folder)
-
-
-@contextmanager
-def _disk_errors(folder: RunFolder) -> Iterator[None]:
-    """Turn what the disk refuses, where a run cannot go on without it, into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"expected to write in {folder.path}, found that it cannot be: {error}; make room, then run the same "
-            "command again: it goes on from its last checkpoint"
-        ) from error
 
 
 def _report_end(folder: RunFolder) -> RunSummary:

@@ -1,6 +1,5 @@
 """Gathers what a report shows: reads the slide, the samples and the networks of the runs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from dino.data.grids import read_grid
 from dino.data.loader import DrawnBatches
 from dino.errors import CheckpointError, ConfigError
 from dino.extraction.embed import embed
+from dino.files import read_json_lines
 from dino.models.backbone import Backbone
 from dino.models.weights import LoadedBackbone, load_backbone_file
 from dino.report.evidence import AttentionEvidence, CropEvidence, FeatureEvidence, RunEvidence, SlideEvidence
@@ -29,6 +29,7 @@ from dino.report.page import Verdict
 from dino.report.projection import spread_out
 from dino.slides.reader import SlideReader
 from dino.slides.tables import OK, RegionRecord, TileRecord, read_regions, read_status, read_tiles, read_tiling
+from dino.train.run_folder import RunFolder
 
 THUMBNAIL = 1600  # px of the longer side
 LARGEST_MAP = 2500  # tiles that are embedded for the maps
@@ -69,14 +70,14 @@ def open_run(folder: Path, schema: type[PatchConfig] | type[RegionConfig]) -> Fi
         raise CheckpointError(
             f"expected the start weights at {start}, found none; a report needs a run of this package"
         )
-    log, status = folder / "metrics.jsonl", folder / "status.json"
+    log = folder / "metrics.jsonl"
     return FinishedRun(
         folder,
         load_config(schema, file=folder / "config.yaml"),
         trained,
         load_backbone_file(start),
-        [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [],
-        json.loads(status.read_text()) if status.exists() else {},
+        read_json_lines(log) if log.exists() else [],
+        RunFolder(folder).status(),
     )
 
 

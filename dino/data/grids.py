@@ -42,6 +42,8 @@ def open_grids(path: Path) -> Tensor:
         raise DataError(
             f"expected a float tensor [cells x D] or [regions x cells x D] in {printable(path)}, found {found}"
         )
+    if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise DataError(f"expected all of {tuple(tensor.shape)} to lie in {printable(path)}, found less; save it whole")
     if 0 in tensor.shape:
         raise DataError(f"expected features in {printable(path)}, found an empty tensor {tuple(tensor.shape)}")
     return tensor if tensor.ndim == 3 else tensor[None]

@@ -1,7 +1,7 @@
 """``extract.json``: what made the features of a folder, so that nothing made otherwise is ever mixed in."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,19 @@ def check_folder(path: Path, record: Mapping[str, Any], folder: Path, suffix: st
     return before
 
 
+def make_tidy_folders(folders: Iterable[Path], record: Path) -> None:
+    """Make the folders that features go to, and take away what a killed process left half-written.
+
+    Args:
+        folders: Where the features go.
+        record: The ``extract.json``.
+    """
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.tidy(folder)
+    files.tidy(record.parent, record.name)
+
+
 def write_record(path: Path, record: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Write ``extract.json``; where the pixels of slides done before came from is kept."""
     pixels = {**before.get("pixels", {}), **record.get("pixels", {})}
@@ -79,7 +92,7 @@ def read_record(path: Path) -> dict[str, Any]:
         DataError: If it is damaged.
     """
     try:
-        content = json.loads(path.read_text())
+        content = files.read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -109,12 +109,13 @@ def write_features(path: Path, features: Tensor) -> None:
     """Write one region, whole or not at all.
 
     Args:
-        path: The ``.pt``.
+        path: The ``.pt``; its folder is there, unless the disk has vanished.
         features: ``(h * w, D)``, row-major. A view is copied first: ``torch.save`` would write all of what it views.
     """
     own = features.to(torch.float32).clone(memory_format=torch.contiguous_format)
-    with atomic_path(path) as temporary:
-        torch.save(own, temporary)
+    # A file of Python's, because torch's own reports a full disk as a fault of the program.
+    with atomic_path(path, make_folder=False) as temporary, temporary.open("wb") as file:
+        torch.save(own, file)
 
 
 def is_written(path: Path, cells: int, dim: int) -> bool:

@@ -1,5 +1,6 @@
 """Level 2 over feature grids: one HDF5 file per slide, laid out as CLAM and TRIDENT read them."""
 
+import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,10 +10,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from dino import files
 from dino.data.grids import open_grids
 from dino.data.sources import TILE_NAME
 from dino.errors import DataError
-from dino.files import atomic_path
 from dino.slides.tables import RegionRecord, SlideStatus
 
 FOLDER = "slide_features"
@@ -131,14 +132,15 @@ def write_slide(path: Path, slide: SlideGrids, features: Tensor, model: Mapping[
     """Write ``features`` (R, D), ``coords`` (R, 2) and their mean ``slide_embedding`` (D,), whole or not at all.
 
     Args:
-        path: The ``.h5``.
+        path: The ``.h5``; its folder is there, unless the disk has vanished.
         slide: The slide.
         features: ``(R, D)`` float32.
         model: Attributes that say which model made them.
     """
     import h5py
 
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+    content = io.BytesIO()  # in memory first, because HDF5 reports a full disk in ways of its own
+    with h5py.File(content, "w") as file:
         stored = file.create_dataset("features", data=features.numpy())
         stored.attrs.update({"name": slide.slide_id, **model})
         coords = file.create_dataset("coords", data=np.array([g.coords for g in slide.grids], np.int64).reshape(-1, 2))
@@ -146,6 +148,7 @@ def write_slide(path: Path, slide: SlideGrids, features: Tensor, model: Mapping[
         mean = file.create_dataset("slide_embedding", data=features.double().mean(0).float().numpy())
         mean.attrs["made_of"] = "mean of features"
         file.attrs.update(model)
+    files.write_bytes(path, content.getvalue(), make_folder=False)
 
 
 def is_written(path: Path, slide: SlideGrids, dim: int) -> bool:

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dino.errors import ConfigError
-from dino.files import write_bytes, write_json
+from dino.files import atomic_path, write_json
 from dino.models.spec import BackboneSpec, shape_of
 from dino.models.transforms import TRANSFORMS
 from dino.models.vit import timm_arguments
@@ -53,9 +53,14 @@ def export_backbone(loaded: LoadedBackbone, directory: Path, tile_size_px: int =
         "pretrained_cfg": _pretrained_config(loaded, spec),
         SECTION: _history(loaded, spec),
     }
-    (directory / "config.json").unlink(missing_ok=True)  # until the new one stands, the folder is not an export
-    write_bytes(directory / "model.safetensors", save(_baked(loaded, spec), metadata={"format": "pt"}))
-    write_json(directory / "config.json", json.loads(json.dumps(config, default=str)))
+    weights, about = directory / "model.safetensors", directory / "config.json"
+
+    def begin(_: Path) -> None:
+        about.unlink(missing_ok=True)  # of an earlier export: until the new one stands, the folder is none
+
+    with atomic_path(weights, check=begin) as temporary, temporary.open("wb") as file:
+        file.write(save(_baked(loaded, spec), metadata={"format": "pt"}))
+    write_json(about, json.loads(json.dumps(config, default=str)))
 
 
 def _input_size(loaded: LoadedBackbone, tile_size_px: int) -> tuple[int, int]:

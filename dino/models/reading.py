@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from dino.progress import say
 RUN_CHOICES = ("best.pt", "last.pt")
 # In torch's message: "Unsupported global: GLOBAL pathlib.Path was not ...", "unsupported GLOBAL posix.system whose ..."
 REFUSED = re.compile(r"GLOBAL ([\w.]+)")
+
+OTHER_KINDS = {"TorchScript": "a TorchScript archive", ".tar": "a file of the old tar format"}  # in torch's messages
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
@@ -47,7 +50,34 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: expected a checkpoint (a dictionary of tensors), found {type(content).__name__}"
         )
+    for name, tensor in _tensors(content):
+        if not is_backed(tensor):
+            raise CheckpointError(
+                f"{path}: expected every tensor to lie in the file, found '{name}' of {tuple(tensor.shape)} that is "
+                "spread out from less: save .contiguous() tensors"
+            )
     return content
+
+
+def is_backed(tensor: Tensor) -> bool:
+    """Whether a tensor holds as many bytes as its shape says; one that does not may claim any size at no cost."""
+    if tensor.layout != torch.strided:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _tensors(content: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested dictionaries and lists; each of these is looked at once, however often it is named."""
+    seen: set[int] = set()
+    waiting: list[tuple[str, Any]] = [("", content)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += [(f"{name}.{key}" if name else str(key), item) for key, item in items]
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -61,12 +91,21 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_zip(path: Path) -> None:
-    """Compare the checksum of every record, which ``torch.load`` leaves out; CheckpointError where one differs."""
+    """Compare the checksum of every record, which ``torch.load`` leaves out; CheckpointError where one differs.
+
+    ``torch.save`` compresses nothing: a file whose records unpack to more than it holds is refused before that is done.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            unpacked, size = sum(record.file_size for record in archive.infolist()), path.stat().st_size
+            damaged = archive.testzip() if unpacked <= size else None
     except Exception as error:  # flipped bits also look like passwords or unknown compressions, each with its error
         raise CheckpointError(f"{path}: the file is damaged or cut off ({_first_line(error)})") from error
+    if unpacked > size:
+        raise CheckpointError(
+            f"{path}: expected a file of torch.save, which packs nothing, found {size:,} bytes that unpack to "
+            f"{unpacked:,}: save its tensors again"
+        )
     if damaged is not None:
         raise CheckpointError(f"{path}: the file is damaged (checksum of {damaged} differs): copy it again")
 
@@ -102,6 +141,9 @@ def _reason(path: Path, error: Exception) -> str:
             f"{path}: reading it would run code ({refused.group(1)}), which is refused: save its tensors alone, "
             "where you trust it, with torch.save(torch.load(file, weights_only=False)['teacher'], new_file)"
         )
+    for sign, kind in OTHER_KINDS.items():
+        if sign in str(error):
+            return f"{path}: expected a checkpoint, found {kind}, which can hold code: save its state_dict() instead"
     return f"{path}: expected a checkpoint, found a file that is damaged, cut off or none ({type(error).__name__})"
 
 

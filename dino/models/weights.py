@@ -1,7 +1,7 @@
 """From a run, a file, an export or a timm name to a backbone with its weights and its transform."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dino.errors import CheckpointError, DinoError
+from dino.files import read_json
 from dino.models.backbone import Backbone, BackboneSpec
 from dino.models.foreign import backbone_tensors, infer_spec
 from dino.models.reading import fingerprint, read_checkpoint, read_safetensors, resolve_run
@@ -101,12 +102,14 @@ def load_backbone_file(
     if source.startswith(TIMM):
         loaded = _from_timm(source.removeprefix(TIMM), pretrained)
     elif (Path(path) / "config.json").is_file():
-        loaded = _from_folder(Path(path), arch)
+        with _readable(source):
+            loaded = _from_folder(Path(path), arch)
     else:
         file = resolve_run(Path(path)) if Path(path).is_dir() else Path(path)
         content = read_checkpoint(file, mmap=True)
         if str(content.get("format", "")).startswith(f"{SECTION}/"):
-            loaded = _from_own(content, str(file), which)
+            with _readable(source):
+                loaded = _from_own(content, str(file), which)
         else:
             tensors, left_over = backbone_tensors(content, which, str(file))
             loaded = _load(infer_spec(tensors, arch, str(file), "dino"), tensors, left_over, str(file))
@@ -175,6 +178,28 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
     module.load_state_dict(dict(tensors))
 
 
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """Refuse a file whose description of its model holds values of another kind than this package writes."""
+    try:
+        yield
+    except DinoError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{source}: expected a description of the model as this package writes it, found values of another kind "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:120]}): copy or export it again"
+        ) from error
+
+
+def _table(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A table of keys in a description; empty where there is none."""
+    value = content.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{key} is {type(value).__name__}")
+    return value or {}
+
+
 def _load(spec: BackboneSpec, tensors: Mapping[str, Tensor], left_over: list[str], source: str) -> LoadedBackbone:
     with torch.random.fork_rng(devices=[]):  # making a model draws numbers
         backbone = Backbone(spec)
@@ -191,13 +216,15 @@ def _from_own(content: Mapping[str, Any], source: str, which: str) -> LoadedBack
     if content["format"] != FORMAT:
         raise CheckpointError(f"{source}: expected format {FORMAT}, found {content['format']}: update this package")
     tensors, left_over = backbone_tensors(content, which, source)
-    loaded = _load(BackboneSpec.from_dict(content.get("spec") or {}), tensors, left_over, source)
+    loaded = _load(BackboneSpec.from_dict(dict(_table(content, "spec"))), tensors, left_over, source)
     return _with_history(loaded, content)
 
 
 def _with_history(loaded: LoadedBackbone, content: Mapping[str, Any]) -> LoadedBackbone:
-    geometry = content.get("geometry") or {}
-    stored = content.get("transform")
+    geometry, stored = _table(content, "geometry"), _table(content, "transform")
+    for key, ids in _table(content, "training_slides").items():
+        if not isinstance(ids, list):
+            raise TypeError(f"training_slides.{key} is {type(ids).__name__}")
     return replace(
         loaded,
         transform=Transform.from_dict(stored) if stored else None,
@@ -206,7 +233,7 @@ def _with_history(loaded: LoadedBackbone, content: Mapping[str, Any]) -> LoadedB
         region_cells=geometry.get("region_cells"),
         own=bool(content.get("own", True)),
         step=content.get("step"),
-        config=content.get("config"),
+        config=dict(_table(content, "config")) or None,
         details={key: content[key] for key in DETAILS if key in content},
     )
 
@@ -214,13 +241,13 @@ def _with_history(loaded: LoadedBackbone, content: Mapping[str, Any]) -> LoadedB
 def _from_folder(folder: Path, arch: str | None) -> LoadedBackbone:
     """A timm folder: an export of this package, or any other of a supported architecture."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         content, name = config.get(SECTION), config["architecture"]
     except (ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json: not a timm config ({error!r})") from error
     tensors, left_over = backbone_tensors(read_safetensors(folder / "model.safetensors"), "teacher", str(folder))
     if content:
-        loaded = _load(BackboneSpec.from_dict(content["spec"]), tensors, left_over, str(folder))
+        loaded = _load(BackboneSpec.from_dict(dict(_table(content, "spec"))), tensors, left_over, str(folder))
         return _with_history(loaded, content)
     special = sorted(set(config.get("model_args") or {}) - ADAPTABLE)
     if special and arch is None:

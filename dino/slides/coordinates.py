@@ -1,6 +1,5 @@
 """hs2p's own files of a slide, under ROOT/coordinates: the tiles as it saves them, and its previews."""
 
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dino import files
+from dino.slides import storage
 from dino.slides.parts import COORDINATES_FOLDER
 from dino.slides.reader import BACKEND, SlideReader
 from dino.slides.tissue import LARGEST_LEVEL_PX, TissueRule, filter_config, segmentation_config
@@ -88,12 +87,24 @@ def save_result(root: Path, result: Any) -> None:
     """Write hs2p's ``<slide>.coordinates.npz`` and ``.coordinates.meta.json`` into ROOT/coordinates."""
     from hs2p.artifacts import save_tiling_result
 
-    save_tiling_result(result, root, tiles_dir=root / COORDINATES_FOLDER)
+    meta = _meta_path(root, result.sample_id)
+    points = meta.with_name(f"{result.sample_id}.coordinates.npz")
+    with storage.aside(root) as partial:
+        save_tiling_result(result, partial, tiles_dir=partial)
+        if (partial / points.name).is_file():
+            storage.put(partial / points.name, points)
+        else:  # hs2p writes none for no tiles
+            points.unlink(missing_ok=True)
+        storage.put(partial / meta.name, meta)
 
 
 def has_result(root: Path, slide_id: str) -> bool:
     """True if hs2p's files of a slide are there."""
-    return (root / COORDINATES_FOLDER / f"{slide_id}.coordinates.meta.json").is_file()
+    return _meta_path(root, slide_id).is_file()
+
+
+def _meta_path(root: Path, slide_id: str) -> Path:
+    return root / COORDINATES_FOLDER / f"{slide_id}.coordinates.meta.json"
 
 
 def save_previews(
@@ -127,7 +138,7 @@ def save_previews(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Slide spacing override conflict", category=UserWarning)
         for kind, render in draw.items():
-            _save_picture(preview_path(root, slide_id, kind), render)
+            _save_picture(root, preview_path(root, slide_id, kind), render)
 
 
 def _tissue_picture(slide: dict[str, Any], slide_id: str, mask: np.ndarray) -> Callable[[Path], object]:
@@ -173,12 +184,12 @@ def _preview_level(reader: SlideReader) -> int:
     return level if width * height <= LARGEST_LEVEL_PX else len(reader.slide.level_dimensions) - 1
 
 
-def _save_picture(path: Path, render: Callable[[Path], object]) -> None:
+def _save_picture(root: Path, path: Path, render: Callable[[Path], object]) -> None:
     """Let hs2p draw into a folder of its own, then put the picture in its place whole (it draws none of no tiles)."""
-    with tempfile.TemporaryDirectory() as folder:
-        render(Path(folder))
-        drawn = Path(folder, path.name)
+    with storage.aside(root) as folder:
+        render(folder)
+        drawn = folder / path.name
         if drawn.is_file():
-            files.write_bytes(path, drawn.read_bytes())
+            storage.put(drawn, path)
         else:
             path.unlink(missing_ok=True)

@@ -2,10 +2,9 @@
 
 A slide's part is written when all else of it stands, and its ``.json`` last of all: it is the mark that the slide is
 done. The tables under ROOT are merged from the parts, so that a run that was killed loses at most the slides it was
-working on, and several runs may fill one ROOT, each with slides of its own.
+working on, and several runs may fill one ROOT, one after the other, each with slides of its own.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +47,7 @@ def save_status(root: Path, status: SlideStatus, made_from: dict[str, Any]) -> N
 def load_part(root: Path, slide_id: str) -> Part | None:
     """What an earlier run recorded of a slide; None if nothing, or if some of it is lost."""
     try:
-        content = json.loads(_path(root, slide_id, "json").read_text())
+        content = files.read_json(_path(root, slide_id, "json"))
         part = Part(tables.parse_status(content["status"]), dict(content["made_from"]))
         whole = part.status.status != tables.OK or all(
             _path(root, slide_id, kind).is_file() for kind in ("tiles.csv", "regions.csv")
@@ -61,6 +60,13 @@ def load_part(root: Path, slide_id: str) -> Part | None:
 def drop_part(root: Path, slide_id: str) -> None:
     """Take away the mark, before anything of the slide is written anew."""
     _path(root, slide_id, "json").unlink(missing_ok=True)
+
+
+def tidy(root: Path) -> None:
+    """Take away what a killed process left half-written of parts and tables; only while nobody tiles into ROOT."""
+    files.tidy(_folder(root))
+    for name in (tables.TILES_TABLE, tables.REGIONS_TABLE, tables.STATUS_TABLE, tables.TILING_FILE):
+        files.tidy(root, name)
 
 
 def tile_places(root: Path, slide_id: str) -> list[tuple[int, int]] | None:

@@ -1,6 +1,8 @@
 """Runs one function over many slides, each process working on one slide at a time."""
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -34,7 +36,8 @@ def run_each(work: Callable[[A], R], items: Sequence[A], workers: int, on_death:
 
     def in_own_process(item: A) -> R:
         if getattr(own, "pool", None) is None:
-            own.pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+            context = multiprocessing.get_context("spawn")
+            own.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent)
             pools.append(own.pool)
         try:
             return own.pool.submit(work, item).result()
@@ -52,3 +55,18 @@ def run_each(work: Callable[[A], R], items: Sequence[A], workers: int, on_death:
                 future.cancel()
             for pool in pools:
                 pool.shutdown(wait=False)
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone: killed, it could not say so.
+
+    A worker that outlived it would go on writing where the command, run again, writes too.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_watch, args=(parent.sentinel,), daemon=True).start()
+
+
+def _watch(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)

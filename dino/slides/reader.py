@@ -151,6 +151,9 @@ def _positive(text: str | None) -> float | None:
 def _properties(path: Path) -> dict[str, str]:
     import openslide
 
+    if not path.is_file():
+        found = "a link that leads nowhere" if path.is_symlink() else "no file"
+        raise DataError(f"expected a slide at {path}, found {found}")
     try:
         with openslide.OpenSlide(str(path)) as slide:
             return dict(slide.properties)

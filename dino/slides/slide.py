@@ -1,5 +1,6 @@
 """One slide, from its file to its tiles, its regions and its lines of the tables. Runs in a process of its own."""
 
+import errno
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,9 @@ def tile_slide(record: SlideRecord, root: Path, plan: TilingPlan) -> SlideStatus
 
     Returns:
         What became of it. A slide that cannot be tiled is reported, not raised.
+
+    Raises:
+        OSError: If ROOT's disk does not take what is written: that is not the slide's fault.
     """
     parts.drop_part(root, record.slide_id)
     made_from = origin_of(record)
@@ -106,11 +110,21 @@ def tile_slide(record: SlideRecord, root: Path, plan: TilingPlan) -> SlideStatus
             survey = survey_slide(reader, record, plan)
             _write_tiles(reader, record, root, plan, survey)
             status = _status(record, reader, survey)
+            expect_root(root)
             parts.save_part(root, status, made_from, _tiles(reader, record, survey), _regions(reader, record, survey))
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # slides' own errors are no system's
+            raise
         status = failed(record, error)
+        expect_root(root)
         parts.save_status(root, status, made_from)
     return status
+
+
+def expect_root(root: Path) -> None:
+    """Raise an OSError if ROOT has vanished, as when a mount is lost: under its mount point nothing is made anew."""
+    if not (root / tables.TILING_FILE).exists():
+        raise FileNotFoundError(errno.ENOENT, "the folder has vanished", str(root))
 
 
 def measure_slide(record: SlideRecord, plan: TilingPlan) -> Measure:

@@ -75,7 +75,10 @@ def _find(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        # A link that leads nowhere is listed too, so that its slide is not missed in silence.
+        found = sorted(
+            p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and (p.is_file() or _leads_nowhere(p))
+        )
         if not found:
             raise DataError(f"expected slides ({', '.join(sorted(SUFFIXES))}) in folder {path}, found none")
         return found
@@ -83,6 +86,10 @@ def _find(path: Path) -> list[Path]:
     if not found:
         raise DataError(f"expected a slide, a folder of slides, a pattern or a slides.csv at {path}, found nothing")
     return found
+
+
+def _leads_nowhere(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
 
 
 def _refuse_duplicates(records: Sequence[SlideRecord]) -> None:

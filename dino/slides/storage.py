@@ -1,15 +1,17 @@
 """Writes the tiles of one slide: all of them under their final names, or none.
 
-A slide's JPEGs are written into a hidden folder beside them, synced, and become ``imgs/<slide>`` by one rename. That
-is as safe as an atomic write of each file, at one rename and a few folder syncs per slide instead of two per tile; an
-interrupted run leaves nothing behind under ``imgs`` that training could take for a tile.
+A slide's JPEGs are written into a hidden folder of ROOT, synced, and become ``imgs/<slide>`` by one rename. That is as
+safe as an atomic write of each file, at one rename and a few folder syncs per slide instead of two per tile; an
+interrupted run leaves nothing behind under ``imgs`` that training could take for a tile. What hs2p writes by itself
+goes through the same folder.
 """
 
 import io
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def write_jpegs(
     if not origins:
         shutil.rmtree(folder, ignore_errors=True)  # what an earlier slide of this name left
         return
-    with _whole_folder(folder, root / PARTIAL_FOLDER / slide_id) as partial:
+    with _whole_folder(root, folder) as partial:
         for x, y in in_blocks(origins):
             (partial / tile_name(slide_id, x, y)).write_bytes(encode(read_cell(x, y), quality))
 
@@ -66,10 +68,12 @@ def write_tar(root: Path, result: Any, quality: int) -> None:
     """
     from hs2p.tiling.tar import extract_tiles_to_tar
 
-    folder = tar_path(root, result.sample_id).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    extract_tiles_to_tar(result, folder, tiles_dir=folder, jpeg_quality=quality, supertile_sizes=())
-    files.sync(tar_path(root, result.sample_id))
+    tar = tar_path(root, result.sample_id)
+    manifest = tar.with_name(f"{result.sample_id}.tiles.manifest.csv")
+    with aside(root) as partial:
+        extract_tiles_to_tar(result, partial, tiles_dir=partial, jpeg_quality=quality, supertile_sizes=())
+        put(partial / manifest.name, manifest)
+        put(partial / tar.name, tar)
 
 
 def has_tiles(root: Path, slide_id: str, origins: Iterable[tuple[int, int]], storage: str) -> bool:
@@ -107,17 +111,37 @@ def tar_path(root: Path, slide_id: str) -> Path:
 
 
 def tidy(root: Path) -> None:
-    """Take away the folder of unfinished slides, if none is left in it."""
-    with suppress(OSError):
-        (root / PARTIAL_FOLDER).rmdir()
+    """Take away what is not finished; only while nobody tiles into ROOT."""
+    shutil.rmtree(root / PARTIAL_FOLDER, ignore_errors=True)
 
 
 @contextmanager
-def _whole_folder(folder: Path, partial: Path) -> Iterator[Path]:
+def aside(root: Path) -> Iterator[Path]:
+    """Yield an empty folder, on ROOT's disk, for what is not finished; it goes when the block ends.
+
+    Raises:
+        OSError: If ROOT has vanished: it is not made anew.
+    """
+    (root / PARTIAL_FOLDER).mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root / PARTIAL_FOLDER, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def put(partial: Path, path: Path) -> None:
+    """Give a file that was finished aside its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.chmod(0o666 & path.parent.stat().st_mode)  # hs2p's temporary files are for nobody else to read
+    files.sync(partial)
+    partial.replace(path)
+    files.sync(path.parent)
+
+
+@contextmanager
+def _whole_folder(root: Path, folder: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes ``folder`` (replacing an older one) when the block ends well."""
-    shutil.rmtree(partial, ignore_errors=True)  # an interrupted run's
-    partial.mkdir(parents=True)
-    try:
+    with aside(root) as place:
+        partial = place / folder.name
+        partial.mkdir()
         yield partial
         # After all are written, and many at once: a sync is a wait, and a journal takes many files in one go.
         with ThreadPoolExecutor(SYNCS_AT_ONCE) as pool:
@@ -128,5 +152,3 @@ def _whole_folder(folder: Path, partial: Path) -> Iterator[Path]:
             shutil.rmtree(folder)
         partial.rename(folder)
         files.sync(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

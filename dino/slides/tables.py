@@ -1,7 +1,6 @@
 """The tables under ROOT: tiles.csv, regions.csv, slides_status.csv and tiling.json, written and read in one place."""
 
 import csv
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dino.errors import DataError
+from dino.files import read_json
 from dino.slides.lattice import Geometry
 
 TILES_FOLDER = "patch_256_pretraining"
@@ -17,6 +17,7 @@ REGIONS_FOLDER = "region_4096_pretraining"
 TILES_TABLE, REGIONS_TABLE, STATUS_TABLE, TILING_FILE = "tiles.csv", "regions.csv", "slides_status.csv", "tiling.json"
 TILE_COLUMNS = ("slide_id", "x", "y", "step_lv0", "spacing_requested_um", "spacing_um", "tissue")
 REGION_COLUMNS = ("slide_id", "x", "y", "step_lv0", "grid_h", "grid_w", "spacing_um", "path", "tissue")
+LARGEST_PX = 2**31  # of a slide's side; larger numbers come from damaged tables
 OK, FAILED, NO_TISSUE, EXCLUDED = "ok", "failed", "no_tissue", "excluded"
 
 T = TypeVar("T")
@@ -175,7 +176,7 @@ def read_tiling(root: Path) -> Tiling:
     """
     path = root / TILING_FILE
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         settings = dict(content["settings"])
         geometry = Geometry(**content["geometry"])
         return Tiling(geometry, str(settings["storage"]), settings, content)
@@ -185,16 +186,42 @@ def read_tiling(root: Path) -> Tiling:
         raise DataError(f"expected {path} as `dino tile` wrote it, could not read it: {error!r}") from None
 
 
+def _slide_id(text: str) -> str:
+    """The id, if files can be named after it: no table leads out of its ROOT."""
+    if not text or text in (".", "..") or "/" in text or "\0" in text:
+        raise ValueError(f"'{text}' cannot be a slide's name")
+    return text
+
+
+def _path(text: str) -> Path:
+    """A path relative to ROOT, if it stays in it."""
+    path = Path(text)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in text:
+        raise ValueError(f"path '{text}' does not lie in ROOT")
+    return path
+
+
+def _place(row: dict[str, str]) -> tuple[int, int, int]:
+    """Level-0 ``(x, y)`` and step, if a slide can have them."""
+    x, y, step = (int(row[name]) for name in ("x", "y", "step_lv0"))
+    if max(abs(x), abs(y), step) > LARGEST_PX or step < 1:
+        raise ValueError(f"({x}, {y}) with cells of {step} px is no place on a slide")
+    return x, y, step
+
+
 def _tile(row: dict[str, str]) -> TileRecord:
     numbers = (float(row[name]) for name in ("spacing_requested_um", "spacing_um", "tissue"))
-    return TileRecord(row["slide_id"], int(row["x"]), int(row["y"]), int(row["step_lv0"]), *numbers)
+    return TileRecord(_slide_id(row["slide_id"]), *_place(row), *numbers)
 
 
 def _region(row: dict[str, str]) -> RegionRecord:
     h, w = int(row["grid_h"]), int(row["grid_w"])
+    if min(h, w) < 1:
+        raise ValueError(f"{h} x {w} cells are no grid")
     tissue = np.array(row["tissue"].split(), dtype=np.float32).reshape(h, w)  # (h, w)
-    place = int(row["x"]), int(row["y"]), int(row["step_lv0"])
-    return RegionRecord(row["slide_id"], *place, (h, w), float(row["spacing_um"]), Path(row["path"]), tissue)
+    return RegionRecord(
+        _slide_id(row["slide_id"]), *_place(row), (h, w), float(row["spacing_um"]), _path(row["path"]), tissue
+    )
 
 
 def parse_status(row: dict[str, str]) -> SlideStatus:
@@ -204,6 +231,7 @@ def parse_status(row: dict[str, str]) -> SlideStatus:
         ValueError: If a cell is not what its column holds.
     """
     converted: dict[str, Any] = {name: row[name] for name in STATUS_COLUMNS}
+    converted["slide_id"] = _slide_id(row["slide_id"])
     for name in ("tiles", "regions", "width", "height"):
         converted[name] = int(row[name])
     converted["image_path"] = Path(row["image_path"])

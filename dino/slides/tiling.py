@@ -9,15 +9,17 @@ from typing import Any
 
 from dino import files, progress
 from dino.errors import DataError
+from dino.lock import RunLock
 from dino.slides import coordinates, parts, storage, tables
 from dino.slides.processes import run_each
 from dino.slides.reader import BACKEND, RESAMPLER
-from dino.slides.slide import Measure, TilingPlan, about, failed, measure_slide, origin_of, tile_slide
+from dino.slides.slide import Measure, TilingPlan, about, expect_root, failed, measure_slide, origin_of, tile_slide
 from dino.slides.slide_list import SlideRecord
 from dino.slides.tables import SlideStatus
 from dino.slides.tissue import filter_config, segmentation_config
 from dino.versions import versions
 
+LOCK = "tiling.lock.json"
 DEATH = "the process that worked on it died; the file is damaged, or memory ran out (lower num_workers)"
 
 
@@ -91,11 +93,20 @@ def tile_slides(
         workers: How many slides are worked on at once.
 
     Raises:
-        DataError: If ``root`` was tiled with other settings.
+        DataError: If ``root`` was tiled with other settings, or its disk does not take what is written.
+        ConfigError: If another run is tiling into it.
     """
-    refuse_to_mix(root, settings)
-    if not (root / tables.TILING_FILE).exists():
-        files.write_json(root / tables.TILING_FILE, _description(plan, settings))
+    refuse_to_mix(root, settings)  # before a lock is left in a folder that is not for this run
+    with files.refusals(root), RunLock(root, name=LOCK).held():
+        refuse_to_mix(root, settings)  # once more: another run may have come and gone since
+        storage.tidy(root)
+        parts.tidy(root)
+        if not (root / tables.TILING_FILE).exists():
+            files.write_json(root / tables.TILING_FILE, _description(plan, settings))
+        return _tile(records, root, plan, workers)
+
+
+def _tile(records: Sequence[SlideRecord], root: Path, plan: TilingPlan, workers: int) -> TilingSummary:
     statuses = _settled(records, root, plan)
     for record in records:
         if record.slide_id in statuses:
@@ -104,6 +115,7 @@ def tile_slides(
 
     def died(record: SlideRecord) -> SlideStatus:
         status = failed(record, DEATH)
+        expect_root(root)
         parts.save_status(root, status, origin_of(record))
         return status
 
@@ -116,6 +128,7 @@ def tile_slides(
                 bar.advance(note=status.slide_id)
     finally:
         storage.tidy(root)
+        expect_root(root)
         parts.merge(root)
     return TilingSummary(root, [statuses[record.slide_id] for record in records], reused)
 

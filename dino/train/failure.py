@@ -1,7 +1,6 @@
 """What is kept of a step that was not finite, and what a replay of it finds."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from dino import distributed
 from dino.data.loader import Batch
 from dino.errors import CheckpointError
-from dino.files import atomic_path, write_json
+from dino.files import atomic_path, read_json, write_json
 from dino.models.weights import read_checkpoint
 from dino.train.loop import StepReport, Trainer
 from dino.train.self_distillation import TEACHER_VIEWS
@@ -110,7 +109,7 @@ def read_failure(folder: Path) -> Failure:
         CheckpointError: If the record is missing or damaged.
     """
     try:
-        facts = json.loads((folder / RECORD).read_text())
+        facts = read_json(folder / RECORD)
         ranks = [read_checkpoint(folder / f"rank_{rank}.pt") for rank in range(len(facts["processes"]))]
         step = int(facts["step"])
         draws = torch.cat([rank["draws"] for rank in ranks])

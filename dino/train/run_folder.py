@@ -11,8 +11,8 @@ from typing import Any
 
 from dino import distributed, progress
 from dino.errors import ConfigError
-from dino.files import append_text, csv_text, leftovers, sync, write_json, write_text
-from dino.train.lock import LOCK, RunLock
+from dino.files import append_text, csv_text, leftovers, read_json, read_json_lines, sync, write_json, write_text
+from dino.lock import LOCK, RunLock
 
 FINAL_STATES = {"finished", "early_stopped", "stopped", "failed"}
 OVER = {"finished", "early_stopped"}
@@ -37,7 +37,7 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """Content of ``status.json``; empty when there is none or it is damaged."""
         try:
-            content = json.loads((self.path / "status.json").read_text())
+            content = read_json(self.path / "status.json")
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
@@ -150,14 +150,8 @@ class RunFolder:
         log = self.path / "metrics.jsonl"
         if not distributed.is_main() or not log.exists():
             return []
-        kept = []
-        for text in log.read_text().splitlines():
-            try:
-                line = json.loads(text)
-                if step > 0 and line["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue  # the line that a killed process left half-written
+        lines = read_json_lines(log) if step > 0 else []
+        kept = [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
         write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
         return [line for line in kept if "loss" in line]
 
@@ -183,9 +177,9 @@ class RunFolder:
     def last_metrics(self) -> dict[str, float]:
         """The newest line of ``metrics.jsonl`` with a finite loss, without what is not finite; empty without any."""
         log = self.path / "metrics.jsonl"
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        losses = [line for line in lines if math.isfinite(line.get("loss", math.nan))]
-        return {k: v for k, v in losses[-1].items() if math.isfinite(v)} if losses else {}
+        lines = read_json_lines(log) if log.exists() else []
+        losses = [line for line in lines if _is_finite(line.get("loss"))]
+        return {k: v for k, v in losses[-1].items() if _is_finite(v)} if losses else {}
 
     def identity(self) -> dict[str, Any]:
         """What the folder's run computes, by dotted key.
@@ -194,8 +188,12 @@ class RunFolder:
             ConfigError: If the folder holds no run.
         """
         try:
-            return dict(json.loads((self.path / "identity.json").read_text()))
+            return dict(read_json(self.path / "identity.json"))
         except (OSError, ValueError, TypeError):
             raise ConfigError(
                 f"expected a run at {self.path}, found no readable identity.json; check the path"
             ) from None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

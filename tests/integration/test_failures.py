@@ -15,8 +15,8 @@ from dino import distributed
 from dino.api import pretrain, replay
 from dino.cli.main import app
 from dino.errors import CheckpointError, ConfigError, DataError, TrainingFault
+from dino.lock import RunLock
 from dino.train import loop
-from dino.train.lock import RunLock
 from dino.train.loop import Trainer
 
 

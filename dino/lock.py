@@ -1,4 +1,4 @@
-"""One process at a time in a run folder: a lock file whose modification time is a heartbeat."""
+"""One run at a time in a folder: a lock file whose modification time is a heartbeat."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 from dino import distributed, progress
 from dino.errors import ConfigError
-from dino.files import create_text, write_text
+from dino.files import create_text, parse_json, write_text
 
 LOCK = "lock.json"
 BEAT_SECONDS = 10.0
@@ -24,20 +24,27 @@ NO_LAUNCH = {None, "none"}  # torchrun's id when nobody gave it one: it tells no
 
 
 class RunLock:
-    """The lock of a run folder.
+    """The lock by which a run (a training, a tiling, an extraction) has a folder to itself.
 
     Its holder is known by host, process and start time, so that on the same host a dead holder is recognised at once,
     also when its number was given to another process. On another host the heartbeat decides: the file's modification
     time, which the file server writes and this class only compares with itself, so that clocks need not agree.
 
     Args:
-        folder: The run folder; created when absent.
+        folder: The folder; created when absent.
         beat_seconds: Time between heartbeats.
         stale_seconds: Age of the last heartbeat at which a holder on another host is taken for dead.
+        name: The lock's file, its own for each kind of run where several may work in one folder.
     """
 
-    def __init__(self, folder: Path, beat_seconds: float = BEAT_SECONDS, stale_seconds: float = STALE_SECONDS) -> None:
-        self.path = folder / LOCK
+    def __init__(
+        self,
+        folder: Path,
+        beat_seconds: float = BEAT_SECONDS,
+        stale_seconds: float = STALE_SECONDS,
+        name: str = LOCK,
+    ) -> None:
+        self.path = folder / name
         self.beat_seconds, self.stale_seconds = beat_seconds, stale_seconds
         self._text = json.dumps({**_myself(), "launch": distributed.launch_id(), "token": uuid.uuid4().hex})
         self._ended = threading.Event()
@@ -64,13 +71,13 @@ class RunLock:
     def is_mine(self) -> bool:
         """True while the file is there as this process wrote it: nobody took over, and the folder has not vanished."""
         with suppress(OSError):
-            return self.path.read_text() == self._text
+            return self.path.read_text(errors="replace") == self._text
         return False
 
     def is_anothers(self) -> bool:
         """True once another process has taken the lock over, because this one was silent for too long."""
         with suppress(OSError):
-            return self.path.read_text() != self._text
+            return self.path.read_text(errors="replace") != self._text
         return False
 
     def _take(self) -> str:
@@ -98,7 +105,7 @@ class RunLock:
 
     def _take_over(self, dead: str) -> None:
         """Put this lock in the place of a dead one; of several processes that found it dead, one at a time may."""
-        turn = self.path.with_name(f".{LOCK}.{hashlib.sha256(dead.encode()).hexdigest()[:16]}")
+        turn = self.path.with_name(f".{self.path.name}.{hashlib.sha256(dead.encode()).hexdigest()[:16]}")
         if not create_text(turn, self._text):
             other = _read(turn)
             if other is not None and not self._is_alive(_parsed(other)):
@@ -154,7 +161,7 @@ def _read(path: Path) -> str | None:
 def _parsed(text: str) -> dict[str, Any]:
     """What a lock file says; empty when it is damaged."""
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from dino import lock
 from dino.errors import ConfigError
-from dino.train import lock
-from dino.train.lock import LOCK, RunLock
+from dino.lock import LOCK, RunLock
 
 
 def quick(folder: Path) -> RunLock:
@@ -30,7 +30,7 @@ def leave(folder: Path, **changes: object) -> Path:
 def holder(folder: Path) -> subprocess.Popen:
     """Another process that holds the lock until it is killed; given back once it does."""
     program = (
-        "import sys, time; from pathlib import Path; from dino.train.lock import RunLock\n"
+        "import sys, time; from pathlib import Path; from dino.lock import RunLock\n"
         "with RunLock(Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE, text=True)
@@ -155,7 +155,7 @@ def test_only_one_of_many_gets_it(tmp_path: Path) -> None:
 
 def test_the_heart_never_keeps_a_process_alive(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from dino.train.lock import RunLock\n"
+        "import sys; from pathlib import Path; from dino.lock import RunLock\n"
         "RunLock(Path(sys.argv[1])).held().__enter__(); print('end of the program')"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
