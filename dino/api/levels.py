@@ -13,7 +13,7 @@ from dino.crops.images import ImageCrops
 from dino.crops.parameters import ViewRecipe
 from dino.data.grid_files import GridEntry
 from dino.data.grid_folder import GridFolder
-from dino.data.images import list_images
+from dino.data.images import list_names
 from dino.data.sources import ImageFolder, keep_partition, slide_of
 from dino.errors import ConfigError, DataError
 from dino.models.backbone import BackboneSpec
@@ -71,10 +71,10 @@ def patch_level(config: PatchConfig) -> Level:
     """Level 1: tiles of a folder, or those that ``dino tile`` cut under a root."""
     root = Path(config.data_dir)
     folder = next((root / inner for inner in (TILES, "imgs") if (root / inner).is_dir()), root)
-    paths = keep_partition(list_images(folder), slide_of, _partitions(root))
-    if not paths:
+    names = keep_partition(list_names(folder), slide_of, _partitions(root))
+    if not names:
         raise DataError(f"expected tiles with partition blank or pretrain under {folder}, found only held-out slides")
-    source = ImageFolder(folder, paths)
+    source = ImageFolder(folder, names)
     size, patch_size = config.aug.global_crops_size, config.model.patch_size
     for name in ("global_crops_size", "local_crops_size"):
         if getattr(config.aug, name) % patch_size:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from dino.data.grid_files import GridEntry, Survey, stamp
 from dino.data.grids import read_cells
+from dino.data.names import Names
 from dino.data.packed import GridFiles, PackedGrids
-from dino.data.sources import BadSample, Sample, fingerprint, index_of, slide_of
+from dino.data.sources import BadSample, Sample, index_of, slide_of
 from dino.errors import DataError
 from dino.files import printable
 
@@ -74,11 +75,8 @@ class GridFolder:
     def fingerprint(self) -> str:
         """Hash of the region names in order."""
         starts = [0, *self._ends[:-1]]
-        return fingerprint(
-            f"{name}#{region}"
-            for name, start, end in zip(self._names, starts, self._ends, strict=True)
-            for region in range(end - start)
-        )
+        regions = zip(self._names, starts, self._ends, strict=True)
+        return Names(f"{name}#{region}" for name, start, end in regions for region in range(end - start)).fingerprint
 
     @property
     def slide_ids(self) -> set[str]:

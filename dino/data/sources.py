@@ -1,20 +1,22 @@
 """Where samples come from: the protocol, and a folder of tiles (feature grids: :mod:`dino.data.grid_folder`)."""
 
-import hashlib
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from dino import randomness
 from dino.data.images import decode
+from dino.data.names import Names
 from dino.errors import DataError
 from dino.files import printable
 
+F = TypeVar("F", Path, str)
 TILE_NAME = re.compile(r"(?P<slide>.+)_(?P<x>\d+)_(?P<y>\d+)")
 
 
@@ -71,9 +73,10 @@ class Source(Protocol):
         ...
 
 
-def slide_of(path: Path) -> str | None:
+def slide_of(path: Path | str) -> str | None:
     """Slide id in a tile's or region's file name ``<slide>_<x>_<y>``, parsed from the right."""
-    match = TILE_NAME.fullmatch(path.stem)
+    name = os.fspath(path).rpartition(os.sep)[2]
+    match = TILE_NAME.fullmatch(name.rpartition(".")[0] or name)
     return match["slide"] if match else None
 
 
@@ -84,25 +87,16 @@ def index_of(seed: int, draw: int, attempt: int, count: int) -> int:
     return int(randomness.generator(seed, draw, f"replacement/{attempt}").integers(count))
 
 
-def fingerprint(names: Iterable[str]) -> str:
-    """Hash of names in order."""
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()
-
-
 class ImageFolder:
     """Tiles of a folder.
 
     Args:
-        root: The folder; names are relative to it.
-        paths: Image files under it, in a fixed order.
+        root: The folder.
+        names: Paths of image files in it, in a fixed order.
     """
 
-    def __init__(self, root: Path, paths: Sequence[Path]) -> None:
-        self.root = root
-        self._names = [str(path.relative_to(root)) for path in paths]
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        self.root, self._names = root, Names(names)
 
     def __len__(self) -> int:
         """How many tiles there are."""
@@ -115,31 +109,31 @@ class ImageFolder:
             BadSample: If the file cannot be decoded.
         """
         name = self._names[index_of(seed, draw, attempt, len(self))]
-        path = self.root / name
         try:
-            return Sample(decode(path), name, slide_of(path))
+            return Sample(decode(self.root / name), name, slide_of(name))
         except DataError as error:
             raise BadSample(printable(name), str(error)) from None
 
     @property
     def fingerprint(self) -> str:
         """Hash of the tile names in order."""
-        return fingerprint(self._names)
+        return self._names.fingerprint
 
     @property
     def slide_ids(self) -> set[str]:
         """Slides that the tiles were cut from, as far as their names tell."""
-        return {slide for name in self._names if (slide := slide_of(Path(name)))}
+        return {slide for name in self._names if (slide := slide_of(name))}
 
 
 def keep_partition(
-    paths: Sequence[Path], slide_of_path: Callable[[Path], str | None], partitions: Mapping[str, str]
-) -> list[Path]:
+    files: Sequence[F], slide_of_file: Callable[[F], str | None], partitions: Mapping[str, str]
+) -> list[F]:
     """The files that may be pretrained on: those of slides whose partition is blank or ``pretrain``.
 
     Args:
-        paths: Files.
-        slide_of_path: Tells a file's slide.
+        files: Names or paths.
+        slide_of_file: Tells a file's slide.
         partitions: Partition of each slide; slides that are not listed are kept.
     """
-    return [path for path in paths if partitions.get(slide_of_path(path) or "", "") in {"", "pretrain"}]
+    held_out = {slide for slide, partition in partitions.items() if partition not in {"", "pretrain"}}
+    return [file for file in files if slide_of_file(file) not in held_out] if held_out else list(files)
