@@ -68,7 +68,7 @@ class OurTurn:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        source = ImageFolder(plan.paths[0].parent, plan.paths)
+        source = ImageFolder(plan.paths[0].parent, [path.name for path in plan.paths])
         self.batches = DrawnBatches(source, plan.crops.draw, None, plan.task.batch, seed=0)
         self.trainer: Trainer = our_trainer(plan.task, plan.device, "bf16", plan.crops)
 

@@ -1,6 +1,7 @@
-"""Level 2's data path: a folder of ``.pt`` grids to batches of views, beside a file and a crop at a time."""
+"""Level 2 from a folder of ``.pt`` grids, to views and to trained weights, beside a file and a crop at a time."""
 
 from collections.abc import Iterator
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import torch
@@ -8,13 +9,18 @@ from torch import Tensor
 
 from benchmarks.material import GRID_DIM, GRID_SIDE, grid_files
 from benchmarks.measure import Row, Setting, duel, expect_close
+from benchmarks.networks import Task, our_trainer, take_steps, their_step
 from benchmarks.reference.data import GridViews, loader
 from dino.crops.grids import GridCrops
-from dino.data.loader import DrawnBatches, Layout, load_batches
-from dino.data.sources import GridEntry, GridFolder
+from dino.data.grid_files import GridEntry
+from dino.data.grid_folder import GridFolder
+from dino.data.loader import Batch, DrawnBatches, Layout, load_batches
+from dino.data.packed import GridFiles, pack
 
 TITLE = "level-2 data path"
 WORKERS = 1
+ENDLESS = 10**9  # steps
+VIEWS = ((2, 14), (8, 6))  # of a grid of 16 x 16 cells
 
 
 class Ours:
@@ -28,16 +34,26 @@ class Ours:
     """
 
     def __init__(self, folder: Path, paths: list[Path], batch: int, device: torch.device) -> None:
-        self.crops = GridCrops((GRID_SIDE, GRID_SIDE))
-        self.source = GridFolder(folder, [GridEntry(path) for path in paths])
+        files = GridFiles(folder, [GridEntry(path) for path in paths])
+        packed = pack(folder / "packed", files, 0.0)
+        self.crops = GridCrops((GRID_SIDE, GRID_SIDE), cells=packed.cells.to(device))
+        self.source = GridFolder(files, packed.survey, packed, by_row=True)
         self.batches = DrawnBatches(self.source, self.crops.draw, None, batch, seed=0)
+        self._feeds: dict[int, Iterator[Batch]] = {}
         self.layout, self.steps, self.device = Layout(batch), len(paths) // batch, device
 
     def __call__(self, workers: int) -> Iterator[list[Tensor]]:
-        """One pass: views of each batch, on the device."""
-        pin = self.device.type == "cuda"
-        for batch in load_batches(self.batches, self.layout, (0, self.steps), workers=workers, prefetch=2, pin=pin):
+        """As many batches of views as a pass has; the loader goes on where it stood, as in a run."""
+        for batch in islice(self.loaded(workers), self.steps):
             yield self.crops.apply(batch.inputs.to(self.device, non_blocking=True), batch.parameters)
+
+    def loaded(self, workers: int) -> Iterator[Batch]:
+        """The batches of an endless run."""
+        if workers not in self._feeds:
+            pin, steps = self.device.type == "cuda", (0, ENDLESS)
+            loader = load_batches(self.batches, self.layout, steps, workers=workers, prefetch=2, pin=pin)
+            self._feeds[workers] = iter(loader)
+        return self._feeds[workers]
 
 
 def run(setting: Setting) -> Iterator[Row]:
@@ -62,6 +78,34 @@ def run(setting: Setting) -> Iterator[Row]:
         row.equality, row.target = equality, None if setting.quick else 10.0
         row.details = {"grids": len(paths), "batch": batch, "gb": round(len(paths) * GRID_SIDE**2 * GRID_DIM * 4e-9, 2)}
         yield row
+    yield training(setting, paths)
+
+
+def training(setting: Setting, paths: list[Path]) -> Row:
+    """Grids per second of whole training steps, files included, beside a file and a crop at a time and the plain step.
+
+    That the views and the steps are equal is asserted by the rows of those.
+    """
+    arch = "vit:dim=48,depth=2,heads=2" if setting.quick else "hvit_xs"
+    task = Task(arch, setting.size(32, 256, 2), setting.size(65536, 65536, 256), VIEWS, "region", GRID_DIM)
+    workers, steps = (0, 1) if setting.quick else (WORKERS, setting.size(2, 20, 1))
+    setting.notice(f"{arch} from grids, batch {task.batch}, {workers} worker processes")
+    ours = Ours(paths[0].parent, paths, task.batch, setting.device)
+    trainer = our_trainer(task, setting.device, "bf16", ours.crops, lambda first, last: ours.loaded(workers))
+    step = their_step(task, trainer, "fp16" if setting.on_gpu else "bf16")
+    slow = loader(GridViews(paths, GRID_SIDE, ours.crops.draw), task.batch, workers)
+    feed = chain.from_iterable(repeat(slow))  # pass after pass
+
+    def their_turn() -> None:
+        for views in islice(feed, steps):
+            step([view.to(setting.device, non_blocking=True) for view in views])
+
+    result = duel(lambda: take_steps(trainer, steps), their_turn, setting.rounds(3), setting.device)
+    row = result.row(f"from grids {arch}", task.batch * steps, "grids/s", "torch.load, crops one by one, plain step")
+    row.equality = "asserted for views above, for the step by the benchmark of that name"
+    row.target = 10.0 if setting.on_gpu and not setting.quick else None
+    row.details = {"batch": task.batch, "workers": workers, "steps": steps, "out_dim": task.out_dim}
+    return row
 
 
 def check(ours: Ours, theirs: GridViews) -> str:

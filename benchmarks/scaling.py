@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.environment import ROOT
 from benchmarks.measure import Duel, Row, Setting
-from dino.data.images import list_images
+from dino.data.images import list_names
 from dino.data.sources import ImageFolder
 
 TITLE = "processes and files"
@@ -95,10 +95,10 @@ def _fill(root: Path, count: int) -> None:
 def _open(root: Path) -> tuple[float, int, int]:
     """Seconds to list a folder and make it a source; the bytes that the source keeps, and most on the way to it."""
     started = time.perf_counter()
-    ImageFolder(root, list_images(root))
+    ImageFolder(root, list_names(root))
     seconds = time.perf_counter() - started
     tracemalloc.start()
-    source = ImageFolder(root, list_images(root))
+    source = ImageFolder(root, list_names(root))
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     del source

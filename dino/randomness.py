@@ -6,6 +6,7 @@ therefore an offset, not a saved state, and any number of processes sees the sam
 """
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -55,6 +56,7 @@ def permuted(seed: int, draw: int, count: int) -> int:
             return value
 
 
+@lru_cache(maxsize=1024)  # the same few purposes for every draw
 def _mix(seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest(), "little")
 

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from dino import progress
+from dino.api.grid_cache import grid_source
 from dino.config.schema import PatchAugConfig, PatchConfig, PretrainConfig, RegionConfig
 from dino.crops.grids import GridCrops, GridRecipe
 from dino.crops.images import ImageCrops
 from dino.crops.parameters import ViewRecipe
-from dino.data.images import list_images
-from dino.data.sources import GridEntry, GridFolder, ImageFolder, keep_partition, slide_of
+from dino.data.grid_files import GridEntry
+from dino.data.grid_folder import GridFolder
+from dino.data.images import list_names
+from dino.data.sources import ImageFolder, keep_partition, slide_of
 from dino.errors import ConfigError, DataError
 from dino.models.backbone import BackboneSpec
 from dino.models.transforms import TRANSFORMS, Transform
@@ -68,10 +71,10 @@ def patch_level(config: PatchConfig) -> Level:
     """Level 1: tiles of a folder, or those that ``dino tile`` cut under a root."""
     root = Path(config.data_dir)
     folder = next((root / inner for inner in (TILES, "imgs") if (root / inner).is_dir()), root)
-    paths = keep_partition(list_images(folder), slide_of, _partitions(root))
-    if not paths:
+    names = keep_partition(list_names(folder), slide_of, _partitions(root))
+    if not names:
         raise DataError(f"expected tiles with partition blank or pretrain under {folder}, found only held-out slides")
-    source = ImageFolder(folder, paths)
+    source = ImageFolder(folder, names)
     size, patch_size = config.aug.global_crops_size, config.model.patch_size
     for name in ("global_crops_size", "local_crops_size"):
         if getattr(config.aug, name) % patch_size:
@@ -127,9 +130,7 @@ def region_level(config: RegionConfig) -> Level:
     """Level 2: feature grids of a folder, or those that ``dino extract`` wrote under a root."""
     root = Path(config.data_dir)
     folder = root / GRIDS if (root / GRIDS).is_dir() else root
-    entries = grid_entries(root, folder)
-    with progress.bar("check grids", len(entries)) as bar:
-        source = GridFolder(folder, entries, config.grid_order, bar.advance, config.training.max_bad_fraction)
+    source, cells = grid_source(folder, grid_entries(root, folder), config)
     aug, model = config.aug, config.model
     crops = GridCrops(
         (source.height, source.width),
@@ -143,6 +144,7 @@ def region_level(config: RegionConfig) -> Level:
             min_tissue=aug.min_tissue,
             redraws=aug.redraws,
         ),
+        cells,
     )
     height, width = crops.sizes[0]
     return Level(
@@ -174,7 +176,7 @@ def grid_entries(root: Path, folder: Path) -> list[GridEntry]:
         if region is None:
             entries.append(GridEntry(path))
         else:
-            entries.append(GridEntry(path, 0, region.slide_id, region.grid, region.tissue))
+            entries.append(GridEntry(path, region.slide_id, region.grid, region.tissue))
     if not entries:
         raise DataError(f"expected grids with partition blank or pretrain in {folder}, found only held-out slides")
     if not known:

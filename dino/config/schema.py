@@ -142,6 +142,14 @@ class SpeedConfig:
 
 
 @dataclass
+class RegionSpeedConfig(SpeedConfig):
+    """The same, and where level 2 keeps its feature grids."""
+
+    cache_dir: str = runtime("auto", "where grids are packed into one file: auto (beside them), a folder, or none")
+    gpu_cache: float | None = runtime(None, "GB of GPU memory for grids; null: up to a quarter of what is free")
+
+
+@dataclass
 class EvaluateConfig:
     """Judging while training."""
 
@@ -196,6 +204,7 @@ class RegionConfig(PretrainConfig):
     """`dino pretrain region`."""
 
     grid_order: str = identity("yx", "order of the rows in bare .pt files: yx (row-major) or xy")
+    speed: RegionSpeedConfig = group(RegionSpeedConfig)
     aug: RegionAugConfig = group(RegionAugConfig)
 
 

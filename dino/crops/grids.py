@@ -1,12 +1,15 @@
 """Crops of feature grids (level 2): whole cells, moved and never resampled."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dino.crops.memory import Memory
 from dino.crops.orientation import fold_turns
 from dino.crops.resample import to_device
 from dino.errors import ConfigError, DataError
@@ -81,12 +84,16 @@ class GridCrops:
         sizes: Height and width in cells of each group's crops.
     """
 
-    def __init__(self, grid_size: tuple[int, int], recipe: GridRecipe | None = None) -> None:
+    def __init__(
+        self, grid_size: tuple[int, int], recipe: GridRecipe | None = None, cells: Tensor | None = None
+    ) -> None:
         """Fix the sizes.
 
         Args:
             grid_size: Height and width of the grids, in cells.
             recipe: How the views are drawn; the default recipe when None.
+            cells: (n, h * w, D) cells of all grids, memory-mapped or on the training device, so that a batch only
+                says which it takes; None where batches bring their own.
 
         Raises:
             ConfigError: The grid has fewer than 4 cells along an axis.
@@ -96,7 +103,8 @@ class GridCrops:
                 f"a grid needs at least {SMALLEST_GRID} x {SMALLEST_GRID} cells to be cropped, found "
                 f"{grid_size[0]} x {grid_size[1]}: extract larger regions"
             )
-        self.grid_size = grid_size
+        self.grid_size, self.cells = grid_size, cells
+        self._memory = Memory()
         self.recipe = recipe or GridRecipe()
         turn_step = 1 if grid_size[0] == grid_size[1] else 2
         self.turn_step = turn_step if self.recipe.quarter_turns else 0
@@ -104,6 +112,12 @@ class GridCrops:
         small = tuple(crop_side(n, self.recipe.local_scale, 2, n) for n in grid_size)
         self.groups = [GLOBAL_VIEWS] + [self.recipe.local_number] * (self.recipe.local_number > 0)
         self.sizes = [large, small][: len(self.groups)]
+        self._sides = np.repeat(self.sizes, self.groups, axis=0)  # (V, 2)
+        self._chances = np.array([[self.recipe.horizontal_flip], [self.recipe.vertical_flip]])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the cells: other processes draw, this one applies."""
+        return {**self.__dict__, "cells": None}
 
     def draw(
         self, shape: tuple[int, int], tissue: np.ndarray | None, rng: np.random.Generator
@@ -131,57 +145,69 @@ class GridCrops:
                 f"expected grids of {self.grid_size[0]} x {self.grid_size[1]} cells, found {shape[0]} x {shape[1]}: "
                 "train on regions of one size"
             )
-        count = sum(self.groups)
-        chances = np.array([[self.recipe.horizontal_flip], [self.recipe.vertical_flip]])
-        flip_x, flip_y = rng.random((2, count)) < chances
-        turns = rng.integers(0, 4, count) * self.turn_step % 4
-        boxes = [self._global_box(tissue, rng) for _ in range(GLOBAL_VIEWS)]
-        boxes += [self._boxes(self.sizes[-1], 1, rng)[0] for _ in range(count - GLOBAL_VIEWS)]
-        return {"box": np.stack(boxes), "flip_x": flip_x, "flip_y": flip_y, "turns": turns}
+        flip_x, flip_y = rng.random((2, len(self._sides))) < self._chances
+        turns = rng.integers(0, 4, len(self._sides))
+        turns *= self.turn_step
+        turns %= 4
+        candidates = self._corners(self.sizes[0], (GLOBAL_VIEWS, 1 + self.recipe.redraws), rng)
+        box = np.empty((len(self._sides), 4), np.int64)
+        box[:, 2:] = self._sides
+        box[:GLOBAL_VIEWS, :2] = candidates[:, 0] if tissue is None else self._with_tissue(candidates, tissue)
+        box[GLOBAL_VIEWS:, :2] = self._corners(self.sizes[-1], (len(self._sides) - GLOBAL_VIEWS,), rng)
+        return {"box": box, "flip_x": flip_x, "flip_y": flip_y, "turns": turns}
 
-    def _global_box(self, tissue: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
-        boxes = self._boxes(self.sizes[0], 1 + self.recipe.redraws, rng)
-        if tissue is None:
-            return boxes[0]
-        held = [(tissue[t : t + h, x : x + w] >= CELL_TISSUE).mean() for t, x, h, w in boxes]
-        enough = [i for i, share in enumerate(held) if share >= self.recipe.min_tissue]
-        return boxes[enough[0] if enough else int(np.argmax(held))]
+    def _with_tissue(self, candidates: np.ndarray, tissue: np.ndarray) -> list[np.ndarray]:
+        """The first corner of each view's candidates (V, n, 2) with enough tissue, else the one with the most."""
+        (height, width), chosen = self.sizes[0], []
+        for corners in candidates:
+            held = [(tissue[t : t + height, x : x + width] >= CELL_TISSUE).mean() for t, x in corners]
+            enough = [i for i, share in enumerate(held) if share >= self.recipe.min_tissue]
+            chosen.append(corners[enough[0] if enough else int(np.argmax(held))])
+        return chosen
 
-    def _boxes(self, size: Sequence[int], count: int, rng: np.random.Generator) -> np.ndarray:
-        most = [cells - side for cells, side in zip(self.grid_size, size, strict=True)]
-        corners = rng.integers(0, most, (count, 2), endpoint=True)
-        return np.concatenate([corners, np.broadcast_to(size, (count, 2))], axis=1)  # (count, 4)
+    def _corners(self, size: Sequence[int], shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+        """Top and left of boxes, (*shape, 2): all in one call, which costs far more than its numbers."""
+        most = [cells - side + 1 for cells, side in zip(self.grid_size, size, strict=True)]
+        if most[0] == most[1]:  # the same numbers as with two equal bounds, in a third of the time
+            return rng.integers(0, most[0], 2 * math.prod(shape)).reshape(*shape, 2)
+        return rng.integers(0, most, (*shape, 2))
 
     @torch.no_grad()
     def apply(self, grids: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
         """Make the views of a batch: exact copies of cells.
 
         Args:
-            grids: (B, D, h, w) features.
+            grids: (B, h * w, D) cells, row-major; or (B,) int64, rows of the cells that these crops hold.
             parameters: What :meth:`draw` gave, stacked to (B, V, ...), on the CPU.
 
         Returns:
-            One (V_g, B, D, s_h, s_w) tensor per group, of the dtype and on the device of ``grids``.
+            One (V_g, B, D, s_h, s_w) tensor per group, of the dtype and on the device of the cells; D lies innermost
+            in memory, where the region ViT wants it.
         """
-        cells = grids.flatten(2).transpose(1, 2)  # (B, hw, D)
-        rows = torch.arange(len(grids), device=grids.device)[:, None, None]  # (B, 1, 1)
+        held = grids.ndim == 1
+        cells = self.cells if held else grids  # (n, h * w, D)
+        if cells is None:
+            raise DataError("expected (B, h * w, D) cells, found rows of cells that these crops do not hold")
+        rows = grids if held else torch.arange(len(grids), device=grids.device)
         result = []
         first = 0
         for size, count in zip(self.sizes, self.groups, strict=True):
             group = {k: v[:, first : first + count].transpose(0, 1) for k, v in parameters.items()}  # (V_g, B, ..)
-            places = to_device(self._places(group, size), grids.device)  # (V_g, B, s_h, s_w)
-            result.append(cells[rows, places].movedim(-1, 2))  # (V_g, B, s_h, s_w, D) -> (V_g, B, D, s_h, s_w)
+            places = self._places(group, size, rows)  # (V_g, B, s_h, s_w)
+            result.append(self._memory.gather(cells.flatten(0, 1), places).movedim(-1, 2))  # (V_g, B, D, s_h, s_w)
             first += count
         return result
 
-    def _places(self, group: dict[str, Tensor], size: Sequence[int]) -> Tensor:
-        """Flat index of the cell that each place of each crop shows, (V_g, B, s_h, s_w)."""
+    def _places(self, group: dict[str, Tensor], size: Sequence[int], rows: Tensor) -> Tensor:
+        """Which of all n * h * w cells each place of each crop shows, (V_g, B, s_h, s_w), on the device of ``rows``."""
         flip_x, flip_y, transpose = fold_turns(group["flip_x"], group["flip_y"], group["turns"])
-        top, left = group["box"][..., 0, None], group["box"][..., 1, None]
-        down, across = (torch.arange(s) for s in size)
-        down = top + torch.where(flip_y[..., None], size[0] - 1 - down, down)  # (V_g, B, s_h)
-        across = left + torch.where(flip_x[..., None], size[1] - 1 - across, across)  # (V_g, B, s_w)
+        drawn = torch.stack([group["box"][..., 0], group["box"][..., 1], flip_y, flip_x, transpose])  # (5, V_g, B)
+        top, left, flip_y, flip_x, transpose = to_device(drawn, rows.device)[..., None]  # each (V_g, B, 1)
+        down, across = (torch.arange(s, device=rows.device) for s in size)
+        down = top + torch.where(flip_y.bool(), size[0] - 1 - down, down)  # (V_g, B, s_h)
+        across = left + torch.where(flip_x.bool(), size[1] - 1 - across, across)  # (V_g, B, s_w)
+        down = down + rows[:, None] * self.grid_size[0]  # the grids lie one below the other
         places = down[..., :, None] * self.grid_size[1] + across[..., None, :]
         if self.turn_step != 1 or size[0] != size[1]:
             return places
-        return torch.where(transpose[..., None, None], places.transpose(-1, -2), places)
+        return torch.where(transpose[..., None].bool(), places.transpose(-1, -2), places)

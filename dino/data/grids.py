@@ -74,8 +74,8 @@ def grid_shape(path: Path, cells: int, shape: tuple[int, int] | None) -> tuple[i
     return height, width
 
 
-def read_grid(path: Path, order: str = "yx", shape: tuple[int, int] | None = None, region: int = 0) -> Tensor:
-    """One feature grid.
+def read_cells(path: Path, order: str = "yx", shape: tuple[int, int] | None = None, region: int = 0) -> Tensor:
+    """The cells of one feature grid, row-major.
 
     Args:
         path: ``.pt`` file.
@@ -84,7 +84,7 @@ def read_grid(path: Path, order: str = "yx", shape: tuple[int, int] | None = Non
         region: Which region, where the file holds several.
 
     Returns:
-        ``(D, h, w)`` float32 tensor with its own memory.
+        ``(h * w, D)`` float32 tensor with its own memory.
 
     Raises:
         DataError: If the file is not such a grid, or holds values that are not finite.
@@ -98,10 +98,14 @@ def read_grid(path: Path, order: str = "yx", shape: tuple[int, int] | None = Non
     rows = grids[region]  # (T, D)
     height, width = grid_shape(path, rows.shape[0], shape)
     if order == "xy":
-        grid = rows.unflatten(0, (width, height)).permute(2, 1, 0)  # (D, h, w)
-    else:
-        grid = rows.unflatten(0, (height, width)).permute(2, 0, 1)  # (D, h, w)
-    grid = grid.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    if not bool(torch.isfinite(grid).all()):
+        rows = rows.unflatten(0, (width, height)).transpose(0, 1).flatten(0, 1)  # (h * w, D)
+    cells = rows.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    if not bool(torch.isfinite(cells).all()):
         raise DataError(f"expected finite features in {printable(path)}, found NaN or infinity; extract it again")
-    return grid
+    return cells
+
+
+def read_grid(path: Path, order: str = "yx", shape: tuple[int, int] | None = None, region: int = 0) -> Tensor:
+    """One feature grid as an image of D channels: what :func:`read_cells` gives, as ``(D, h, w)``."""
+    cells = read_cells(path, order, shape, region)
+    return cells.unflatten(0, grid_shape(path, len(cells), shape)).permute(2, 0, 1).contiguous()  # (D, h, w)

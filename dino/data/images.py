@@ -16,6 +16,7 @@ from dino.files import printable
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 LARGEST_PX = 64_000_000  # beyond this a file is no tile but a slide or a decompression bomb
 LARGEST_BYTES = 8 * LARGEST_PX  # 16-bit RGBA without compression: what is larger is not even read
+LEVEL = "\0"  # between folder and file while names are sorted: before every letter, as when paths are sorted
 JPEG_COLOURS = {"YCbCr", "RGB", "Gray"}  # those that the fast decoder converts; CMYK and YCCK are Pillow's
 
 try:
@@ -25,7 +26,12 @@ except ImportError:  # Pillow decodes the same pixels, at 2.5 times the cost
 
 
 def list_images(root: Path) -> list[Path]:
-    """Every image file under ``root``, sorted by path; hidden files and folders are left out.
+    """Every image file under ``root``, as :func:`list_names` finds and orders them."""
+    return [root / name for name in list_names(root)]
+
+
+def list_names(root: Path) -> list[str]:
+    """Path within ``root`` of every image file under it, sorted; hidden files and folders are left out.
 
     Args:
         root: Folder, flat or nested. Linked folders are followed once, so that circles end.
@@ -35,19 +41,26 @@ def list_images(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise DataError(f"expected a folder of images at {root}, found {'a file' if root.exists() else 'nothing'}")
-    found, seen = [], set()
+    found, others, seen = [], 0, set()  # strings: a million paths take minutes and a gigabyte
     for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse_folder):
         real = os.path.realpath(folder)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        found += [] if real in seen else [Path(folder, f) for f in files if not f.startswith(".")]
+        shown = [] if real in seen else [name for name in files if not name.startswith(".")]
+        inner = folder[len(os.fspath(root)) :].strip(os.sep)
+        prefix = inner.replace(os.sep, LEVEL) + LEVEL if inner else ""
+        images = [prefix + name for name in shown if name[name.rfind(".") :].lower() in SUFFIXES]
+        found += images
+        others += len(shown) - len(images)
         seen.add(real)
-    images = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
-    if not images:
+    if not found:
         kinds = " ".join(sorted(SUFFIXES))
         raise DataError(
-            f"expected images ({kinds}) under {printable(root)}, found {len(found)} other files; check the folder"
+            f"expected images ({kinds}) under {printable(root)}, found {others} other files; check the folder"
         )
-    return images
+    found.sort()
+    for index, name in enumerate(found):  # in place: a second list would be as large
+        found[index] = name.replace(LEVEL, os.sep)
+    return found
 
 
 def _refuse_folder(error: OSError) -> None:

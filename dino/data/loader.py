@@ -24,7 +24,8 @@ class Batch:
     """Samples of consecutive draws with everything random about them.
 
     Attributes:
-        inputs: ``(B, 3, H, W)`` uint8 tiles, padded at the right and bottom, or ``(B, D, h, w)`` float32 grids.
+        inputs: ``(B, 3, H, W)`` uint8 tiles, padded at the right and bottom, ``(B, h * w, D)`` cells of feature grids,
+            or ``(B,)`` int64 rows of grids that the crops hold.
         draws: ``(B,)`` int64 draw numbers.
         parameters: Crop parameters by name, each ``(B, V, ...)``.
         keep: ``(B, V, depth, 2)`` float32 multipliers of the residual branches (drop-path), or None.
@@ -96,7 +97,7 @@ class DrawnBatches(Dataset):
         return Batch(
             inputs=stack_padded([sample.pixels for sample in samples]),
             draws=torch.tensor(list(draws)),
-            parameters={key: torch.from_numpy(np.stack([one[key] for one in drawn])) for key in drawn[0]},
+            parameters={key: _stacked([one[key] for one in drawn]) for key in drawn[0]},
             keep=self._keep(draws),
             names=[sample.name for sample in samples],
             slide_ids=[sample.slide_id for sample in samples],
@@ -112,7 +113,7 @@ class DrawnBatches(Dataset):
         raise DataError(f"{ATTEMPTS} samples in a row could not be used; the last one: {bad[-1][1]}")
 
     def _parameters(self, draw: int, sample: Sample) -> Mapping[str, np.ndarray]:
-        height, width = sample.pixels.shape[-2:]
+        height, width = sample.shape or sample.pixels.shape[-2:]
         return self.draw((height, width), sample.tissue, randomness.generator(self.seed, draw, "crops"))
 
     def _keep(self, draws: Sequence[int]) -> Tensor | None:
@@ -122,8 +123,15 @@ class DrawnBatches(Dataset):
         return torch.from_numpy(np.stack(masks))  # (B, V, depth, 2)
 
 
+def _stacked(arrays: Sequence[np.ndarray]) -> Tensor:
+    """``np.stack`` of arrays of one shape, without its look at each of them, which takes longer than the copy."""
+    return torch.from_numpy(np.concatenate(arrays).reshape(len(arrays), *arrays[0].shape))
+
+
 def stack_padded(tensors: Sequence[Tensor]) -> Tensor:
-    """Stack ``(C, H_i, W_i)`` tensors to ``(B, C, max H, max W)``, zeros at the right and bottom."""
+    """Stack ``(..., H_i, W_i)`` tensors to ``(B, ..., max H, max W)``, zeros at the right and bottom."""
+    if len({tensor.shape for tensor in tensors}) == 1:
+        return torch.stack(list(tensors))
     height = max(tensor.shape[-2] for tensor in tensors)
     width = max(tensor.shape[-1] for tensor in tensors)
     return torch.stack([F.pad(t, (0, width - t.shape[-1], 0, height - t.shape[-2])) for t in tensors])

@@ -1,5 +1,7 @@
 """Crops of feature grids: exact copies of cells, with sizes, flips, turns and tissue as promised."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ def apply(crops: GridCrops, grids: torch.Tensor, tissue=None, seed: int = 0):
     shape = (grids.shape[2], grids.shape[3])
     drawn = [crops.draw(shape, tissue, generator(seed, row, "crops")) for row in range(len(grids))]
     parameters = {k: torch.from_numpy(np.stack([d[k] for d in drawn])) for k in drawn[0]}
-    return parameters, crops.apply(grids, parameters)
+    return parameters, crops.apply(grids.flatten(2).transpose(1, 2), parameters)  # as (B, h * w, D) cells
 
 
 @pytest.mark.parametrize(
@@ -121,8 +123,38 @@ def test_a_sample_does_not_depend_on_its_batch():
     grids = torch.randn(4, 3, 6, 6)
     parameters, together = apply(crops, grids)
     for row in range(4):
-        alone = crops.apply(grids[row : row + 1], {k: v[row : row + 1] for k, v in parameters.items()})
+        cells = grids[row : row + 1].flatten(2).transpose(1, 2)
+        alone = crops.apply(cells, {k: v[row : row + 1] for k, v in parameters.items()})
         assert all(torch.equal(a[:, row : row + 1], b) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_crops_of_cells_that_are_held_are_those_of_cells_that_are_brought(dtype):
+    held = torch.randn(9, 30, 4, generator=torch.Generator().manual_seed(0)).to(dtype)  # nine grids of 5 x 6
+    rows = torch.tensor([7, 0, 7, 3])
+    crops, holding = GridCrops((5, 6)), GridCrops((5, 6), cells=held)
+    parameters, brought = apply(crops, held[rows].transpose(1, 2).unflatten(2, (5, 6)))
+    found = holding.apply(rows, parameters)
+    assert all(torch.equal(a, b) and a.dtype == dtype for a, b in zip(found, brought, strict=True))
+    with pytest.raises(DataError, match="do not hold"):
+        crops.apply(rows, parameters)
+    assert pickle.loads(pickle.dumps(holding)).cells is None  # what workers get, who only draw
+
+
+def test_cells_lie_in_memory_as_the_region_vit_reads_them():
+    _, groups = apply(GridCrops((8, 8)), torch.randn(3, 5, 8, 8))
+    for views in groups:
+        assert views.flatten(0, 1).permute(0, 2, 3, 1).is_contiguous()
+
+
+def test_views_keep_their_values_for_as_long_as_they_are_held():
+    crops, grids = GridCrops((8, 8)), torch.randn(8, 4, 5, 8, 8)
+    held = [apply(crops, batch)[1][0][1] for batch in grids]  # of each batch one view of the larger size
+    expected = [apply(GridCrops((8, 8)), batch)[1][0][1].clone() for batch in grids]
+    assert all(torch.equal(a, b) for a, b in zip(held, expected, strict=True))
+    address = held.pop().untyped_storage().data_ptr()
+    taken = {view.untyped_storage().data_ptr() for view in apply(crops, grids[0])[1]}
+    assert address in taken and not taken & {view.untyped_storage().data_ptr() for view in held}
 
 
 def test_bad_grids_are_refused():

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from dino.data.grids import open_grids, read_grid
-from dino.data.sources import GridEntry, GridFolder
 from dino.errors import ConfigError, DataError
 
 
@@ -29,13 +28,9 @@ def test_column_major_rows_are_turned(tmp_path: Path) -> None:
     assert all(grid[:, y, x].tolist() == [y, x] for y in range(4) for x in range(6))
 
 
-def test_foreign_layouts_are_unfolded(tmp_path: Path) -> None:
+def test_one_region_of_several_is_read(tmp_path: Path) -> None:
     slide = torch.randn(3, 16, 5)  # HIPT: regions x cells x D
     torch.save(slide, tmp_path / "slide.pt")
-    source = GridFolder(tmp_path, [GridEntry(tmp_path / "slide.pt")])
-    assert len(source) == 3 and (source.dim, source.height, source.width) == (5, 4, 4)
-    names = sorted(source(0, d).name for d in range(3))
-    assert names == ["slide.pt#0", "slide.pt#1", "slide.pt#2"]
     assert torch.equal(read_grid(tmp_path / "slide.pt", region=1), slide[1].reshape(4, 4, 5).permute(2, 0, 1))
 
 
@@ -65,10 +60,3 @@ def test_damaged_file_and_unknown_order_are_refused(tmp_path: Path) -> None:
     torch.save(torch.randn(16, 3), tmp_path / "a.pt")
     with pytest.raises(ConfigError, match="zy"):
         read_grid(tmp_path / "a.pt", "zy")
-
-
-def test_mixed_folders_are_refused(tmp_path: Path) -> None:
-    torch.save(torch.randn(16, 3), tmp_path / "a.pt")
-    torch.save(torch.randn(16, 4), tmp_path / "b.pt")
-    with pytest.raises(DataError, match="one D and one shape"):
-        GridFolder(tmp_path, [GridEntry(tmp_path / name) for name in ("a.pt", "b.pt")])

@@ -74,7 +74,16 @@ def test_listing_is_sorted_recursive_and_ends_at_circles(tmp_path: Path) -> None
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     listed = [str(path.relative_to(tmp_path)) for path in images.list_images(tmp_path)]
-    assert listed == ["3.TIF", "a/1.png", "b/2.jpg"]
+    assert listed == images.list_names(tmp_path) == ["3.TIF", "a/1.png", "b/2.jpg"]
+
+
+def test_names_are_sorted_folder_by_folder_as_paths_are(tmp_path: Path) -> None:
+    names = ["a/b.png", "a-b.png", "a/b-c/d.png", "a/b/c.png", "A.png", "a b/c.png", "µ/1.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [Path(name) for name in images.list_names(tmp_path)] == sorted(Path(name) for name in names)
+    assert images.list_names(tmp_path / "a" / "..") == images.list_names(tmp_path)
 
 
 def test_folders_without_images_are_refused(tmp_path: Path) -> None:

@@ -65,6 +65,16 @@ def test_workers_do_not_change_the_bits(tiles: Path, tmp_path: Path) -> None:
     assert_same_bits(tmp_path / "0", tmp_path / "3")
 
 
+def test_packed_grids_do_not_change_the_bits(grids: Path, tmp_path: Path) -> None:
+    runs = {"files": ("none", 0), "beside": ("auto", 0), "elsewhere": (str(tmp_path / "cache"), 1)}
+    for run, (place, workers) in runs.items():
+        changes = {"speed.cache_dir": place, "speed.num_workers": workers, "training.max_steps": 5}
+        pretrain(config(grids, tmp_path / run, **changes))
+    assert list(grids.glob(".histodino/*.bin")) and list(tmp_path.glob("cache/*/*.bin"))
+    assert_same_bits(tmp_path / "files", tmp_path / "beside")
+    assert_same_bits(tmp_path / "files", tmp_path / "elsewhere")
+
+
 def test_accumulation_gives_the_run_of_the_whole_batch(tiles: Path, tmp_path: Path) -> None:
     double = {"speed.precision": "fp64"}
     pretrain(config(tiles, tmp_path / "whole", **double))

@@ -1,0 +1,200 @@
+"""Packed grids: the same samples as from the files, packed once, and never of files that are not those any more."""
+
+import os
+import pickle
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dino.data import packed
+from dino.data.grid_files import GridEntry, survey
+from dino.data.grid_folder import GridFolder
+from dino.data.packed import GridFiles, PackedGrids, find_packed, pack
+from dino.data.sources import BadSample
+from dino.errors import DataError
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def save(folder: Path, *tensors: object) -> list[Path]:
+    paths = [folder / f"slide_{i}_0.pt" for i in range(len(tensors))]
+    for path, tensor in zip(paths, tensors, strict=True):
+        torch.save(tensor, path)
+    return paths
+
+
+def files_in(folder: Path, order: str = "yx", shape: tuple[int, int] | None = None) -> GridFiles:
+    return GridFiles(folder, [GridEntry(path, shape=shape) for path in sorted(folder.glob("*.pt"))], order)
+
+
+def both(folder: Path, files: GridFiles, fraction: float = 0.0) -> tuple[GridFolder, GridFolder, PackedGrids]:
+    """The source that reads files, and the one that reads what was packed."""
+    grids = pack(folder / "cache", files, fraction)
+    plain = GridFolder(files, survey(folder, files.entries, max_bad_fraction=fraction))
+    return plain, GridFolder(files, grids.survey, grids), grids
+
+
+def outcome(source: GridFolder, draw: int) -> tuple:
+    try:
+        sample = source(0, draw)
+    except BadSample as error:
+        return error.name, str(error)
+    return sample.name, sample.slide_id, sample.shape, sample.pixels.float().tolist()
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=GENERATOR)
+
+
+@pytest.mark.parametrize("order", ["yx", "xy"])
+def test_samples_are_those_of_the_files(tmp_path: Path, order: str) -> None:
+    save(tmp_path, numbers(24, 3), numbers(5, 24, 3), numbers(24, 3).double(), numbers(24, 3).half())
+    plain, fast, grids = both(tmp_path, files_in(tmp_path, order, (4, 6)))
+    assert len(plain) == len(fast) == 8 and plain.fingerprint == fast.fingerprint and plain.slide_ids == fast.slide_ids
+    assert [outcome(plain, d) for d in range(8)] == [outcome(fast, d) for d in range(8)]
+    rows = GridFolder(files_in(tmp_path, order, (4, 6)), grids.survey, grids, by_row=True)
+    assert all(torch.equal(grids.cells[rows(0, d).pixels], fast(0, d).pixels) for d in range(8))
+
+
+def test_files_of_several_regions_are_unfolded(tmp_path: Path) -> None:
+    slide = numbers(3, 16, 5)
+    save(tmp_path, slide)
+    for source in both(tmp_path, files_in(tmp_path))[:2]:
+        found = {sample.name: sample.pixels for sample in (source(0, d) for d in range(3))}
+        assert (source.dim, source.height, source.width) == (5, 4, 4)
+        assert all(torch.equal(found[f"slide_0_0.pt#{m}"], slide[m]) for m in range(3))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "dtype"),
+    [
+        ((numbers(16, 3).half(), numbers(16, 3).half().float()), torch.float16),
+        ((numbers(16, 3).bfloat16(), 1e30 * numbers(16, 3).bfloat16()), torch.bfloat16),
+        ((numbers(16, 3).half(), numbers(16, 3)), torch.float32),
+        ((numbers(16, 3).half(), numbers(16, 3).bfloat16() * 2**-20), torch.float32),
+    ],
+)
+def test_half_precision_is_taken_only_where_it_is_exact(
+    tmp_path: Path, tensors: Sequence[torch.Tensor], dtype: torch.dtype
+) -> None:
+    save(tmp_path, *tensors)
+    plain, fast, grids = both(tmp_path, files_in(tmp_path))
+    assert grids.dtype == grids.cells.dtype == dtype
+    assert [outcome(plain, d) for d in range(2)] == [outcome(fast, d) for d in range(2)]
+    assert len(list((tmp_path / "cache").glob("*.bin"))) == 1 and not list((tmp_path / "cache").glob(".*"))
+
+
+def test_what_was_packed_is_opened_without_a_look_into_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, numbers(16, 3), numbers(16, 3))
+    expected = pack(tmp_path / "cache", files_in(tmp_path), 0.0)
+    monkeypatch.setattr(torch, "load", None)
+    found = pack(tmp_path / "cache", files_in(tmp_path), 0.0)
+    assert torch.equal(found.cells, expected.cells) and found.survey == expected.survey
+    assert "cells" not in pickle.loads(pickle.dumps(found)).__dict__
+
+
+def rewrite(path: Path) -> None:
+    """Other values in a file of the same size; the clock of a file system may be coarse."""
+    before = path.stat()
+    torch.save(torch.load(path, weights_only=True) + 1, path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert path.stat().st_size == before.st_size
+
+
+@pytest.mark.parametrize("change", ["values", "more", "fewer", "order", "shape", "damage"])
+def test_what_changed_is_packed_anew(tmp_path: Path, change: str) -> None:
+    paths = save(tmp_path, numbers(24, 3), numbers(24, 3))
+    old = pack(tmp_path / "cache", files_in(tmp_path, shape=(4, 6)), 0.0)
+    held = old.cells.clone()
+    files = files_in(tmp_path, "xy" if change == "order" else "yx", (6, 4) if change == "shape" else (4, 6))
+    if change == "values":
+        rewrite(paths[1])
+    elif change == "more":
+        torch.save(numbers(24, 3), tmp_path / "new.pt")
+    elif change == "fewer":
+        paths[0].unlink()
+    elif change == "damage":
+        old.path.write_bytes(old.path.read_bytes()[:-4])
+    if change in {"values", "more", "fewer"}:
+        files = files_in(tmp_path, shape=(4, 6))
+    assert find_packed(tmp_path / "cache", files, 0.0) is None
+    plain, fast, new = both(tmp_path, files)
+    assert [outcome(plain, d) for d in range(len(plain))] == [outcome(fast, d) for d in range(len(plain))]
+    assert list((tmp_path / "cache").glob("*.bin")) == [new.path]
+    assert change == "damage" or torch.equal(old.cells, held)  # a run that has it mapped goes on with it
+
+
+def test_what_cannot_be_used_has_the_same_name_and_reason(tmp_path: Path) -> None:
+    hole = numbers(2, 16, 3)
+    hole[1, 4, 1] = float("inf")
+    contents = [numbers(16, 3), numbers(16, 3).long(), hole, numbers(15, 3), {"a": numbers(16, 3)}, numbers(16)]
+    paths = save(tmp_path, *contents, torch.full((16, 3), float("nan")))
+    paths[5].write_bytes(b"PK torn")
+    plain, fast, grids = both(tmp_path, files_in(tmp_path), 0.6)
+    found = [outcome(plain, d) for d in range(8)]
+    assert found == [outcome(fast, d) for d in range(8)]
+    assert sum(len(one) == 2 for one in found) == len(grids.bad) == 6
+    for _ in range(2):  # the second time from the index
+        with pytest.raises(DataError, match=r"slide_1_0.*3 more such files.*max_bad_fraction=0\.5"):
+            pack(tmp_path / "cache", files_in(tmp_path), 0.5)
+
+
+def test_mixed_folders_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, numbers(16, 3), numbers(16, 4))
+    with pytest.raises(DataError, match="one D and one shape"):
+        pack(tmp_path / "cache", files_in(tmp_path), 0.0)
+    assert not list((tmp_path / "cache").glob("grids*"))
+
+
+def test_files_that_change_later_are_bad(tmp_path: Path) -> None:
+    paths = save(tmp_path, numbers(16, 3), numbers(16, 3), numbers(16, 3))
+    _, fast, _ = both(tmp_path, files_in(tmp_path))
+    rewrite(paths[0])
+    paths[1].unlink()
+    found = {one[0]: one for one in (outcome(fast, d) for d in range(3))}
+    assert len(found["slide_2_0.pt#0"]) == 4
+    assert all("changed or gone" in found[f"slide_{i}_0.pt#0"][1] for i in (0, 1))
+
+
+def test_one_of_several_packs_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, numbers(16, 3))
+    begun, honest, results = [], packed._pack, []
+
+    def slowly(*args: object) -> PackedGrids:
+        begun.append(args)
+        waiting.wait(10)
+        return honest(*args)  # type: ignore[arg-type]
+
+    waiting = threading.Event()
+    monkeypatch.setattr(packed, "_pack", slowly)
+    monkeypatch.setattr(packed.progress, "say", lambda line: waiting.set())  # the other one says that it waits
+    work = lambda: results.append(pack(tmp_path / "cache", files_in(tmp_path), 0.0))  # noqa: E731
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(begun) == 1 and waiting.is_set() and torch.equal(results[0].cells, results[1].cells)
+
+
+def test_a_disk_that_is_too_small_is_told_before_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, numbers(16, 3))
+    monkeypatch.setattr(packed.shutil, "disk_usage", lambda path: packed.shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(OSError, match=r"are needed, 0\.0 GB are free"):
+        pack(tmp_path / "cache", files_in(tmp_path), 0.0)
+    assert find_packed(tmp_path / "cache", files_in(tmp_path), 0.0) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"key": 3}', b"\xff\xfe", b"null"])
+def test_a_damaged_index_is_no_index(tmp_path: Path, content: bytes) -> None:
+    save(tmp_path, numbers(16, 3))
+    pack(tmp_path / "cache", files_in(tmp_path), 0.0)
+    (tmp_path / "cache" / "grids.json").write_bytes(content)
+    assert find_packed(tmp_path / "cache", files_in(tmp_path), 0.0) is None
+    assert np.isfinite(pack(tmp_path / "cache", files_in(tmp_path), 0.0).cells.numpy()).all()
