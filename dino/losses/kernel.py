@@ -96,19 +96,20 @@ def loss_and_gradient(student: Tensor, targets: Tensor, temp: float, gradient: T
     views, batch, prototypes = student.shape
     pairs = len(targets) * (views - 1)
     losses = student.new_empty(views, batch)
-    _row[(views * batch,)](
-        student,
-        targets,
-        student if gradient is None else gradient,
-        losses,
-        prototypes,
-        views,
-        temp,
-        teachers=len(targets),
-        block=min(BLOCK, triton.next_power_of_2(prototypes)),
-        with_gradient=gradient is not None,
-        num_warps=WARPS,  # pyright: ignore[reportCallIssue]
-    )
+    with torch.cuda.device_of(student):  # triton launches on torch's current GPU
+        _row[(views * batch,)](
+            student,
+            targets,
+            student if gradient is None else gradient,
+            losses,
+            prototypes,
+            views,
+            temp,
+            teachers=len(targets),
+            block=min(BLOCK, triton.next_power_of_2(prototypes)),
+            with_gradient=gradient is not None,
+            num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+        )
     return losses.sum() / (pairs * batch)
 
 
