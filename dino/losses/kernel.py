@@ -30,6 +30,24 @@ def _others(own, view, columns, prototypes, stride, teachers: tl.constexpr, bloc
 
 
 @triton.jit
+def _sums(logits, own, view, prototypes, stride, temp, teachers: tl.constexpr, block: tl.constexpr):
+    """``logsumexp(z)`` and ``Q . z`` of a row of logits, z = logits / temp."""
+    highest = tl.full([block], -1e38, tl.float32)  # of each lane, and its sum of exp(z - highest)
+    sums = tl.zeros([block], tl.float32)
+    product = tl.zeros([block], tl.float32)
+    for first in range(0, prototypes, block):
+        columns = first + tl.arange(0, block)
+        inside = columns < prototypes
+        scaled = tl.load(logits + columns, mask=inside, other=0.0) / temp
+        product += scaled * _others(own, view, columns, prototypes, stride, teachers, block)
+        higher = tl.where(inside, tl.maximum(highest, scaled), highest)
+        sums = sums * tl.exp(highest - higher) + tl.where(inside, tl.exp(scaled - higher), 0.0)
+        highest = higher
+    top = tl.max(highest, 0)
+    return top + tl.log(tl.sum(sums * tl.exp(highest - top), 0)), tl.sum(product, 0)
+
+
+@triton.jit
 def _row(  # noqa: PLR0913, PLR0917 (a kernel takes pointers and numbers, nothing that would hold them together)
     student,
     targets,
@@ -42,7 +60,7 @@ def _row(  # noqa: PLR0913, PLR0917 (a kernel takes pointers and numbers, nothin
     block: tl.constexpr,
     with_gradient: tl.constexpr,
 ):
-    """One view of one sample: ``n logsumexp(z) - Q . z`` with z = logits / temp, and its gradient."""
+    """One view of one sample: ``n logsumexp(z) - Q . z``, and its gradient."""
     # The views of a sample follow each other, so that its targets stay in the cache.
     sample, view = tl.program_id(0) // views, tl.program_id(0) % views
     batch = tl.num_programs(0) // views
@@ -50,20 +68,8 @@ def _row(  # noqa: PLR0913, PLR0917 (a kernel takes pointers and numbers, nothin
     own = targets + sample.to(tl.int64) * prototypes
     start = view * stride + sample.to(tl.int64) * prototypes
     count = teachers - tl.where(view < teachers, 1, 0)
-    highest = tl.full([block], -1e38, tl.float32)  # of each lane, and its sum of exp(z - highest)
-    sums = tl.zeros([block], tl.float32)
-    product = tl.zeros([block], tl.float32)
-    for first in range(0, prototypes, block):
-        columns = first + tl.arange(0, block)
-        inside = columns < prototypes
-        scaled = tl.load(student + start + columns, mask=inside, other=0.0) / temp
-        product += scaled * _others(own, view, columns, prototypes, stride, teachers, block)
-        higher = tl.where(inside, tl.maximum(highest, scaled), highest)
-        sums = sums * tl.exp(highest - higher) + tl.where(inside, tl.exp(scaled - higher), 0.0)
-        highest = higher
-    top = tl.max(highest, 0)
-    log_sum = top + tl.log(tl.sum(sums * tl.exp(highest - top), 0))
-    tl.store(losses + view * batch + sample, count * log_sum - tl.sum(product, 0))
+    log_sum, product = _sums(student + start, own, view, prototypes, stride, temp, teachers, block)
+    tl.store(losses + view * batch + sample, count * log_sum - product)
     if with_gradient:
         factor = 1.0 / (teachers * (views - 1) * batch * temp)
         for first in range(0, prototypes, block):
@@ -90,19 +96,20 @@ def loss_and_gradient(student: Tensor, targets: Tensor, temp: float, gradient: T
     views, batch, prototypes = student.shape
     pairs = len(targets) * (views - 1)
     losses = student.new_empty(views, batch)
-    _row[(views * batch,)](
-        student,
-        targets,
-        student if gradient is None else gradient,
-        losses,
-        prototypes,
-        views,
-        temp,
-        teachers=len(targets),
-        block=min(BLOCK, triton.next_power_of_2(prototypes)),
-        with_gradient=gradient is not None,
-        num_warps=WARPS,  # pyright: ignore[reportCallIssue]
-    )
+    with torch.cuda.device_of(student):  # triton launches on torch's current GPU
+        _row[(views * batch,)](
+            student,
+            targets,
+            student if gradient is None else gradient,
+            losses,
+            prototypes,
+            views,
+            temp,
+            teachers=len(targets),
+            block=min(BLOCK, triton.next_power_of_2(prototypes)),
+            with_gradient=gradient is not None,
+            num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+        )
     return losses.sum() / (pairs * batch)
 
 

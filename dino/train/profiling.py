@@ -63,12 +63,18 @@ class CudaClock:
 
     The time between two events is the time the *device* spent between them: while it still has work queued, the host
     may wait for data without any loss, and no time is counted.
+
+    Args:
+        device: The GPU, which need not be torch's current one.
     """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
     def mark(self) -> torch.cuda.Event:
         """An event behind all work that is queued by now."""
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def between(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:
@@ -79,7 +85,7 @@ class CudaClock:
 
 def clock_of(device: torch.device) -> Clock:
     """The clock by which work on ``device`` is measured."""
-    return CudaClock() if device.type == "cuda" else HostClock()
+    return CudaClock(device) if device.type == "cuda" else HostClock()
 
 
 class Stopwatch:

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import command, config
 from typer.testing import CliRunner
 
@@ -12,7 +13,7 @@ from dino.api import pretrain
 from dino.cli.main import app
 from dino.data.loader import DrawnBatches
 from dino.errors import ConfigError
-from dino.train.profiling import DATA, PARTS, REST, HostClock
+from dino.train.profiling import BACKWARD, DATA, PARTS, REST, HostClock
 
 WAIT_SECONDS, OTHER_SECONDS = 1.0, 0.01  # of a batch that is slow to come, and between any two looks at the clock
 
@@ -99,3 +100,14 @@ def test_two_processes_show_the_waiting_of_the_slower(tiles: Path, tmp_path: Pat
     assert done.stdout.count("waiting for data") == 1  # one process speaks
     assert "the process that waits longest for data waits" in done.stdout
     assert "2 steps of 4 samples" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("level", ["tiles", "grids"])
+def test_a_profile_on_a_gpu(level: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    settings = config(
+        request.getfixturevalue(level), tmp_path / "run", profile=True, profile_steps=4, **{"speed.device": "cuda"}
+    )
+    spent = pretrain(settings).numbers["milliseconds"]
+    assert all(spent[name] >= 0 for name in PARTS) and spent[BACKWARD] > 0

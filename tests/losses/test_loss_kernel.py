@@ -143,3 +143,11 @@ def test_it_is_used_on_a_gpu_where_it_is_usable(monkeypatch: pytest.MonkeyPatch)
     student = torch.randn(3, 2, 8, requires_grad=True)
     dino_loss(student, torch.rand(2, 2, 8).softmax(-1), 0.1).backward()  # on a CPU: torch's operations
     assert student.grad is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_it_is_usable_on_this_gpu() -> None:
+    from dino.losses import kernel
+
+    assert kernel.usable(torch.device("cuda", 0), dino_losses._loss_and_gradient)

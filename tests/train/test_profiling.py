@@ -87,6 +87,35 @@ def test_the_clock_is_the_devices() -> None:
     assert HostClock().between(first, second) == second - first >= 0
 
 
+def test_a_gpu_is_timed_by_events_of_its_own_queue_and_waited_for_only_when_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[tuple[str, object]] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object) -> None:
+            done.append(("record", stream))
+
+        def synchronize(self) -> None:
+            done.append(("wait", None))
+
+        def elapsed_time(self, other: object) -> float:
+            assert isinstance(other, Event)
+            return 250.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"queue of {device}")
+    watch = Stopwatch(clock_of(torch.device("cuda", 1)))
+    with watch.span("forward"):
+        pass
+    assert done == [("record", "queue of cuda:1")] * 3
+    assert watch.take() == {REST: 0.5, "forward": 0.25}
+    assert ("wait", None) in done[3:]
+
+
 @pytest.mark.parametrize(
     ("workers", "available", "processes", "told"),
     [
