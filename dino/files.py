@@ -47,6 +47,15 @@ def atomic_path(path: Path, *, check: Callable[[Path], None] | None = None) -> I
         temporary.unlink(missing_ok=True)
 
 
+def stamp(path: Path) -> tuple[int, int]:
+    """Size in bytes and modification time in ns of a file: what tells that it changed. (-1, -1) where there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return -1, -1
+    return facts.st_size, facts.st_mtime_ns
+
+
 def printable(path: object) -> str:
     """A path or name as one line of valid text: line breaks and bytes that are no UTF-8 become escapes."""
     text = str(path).encode("utf-8", "backslashreplace").decode()

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from dino import progress
-from dino.data.grid_files import GridEntry, Survey, refuse_bad, stamp, survey
+from dino.data.grid_files import GridEntry, Survey, refuse_bad, survey
 from dino.data.grids import read_cells
 from dino.errors import DataError
-from dino.files import atomic_path, write_json
+from dino.files import atomic_path, stamp, write_json
 
 FORMAT = 1
 INDEX, LOCK = "grids.json", "lock"
