@@ -25,6 +25,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def stamp(path: Path) -> tuple[int, int]:
+    """Size in bytes and modification time in ns of a file: what tells that it changed. (-1, -1) where there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return -1, -1
+    return facts.st_size, facts.st_mtime_ns
+
+
 @contextmanager
 def atomic_path(path: Path, *, check: Callable[[Path], None] | None = None, make_folder: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when the block ends well, it becomes ``path``.

@@ -15,6 +15,7 @@ from dino.data.grid_files import GridEntry
 from dino.data.grid_folder import GridFolder
 from dino.data.images import list_names
 from dino.data.sources import ImageFolder, keep_partition, slide_of
+from dino.data.tile_cache import tile_cache
 from dino.errors import ConfigError, DataError
 from dino.models.backbone import BackboneSpec
 from dino.models.transforms import TRANSFORMS, Transform
@@ -74,7 +75,7 @@ def patch_level(config: PatchConfig) -> Level:
     names = keep_partition(list_names(folder), slide_of, _partitions(root))
     if not names:
         raise DataError(f"expected tiles with partition blank or pretrain under {folder}, found only held-out slides")
-    source = ImageFolder(folder, names)
+    source = ImageFolder(folder, names, tile_cache(len(names), config.speed.ram_cache))
     size, patch_size = config.aug.global_crops_size, config.model.patch_size
     for name in ("global_crops_size", "local_crops_size"):
         if getattr(config.aug, name) % patch_size:

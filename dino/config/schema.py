@@ -142,6 +142,13 @@ class SpeedConfig:
 
 
 @dataclass
+class PatchSpeedConfig(SpeedConfig):
+    """The same, and what level 1 keeps of its tiles."""
+
+    ram_cache: float = runtime(0.0, "GB of memory for decoded tiles, shared by a process's workers; 0 for none")
+
+
+@dataclass
 class RegionSpeedConfig(SpeedConfig):
     """The same, and where level 2 keeps its feature grids."""
 
@@ -196,6 +203,7 @@ class PretrainConfig:
 class PatchConfig(PretrainConfig):
     """`dino pretrain patch`."""
 
+    speed: PatchSpeedConfig = group(PatchSpeedConfig)
     aug: PatchAugConfig = group(PatchAugConfig)
 
 

@@ -99,12 +99,3 @@ def _why(entry: GridEntry) -> str:
     except DataError as error:
         return str(error)
     return f"expected a grid in {printable(entry.path)}, found another file a moment ago"
-
-
-def stamp(path: Path) -> tuple[int, int]:
-    """Size in bytes and modification time in ns of a file: what tells that it changed. (-1, -1) where there is none."""
-    try:
-        facts = path.stat()
-    except OSError:
-        return -1, -1
-    return facts.st_size, facts.st_mtime_ns

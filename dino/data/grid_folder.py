@@ -6,13 +6,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dino.data.grid_files import GridEntry, Survey, stamp
+from dino.data.grid_files import GridEntry, Survey
 from dino.data.grids import read_cells
 from dino.data.names import Names
 from dino.data.packed import GridFiles, PackedGrids
 from dino.data.sources import BadSample, Sample, index_of, slide_of
 from dino.errors import DataError
-from dino.files import printable
+from dino.files import printable, stamp
 
 
 class GridFolder:

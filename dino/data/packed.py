@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from dino import progress
-from dino.data.grid_files import GridEntry, Survey, refuse_bad, stamp, survey
+from dino.data.grid_files import GridEntry, Survey, refuse_bad, survey
 from dino.data.grids import read_cells
 from dino.errors import DataError
-from dino.files import atomic_path, write_json
+from dino.files import atomic_path, stamp, write_json
 
 FORMAT = 1
 INDEX, LOCK = "grids.json", "lock"
@@ -122,8 +122,12 @@ def pack(place: Path, files: GridFiles, max_bad_fraction: float) -> PackedGrids:
         DataError: If too many files are no grids, or they differ in D or shape.
         OSError: If they cannot be packed there.
     """
-    with _locked(place):
-        return find_packed(place, files, max_bad_fraction) or _pack(place, files, max_bad_fraction)
+    with _locked(place) as alone:
+        found = find_packed(place, files, max_bad_fraction)
+        if found is None:
+            _remove_old(place, leftovers=alone)
+            found = _pack(place, files, max_bad_fraction)
+        return found
 
 
 def _read(place: Path, files: GridFiles) -> PackedGrids | None:
@@ -149,8 +153,13 @@ def _data(place: Path, key: str) -> Path:
 
 
 @contextmanager
-def _locked(place: Path) -> Iterator[None]:
-    """Let one process in at a time; the operating system frees the lock of a process that dies."""
+def _locked(place: Path) -> Iterator[bool]:
+    """Let one process in at a time; the operating system frees the lock of a process that dies.
+
+    Yields:
+        Whether no other process can be in. Some cluster file systems know no locks: there each packs for itself, which
+        is safe, because files appear whole, and only costs time.
+    """
     place.mkdir(parents=True, exist_ok=True)
     with (place / LOCK).open("w") as file:
         try:
@@ -158,23 +167,33 @@ def _locked(place: Path) -> Iterator[None]:
         except BlockingIOError:
             progress.say(f"another process is packing the feature grids into {place}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def _remove_old(place: Path, *, leftovers: bool) -> None:
+    """Remove what was packed before (a run that has mapped it keeps it), and files that a killed process left."""
+    for old in (*place.glob("grids-*.bin"), *(place.glob(".grids*.tmp") if leftovers else ())):
+        with suppress(OSError):
+            old.unlink()
 
 
 def _pack(place: Path, files: GridFiles, max_bad_fraction: float) -> PackedGrids:
-    for old in (*place.glob("grids-*.bin"), *place.glob(".grids*.tmp")):  # a run that has mapped one keeps it
-        with suppress(OSError):
-            old.unlink()
-    stamps = files.stamps  # before anything is read: what changes from here on is noticed
+    path = _data(place, files.key)  # takes the stamps before anything is read: what changes from here on is noticed
     with progress.bar("check grids", len(files.entries)) as bar:
         found = survey(files.root, files.entries, bar.advance, max_bad_fraction)
     for dtype in DTYPES:
         with suppress(_Rounded):
-            bad = _write(_data(place, files.key), files, found, dtype)
+            bad = _write(path, files, found, dtype)
             break
     name = str(dtype).removeprefix("torch.")
     write_json(place / INDEX, {"key": files.key, "dtype": name, "survey": vars(found), "bad": bad})
-    return PackedGrids(_data(place, files.key), dtype, found, frozenset(bad), stamps)
+    grids = _read(place, files)  # maps it now, before another run may take the place
+    if grids is None:
+        raise OSError("what was written cannot be read back")
+    return grids
 
 
 def _write(path: Path, files: GridFiles, found: Survey, dtype: torch.dtype) -> list[int]:

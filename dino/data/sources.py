@@ -13,6 +13,7 @@ from torch import Tensor
 from dino import randomness
 from dino.data.images import decode
 from dino.data.names import Names
+from dino.data.tile_cache import TileCache
 from dino.errors import DataError
 from dino.files import printable
 
@@ -93,10 +94,11 @@ class ImageFolder:
     Args:
         root: The folder.
         names: Paths of image files in it, in a fixed order.
+        cache: Keeps what was decoded; None to decode a tile each time it is drawn. The pixels are the same.
     """
 
-    def __init__(self, root: Path, names: Sequence[str]) -> None:
-        self.root, self._names = root, Names(names)
+    def __init__(self, root: Path, names: Sequence[str], cache: TileCache | None = None) -> None:
+        self.root, self._names, self._cache = root, Names(names), cache
 
     def __len__(self) -> int:
         """How many tiles there are."""
@@ -108,9 +110,11 @@ class ImageFolder:
         Raises:
             BadSample: If the file cannot be decoded.
         """
-        name = self._names[index_of(seed, draw, attempt, len(self))]
+        index = index_of(seed, draw, attempt, len(self))
+        name = self._names[index]
+        path = self.root / name
         try:
-            return Sample(decode(self.root / name), name, slide_of(name))
+            return Sample(decode(path) if self._cache is None else self._cache(index, path), name, slide_of(name))
         except DataError as error:
             raise BadSample(printable(name), str(error)) from None
 

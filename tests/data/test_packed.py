@@ -1,5 +1,6 @@
 """Packed grids: the same samples as from the files, packed once, and never of files that are not those any more."""
 
+import errno
 import os
 import pickle
 import threading
@@ -181,6 +182,24 @@ def test_one_of_several_packs_and_the_others_wait(tmp_path: Path, monkeypatch: p
     for thread in threads:
         thread.join(20)
     assert len(begun) == 1 and waiting.is_set() and torch.equal(results[0].cells, results[1].cells)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_a_killed_process_left_goes_and_what_another_writes_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    if not locks:
+        monkeypatch.setattr(packed.fcntl, "flock", refuse)
+    save(tmp_path, numbers(16, 3))
+    (tmp_path / "cache").mkdir()
+    unfinished = tmp_path / "cache" / ".grids-0.bin.1.tmp"
+    unfinished.touch()
+    _, fast, _ = both(tmp_path, files_in(tmp_path))
+    assert len(outcome(fast, 0)) == 4
+    assert unfinished.exists() != locks  # without locks it may be another process's, at work
 
 
 def test_a_disk_that_is_too_small_is_told_before_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

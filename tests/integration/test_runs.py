@@ -65,6 +65,13 @@ def test_workers_do_not_change_the_bits(tiles: Path, tmp_path: Path) -> None:
     assert_same_bits(tmp_path / "0", tmp_path / "3")
 
 
+def test_tiles_kept_in_memory_do_not_change_the_bits(tiles: Path, tmp_path: Path) -> None:
+    for gb in (0, 1e-4):  # room for 14 of the 20 tiles
+        changes = {"speed.ram_cache": gb, "speed.num_workers": 1, "training.max_steps": 8}
+        pretrain(config(tiles, tmp_path / f"run{gb}", **changes))
+    assert_same_bits(tmp_path / "run0", tmp_path / "run0.0001")
+
+
 def test_packed_grids_do_not_change_the_bits(grids: Path, tmp_path: Path) -> None:
     runs = {"files": ("none", 0), "beside": ("auto", 0), "elsewhere": (str(tmp_path / "cache"), 1)}
     for run, (place, workers) in runs.items():
