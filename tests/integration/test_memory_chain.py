@@ -18,6 +18,7 @@ from dino.slides import tiling
 FEW, MANY = 16, 50
 WARM = 8  # slides after which caches are full
 SPARE_MB = 24  # what all slides after those may add
+SPARE_FILES = 2  # a lock's heartbeat opens its file for a moment
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 
 
@@ -44,7 +45,7 @@ class Watch:
         print(f"after {WARM} of {count} slides: {grown:+.1f} MB, files {min(self.files)} to {max(self.files)}")
         assert len(self.megabytes) == count
         assert grown < SPARE_MB, self.megabytes
-        assert max(self.files[WARM:]) <= max(self.files[:WARM]), self.files
+        assert max(self.files[WARM:]) <= max(self.files[:WARM]) + SPARE_FILES, self.files
 
 
 @pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
