@@ -1,12 +1,13 @@
 import io
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from dino.errors import CheckpointError
-from dino.train.checkpoint import CheckpointFolder, check_archive
+from dino.train.checkpoint import BEST, LAST, PREVIOUS, CheckpointFolder, check_archive
 
 
 def content(step: int) -> dict:
