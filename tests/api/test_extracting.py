@@ -21,6 +21,7 @@ from dino.api.tiling import tile
 from dino.config.schema import ExtractConfig, TileConfig
 from dino.data.grids import read_grid
 from dino.errors import CheckpointError, ConfigError, DataError
+from dino.lock import RunLock
 from dino.slides.tables import read_regions
 
 S = 32  # px of a cell
@@ -363,3 +364,12 @@ def test_the_wrong_folder_is_refused(tmp_path):
         extract(str(patch), tmp_path / "gone", CONFIG)
     with pytest.raises((CheckpointError, DataError)):
         extract(str(tmp_path / "gone.pt"), empty, CONFIG)
+
+
+def test_a_root_in_use_is_refused(root, model):
+    with RunLock(root, name="extract_patch.lock.json").held():
+        with pytest.raises(ConfigError, match="to be free"):
+            extract("RUN", root, CONFIG)
+        extract("RUN", root, replace(CONFIG, dry_run=True))
+        assert not (root / "region_4096_pretraining").exists()
+    assert extract("RUN", root, CONFIG).written == 12

@@ -12,7 +12,8 @@ from PIL import Image
 from dino.api.tiling import tile
 from dino.config.schema import TileConfig
 from dino.errors import ConfigError, DataError
-from dino.slides import storage
+from dino.lock import RunLock
+from dino.slides import storage, tiling
 from dino.slides.lattice import Geometry
 from dino.slides.reader import SlideReader
 from dino.slides.sample import sample_slide
@@ -290,3 +291,15 @@ def test_a_real_slide_without_spacing(real_tissue: Path, tmp_path: Path) -> None
     assert given.exit_code == 0 and given.tiles > 10
     tiles = read_tiles(tmp_path / "with")
     assert {(t.step_lv0, t.spacing_um) for t in tiles} == {(512, 0.500126)}  # its second level is 2.0005 x coarser
+
+
+def test_a_root_in_use_is_refused(slides: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    tile([slides / "one.tiff"], root, small())
+    before = contents(root)
+    with RunLock(root, name=tiling.LOCK).held():
+        with pytest.raises(ConfigError, match="to be free"):
+            tile([slides], root, small())
+        tile([slides], root, small(dry_run=True))
+    assert contents(root) == before
+    assert tile([slides], root, small()).reused == 1

@@ -4,10 +4,10 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from small_disks import fill
 from tiny_runs import TINY_PATCH, assert_same_bits, config, last, metrics
 
 from dino import files
@@ -20,20 +20,6 @@ def status(run: Path) -> dict:
     return json.loads((run / "status.json").read_text())
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], check=False, capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 def at_step(monkeypatch: pytest.MonkeyPatch, actions: dict) -> None:
     """Call ``actions[n]`` just before step n + 1."""
     honest = Trainer._step
@@ -43,15 +29,6 @@ def at_step(monkeypatch: pytest.MonkeyPatch, actions: dict) -> None:
         return honest(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Trainer, "_step", step)
-
-
-def fill(folder: Path) -> None:
-    with (folder / "filler").open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            pass
 
 
 def test_a_full_disk_is_endured_and_the_result_is_the_same(

@@ -1,12 +1,13 @@
 import io
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from dino.errors import CheckpointError
-from dino.train.checkpoint import CheckpointFolder, check_archive
+from dino.train.checkpoint import BEST, LAST, PREVIOUS, CheckpointFolder, check_archive
 
 
 def content(step: int) -> dict:
@@ -115,3 +116,30 @@ def test_bytes_that_read_back_differently_are_refused(tmp_path: Path, monkeypatc
         files.save(content(2))
     assert files.load()["step"] == 1
     check_archive(tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "link"])
+def test_no_checkpoint_goes_before_the_new_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Whatever fails while the third is saved and made the best: the second stays the last, the first the best."""
+    folder = CheckpointFolder(tmp_path)
+    folder.save({"step": 1})
+    folder.keep_last_as(BEST)
+    folder.save({"step": 2})
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, suppress(OSError):
+        patch.setattr(os, call, fail)
+        if call == "link":  # a copy is made instead, which fails as well
+            patch.setattr("shutil.copyfile", fail)
+        folder.save({"step": 3})
+        folder.keep_last_as(BEST)
+    assert torch.load(tmp_path / LAST, weights_only=True)["step"] == 2
+    assert torch.load(tmp_path / BEST, weights_only=True)["step"] == 1
+    assert not list(tmp_path.glob(".*"))
+    folder.save({"step": 3})
+    folder.keep_last_as(BEST)
+    assert [torch.load(tmp_path / name, weights_only=True)["step"] for name in (PREVIOUS, LAST, BEST)] == [2, 3, 3]
