@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dino import distributed
 
+WIDEST = 100  # columns: longer lines are hard to read
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -60,3 +61,9 @@ def warn(message: str) -> None:
     """Print one warning line on the main process."""
     if distributed.is_main():
         console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+def show(screen: RenderableType) -> None:
+    """Print something that fits itself to the width of the terminal (80 columns where there is none), up to 100."""
+    if distributed.is_main():
+        console.print(screen, soft_wrap=False, width=min(console.width, WIDEST))
