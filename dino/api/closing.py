@@ -45,10 +45,13 @@ def closing_screen(folder: RunFolder, config: PretrainConfig) -> RenderableType:
         if i:
             grid.add_row()
         for name, text in rows:
-            grid.add_row(Text(name), Text(text, COLOURS.get(verdict["word"], "") if name == "verdict" else ""))
+            shown = Text(text)
+            if name == "verdict":
+                shown.stylize(f"bold {COLOURS.get(verdict['word'], '')}", 0, len(verdict["word"]))
+            grid.add_row(Text(name), shown)
     level = "region" if isinstance(config, RegionConfig) else "patch"
-    title = f" pretrain {level}: {TITLES.get(status.get('state', ''), status.get('state', ''))} "
-    return Panel(grid, title=Text(title, "bold"), title_align="left", padding=(1, 2))
+    title = f"pretrain {level}: {TITLES.get(status.get('state', ''), status.get('state', ''))}"
+    return Panel(grid, title=Text(title, "bold"), title_align="left", padding=(0, 2))
 
 
 def _course(status: Mapping[str, Any], losses: Sequence[Mapping[str, float]]) -> Rows:
