@@ -4,12 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dino import distributed
 
+WIDEST = 100  # columns: longer lines are hard to read
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -74,3 +75,9 @@ def table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
             shown.add_column(header[i] if header else "", no_wrap=i == 0, overflow="fold")
         shown.add_row(*row)
     Console(highlight=False).print(shown, markup=False)
+
+
+def show(screen: RenderableType) -> None:
+    """Print something that fits itself to the width of the terminal (80 columns where there is none), up to 100."""
+    if distributed.is_main():
+        console.print(screen, soft_wrap=False, width=min(console.width, WIDEST))

@@ -11,6 +11,7 @@ from dino.api.run import Run
 from dino.data.grids import read_grid
 from dino.data.images import decode
 from dino.data.loader import DrawnBatches
+from dino.errors import DataError
 from dino.evaluate.knn import knn_scores
 from dino.evaluate.labels import LabelTable, check_leakage, read_labels
 from dino.evaluate.verdict import Score, difference_error
@@ -77,15 +78,26 @@ class _KnnScorer:
 
     def _features(self, backbone: Backbone) -> Tensor:
         """``(N, D)`` features of the table's rows, on every process."""
-        mine = range(distributed.rank(), len(self.table.paths), distributed.world_size())
-        pixels = read_ahead(self._read, [self.table.paths[i] for i in mine], workers=2)
-        precision = self.run.config.speed.precision
-        own = embed(backbone, batches(pixels, BATCH), self.normalise, self.run.device, precision)
-        shares = distributed.gather(own)
-        everything = own.new_empty(len(self.table.paths), own.shape[1])
-        for process, share in enumerate(shares):
+        shares = distributed.gather(self._own_features(backbone))
+        features = [share for share in shares if isinstance(share, Tensor)]
+        for share in shares:
+            if isinstance(share, DataError):
+                raise share  # on every process: none waits for the one that could not read its share
+        everything = features[0].new_empty(len(self.table.paths), features[0].shape[1])
+        for process, share in enumerate(features):
             everything[process :: distributed.world_size()] = share
         return everything
+
+    def _own_features(self, backbone: Backbone) -> Tensor | DataError:
+        """Features of the rows that are this process's, or why there are none."""
+        mine = range(distributed.rank(), len(self.table.paths), distributed.world_size())
+        pixels = read_ahead(self._read, [self.table.paths[i] for i in mine], workers=2)
+        try:
+            return embed(
+                backbone, batches(pixels, BATCH), self.normalise, self.run.device, self.run.config.speed.precision
+            )
+        except DataError as error:
+            return error
 
     def _read(self, path: Path) -> Tensor:
         if self.run.level.name == "patch":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dino import distributed, progress
+from dino.api.closing import closing_screen
 from dino.api.judges import build_judge, final_verdict
 from dino.api.levels import build_level
 from dino.api.memory import memory_explained
@@ -81,6 +82,7 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
         folder.check(run.identity())
         if folder.is_over():
             progress.say(f"{folder.path}: this run is {folder.status()['state']}; nothing to do")
+            progress.show(closing_screen(folder, config))
             return _report_end(folder)
         trainer = run.trainer()  # before the folder is claimed: what cannot be built leaves nothing behind
         with refusals(folder.path), folder.lock.held():
@@ -166,7 +168,7 @@ def _finish(run: Run, trainer: Trainer, folder: RunFolder, judge: Judge | None) 
         size, side = run.level.geometry["tile_size_px"] or DEFAULT_TILE_SIZE_PX, run.level.spec.patch_size
         export_backbone(loaded, folder.path / "backbone", max(side, size - size % side))
     folder.update_status(state=state, step=trainer.step, eta_seconds=0, bad_files=len(trainer.quarantine), **judgement)
-    progress.say(f"{folder.path}: {state} after {trainer.step} steps. {judgement['verdict']['text']}")
+    progress.show(closing_screen(folder, run.config))
     distributed.barrier()
     return RunSummary(folder.path, state, trainer.step, folder.status())
 

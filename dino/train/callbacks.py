@@ -151,7 +151,10 @@ class Checkpoints(NoState):
     def start(self, trainer: Trainer) -> None:
         """Note where the run is safe, and finish what a process that was killed did not come to."""
         self.saved_step = trainer.step
-        if trainer.step and self._is_kept(trainer.step):
+        if trainer.step == 0:
+            return
+        self.folder.update_status(last_checkpoint=f"checkpoints/{self.files.newest}", last_checkpoint_step=trainer.step)
+        if self._is_kept(trainer.step):
             self.name(f"step_{trainer.step}.pt")
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:

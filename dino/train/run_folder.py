@@ -17,6 +17,15 @@ from dino.lock import LOCK, RunLock
 FINAL_STATES = {"finished", "early_stopped", "stopped", "failed"}
 OVER = {"finished", "early_stopped"}
 
+# What status.json says from the first moment on.
+EMPTY: dict[str, Any] = {
+    "eta_seconds": None,
+    "last_checkpoint": None,
+    "last_checkpoint_step": 0,
+    "bad_files": 0,
+    "warnings": [],
+}
+
 
 class RunFolder:
     """Files of a run. Every process holds one; only the main process writes.
@@ -104,6 +113,7 @@ class RunFolder:
     def update_status(self, **changes: Any) -> None:
         """Rewrite ``status.json`` with ``changes``, so that scripts and people can look at any time."""
         self._status = {
+            **EMPTY,
             **self._status,
             **changes,
             "run_id": distributed.launch_id(),
@@ -117,9 +127,9 @@ class RunFolder:
 
     def warn(self, message: str) -> None:
         """Say once what is wrong, on the terminal and under ``warnings`` of ``status.json``; the run goes on."""
-        known = self._status.setdefault("warnings", [])
+        known = self._status.get("warnings", [])
         if message not in known:
-            known.append(message)
+            self._status["warnings"] = [*known, message]
             progress.warn(message)
 
     @contextmanager
@@ -174,11 +184,14 @@ class RunFolder:
             append_text(self.path / "metrics.jsonl", "".join(self._unwritten))
             self._unwritten.clear()
 
+    def log_lines(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; none when there is no such file."""
+        log = self.path / "metrics.jsonl"
+        return read_json_lines(log) if log.exists() else []
+
     def last_metrics(self) -> dict[str, float]:
         """The newest line of ``metrics.jsonl`` with a finite loss, without what is not finite; empty without any."""
-        log = self.path / "metrics.jsonl"
-        lines = read_json_lines(log) if log.exists() else []
-        losses = [line for line in lines if _is_finite(line.get("loss"))]
+        losses = [line for line in self.log_lines() if _is_finite(line.get("loss"))]
         return {k: v for k, v in losses[-1].items() if _is_finite(v)} if losses else {}
 
     def identity(self) -> dict[str, Any]:

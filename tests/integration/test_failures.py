@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import exit_codes, fork_group
-from tiny_runs import config, last
+from tiny_runs import config, judged, last
 from typer.testing import CliRunner
 
 from dino import distributed
@@ -134,6 +134,16 @@ def test_a_gradient_that_is_not_finite_on_one_process_changes_no_bit_on_any(grid
         changed = json.loads((tmp_path / f"{rank}.json").read_text())
         assert [changed[str(step)] for step in (3, 4, broken_step)] == [True, True, False]
     assert last(tmp_path / "run")["step"] == 3  # where the checkpoint before it was
+
+
+def test_a_labelled_file_that_one_process_cannot_read_ends_all(
+    tiles: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    labels = judged(tiles)
+    sorted(tiles.iterdir())[1].write_bytes(b"torn")  # a row of the second process
+    shared = config(tiles, tmp_path / "run", **labels, **{"training.batch_size_per_gpu": 2})
+    assert exit_codes(fork_group(lambda: pretrain(shared), 2)) == [1, 1]
+    assert capfd.readouterr().err.count("DataError: cannot decode") == 2
 
 
 def test_what_is_no_record_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dino.api.closing import closing_screen
+from dino.config.schema import EvaluateConfig, PatchConfig, RegionConfig
+from dino.train.run_folder import RunFolder
+
+VERDICT = {"word": "learning", "text": "Learning. The features beat those of the untrained network clearly."}
+STATUS = {"state": "finished", "step": 1200, "total_steps": 1200, "bad_files": 0, "warnings": [], "verdict": VERDICT}
+
+
+def line(step: int, loss: float) -> dict:
+    return {"step": step, "epoch": step / 800, "loss": loss, "loss_relative": loss / 8, "seconds": 1800.0} | {
+        "samples_per_second": 50.0
+    }
+
+
+def evaluation(step: int, score: float) -> dict:
+    return {"step": step, "evaluation": {"teacher": {"knn_20_accuracy": score}, "student": {"knn_20_accuracy": 0.1}}}
+
+
+LINES = [
+    {"step": 0, "evaluation": {"untrained": {"knn_20_accuracy": 0.5}}},
+    line(600, 8.0),
+    *[evaluation(600, 0.75), line(1200, 6.0), evaluation(1200, 0.75)],
+]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in LINES))
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path
+
+
+def shown(run: Path, config: PatchConfig | RegionConfig, encoding: str = "utf-8", **status: object) -> str:
+    (run / "status.json").write_text(json.dumps({**STATUS, **status}))
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    Console(file=file, width=80, highlight=False).print(closing_screen(RunFolder(run), config))
+    file.flush()
+    return file.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+
+
+def test_one_screen_of_80_columns_says_it_all(run: Path, tmp_path: Path) -> None:
+    (run / "checkpoints" / "best.pt").touch()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "regions.csv").touch()
+    text = shown(run, PatchConfig(data_dir=str(tmp_path / "root"), evaluate=EvaluateConfig(k=[20])))
+    rows = text.splitlines()
+    assert len(rows) <= 24 and {len(row) for row in rows} == {80}
+    plain = "".join(row.strip("│ ") for row in rows)  # long paths are broken, not cut
+    for fact in (
+        "pretrain patch: finished",
+        "1,200 of 1,200, 1.5 passes",
+        "1:00:00, 50.0 img/s",
+        "8.000 -> 6.000 (1.000 -> 0.750 of ln K)",
+        "best 0.750 at step 600, last 0.750, untrained 0.500",
+        "Learning. The features beat",
+        f"{run}/checkpoints/best.pt".replace(" ", ""),
+    ):
+        assert fact.replace(" ", "") in plain.replace(" ", ""), fact
+    assert text.count("none") == 2 and "dino extract" in text and "dino evaluate knn" in text
+
+
+def test_trouble_is_shown_and_names_are_no_markup(run: Path) -> None:
+    warnings = ["[red]first[/red] \x1b[31m", "second", "third", "fourth"]
+    text = shown(
+        run, RegionConfig(evaluate=EvaluateConfig(k=[5])), state="early_stopped", bad_files=3, warnings=warnings
+    )
+    assert r"[red]first[/red] \x1b[31m" in text and "second" in text and "third" not in text
+    assert "and 2 more in status.json" in text and "3, listed in quarantine.csv" in text
+    assert "pretrain region: stopped early" in text and "5-NN" not in text
+
+
+def test_a_run_without_labels_shows_the_floor_it_has(run: Path) -> None:
+    floor = {"own_place_teacher": 0.9, "own_place_untrained": 0.25}
+    (run / "metrics.jsonl").write_text(json.dumps(line(1200, 6.0)) + "\n")
+    text = shown(run, PatchConfig(), floor=floor)
+    assert "found for 90.0% of the samples, untrained 25.0%" in text and "last.pt" in text
+
+
+def test_a_terminal_that_knows_ascii_alone_gets_ascii(run: Path) -> None:
+    assert "steps" in shown(run, PatchConfig(), encoding="ascii")
