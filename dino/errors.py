@@ -33,6 +33,10 @@ class TrainingFault(DinoError):
     exit_code = 1
 
 
+class ProcessesLost(TrainingFault):
+    """Another process of the same job ended, or did not come in time; this one cannot go on alone."""
+
+
 class Stopped(DinoError):
     """The run was asked to stop (SIGTERM or SIGUSR1), saved its state, and can be continued."""
 

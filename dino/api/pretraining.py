@@ -13,7 +13,7 @@ from dino.api.levels import build_level
 from dino.api.run import Run, restore
 from dino.config.load import to_dict, to_yaml
 from dino.config.schema import PatchConfig, RegionConfig
-from dino.errors import CheckpointError, ConfigError, DinoError, Stopped
+from dino.errors import CheckpointError, ConfigError, DinoError, ProcessesLost, Stopped
 from dino.models.export import export_backbone
 from dino.models.weights import load_backbone_file
 from dino.train.callbacks import Checkpoints, Judge, MetricsLog, SaveClock
@@ -59,11 +59,14 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
         DataError: If the data cannot be trained on.
         Stopped: If a signal asked for it; the state is saved.
         TrainingFault: If the loss broke down.
+        ProcessesLost: If another process of the job ended or fell silent.
     """
+    if config.speed.timeout_minutes <= 0:
+        raise ConfigError(f"expected speed.timeout_minutes above 0, found {config.speed.timeout_minutes}")
     if not config.output_dir and not config.dry_run:
         raise ConfigError("expected a run folder, found none; name RUN (output_dir=…)")
     device = distributed.choose_device(config.speed.device)
-    with distributed.process_group(device):
+    with distributed.process_group(device, config.speed.timeout_minutes):
         if config.dry_run:
             return _dry_run(Run(config, build_level(config), device))
         folder = RunFolder(Path(config.output_dir))
@@ -75,7 +78,7 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
             progress.say(f"{folder.path}: this run is {folder.status()['state']}; nothing to do")
             return _report_end(folder)
         trainer = run.trainer()  # before the folder is claimed: what cannot be built leaves nothing behind
-        with _disk_errors(folder), folder.lock.held():
+        with _disk_errors(folder), folder.lock.held(), _losses(folder):
             folder.check(run.identity())  # once more: another run may have come and gone since
             folder.claim(run.identity(), to_yaml(config))
             return _train(run, trainer, folder)
@@ -91,6 +94,19 @@ def _disk_errors(folder: RunFolder) -> Iterator[None]:
             f"expected to write in {folder.path}, found that it cannot be: {error}; make room, then run the same "
             "command again: it goes on from its last checkpoint"
         ) from error
+
+
+@contextmanager
+def _losses(folder: RunFolder) -> Iterator[None]:
+    """Turn the loss of other processes into one line that says where a restart goes on, here and in ``status.json``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not distributed.tells_of_a_loss(error):
+            raise
+        message = f"{distributed.describe_loss(error)}: it goes on after step {folder.safe_step()}"
+        folder.update_status(state="crashed", error=message)
+        raise ProcessesLost(message) from error
 
 
 def _report_end(folder: RunFolder) -> RunSummary:

@@ -137,6 +137,7 @@ class SpeedConfig:
     precision: str = identity("bf16", "bf16 autocast, or plain fp32 or fp64")
     num_workers: int = runtime(4, "processes that decode tiles and draw crops")
     prefetch: int = runtime(2, "batches that each worker prepares ahead")
+    timeout_minutes: float = runtime(30.0, "minutes that a process waits for the others before it ends with an error")
 
 
 @dataclass

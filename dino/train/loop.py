@@ -177,7 +177,7 @@ class Trainer:
         """Train from ``step`` to the end.
 
         Raises:
-            Stopped: If SIGTERM or SIGUSR1 came; callbacks have saved.
+            Stopped: If SIGTERM or SIGUSR1 came, or torchrun is gone; callbacks have saved.
             NonFiniteStep: If a loss or gradient was not finite on any process; that step changed nothing.
             DataError: If too many samples are bad.
         """
@@ -260,7 +260,8 @@ class Trainer:
 
     def _flags(self, broken: Tensor, stop: StopSignal, bad: bool) -> Tensor:
         """(broken, stop, save, bad) as one small tensor that all processes agree on."""
-        own = torch.tensor([stop.received, self.save_clock(), bad], dtype=torch.float32)
+        stopping = stop.received or distributed.is_orphan()
+        own = torch.tensor([stopping, self.save_clock(), bad], dtype=torch.float32)
         flags = torch.cat([broken.float().reshape(1), own.to(self.device, non_blocking=True)])
         return distributed.agree(flags)
 
