@@ -32,8 +32,9 @@ def launched() -> bool:
 
 
 def launch_id() -> str | None:
-    """Identifier of the ``torchrun`` job that this process belongs to, None outside of ``torchrun``."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
+    """Identifier of the job that this process belongs to: torchrun's, or the SLURM step that it is a task of."""
+    job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
+    return os.environ.get("TORCHELASTIC_RUN_ID") or (f"slurm-{job}.{step}" if job and step else None)
 
 
 def restarted() -> bool:
@@ -43,7 +44,7 @@ def restarted() -> bool:
 
 def is_orphan() -> bool:
     """True once the ``torchrun`` that started this process is gone: nobody is left to stop it or start it again."""
-    return launch_id() is not None and os.getppid() != PARENT
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
 
 
 def rank() -> int:

@@ -38,6 +38,14 @@ class ProcessesLost(TrainingFault):
 
 
 class Stopped(DinoError):
-    """The run was asked to stop (SIGTERM or SIGUSR1), saved its state, and can be continued."""
+    """The run was asked to stop (by a signal), saved its state, and can be continued.
+
+    Attributes:
+        signal: Number of the signal that this process received; None when it was another process of the job.
+    """
 
     exit_code = 75
+
+    def __init__(self, message: str, signal: int | None = None) -> None:
+        super().__init__(message)
+        self.signal = signal

@@ -1,6 +1,7 @@
 """Whole runs through the API: they resume exactly, refuse what does not fit, and lose nothing."""
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -44,12 +45,13 @@ def test_a_killed_process_goes_on_with_the_same_bits(tiles: Path, tmp_path: Path
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_with_75(tiles: Path, tmp_path: Path, number: signal.Signals) -> None:
-    long = {"training.max_steps": 100_000, "logging.save_every_steps": 0}
-    process = subprocess.Popen(command(config(tiles, tmp_path / "run", **long), tmp_path))
+    """Sent to the workers as well, as schedulers do."""
+    long = {"training.max_steps": 100_000, "logging.save_every_steps": 0, "speed.num_workers": 1}
+    process = subprocess.Popen(command(config(tiles, tmp_path / "run", **long), tmp_path), start_new_session=True)
     log = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
         time.sleep(0.01)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     assert process.wait(timeout=25) == 75
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (
