@@ -55,3 +55,13 @@ def test_a_job_counts_as_restarted_under_torchrun_alone(monkeypatch: pytest.Monk
     assert not distributed.is_orphan()  # not started by torchrun
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
     assert distributed.is_orphan()
+
+
+def test_a_job_is_known_by_torchruns_id_or_by_its_slurm_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert distributed.launch_id() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert distributed.launch_id() is None  # the batch script itself, or a shell in an allocation
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert distributed.launch_id() == "slurm-4711.0"  # the same after the job was requeued, perhaps to other nodes
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
+    assert distributed.launch_id() == "job7"

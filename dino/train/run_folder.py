@@ -29,7 +29,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.failure = path / "failure"
         self.lock = RunLock(path)
-        self._status: dict[str, Any] = distributed.broadcast(self.status())  # all decide by the same one
+        self._status: dict[str, Any] = self.status()
         self._unwritten: list[str] = []  # lines of the log
         self._quarantined = -1 if (path / "quarantine.csv").exists() else 0  # how many are listed; -1: not known
 
@@ -47,6 +47,7 @@ class RunFolder:
 
     def was_ended_by_this_launch(self) -> bool:
         """True in workers that torchrun restarted after the run had reached a final state: they must end at once."""
+        self._status = distributed.broadcast(self._status)  # a shared disk may show each host another one
         return (
             distributed.restarted()
             and self._status.get("run_id") == distributed.launch_id()
