@@ -144,7 +144,8 @@ def test_the_same_job_goes_on_at_once_where_another_host_was_lost(
 ) -> None:
     """The lost host leaves its lock behind; only the job's id tells that nobody there is alive."""
     settings = config(tiles, tmp_path / "run", **{"training.max_steps": 400})
-    words = command(settings, tmp_path, 1, ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=job7"])
+    torchrun = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=job7", "--local-addr=127.0.0.1"]
+    words = command(settings, tmp_path, 1, torchrun)
     process = hosts[0].start(words, tmp_path / "0.txt", network=False)
     wait_for_steps(tmp_path / "run", 5, [process], tmp_path / "0.txt")
     hosts[0].lose()
