@@ -3,7 +3,7 @@
 #   make demo     the whole chain on the sample slide, ending in demo/report.html
 #   make test     the fast tests
 #   make install  only set up
-#   make bench    does it learn? (needs the labelled tiles that CONTRIBUTING names)
+#   make bench    speed, beside plain reference code in the same process
 #   make check    formatter, linter, type checker, import contracts
 
 PYTHON ?= python3

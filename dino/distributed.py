@@ -5,6 +5,9 @@ rest of the package never asks for its rank to decide control flow: rank 0 decid
 """
 
 import os
+import re
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -15,9 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dino.errors import ConfigError
+from dino.errors import ConfigError, ProcessesLost
 
 T = TypeVar("T")
+PARENT = os.getppid()  # the launcher, as long as it lives
+LOOK_SECONDS = 0.02  # between two looks of rank 0 at who has come
+LOSS = re.compile("gloo|nccl|process ?group", re.IGNORECASE)  # how errors of a collective speak of themselves
 
 
 def launched() -> bool:
@@ -26,8 +32,19 @@ def launched() -> bool:
 
 
 def launch_id() -> str | None:
-    """Identifier of the ``torchrun`` job that this process belongs to, None outside of ``torchrun``."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
+    """Identifier of the job that this process belongs to: torchrun's, or the SLURM step that it is a task of."""
+    job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
+    return os.environ.get("TORCHELASTIC_RUN_ID") or (f"slurm-{job}.{step}" if job and step else None)
+
+
+def restarted() -> bool:
+    """True in every process when ``torchrun`` itself has started this job again; False where a person did, anywhere."""
+    return all(gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
+
+
+def is_orphan() -> bool:
+    """True once the ``torchrun`` that started this process is gone: nobody is left to stop it or start it again."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
 
 
 def rank() -> int:
@@ -57,22 +74,80 @@ def process_group(device: torch.device, timeout_minutes: float = 30.0) -> Iterat
     Args:
         device: Where this process computes; decides between NCCL and gloo.
         timeout_minutes: How long a collective waits for a process that does not come.
+
+    Raises:
+        ProcessesLost: If another process ended or did not come in time.
     """
     if not launched() or dist.is_initialized():
         yield
         return
+    try:
+        _join(device, timedelta(minutes=timeout_minutes))
+        yield
+    except RuntimeError as error:
+        if tells_of_a_loss(error):
+            raise ProcessesLost(describe_loss(error)) from error
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(device: torch.device, timeout: timedelta) -> None:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        timeout=timedelta(minutes=timeout_minutes),
+        store=dist.PrefixStore(_name_of_this_start(store, rank, world_size, timeout), store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
         device_id=device if on_gpu else None,
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+
+
+def _name_of_this_start(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A name that the processes of this start share, and no earlier start of the same job had.
+
+    torchrun keeps one store for all restarts of a job, in which the addresses of processes that are gone still stand;
+    and the number of restarts is each host's own (pytorch/pytorch#135712). So rank 0 makes up a name and answers
+    whoever asks for it, under a name that the asking process made up, until all have said that they know it.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", own)
+        name = store.get(f"answer/{own}").decode()
+        store.set(f"{name}/knows/{rank}", own)
+        return name
+    missing, until = set(range(1, world_size)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"asks/{other}"]):  # perhaps of an earlier start: then nobody reads the answer
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+        time.sleep(LOOK_SECONDS)
+        missing = {other for other in missing if not store.check([f"{own}/knows/{other}"])}
+        if missing and time.monotonic() > until:
+            raise ProcessesLost(
+                f"expected {world_size} processes, found that {len(missing)} of them did not come within "
+                f"{timeout.total_seconds() / 60:g} minutes; look at what they printed, then start all of them again"
+            )
+    return own
+
+
+def tells_of_a_loss(error: BaseException) -> bool:
+    """Whether an error says that a collective failed, as it does when another process ends or falls silent."""
+    return launched() and (isinstance(error, dist.DistError) or LOSS.search(str(error)) is not None)
+
+
+def describe_loss(error: BaseException) -> str:
+    """One line for a person about an error that tells of a loss."""
+    reason = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0] or type(error).__name__
+    return (
+        f"expected {world_size()} processes to work together, found that one has ended or is out of reach ({reason}); "
+        "look at what the others printed and at the network, then run the same command again"
+    )
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:

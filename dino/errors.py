@@ -37,7 +37,19 @@ class OutOfMemory(DinoError):
     """The device's memory does not hold what the settings ask for; the last checkpoint stands."""
 
 
+class ProcessesLost(TrainingFault):
+    """Another process of the same job ended, or did not come in time; this one cannot go on alone."""
+
+
 class Stopped(DinoError):
-    """The run was asked to stop (SIGTERM or SIGUSR1), saved its state, and can be continued."""
+    """The run was asked to stop (by a signal), saved its state, and can be continued.
+
+    Attributes:
+        signal: Number of the signal that this process received; None when it was another process of the job.
+    """
 
     exit_code = 75
+
+    def __init__(self, message: str, signal: int | None = None) -> None:
+        super().__init__(message)
+        self.signal = signal

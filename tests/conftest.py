@@ -8,7 +8,7 @@ import pytest
 # Two test processes on two cores: more threads only get in each other's way. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A test that is launched from within a distributed job must not take itself for one of its processes.
-for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID"):
     os.environ.pop(name, None)
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 SLIDE = ROOT / "dino" / "slides" / "sample" / "CMU-1-Small-Region.svs"
 TINY = [
@@ -28,6 +30,32 @@ def _run(*words: str | Path) -> str:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+@pytest.mark.parametrize(("code", "asked"), [(75, "requeue 4711\n"), (2, ""), (0, "")])
+def test_the_slurm_script_gives_each_task_its_place_and_requeues_what_was_stopped(code, asked, tmp_path):
+    """With stand-ins for SLURM's programs, on 16 tasks of which the tenth is looked at."""
+    programs = {
+        "srun": f'echo "$1" > {tmp_path}/srun; shift; SLURM_PROCID=9 SLURM_LOCALID=1 exec "$@"',
+        "scontrol": f'if [ "$1" = show ]; then printf "gpu03\\ngpu04\\n"; else echo "$@" > {tmp_path}/asked; fi',
+        "python": f'echo $RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT "$@" > {tmp_path}/seen; exit {code}',
+    }
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "gpu[03-04]",
+        "SLURM_NTASKS": "16",
+        "SLURM_CPUS_PER_TASK": "12",
+    }
+    environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ROOT": "my data", "RUN": "run"}
+    script = ROOT / "examples" / "slurm.sbatch"
+    assert subprocess.run(["bash", script], env=environment, check=False).returncode == code
+    assert (tmp_path / "srun").read_text() == "--cpus-per-task=12\n"
+    seen = (tmp_path / "seen").read_text()
+    assert seen.startswith("9 1 16 gpu03 24711 -m dino pretrain patch my data run training.")
+    assert ((tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else "") == asked
 
 
 def test_both_levels(tmp_path):

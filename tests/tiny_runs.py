@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +41,13 @@ def config(data: Path, output: Path, **changes: object) -> PatchConfig | RegionC
     return load_config(RegionConfig if region else PatchConfig, overrides=values)
 
 
-def command(settings: PatchConfig | RegionConfig, folder: Path, processes: int = 0) -> list[str]:
+def command(
+    settings: PatchConfig | RegionConfig, folder: Path, processes: int = 0, torchrun: Sequence[str] = ("--standalone",)
+) -> list[str]:
     """The command line that trains with exactly these settings, under torchrun where processes are given."""
     level = "region" if isinstance(settings, RegionConfig) else "patch"
     (folder / "settings.yaml").write_text(to_yaml(settings))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    launcher = ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"] if processes else []
     return [sys.executable, *launcher, "-m", "dino", "pretrain", level, "--config", str(folder / "settings.yaml")]
 
 
@@ -55,6 +58,16 @@ def last(run: Path) -> dict:
 def metrics(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines]
+
+
+def assert_same_numbers(first: Path, second: Path) -> None:
+    """Equal but for the order of sums over processes, of runs in double precision."""
+    for one, other in zip(metrics(first), metrics(second), strict=True):
+        assert one.keys() == other.keys()
+        assert all(one[key] == pytest.approx(other[key], rel=1e-9) for key in one)
+    for part in ("student", "teacher"):
+        one, other = last(first)[part], last(second)[part]
+        assert all(torch.allclose(one[name], other[name], rtol=1e-7, atol=1e-9) for name in one)
 
 
 def assert_same_bits(first: Path, second: Path) -> None:

@@ -12,18 +12,31 @@ if TYPE_CHECKING:
     from dino.api.exporting import export, info, load_backbone
     from dino.api.extracting import extract
     from dino.api.judging import evaluate_knn
+    from dino.api.launching import launch_slurm
     from dino.api.pretraining import pretrain
     from dino.api.replaying import replay
     from dino.api.reporting import report
     from dino.api.tiling import tile
 
-__all__ = ["evaluate_knn", "export", "extract", "info", "load_backbone", "pretrain", "replay", "report", "tile"]
+__all__ = [
+    "evaluate_knn",
+    "export",
+    "extract",
+    "info",
+    "launch_slurm",
+    "load_backbone",
+    "pretrain",
+    "replay",
+    "report",
+    "tile",
+]
 
 _MODULES = {
     "evaluate_knn": "judging",
     "export": "exporting",
     "extract": "extracting",
     "info": "exporting",
+    "launch_slurm": "launching",
     "load_backbone": "exporting",
     "pretrain": "pretraining",
     "replay": "replaying",

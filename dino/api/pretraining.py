@@ -2,8 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from dino.api.profiling import data_advice, profile
 from dino.api.run import Run, restore
 from dino.config.load import to_dict, to_yaml
 from dino.config.schema import PatchConfig, RegionConfig
-from dino.errors import ConfigError, DinoError, Stopped
+from dino.errors import ConfigError, DinoError, ProcessesLost, Stopped
 from dino.files import refusals
 from dino.models.export import export_backbone
 from dino.models.weights import load_backbone_file
@@ -67,12 +67,15 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
         Stopped: If a signal asked for it; the state is saved.
         TrainingFault: If the loss broke down.
         OutOfMemory: If the GPU's memory does not suffice.
+        ProcessesLost: If another process of the job ended or fell silent.
     """
     rehearsal = config.dry_run or config.profile
+    if config.speed.timeout_minutes <= 0:
+        raise ConfigError(f"expected speed.timeout_minutes above 0, found {config.speed.timeout_minutes}")
     if not config.output_dir and not rehearsal:
         raise ConfigError("expected a run folder, found none; name RUN (output_dir=…)")
     device = distributed.choose_device(config.speed.device)
-    with distributed.process_group(device), memory_explained(config):
+    with distributed.process_group(device, config.speed.timeout_minutes), memory_explained(config):
         if rehearsal:
             return _rehearse(Run(config, build_level(config), device))
         folder = RunFolder(Path(config.output_dir))
@@ -85,10 +88,23 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
             progress.show(closing_screen(folder, config))
             return _report_end(folder)
         trainer = run.trainer()  # before the folder is claimed: what cannot be built leaves nothing behind
-        with refusals(folder.path), folder.lock.held():
+        with refusals(folder.path), folder.lock.held(), _losses(folder):
             folder.check(run.identity())  # once more: another run may have come and gone since
             folder.claim(run.identity(), to_yaml(config))
             return _train(run, trainer, folder)
+
+
+@contextmanager
+def _losses(folder: RunFolder) -> Iterator[None]:
+    """Turn the loss of other processes into one line that says where a restart goes on, here and in ``status.json``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not distributed.tells_of_a_loss(error):
+            raise
+        message = f"{distributed.describe_loss(error)}: it goes on after step {folder.safe_step()}"
+        folder.update_status(state="crashed", error=message)
+        raise ProcessesLost(message) from error
 
 
 def _report_end(folder: RunFolder) -> RunSummary:

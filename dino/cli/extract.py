@@ -26,13 +26,26 @@ def extract(words: Words = None, config: ConfigFile = None) -> None:
         dino extract runs/patch data
         dino extract hipt.pth data transform=hipt
     """
-    given, overrides = named_or_positional(words or [], {"model": "RUN", "data_dir": "ROOT"})
-    if len(given) < 2:
-        raise UsageError(f"expected RUN ROOT (or model= and data_dir=), found {' '.join(given.values()) or 'nothing'}")
-    settings = load_config(ExtractConfig, file=config, overrides=overrides)
+    model, root, settings = arguments(words or [], config)
     from dino import api
 
-    end(api.extract(given["model"], Path(given["data_dir"]), settings).exit_code)
+    end(api.extract(model, root, settings).exit_code)
+
+
+def arguments(words: list[str], file: Path | None) -> tuple[str, Path, ExtractConfig]:
+    """RUN, ROOT and the settings.
+
+    Args:
+        words: RUN and ROOT by place, or as ``model=`` and ``data_dir=``, and settings.
+        file: The user's YAML.
+
+    Raises:
+        UsageError: If one of the two is not given.
+    """
+    given, overrides = named_or_positional(words, {"model": "RUN", "data_dir": "ROOT"})
+    if len(given) < 2:
+        raise UsageError(f"expected RUN ROOT (or model= and data_dir=), found {' '.join(given.values()) or 'nothing'}")
+    return given["model"], Path(given["data_dir"]), load_config(ExtractConfig, file=file, overrides=overrides)
 
 
 command = with_settings(ExtractConfig)

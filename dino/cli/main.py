@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from dino import __version__
-from dino.cli import demo, evaluate, export, extract, info, pretrain, replay, tile
+from dino.cli import demo, evaluate, export, extract, info, launch, pretrain, replay, tile
 from dino.cli.command import Command, ConfigFile
 
 
@@ -15,7 +15,7 @@ class _InOrder(TyperGroup):
     """Lists the subcommands in the order of the chain."""
 
     def list_commands(self, ctx: object) -> list[str]:
-        return ["tile", "pretrain", "extract", "evaluate", "export", "info", "replay", "demo"]
+        return ["tile", "pretrain", "extract", "evaluate", "export", "info", "replay", "launch", "demo"]
 
 
 app = typer.Typer(
@@ -32,6 +32,8 @@ pretraining = typer.Typer(
     rich_markup_mode="markdown", help="Pretrain level 1 (patch) or level 2 (region) with DINO.", no_args_is_help=True
 )
 evaluation = typer.Typer(rich_markup_mode="markdown", help="Judge the features of a model.", no_args_is_help=True)
+
+launching = typer.Typer(rich_markup_mode="markdown", help="Run a command on a cluster.", no_args_is_help=True)
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,12 +61,19 @@ evaluation.command(cls=evaluate.command)(evaluate.knn)
 app.command(cls=export.command)(export.export)
 app.command(cls=info.command)(info.info)
 app.command(cls=replay.command)(replay.replay)
+app.add_typer(launching, name="launch")
+launching.command(cls=launch.command)(launch.slurm)
 app.command(cls=demo.command)(demo.demo)
 
 
 @evaluation.callback()
 def _evaluation() -> None:
     """Judge the features of a model."""
+
+
+@launching.callback()
+def _launching() -> None:
+    """Run a command on a cluster."""
 
 
 def main() -> None:

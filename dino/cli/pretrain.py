@@ -9,7 +9,7 @@ import typer
 from dino.cli.command import ConfigFile, with_settings
 from dino.cli.grammar import UsageError, named_or_positional
 from dino.config.load import load_config
-from dino.config.schema import PatchConfig, PretrainConfig, RegionConfig
+from dino.config.schema import PatchConfig, RegionConfig
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="ROOT RUN [KEY=VALUE]...", hidden=True)]
 PatchRecipe = Annotated[str, typer.Option("--recipe", metavar="NAME", help="Start values: patch_pathology or patch.")]
@@ -45,7 +45,15 @@ def region(words: Words = None, config: ConfigFile = None, recipe: RegionRecipe 
 
 
 def pretrain(level: str, words: list[str], file: Path | None, recipe: str) -> None:
-    """Resolve the settings of one level and train it.
+    """Train one level; the arguments are those of :func:`resolve`."""
+    settings = resolve(level, words, file, recipe)
+    from dino import api
+
+    api.pretrain(settings)
+
+
+def resolve(level: str, words: list[str], file: Path | None, recipe: str) -> PatchConfig | RegionConfig:
+    """Resolve the settings of one level.
 
     Args:
         level: ``patch`` or ``region``.
@@ -57,16 +65,14 @@ def pretrain(level: str, words: list[str], file: Path | None, recipe: str) -> No
         UsageError: If one of the two folders is not given at all.
     """
     folders, overrides = named_or_positional(words, {"data_dir": "ROOT", "output_dir": "RUN"})
-    schema: type[PretrainConfig] = PatchConfig if level == "patch" else RegionConfig
+    schema: type[PatchConfig] | type[RegionConfig] = PatchConfig if level == "patch" else RegionConfig
     settings = load_config(schema, recipe=recipe, file=file, overrides=overrides)
     settings = dataclasses.replace(settings, **folders)
     needed = ("data_dir",) if settings.dry_run or settings.profile else ("data_dir", "output_dir")
     missing = [key for key in needed if not getattr(settings, key)]
     if missing:
         raise UsageError(f"expected ROOT and RUN (or data_dir= and output_dir=), found no {' and no '.join(missing)}")
-    from dino import api
-
-    api.pretrain(settings)
+    return settings
 
 
 patch_command = with_settings(PatchConfig, "patch_pathology")

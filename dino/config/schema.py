@@ -139,6 +139,7 @@ class SpeedConfig:
     prefetch: int = runtime(2, "batches that each worker prepares ahead")
     compile: str = runtime("auto", "compile the blocks for speed: true, false, or auto (on a GPU); rounds differently")
     checkpointing: bool = runtime(False, "compute blocks again in the backward pass: less memory, more time, same bits")
+    timeout_minutes: float = runtime(30.0, "minutes that a process waits for the others before it ends with an error")
 
 
 @dataclass
@@ -259,6 +260,34 @@ class ExtractConfig:
     num_workers: int = runtime(2, "threads that read and decode pixels")
     device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
     dry_run: bool = runtime(False, "print what would be done, and stop")
+
+
+@dataclass
+class SlurmConfig:
+    """What a job asks SLURM for. What is not here: sbatch's own SBATCH_* environment variables."""
+
+    nodes: int = runtime(1, "machines")
+    gpus_per_node: int = runtime(1, "GPUs, and so processes, per machine; 0 for one process each on the CPU")
+    cpus_per_gpu: int = runtime(8, "CPU cores per process: a few more than num_workers")
+    mem_gb: float | None = runtime(None, "memory per machine in GB (default: the cluster's)")
+    timeout_hours: float = runtime(24.0, "time limit of the job; it is started again until the work is done")
+    warn_seconds: int = runtime(300, "seconds before the limit at which the work is saved and the job starts again")
+    max_restarts: int = runtime(100, "how often the job is started again after its time limit")
+    partition: str | None = runtime(None, "SLURM's --partition")
+    account: str | None = runtime(None, "SLURM's --account")
+    qos: str | None = runtime(None, "SLURM's --qos")
+    constraint: str | None = runtime(None, "SLURM's --constraint")
+    setup: list[str] = runtime([], "shell lines before the start, such as 'module load cuda'")
+    name: str = runtime("dino", "name of the job")
+    folder: str | None = runtime(None, "for the job's output (default: RUN_slurm beside RUN, for extract ROOT_slurm)")
+    cluster: str = runtime("slurm", "slurm, or local to try it on this machine")
+
+
+@dataclass
+class LaunchConfig:
+    """`dino launch slurm`."""
+
+    slurm: SlurmConfig = group(SlurmConfig)
 
 
 @dataclass

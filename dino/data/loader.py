@@ -1,5 +1,8 @@
 """From draw numbers to batches: workers decode and draw crop parameters, the device applies them later."""
 
+import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +17,7 @@ from dino import randomness
 from dino.data.sources import BadSample, Sample, Source
 from dino.errors import DataError
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # USR2 is submitit's
 ATTEMPTS = 20  # replacements of a bad sample before giving up
 
 Draw = Callable[[tuple[int, int], np.ndarray | None, np.random.Generator], Mapping[str, np.ndarray]]
@@ -200,4 +204,24 @@ def load_batches(
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             pin_memory=pin,
+            worker_init_fn=_heed_the_parent_alone,
         )
+
+
+def _heed_the_parent_alone(worker: int) -> None:
+    """Let no signal but the training process's own SIGTERM end this worker.
+
+    A scheduler sends its signals to every process of a job. The training process finishes its step then, and needs its
+    workers for that.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, which has no such schedulers
+        return
+
+    def listen() -> None:
+        while True:
+            received = signal.sigwaitinfo(STOP_SIGNALS)
+            if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
+                os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=listen, daemon=True).start()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dino import distributed, progress
 from dino.crops.resample import to_device
-from dino.data.loader import Batch
+from dino.data.loader import STOP_SIGNALS, Batch
 from dino.errors import DataError, Stopped, TrainingFault
 from dino.train.optimizer import clip_gradients, gated_step
 from dino.train.profiling import AVERAGE, CLIP, COPY, CROPS, DATA, OPTIMIZER, Span, no_span
@@ -114,10 +114,14 @@ class NoState:
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGUSR1 for the length of a block; the step in progress is finished first."""
+    """Remembers what asks a run to stop for the length of a block; the step in progress is finished first.
+
+    Attributes:
+        received: Number of the signal that came, None before one has.
+    """
 
     def __init__(self) -> None:
-        self.received = False
+        self.received: int | None = None
 
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:
@@ -125,7 +129,7 @@ class StopSignal:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         try:
             yield self
         finally:
@@ -133,7 +137,7 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
-        self.received = True
+        self.received = number
 
 
 @dataclass
@@ -184,7 +188,7 @@ class Trainer:
         """Train from ``step`` to the end.
 
         Raises:
-            Stopped: If SIGTERM or SIGUSR1 came; callbacks have saved.
+            Stopped: If SIGTERM, SIGUSR1 or SIGUSR2 came, or torchrun is gone; callbacks have saved.
             NonFiniteStep: If a loss or gradient was not finite on any process; that step changed nothing.
             DataError: If too many samples are bad.
         """
@@ -206,7 +210,8 @@ class Trainer:
             for callback in self.callbacks:
                 callback.after_step(self, report)
             if stopping:
-                raise Stopped(f"stopped by a signal after step {self.step}; run the same command again to go on")
+                message = f"stopped by a signal after step {self.step}; run the same command again to go on"
+                raise Stopped(message, stop.received)
             earlier = report
         if earlier is not None:
             self.settle(earlier)
@@ -275,7 +280,8 @@ class Trainer:
 
     def _flags(self, broken: Tensor, stop: StopSignal, bad: bool) -> Tensor:
         """(broken, stop, save, bad) as one small tensor that all processes agree on."""
-        own = torch.tensor([stop.received, self.save_clock(), bad], dtype=torch.float32)
+        stopping = stop.received is not None or distributed.is_orphan()
+        own = torch.tensor([stopping, self.save_clock(), bad], dtype=torch.float32)
         flags = torch.cat([broken.float().reshape(1), to_device(own, self.device)])
         return distributed.agree(flags)
 

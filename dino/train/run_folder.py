@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,13 +55,17 @@ class RunFolder:
         return self._status.get("state") in OVER
 
     def was_ended_by_this_launch(self) -> bool:
-        """True in a worker that torchrun restarted after the run had reached a final state: it must end at once."""
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        """True in workers that torchrun restarted after the run had reached a final state: they must end at once."""
+        self._status = distributed.broadcast(self._status)  # a shared disk may show each host another one
         return (
-            restarted
+            distributed.restarted()
             and self._status.get("run_id") == distributed.launch_id()
             and self._status.get("state") in FINAL_STATES
         )
+
+    def safe_step(self) -> int:
+        """Steps that the last checkpoint holds: where a restart goes on."""
+        return int(self._status.get("last_checkpoint_step", 0))
 
     def check(self, identity: Mapping[str, Any]) -> None:
         """Make sure that the folder is new or this very run's; nothing is written.

@@ -22,6 +22,7 @@ COMMANDS = {
     ("export",): schema.ExportConfig,
     ("info",): schema.InfoConfig,
     ("demo",): schema.DemoConfig,
+    ("launch", "slurm"): schema.LaunchConfig,
 }
 
 

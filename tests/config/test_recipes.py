@@ -34,6 +34,7 @@ RECIPES: dict[str, tuple[type, dict[str, Any]]] = {
     "export": (schema.ExportConfig, {}),
     "info": (schema.InfoConfig, {}),
     "demo": (schema.DemoConfig, {}),
+    "slurm": (schema.LaunchConfig, {}),
 }
 
 

@@ -1,0 +1,160 @@
+"""``launch``: hand a piece of work to SLURM, through submitit, and have it started again until it is done."""
+
+import dataclasses
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dino import progress
+from dino.config.schema import SlurmConfig
+from dino.errors import ConfigError, DinoError, Stopped
+
+CLUSTERS = ("slurm", "local")
+
+
+@dataclasses.dataclass(frozen=True)
+class Submission:
+    """What was handed over.
+
+    Attributes:
+        job: The scheduler's number of the job; empty after a dry run.
+        folder: Where its output goes.
+        parameters: What the scheduler was asked for, in submitit's words.
+    """
+
+    job: str
+    folder: Path
+    parameters: Mapping[str, Any]
+
+
+def launch_slurm(
+    work: Callable[[], object], settings: SlurmConfig, folder: str | Path, *, dry_run: bool = False
+) -> Submission:
+    """Submit ``work`` to SLURM: one task per GPU, started again after its time limit or a preemption.
+
+    Args:
+        work: What each process does, such as ``functools.partial(api.pretrain, config)``; it is pickled. It must be
+            able to go on where it was stopped, as pretraining and extraction are.
+        settings: What to ask SLURM for.
+        folder: Folder on a shared disk for the job's output and submitit's files.
+        dry_run: Submit nothing.
+
+    Raises:
+        ConfigError: If submitit is not installed, there is no SLURM here, or it refuses.
+    """
+    _check(settings)
+    submitit = _submitit()
+    parameters, folder = _parameters(settings), Path(folder)
+    if dry_run:
+        return Submission("", folder, parameters)
+    try:
+        executor = submitit.AutoExecutor(
+            folder,
+            cluster=settings.cluster,
+            slurm_max_num_timeout=settings.max_restarts,
+            local_max_num_timeout=settings.max_restarts,
+        )
+        executor.update_parameters(**parameters)
+        job = executor.submit(Task(work))
+    except (RuntimeError, OSError, submitit.core.utils.FailedSubmissionError) as error:
+        raise ConfigError(
+            f"expected {settings.cluster} to take the job, found: {' '.join(str(error).split())}; submit from a node "
+            "where sbatch works, or try slurm.cluster=local"
+        ) from error
+    return Submission(str(job.job_id), folder, parameters)
+
+
+def _check(settings: SlurmConfig) -> None:
+    if settings.cluster not in CLUSTERS:
+        raise ConfigError(f"expected slurm.cluster {' or '.join(CLUSTERS)}, found '{settings.cluster}'")
+    least = {"nodes": 1, "gpus_per_node": 0, "cpus_per_gpu": 1, "max_restarts": 0, "warn_seconds": 1}
+    for name, smallest in least.items():
+        if getattr(settings, name) < smallest:
+            raise ConfigError(f"expected slurm.{name} of at least {smallest}, found {getattr(settings, name)}")
+    if settings.timeout_hours * 3600 <= settings.warn_seconds:
+        raise ConfigError(
+            f"expected slurm.timeout_hours to be longer than slurm.warn_seconds, found {settings.timeout_hours} h and "
+            f"{settings.warn_seconds} s"
+        )
+
+
+def _submitit() -> Any:
+    try:
+        import submitit
+    except ImportError:
+        raise ConfigError(
+            "expected submitit for `dino launch slurm`, found that it is not installed; pip install 'histodino[slurm]'"
+        ) from None
+    return submitit
+
+
+def _parameters(settings: SlurmConfig) -> dict[str, Any]:
+    """What SLURM is asked for, in submitit's words."""
+    tasks = max(1, settings.gpus_per_node)  # without GPUs one process per node
+    return {
+        "name": settings.name,
+        "nodes": settings.nodes,
+        "tasks_per_node": tasks,
+        "gpus_per_node": settings.gpus_per_node or None,
+        "cpus_per_task": settings.cpus_per_gpu,
+        "mem_gb": settings.mem_gb,
+        "timeout_min": max(1, round(settings.timeout_hours * 60)),
+        "slurm_partition": settings.partition,
+        "slurm_account": settings.account,
+        "slurm_qos": settings.qos,
+        "slurm_constraint": settings.constraint,
+        "slurm_srun_args": [f"--cpus-per-task={settings.cpus_per_gpu}"],  # since SLURM 22.05 not taken from sbatch
+        "slurm_signal_delay_s": settings.warn_seconds,
+        "slurm_setup": list(settings.setup) or None,
+        "slurm_additional_parameters": {"requeue": True},
+    }
+
+
+class Task:
+    """One process of a job: takes its place among the others, does the work, and asks to be started again.
+
+    Args:
+        work: What each process does.
+    """
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.work = work
+
+    def __call__(self) -> None:
+        """Do the work; ends the process with the exit code of an error, as the command line does."""
+        os.environ.update(place(_submitit().JobEnvironment()))
+        try:
+            self.work()
+        except Stopped as stop:
+            progress.say(str(stop))
+            if stop.signal == signal.SIGUSR2:
+                # What submitit does at this signal when nobody else listens: the first task has the job started again.
+                signal.raise_signal(stop.signal)
+            raise SystemExit(stop.exit_code) from None
+        except DinoError as error:
+            sys.stderr.write(f"error in process {os.environ['RANK']}: {' '.join(str(error).split())}\n")
+            raise SystemExit(error.exit_code) from None
+
+    def checkpoint(self) -> Any:
+        """What submitit starts again: the same, because everything that was done lies in the run folder."""
+        return _submitit().helpers.DelayedSubmission(self)
+
+
+def place(environment: Any) -> dict[str, str]:
+    """What ``torchrun`` would set for this process, from what the scheduler says.
+
+    Args:
+        environment: submitit's description of the task.
+    """
+    job = int(re.sub(r"\D", "", environment.job_id))
+    return {
+        "RANK": str(environment.global_rank),
+        "LOCAL_RANK": str(environment.local_rank),
+        "WORLD_SIZE": str(environment.num_tasks),
+        "MASTER_ADDR": environment.hostnames[0],
+        "MASTER_PORT": str(20000 + job % 10000),
+    }

@@ -1,0 +1,67 @@
+"""How processes find each other, and how the loss of one is told from other errors."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from dino import distributed
+from dino.errors import ProcessesLost
+
+MINUTE = timedelta(minutes=1)
+
+
+def names(store: dist.Store, world_size: int) -> set[str]:
+    """What each rank calls this start; the main process comes last."""
+    with ThreadPoolExecutor(world_size) as pool:
+        ranks = reversed(range(world_size))
+        return set(pool.map(lambda rank: distributed._name_of_this_start(store, rank, world_size, MINUTE), ranks))
+
+
+def test_each_start_has_a_name_of_its_own_that_all_its_processes_share() -> None:
+    store = dist.HashStore()
+    store.set("asks/1", "a process that was killed before it was answered")
+    starts = [names(store, 3) for _ in range(3)] + [names(store, 1)]
+    assert all(len(start) == 1 for start in starts)
+    assert len(set.union(*starts)) == 4
+
+
+def test_a_process_that_does_not_come_is_not_waited_for_forever() -> None:
+    with pytest.raises(ProcessesLost, match="expected 3 processes, found that 2 of them did not come"):
+        distributed._name_of_this_start(dist.HashStore(), 0, 3, timedelta(seconds=0.1))
+
+
+def test_only_errors_of_collectives_tell_of_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    reset = RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:16277: Connection reset by "
+        "peer. This is typically caused by a remote worker"
+    )
+    assert not distributed.tells_of_a_loss(reset)  # one process has nobody to lose
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert distributed.tells_of_a_loss(reset)
+    assert "expected 2 processes" in distributed.describe_loss(reset)
+    assert "(Read error [127.0.0.1]:16277: Connection reset by peer)" in distributed.describe_loss(reset)
+    assert distributed.tells_of_a_loss(dist.DistBackendError("unhandled system error"))
+    assert not distributed.tells_of_a_loss(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+
+
+def test_a_job_counts_as_restarted_under_torchrun_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not distributed.restarted() and not distributed.is_orphan()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert distributed.restarted()
+    monkeypatch.setattr(distributed, "PARENT", 0)
+    assert not distributed.is_orphan()  # not started by torchrun
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
+    assert distributed.is_orphan()
+
+
+def test_a_job_is_known_by_torchruns_id_or_by_its_slurm_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert distributed.launch_id() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert distributed.launch_id() is None  # the batch script itself, or a shell in an allocation
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert distributed.launch_id() == "slurm-4711.0"  # the same after the job was requeued, perhaps to other nodes
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
+    assert distributed.launch_id() == "job7"
