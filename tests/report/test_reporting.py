@@ -47,8 +47,9 @@ def test_whole_report(chain, tmp_path):
     assert "Mind this." in html
     for share in ("50.0%", "25.0%", "12.5%", "2.3%"):
         assert share in html
-    links = re.findall(r'(?:src|href)="([^"]*)"', html)
+    links = re.findall(r'(?:src|href|srcset|action)="([^"]*)"', html) + re.findall(r"url\(([^)]*)\)", html)
     assert all(link.startswith(("data:", "#")) for link in links)
+    assert "@import" not in html and "<script" not in html and "<iframe" not in html
 
 
 def test_report_without_a_region_run(chain, tmp_path):
