@@ -46,11 +46,13 @@ def slurm(words: Words = None, config: ConfigFile = None, recipe: Recipe = None,
 
     if name == ("extract",):
         model, root, of_work = extract.arguments(rest, config)
-        work, place = partial(api.extract, model, root, of_work), root
+        work, place = partial(api.extract, model, root, of_work), root.resolve()
     else:
         of_work = pretrain.resolve(name[1], rest, config, recipe or COMMANDS[name])
-        work, place = partial(api.pretrain, of_work), Path(of_work.output_dir)
-    folder = settings.folder or place.with_name(f"{place.resolve().name}_slurm")
+        if not of_work.output_dir:
+            raise UsageError("expected ROOT and RUN, found no RUN")
+        work, place = partial(api.pretrain, of_work), Path(of_work.output_dir).resolve()
+    folder = settings.folder or place.parent / f"{place.name}_slurm"
     submission = api.launch_slurm(work, settings, folder, dry_run=of_work.dry_run)
     rows = [(key, str(value)) for key, value in submission.parameters.items() if value is not None]
     progress.table([("command", " ".join(["dino", *name, *rest])), ("output", str(submission.folder)), *rows])

@@ -170,12 +170,16 @@ def test_the_command_tells_the_jobs_settings_from_the_runs(tmp_path: Path, monke
     (work, settings, folder), options = made[0]
     assert (settings.nodes, settings.partition, settings.account) == (2, "gpu", "us")
     assert work.func is api.pretrain and (work.args[0].seed, work.args[0].model.out_dim) == (3, 65536)
-    assert str(folder) == "runs/patch_slurm" and options == {"dry_run": True}
+    assert folder == tmp_path / "runs" / "patch_slurm" and options == {"dry_run": True}
     assert not (tmp_path / "runs").exists()
 
     assert CliRunner().invoke(app, ["launch", "slurm", "extract", "runs/patch", "data", "dry_run=true"]).exit_code == 0
     (work, _, folder), _ = made[1]
-    assert work.func is api.extract and work.args[:2] == ("runs/patch", Path("data")) and str(folder) == "data_slurm"
+    assert (
+        work.func is api.extract and work.args[:2] == ("runs/patch", Path("data")) and folder == tmp_path / "data_slurm"
+    )
+    unnamed = CliRunner().invoke(app, ["launch", "slurm", "pretrain", "patch", "data_dir=data", "dry_run=true"])
+    assert unnamed.exit_code == 2 and "expected ROOT and RUN, found no RUN" in unnamed.output
     wrong = CliRunner().invoke(app, ["launch", "slurm", "tile", "a", "b"])
     assert wrong.exit_code == 2 and "expected pretrain patch, pretrain region or extract, found tile a" in wrong.output
 
