@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -195,17 +194,22 @@ def load_batches(
         prefetch: Batches that each worker keeps ready.
         pin: Put the batches into page-locked memory.
     """
-    with warnings.catch_warnings():  # torch advises against more workers than cores; here that is the user's choice
-        warnings.filterwarnings("ignore", "This DataLoader will create")
-        return DataLoader(
-            batches,
-            batch_size=None,
-            sampler=_FirstDraws(layout, *steps),
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            pin_memory=pin,
-            worker_init_fn=_heed_the_parent_alone,
-        )
+    return _Loader(
+        batches,
+        batch_size=None,
+        sampler=_FirstDraws(layout, *steps),
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        pin_memory=pin,
+        worker_init_fn=_heed_the_parent_alone,
+    )
+
+
+class _Loader(DataLoader):
+    """Without torch's advice against more workers than cores: here that is the user's choice."""
+
+    def check_worker_number_rationality(self) -> None:
+        """Say nothing."""
 
 
 def _heed_the_parent_alone(worker: int) -> None:

@@ -6,7 +6,6 @@ modification times of the files, so that whatever changes is packed anew.
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from dino import progress
 from dino.data.grid_files import GridEntry, Survey, refuse_bad, survey
 from dino.data.grids import read_cells
 from dino.errors import DataError
-from dino.files import atomic_path, stamp, write_json
+from dino.files import atomic_path, read_json, stamp, write_json
 
 FORMAT = 1
 INDEX, LOCK = "grids.json", "lock"
@@ -133,7 +132,7 @@ def pack(place: Path, files: GridFiles, max_bad_fraction: float) -> PackedGrids:
 def _read(place: Path, files: GridFiles) -> PackedGrids | None:
     """What was packed from exactly these files, if anything."""
     try:
-        facts = json.loads((place / INDEX).read_text())
+        facts = read_json(place / INDEX)
         if facts["key"] != files.key:
             return None
         found = PackedGrids(

@@ -157,9 +157,10 @@ def feeding_advice(waiting: float, workers: int, available: int, processes: int 
     if workers and workers * processes >= available:
         return (
             f"{told}the {workers} workers (speed.num_workers) of each process have no more cores to run on "
-            f"({available}{among}): put the tiles on a local disk, or use a machine with more cores"
+            f"({available}{among}): speed.ram_cache=GB (level 1), data on a local disk, or a machine with more cores"
         )
-    return f"{told}more speed.num_workers ({workers} now, {available} cores{among}), or tiles on a local disk"
+    more = f"more speed.num_workers ({workers} now, {available} cores{among})"
+    return f"{told}{more}, speed.ram_cache=GB (level 1), or data on a local disk"
 
 
 class StarvationWatch:
