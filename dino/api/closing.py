@@ -102,7 +102,7 @@ def _results(run: Path, status: Mapping[str, Any], config: PretrainConfig) -> Ro
     best = (run / "checkpoints" / BEST).exists()
     rows = [("checkpoint", f"{name}/checkpoints/{BEST if best else LAST}")]
     if (run / "backbone" / "config.json").exists():
-        rows.append(("export", f"{name}/backbone (for timm, as of step {status.get('step', 0):,})"))
+        rows.append(("export", f"{name}/backbone (of that checkpoint, for timm)"))
     steps = [f"dino evaluate knn {name} labels.csv"]
     if (Path(config.data_dir) / REGIONS_TABLE).exists():
         steps.insert(0, f"dino extract {name} {root}")

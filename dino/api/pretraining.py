@@ -22,7 +22,7 @@ from dino.files import refusals
 from dino.models.export import export_backbone
 from dino.models.weights import load_backbone_file
 from dino.train.callbacks import Checkpoints, MetricsLog, SaveClock
-from dino.train.checkpoint import LAST, START, CheckpointFolder
+from dino.train.checkpoint import BEST, LAST, START, CheckpointFolder
 from dino.train.collapse import CollapseWatch
 from dino.train.failure import record_failure
 from dino.train.judge import Judge
@@ -180,7 +180,9 @@ def _finish(run: Run, trainer: Trainer, folder: RunFolder, judge: Judge | None) 
     state = "early_stopped" if trainer.stop_early else "finished"
     judgement = final_verdict(run, trainer, folder, judge)
     if distributed.is_main():
-        loaded = load_backbone_file(str(folder.checkpoints / LAST))
+        # The checkpoint that RUN means to every command; a best one that the disk has damaged ends no run.
+        best_is_whole = CheckpointFolder(folder.checkpoints).step_of(BEST) is not None
+        loaded = load_backbone_file(folder.checkpoints / (BEST if best_is_whole else LAST))
         size, side = run.level.geometry["tile_size_px"] or DEFAULT_TILE_SIZE_PX, run.level.spec.patch_size
         export_backbone(loaded, folder.path / "backbone", max(side, size - size % side))
     folder.update_status(state=state, step=trainer.step, eta_seconds=0, bad_files=len(trainer.quarantine), **judgement)

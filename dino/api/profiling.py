@@ -59,7 +59,7 @@ def profile(run: Run, steps: int) -> dict[str, Any]:
     trainer = run.trainer()
     laps = _Laps(Stopwatch(clock_of(run.device)), warmup)
     trainer.callbacks, trainer.span = [laps], laps.stopwatch.span
-    progress.say(f"training {warmup} steps to warm up and {run.length.total - warmup} to measure; nothing is written")
+    progress.say(f"training {warmup} steps to warm up and {run.length.total - warmup} to measure; no run is written")
     trainer.fit()
     waiting = distributed.gather(share(laps.parts, DATA))
     measured = run.length.total - warmup

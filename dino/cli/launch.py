@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from dino import progress
 from dino.cli import extract, pretrain
 from dino.cli.command import ConfigFile, with_settings
 from dino.cli.grammar import UsageError, split
@@ -42,7 +41,7 @@ def slurm(words: Words = None, config: ConfigFile = None, recipe: Recipe = None,
     for word in name:
         rest.remove(word)
     settings = load_config(LaunchConfig, recipe="slurm", file=slurm, overrides=own).slurm
-    from dino import api
+    from dino import api, progress
 
     if name == ("extract",):
         model, root, of_work = extract.arguments(rest, config)

@@ -190,7 +190,7 @@ class PretrainConfig:
     output_dir: str = runtime("", "the run folder")
     seed: int = identity(0, "seed of everything random")
     dry_run: bool = runtime(False, "print what would happen, and stop")
-    profile: bool = runtime(False, "train some steps, print where their time goes, and stop; nothing is written")
+    profile: bool = runtime(False, "train some steps, print where their time goes, and stop; no run is written")
     profile_steps: int = runtime(20, "steps that profile=true measures, after a warm-up")
     model: ModelConfig = group(ModelConfig)
     training: TrainingConfig = group(TrainingConfig)

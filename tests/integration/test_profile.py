@@ -37,13 +37,14 @@ def slow_source(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("level", ["tiles", "grids"])
-def test_a_profile_says_where_the_time_goes_and_writes_nothing(
+def test_a_profile_says_where_the_time_goes_and_writes_no_run(
     level: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     data = request.getfixturevalue(level)
     before = sorted(tmp_path.rglob("*"))
     summary = pretrain(config(data, tmp_path / "run", profile=True, profile_steps=4))
-    assert sorted(tmp_path.rglob("*")) == before
+    # Grids are packed as for a run, so that the profile is one of what a run does.
+    assert [path for path in sorted(tmp_path.rglob("*")) if ".histodino" not in path.parts] == before
     assert summary.state == "profile" and summary.steps == 4
     spent = summary.numbers["milliseconds"]
     assert list(spent) == list(PARTS) and all(spent[name] > 0 for name in PARTS)

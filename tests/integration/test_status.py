@@ -51,7 +51,8 @@ def test_status_is_right_and_whole_at_every_moment(
 
     end = json.loads(path.read_text())
     assert end["state"] == "finished" and end["step"] == 12 and end["eta_seconds"] == 0 and end["bad_files"] == 2
-    assert end["warnings"] == [] and end["error"] is None and metrics(tmp_path / "run")[-1]["step"] == 12
+    assert all("waited" in warning for warning in end["warnings"])  # for data, which a network so small does
+    assert end["error"] is None and metrics(tmp_path / "run")[-1]["step"] == 12
     screen = capsys.readouterr().out
     assert screen.count("pretrain patch: finished") == 1 and end["verdict"]["word"].capitalize() in screen
     pretrain(config(tiles, tmp_path / "run", **{"training.max_bad_fraction": 0.5, "training.max_steps": 12}))

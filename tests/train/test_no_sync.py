@@ -88,16 +88,16 @@ def image_batch() -> tuple[ImageCrops, Batch]:
     large = ViewRecipe(32, (0.4, 1.0), quarter_turns=True, vertical_flip=0.5, hed_jitter=0.5, solarize=0.5)
     small = ViewRecipe(16, (0.05, 0.4), quarter_turns=True, hed_jitter=0.5)
     crops = ImageCrops([large, large, small, small], (0.5,) * 3, (0.2,) * 3)
-    return crops, batch(crops, torch.empty(BATCH, 3, 48, 48, dtype=torch.uint8))
+    return crops, batch(crops, torch.empty(BATCH, 3, 48, 48, dtype=torch.uint8), (48, 48))
 
 
 def grid_batch() -> tuple[GridCrops, Batch]:
     crops = GridCrops((6, 6))
-    return crops, batch(crops, torch.empty(BATCH, 10, 6, 6))
+    return crops, batch(crops, torch.empty(BATCH, 6 * 6, 10), (6, 6))
 
 
-def batch(crops: ImageCrops | GridCrops, inputs: torch.Tensor) -> Batch:
-    drawn = [crops.draw(inputs.shape[-2:], None, np.random.default_rng(i)) for i in range(BATCH)]  # type: ignore[arg-type]
+def batch(crops: ImageCrops | GridCrops, inputs: torch.Tensor, size: tuple[int, int]) -> Batch:
+    drawn = [crops.draw(size, None, np.random.default_rng(i)) for i in range(BATCH)]
     views = DropPath(0.3, DEPTH, sum(crops.groups))
     keep = torch.from_numpy(np.stack([views.draw(np.random.default_rng(i)) for i in range(BATCH)]))
     parameters = {key: torch.from_numpy(np.stack([one[key] for one in drawn])) for key in drawn[0]}
@@ -108,7 +108,8 @@ def trainer(make: Callable[[], tuple[Any, Batch]], run: BlockRunner) -> Trainer:
     crops, one = make()
     size, patch = crops.sizes[0], 16 if isinstance(crops, ImageCrops) else 1
     level, side = ("patch", (size, size)) if isinstance(crops, ImageCrops) else ("region", size)
-    spec = BackboneSpec(f"vit:dim={DIM},depth={DEPTH},heads=2", level, one.inputs.shape[1], side, patch)
+    input_dim = 3 if isinstance(crops, ImageCrops) else one.inputs.shape[-1]
+    spec = BackboneSpec(f"vit:dim={DIM},depth={DEPTH},heads=2", level, input_dim, side, patch)
 
     def network() -> Network:
         backbone = build_backbone(spec, seed=0)
