@@ -30,8 +30,8 @@ class Ours:
 
     def __call__(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Loss, and gradient (V, B, K)."""
-        targets = self.centre.targets(teacher, TEACHER_TEMP)
         self.centre.observe(teacher)
+        targets = self.centre.targets(teacher, TEACHER_TEMP, overwrite=self.overwrite)
         loss = dino_loss(student, targets, STUDENT_TEMP, overwrite=self.overwrite)
         entropy(targets)
         (gradient,) = torch.autograd.grad(loss, student)
@@ -74,11 +74,12 @@ def _measure(batch: int, out_dim: int, setting: Setting, *, overwrite: bool) -> 
     ours, theirs = Ours(out_dim, setting.device, overwrite), Theirs(out_dim, setting.device)
     equality = check(ours, theirs, *example(min(batch, 8), out_dim, setting.device))
     student, teacher = example(batch, out_dim, setting.device)
-    logits = student.detach().clone()
+    logits = student.detach().clone(), teacher.clone()
 
-    def prepare() -> None:  # ours may put the gradient in their place
+    def prepare() -> None:  # ours may put the gradient and the targets in their place
         with torch.no_grad():
-            student.copy_(logits)
+            student.copy_(logits[0])
+            teacher.copy_(logits[1])
 
     memory = [peak_bytes(lambda work=work: work(student, teacher), setting.device) for work in (ours, theirs)]
     rounds = setting.rounds(10 if setting.on_gpu else 5)

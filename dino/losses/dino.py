@@ -11,6 +11,8 @@ from dino.distributed import mean_over_ranks
 from dino.errors import ConfigError
 from dino.losses.pieces import in_pieces, piece_size
 
+SMALLEST = 1e-37  # a normal number of float32 still
+
 
 def dino_loss(student: Tensor, targets: Tensor, student_temp: float, *, overwrite: bool = False) -> Tensor:
     """Cross-entropy of every student view with every teacher view but its own (Caron et al. 2021, eq. 3).
@@ -146,25 +148,30 @@ class Centre(nn.Module):
         self.register_buffer("observed", torch.zeros(1, out_dim), persistent=False)
 
     @torch.no_grad()
-    def targets(self, teacher_logits: Tensor, temp: float) -> Tensor:
+    def targets(self, teacher_logits: Tensor, temp: float, *, overwrite: bool = False) -> Tensor:
         """Centred and sharpened teacher probabilities.
 
         Args:
             teacher_logits: (G, B, K) logits, fp32 or fp64.
             temp: Temperature of the teacher.
+            overwrite: Put the probabilities where the logits are, which then are gone: for logits that nothing else
+                reads, and that :meth:`observe` has seen.
 
         Returns:
             (G, B, K) probabilities.
         """
-        found = torch.empty_like(teacher_logits)
+        found = teacher_logits if overwrite else torch.empty_like(teacher_logits)
         batch, prototypes = teacher_logits.shape[-2:]
-        piece = piece_size(batch, len(found) * prototypes, found.device)
+        piece = piece_size(batch, prototypes, found.device)
 
         def work(first: int, last: int) -> None:
+            buffer = found.new_empty(min(piece, last - first), prototypes)
             for start in range(first, last, piece):
                 part = slice(start, min(start + piece, last))
-                sharpened = (teacher_logits[:, part] - self.center).div_(temp)
-                torch.softmax(sharpened, -1, out=found[:, part])
+                sharpened = buffer[: part.stop - start]
+                for logits, result in zip(teacher_logits[:, part], found[:, part], strict=True):
+                    torch.sub(logits, self.center, out=sharpened).div_(temp)
+                    torch.softmax(sharpened, -1, out=result)
 
         in_pieces(work, batch, piece, found.device)
         return found
@@ -218,7 +225,8 @@ def entropy(targets: Tensor) -> Tensor:
     def work(first: int, last: int) -> None:
         for start in range(first, last, piece):
             part = slice(start, min(start + piece, last))
-            entropies[part] = torch.special.entr(rows[part]).sum(-1)
+            # Half the time of torch.special.entr; what is clamped is multiplied by nearly 0.
+            entropies[part] = -torch.linalg.vecdot(rows[part], rows[part].clamp_min(SMALLEST).log_())
 
     in_pieces(work, len(rows), piece, rows.device)
     return entropies.mean()

@@ -116,10 +116,13 @@ class DINO(nn.Module):
         self.centre = Centre(out_dim, center_momentum)
 
     def loss(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> tuple[Tensor, Tensor]:
-        """Loss and teacher entropy of ``(V, B, K)`` student and ``(G, B, K)`` teacher logits, first G views shared."""
-        targets = self.centre.targets(teacher, teacher_temp)
+        """Loss and teacher entropy of ``(V, B, K)`` student and ``(G, B, K)`` teacher logits, first G views shared.
+
+        Both are overwritten.
+        """
+        # Nothing else reads these logits: the teacher's memory takes the targets, the student's the gradient.
         self.centre.observe(teacher)
-        # Nothing else reads the student's logits: their memory takes the gradient.
+        targets = self.centre.targets(teacher, teacher_temp, overwrite=True)
         return dino_loss(student, targets, self.student_temp, overwrite=True), entropy(targets)
 
     def sample_losses(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
