@@ -1,5 +1,6 @@
 """Crops of tiles: drawn by a data worker, applied to the whole batch on the training device."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -20,6 +21,10 @@ JITTERS = (
     ("contrast", colour.adjust_contrast),
     ("saturation", colour.adjust_saturation),
     ("hue", colour.adjust_hue),
+)
+CACHED_VALUES = 2**19  # on a CPU, work on as many values at a time as its cache holds
+GATHERED_PX = (
+    64  # on a CPU, images up to this side are gathered for an operation; larger ones are changed where they lie
 )
 FACTORS = ("brightness", "contrast", "saturation", "hue", "sigma", "hed_scale", "hed_shift")
 
@@ -74,37 +79,35 @@ class ImageCrops:
         Returns:
             One (V_g, B, 3, s, s) float32 tensor per group, normalised, on the device of ``pixels``.
         """
-        batch = len(pixels)
-        views = [
-            pixels.new_empty((count, batch, 3, size, size), dtype=torch.float32)
-            for size, count in zip(self.sizes, self.groups, strict=True)
-        ]
         if pixels.device.type != "cpu":
-            self._fill(views, pixels, parameters)
-            return views
+            return self._make(pixels, parameters)
+        batch = len(pixels)
+        views = [torch.empty(count, batch, 3, size, size) for size, count in zip(self.sizes, self.groups, strict=True)]
 
-        def work(row: int) -> None:
-            one = slice(row, row + 1)
-            drawn = {name: value[one] for name, value in parameters.items()}
-            self._fill([group[:, one] for group in views], pixels[one], drawn)
+        def work(start: int) -> None:
+            part = slice(start, start + share)
+            made = self._make(pixels[part], {name: value[part] for name, value in parameters.items()})
+            for group, some in zip(views, made, strict=True):
+                group[:, part] = some
 
-        run_threaded(work, range(batch))
+        share = max(1, CACHED_VALUES // sum(group[:, :1].numel() for group in views)) if batch else 1
+        share = min(share, math.ceil(batch / torch.get_num_threads())) or 1
+        run_threaded(work, range(0, batch, share))
         return views
 
-    def _fill(self, views: Sequence[Tensor], pixels: Tensor, parameters: dict[str, Tensor]) -> None:
-        """Make the views of a batch (on a CPU: of one tile, which its cache holds) where ``apply`` wants them."""
+    def _make(self, pixels: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
+        """What :meth:`apply` does, on the whole batch at once."""
         resize = resize_boxed if pixels.device.type == "cpu" else resize_dense
+        result = []
         first = 0
         with torch.autocast(pixels.device.type, enabled=False):  # bf16 would cost two grey levels
-            for out in views:
-                count = len(out)
+            for size, count in zip(self.sizes, self.groups, strict=True):
                 group = {k: v[:, first : first + count].transpose(0, 1) for k, v in parameters.items()}  # (V_g, B, ..)
                 flip_x, flip_y, transpose = fold_turns(group["flip_x"], group["flip_y"], group["turns"])
-                resize(pixels, group["box"], flip_x, flip_y, transpose, out.shape[-1], out)
-                # view() and not flatten(), which would copy what is not in one piece
-                images = out.view(-1, *out.shape[2:])
-                self._recolour(images, {k: v.flatten(0, 1) for k, v in group.items()})
+                result.append(resize(pixels, group["box"], flip_x, flip_y, transpose, size))  # (V_g, B, 3, s, s)
+                self._recolour(result[-1].flatten(0, 1), {k: v.flatten(0, 1) for k, v in group.items()})
                 first += count
+        return result
 
     def _recolour(self, images: Tensor, drawn: dict[str, Tensor]) -> None:
         """All that follows the geometry, in place on (n, 3, s, s) values from 0 to 255."""
@@ -147,7 +150,8 @@ class _Batch:
     def update(self, chosen: np.ndarray, operation: Callable[..., Tensor], *names: str) -> None:
         """Run an operation on the chosen images, given their factors ``names``."""
         if chosen.any():
-            run = self._one_by_one if self.images.device.type == "cpu" else self._together
+            large = self.images.device.type == "cpu" and self.images.shape[-1] > GATHERED_PX
+            run = self._one_by_one if large else self._together
             run(chosen, operation, names)
 
     def _together(self, chosen: np.ndarray, operation: Callable[..., Tensor], names: Sequence[str]) -> None:

@@ -45,15 +45,7 @@ def _cubic(distance: Tensor) -> Tensor:
     return torch.where(x < 1, near, far)
 
 
-def resize_dense(
-    pixels: Tensor,
-    box: Tensor,
-    flip_x: Tensor,
-    flip_y: Tensor,
-    transpose: Tensor,
-    size: int,
-    out: Tensor | None = None,
-) -> Tensor:
+def resize_dense(pixels: Tensor, box: Tensor, flip_x: Tensor, flip_y: Tensor, transpose: Tensor, size: int) -> Tensor:
     """Crop, resize, flip and transpose by batched matrix products.
 
     Args:
@@ -63,14 +55,13 @@ def resize_dense(
         flip_y: (V, B) bool on the CPU, up-down flip.
         transpose: (V, B) bool on the CPU, swap rows and columns after the flips.
         size: Side of the result in px.
-        out: Where the result goes; made when None.
 
     Returns:
         (V, B, 3, size, size) float32 on the device of ``pixels``, in the units of ``pixels``, not clamped.
     """
     views, batch = box.shape[:2]
     _, channels, height, width = pixels.shape
-    out = _room(out, pixels, views, size)
+    out = pixels.new_empty((views, batch, channels, size, size), dtype=torch.float32)
     geometry = torch.cat([box, flip_x[..., None], flip_y[..., None]], dim=-1)  # (V, B, 6)
     geometry = to_device(geometry, pixels.device)
     share = max(1, DENSE_BYTES // (4 * channels * height * views * size))
@@ -86,23 +77,15 @@ def resize_dense(
     turned = transpose.flatten().nonzero().flatten()
     if len(turned):
         turned = to_device(turned, pixels.device)
-        flat_out = out.view(-1, *out.shape[2:])  # never a copy
+        flat_out = out.flatten(0, 1)
         flat_out[turned] = flat_out[turned].transpose(-1, -2)
     return out
 
 
-def resize_boxed(
-    pixels: Tensor,
-    box: Tensor,
-    flip_x: Tensor,
-    flip_y: Tensor,
-    transpose: Tensor,
-    size: int,
-    out: Tensor | None = None,
-) -> Tensor:
+def resize_boxed(pixels: Tensor, box: Tensor, flip_x: Tensor, flip_y: Tensor, transpose: Tensor, size: int) -> Tensor:
     """Same as :func:`resize_dense`, crop by crop; arguments and result alike."""
     views, batch = box.shape[:2]
-    out = _room(out, pixels, views, size)
+    out = pixels.new_empty((views, batch, pixels.shape[1], size, size), dtype=torch.float32)
     boxes, mirrored, flipped, turned = box.tolist(), flip_x.tolist(), flip_y.tolist(), transpose.tolist()
     for row in range(batch):
         for view in range(views):
@@ -113,11 +96,6 @@ def resize_boxed(
             crop = crop.flip(flips) if flips else crop
             out[view, row] = crop.transpose(-1, -2) if turned[view][row] else crop
     return out
-
-
-def _room(out: Tensor | None, pixels: Tensor, views: int, size: int) -> Tensor:
-    shape = (views, *pixels.shape[:2], size, size)
-    return pixels.new_empty(shape, dtype=torch.float32) if out is None else out
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

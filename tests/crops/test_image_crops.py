@@ -121,16 +121,22 @@ def test_the_forms_for_gpus_give_the_same_views(crops, monkeypatch):
     pixels, parameters = batch(crops)
     expected = crops.apply(pixels, parameters)
     monkeypatch.setattr(module, "resize_boxed", resize_dense)
-    monkeypatch.setattr(module._Batch, "_one_by_one", module._Batch._together)
-    found = [torch.empty_like(group) for group in expected]
-    crops._fill(found, pixels, parameters)
-    for a, b in zip(expected, found, strict=True):
+    for a, b in zip(expected, crops._make(pixels, parameters), strict=True):
         assert ((a - b).abs() > 2e-4).float().mean() < 1e-3
 
 
-@pytest.mark.parametrize("threads", [2, 3])
-def test_threads_do_not_change_the_views(crops, threads):
+def test_images_gathered_or_where_they_lie_become_the_same(crops, monkeypatch):
     pixels, parameters = batch(crops)
+    monkeypatch.setattr(module, "GATHERED_PX", 48)
+    gathered = crops.apply(pixels, parameters)
+    monkeypatch.setattr(module, "GATHERED_PX", 0)
+    assert all(close(a, b) for a, b in zip(gathered, crops.apply(pixels, parameters), strict=True))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_and_shares_do_not_change_the_views(crops, monkeypatch, threads):
+    pixels, parameters = batch(crops)
+    monkeypatch.setattr(module, "CACHED_VALUES", 2 * sum(view.size**2 * 3 for view in crops.views))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
