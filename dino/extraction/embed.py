@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino.errors import ConfigError, DataError
@@ -119,15 +119,27 @@ def _on_all_cores(forward: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
 
 @contextmanager
 def _at_rest(backbone: Backbone, device: torch.device, precision: str) -> Iterator[torch.dtype]:
-    """The backbone on ``device`` in eval mode, in double precision where asked; all put back afterwards."""
+    """The backbone on ``device`` in eval mode and in the precision asked for; all put back afterwards."""
     modes = {module: module.training for module in backbone.modules()}
     before = next(backbone.parameters()).dtype
     backbone.to(device).eval()
     if precision == "fp64":
         backbone.double()
+    exact = {p: p.data for p in _cast_by_autocast(backbone)} if precision == "bf16" else {}
+    number_format = next(backbone.parameters()).dtype
+    for parameter, values in exact.items():
+        parameter.data = values.bfloat16()  # as autocast would for every batch anew
     try:
-        yield next(backbone.parameters()).dtype
+        yield number_format
     finally:
+        for parameter, values in exact.items():
+            parameter.data = values
         backbone.to(before)  # exact: every float32 is a float64
         for module, training in modes.items():
             module.training = training
+
+
+def _cast_by_autocast(backbone: Backbone) -> list[nn.Parameter]:
+    """Weights and biases of the layers that compute in bf16 under autocast."""
+    layers = (layer for layer in backbone.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+    return [parameter for layer in layers for parameter in layer.parameters(recurse=False)]

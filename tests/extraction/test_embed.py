@@ -57,6 +57,17 @@ def test_modes_and_number_format_are_restored(backbone, tiles):
     (features * torch.ones(32, requires_grad=True)).sum().backward()  # no inference tensor leaves the room
 
 
+def test_weights_cast_once_give_autocasts_features_and_come_back_exactly(backbone, tiles):
+    normalise = normaliser(MEAN, STD, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = torch.cat([backbone(normalise(one)).cls.float() for one in tiles.split(1)])
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    pointers = {name: tensor.data_ptr() for name, tensor in backbone.state_dict().items()}
+    assert torch.equal(embed(backbone, tiles.split(1), normalise, CPU, "bf16"), wanted)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+    assert {name: tensor.data_ptr() for name, tensor in backbone.state_dict().items()} == pointers
+
+
 def test_modes_are_restored_after_an_error(backbone):
     backbone.train()
     with pytest.raises(ConfigError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_runs import Crash, assert_same_bits, assert_same_numbers, command, config, crash_after, last, metrics
 
 from dino.api import pretrain
@@ -212,6 +213,8 @@ def test_knn_while_training_keeps_the_best_and_stops_early(tiles: Path, tmp_path
     assert summary.state == "early_stopped" and len(scores) == best + 1 + 3
     kept = torch.load(tmp_path / "run" / "checkpoints" / "best.pt", weights_only=True)
     assert kept["step"] == best + 1
+    exported = load_file(tmp_path / "run" / "backbone" / "model.safetensors")
+    assert torch.equal(exported["cls_token"], kept["teacher"]["backbone.cls_token"])
 
 
 @pytest.mark.parametrize("level", ["tiles", "grids"])
