@@ -145,7 +145,7 @@ def add_bad_files(data: Path) -> None:
 def judged(data: Path, every_steps: int = 2, patience: int = 3) -> dict[str, object]:
     """Settings of a run that is judged by the files of ``data`` that can be used, in two classes of no meaning."""
     bad = {"slide0_5_0.png", "slide1_5_0.png", "slide_5_0.pt", "slide_6_0.pt"}
-    paths = [path for path in sorted(data.iterdir()) if path.name not in bad]
+    paths = [path for path in sorted(data.glob("[!.]*")) if path.name not in bad]
     parts = ["train" if i < 0.6 * len(paths) else "test" for i in range(len(paths))]
     rows = [f"{path},{'ab'[i % 2]},{parts[i]},held{i}" for i, path in enumerate(paths)]
     table = data.parent / f"{data.name}.csv"
