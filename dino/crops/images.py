@@ -23,9 +23,7 @@ JITTERS = (
     ("hue", colour.adjust_hue),
 )
 CACHED_VALUES = 2**19  # on a CPU, work on as many values at a time as its cache holds
-GATHERED_PX = (
-    64  # on a CPU, images up to this side are gathered for an operation; larger ones are changed where they lie
-)
+GATHERED_PX = 64  # on a CPU, images up to this side are gathered for an operation, larger ones changed where they lie
 FACTORS = ("brightness", "contrast", "saturation", "hue", "sigma", "hed_scale", "hed_shift")
 
 

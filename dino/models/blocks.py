@@ -63,7 +63,7 @@ def mix(query: Tensor, key: Tensor, value: Tensor, scale: float, fused: bool) ->
 
 def _attend(attn: Any, tokens: Tensor, first: int | None) -> Tensor:
     query, key, value = _project(attn, tokens, first)
-    # On a CPU the fused kernel is never ahead, and under bf16 autocast training takes 2.5 to 5 times as long with it.
+    # Under bf16 autocast, the default precision, the fused kernel is slower on a CPU (see docs/performance.md).
     mixed = mix(query, key, value, attn.scale, fused=tokens.device.type != "cpu")
     mixed = mixed.transpose(1, 2).flatten(2)  # (B, M, D)
     norm = getattr(attn, "norm", None)
