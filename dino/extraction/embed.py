@@ -102,7 +102,7 @@ def embed_batches(
 
 
 def _on_all_cores(forward: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-    """``forward(batch)`` with a share of the batch on each core, so that cores do not wait for each other in every step."""
+    """``forward(batch)`` with a share of the batch on each core: they do not wait for each other in every operation."""
     cores = torch.get_num_threads()
     if len(batch) < cores:
         return forward(batch)
