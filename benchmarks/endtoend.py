@@ -16,7 +16,8 @@ from benchmarks.reference.crops import PillowCrops
 from benchmarks.reference.data import TileViews, loader
 from benchmarks.reference.step import Step
 from dino.crops.images import ImageCrops
-from dino.data.loader import Batch, DrawnBatches, Layout, load_batches
+from dino.data.batch import Batch
+from dino.data.loader import DrawnBatches, Layout, load_batches
 from dino.data.sources import ImageFolder
 from dino.train.loop import Trainer
 

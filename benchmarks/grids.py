@@ -12,9 +12,10 @@ from benchmarks.measure import Row, Setting, duel, expect_close
 from benchmarks.networks import Task, our_trainer, take_steps, their_step
 from benchmarks.reference.data import GridViews, loader
 from dino.crops.grids import GridCrops
+from dino.data.batch import Batch
 from dino.data.grid_files import GridEntry
 from dino.data.grid_folder import GridFolder
-from dino.data.loader import Batch, DrawnBatches, Layout, load_batches
+from dino.data.loader import DrawnBatches, Layout, load_batches
 from dino.data.packed import GridFiles, pack
 
 TITLE = "level-2 data path"
@@ -34,7 +35,7 @@ class Ours:
     """
 
     def __init__(self, folder: Path, paths: list[Path], batch: int, device: torch.device) -> None:
-        files = GridFiles(folder, [GridEntry(path) for path in paths])
+        files = GridFiles(folder, [GridEntry(path) for path in paths], dtype=torch.bfloat16)  # as for bf16 runs
         packed = pack(folder / "packed", files, 0.0)
         self.crops = GridCrops((GRID_SIDE, GRID_SIDE), cells=packed.cells.to(device))
         self.source = GridFolder(files, packed.survey, packed, by_row=True)
@@ -109,7 +110,7 @@ def training(setting: Setting, paths: list[Path]) -> Row:
 
 
 def check(ours: Ours, theirs: GridViews) -> str:
-    """The first batch's views must be the same numbers.
+    """The first batch's views must be the same numbers, rounded to bf16.
 
     Raises:
         RuntimeError: If they are not.
@@ -121,7 +122,9 @@ def check(ours: Ours, theirs: GridViews) -> str:
     worst = 0.0
     for row, (draw, name) in enumerate(zip(batch.draws.tolist(), batch.names, strict=True)):
         expected = _views_of(theirs, names[name.split("#")[0]], draw)
-        worst = max([worst, *(float((view[row] - e).abs().max()) for view, e in zip(views, expected, strict=True))])
+        worst = max(
+            [worst, *(float((view[row] - e.bfloat16()).abs().max()) for view, e in zip(views, expected, strict=True))]
+        )
     return expect_close("views", worst, 0.0)
 
 

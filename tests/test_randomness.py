@@ -36,3 +36,14 @@ def test_generators_are_functions_of_their_arguments() -> None:
     assert np.array_equal(numbers(1, 2, "crops"), numbers(1, 2, "crops"))
     others = [numbers(1, 3, "crops"), numbers(2, 2, "crops"), numbers(1, 2, "drop_path")]
     assert not any(np.array_equal(numbers(1, 2, "crops"), other) for other in others)
+
+
+def test_a_stream_gives_the_numbers_of_a_fresh_generator_wherever_it_was() -> None:
+    stream = randomness.Stream(1, "crops")
+    for draw in (5, 0, 5, 2**40, 2**64 - 1):
+        fresh = np.random.Generator(
+            np.random.Philox(key=np.array([randomness._mix(1, "crops"), draw], dtype=np.uint64))
+        )
+        moved = stream.at(draw)
+        assert moved.integers(2**31, dtype=np.uint32) == fresh.integers(2**31, dtype=np.uint32)  # half of a number
+        assert np.array_equal(moved.random(7), fresh.random(7))

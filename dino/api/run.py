@@ -13,7 +13,8 @@ from dino import distributed, progress
 from dino.api.levels import Level
 from dino.config.load import identity_of, to_dict
 from dino.config.schema import PretrainConfig
-from dino.data.loader import Batch, DrawnBatches, DropPath, Layout, load_batches
+from dino.data.batch import Batch
+from dino.data.loader import DrawnBatches, DropPath, Layout, load_batches
 from dino.errors import CheckpointError, ConfigError
 from dino.models.backbone import build_backbone
 from dino.models.head import DINOHead

@@ -1,6 +1,5 @@
 """Crops of feature grids (level 2): whole cells, moved and never resampled."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +112,12 @@ class GridCrops:
         self.groups = [GLOBAL_VIEWS] + [self.recipe.local_number] * (self.recipe.local_number > 0)
         self.sizes = [large, small][: len(self.groups)]
         self._sides = np.repeat(self.sizes, self.groups, axis=0)  # (V, 2)
-        self._chances = np.array([[self.recipe.horizontal_flip], [self.recipe.vertical_flip]])
+        views = len(self._sides)
+        self._chances = np.repeat([self.recipe.horizontal_flip, self.recipe.vertical_flip], views)  # (2V,)
+        turns = [4 // self.turn_step if self.turn_step else 1] * views
+        self._candidates = GLOBAL_VIEWS * (1 + self.recipe.redraws)
+        corners = np.repeat(self.sizes, [self._candidates, *self.groups[1:]], axis=0)  # (candidates + local views, 2)
+        self._counts = np.concatenate([turns, (np.add(grid_size, 1) - corners).flatten()])  # of each number's values
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the cells: other processes draw, this one applies."""
@@ -145,16 +149,18 @@ class GridCrops:
                 f"expected grids of {self.grid_size[0]} x {self.grid_size[1]} cells, found {shape[0]} x {shape[1]}: "
                 "train on regions of one size"
             )
-        flip_x, flip_y = rng.random((2, len(self._sides))) < self._chances
-        turns = rng.integers(0, 4, len(self._sides))
-        turns *= self.turn_step
-        turns %= 4
-        candidates = self._corners(self.sizes[0], (GLOBAL_VIEWS, 1 + self.recipe.redraws), rng)
-        box = np.empty((len(self._sides), 4), np.int64)
+        # One call for all numbers of a sample, whatever comes of them: a call costs far more than its numbers.
+        views, flips = len(self._sides), len(self._chances)
+        numbers = rng.random(flips + len(self._counts))
+        flip_x, flip_y = (numbers[:flips] < self._chances).reshape(2, views)
+        whole = (numbers[flips:] * self._counts).astype(np.int64)
+        corners = whole[views:].reshape(-1, 2)
+        candidates = corners[: self._candidates].reshape(GLOBAL_VIEWS, -1, 2)
+        box = np.empty((views, 4), np.int64)
         box[:, 2:] = self._sides
         box[:GLOBAL_VIEWS, :2] = candidates[:, 0] if tissue is None else self._with_tissue(candidates, tissue)
-        box[GLOBAL_VIEWS:, :2] = self._corners(self.sizes[-1], (len(self._sides) - GLOBAL_VIEWS,), rng)
-        return {"box": box, "flip_x": flip_x, "flip_y": flip_y, "turns": turns}
+        box[GLOBAL_VIEWS:, :2] = corners[self._candidates :]
+        return {"box": box, "flip_x": flip_x, "flip_y": flip_y, "turns": whole[:views] * self.turn_step}
 
     def _with_tissue(self, candidates: np.ndarray, tissue: np.ndarray) -> list[np.ndarray]:
         """The first corner of each view's candidates (V, n, 2) with enough tissue, else the one with the most."""
@@ -164,13 +170,6 @@ class GridCrops:
             enough = [i for i, share in enumerate(held) if share >= self.recipe.min_tissue]
             chosen.append(corners[enough[0] if enough else int(np.argmax(held))])
         return chosen
-
-    def _corners(self, size: Sequence[int], shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-        """Top and left of boxes, (*shape, 2): all in one call, which costs far more than its numbers."""
-        most = [cells - side + 1 for cells, side in zip(self.grid_size, size, strict=True)]
-        if most[0] == most[1]:  # the same numbers as with two equal bounds, in a third of the time
-            return rng.integers(0, most[0], 2 * math.prod(shape)).reshape(*shape, 2)
-        return rng.integers(0, most, (*shape, 2))
 
     @torch.no_grad()
     def apply(self, grids: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:

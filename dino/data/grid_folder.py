@@ -12,7 +12,7 @@ from dino.data.names import Names
 from dino.data.packed import GridFiles, PackedGrids
 from dino.data.sources import BadSample, Sample, index_of, slide_of
 from dino.errors import DataError
-from dino.files import printable, stamp
+from dino.files import printable
 
 
 class GridFolder:
@@ -21,7 +21,8 @@ class GridFolder:
     Args:
         files: The files, with what is known of each, in a fixed order. A file with several regions is unfolded.
         found: What they hold.
-        packed: All of them in one file; None to read each file when it is drawn. The values are the same.
+        packed: All of them in one file; None to read each file when it is drawn. The values are the same. Files that
+            change or go later are not looked at: a run ends with what it began with.
         by_row: Give a sample's row in the packed grids instead of its cells: for crops that hold all cells themselves.
     """
 
@@ -42,34 +43,33 @@ class GridFolder:
         """The grid of one draw.
 
         Raises:
-            BadSample: If the file cannot be read, holds values that are not finite, or changed since it was packed.
+            BadSample: If the file cannot be read, holds values that are not finite.
         """
         row = index_of(seed, draw, attempt, len(self))
         number = bisect_right(self._ends, row)
         region = row - (self._ends[number - 1] if number else 0)
         name, entry = f"{self._names[number]}#{region}", self._files.entries[number]
         try:
-            cells = self._read(entry, number, region, row)
+            cells = self._read(entry, region, row)
         except DataError as error:
             raise BadSample(printable(name), str(error)) from None
         return Sample(cells, name, self._slides[number], entry.tissue, (self.height, self.width))
 
-    def _read(self, entry: GridEntry, number: int, region: int, row: int) -> Tensor:
+    def _read(self, entry: GridEntry, region: int, row: int) -> Tensor:
         packed = self._packed
-        if packed is None or row in packed.bad:
-            cells = read_cells(entry.path, self._files.order, (self.height, self.width), region)
-            if cells.shape[1] != self.dim:
-                raise DataError(
-                    f"expected D={self.dim} in {printable(entry.path)}, found {cells.shape[1]}; was it replaced?"
-                )
-            if packed is None:
-                return cells
-        if packed.stamps[number] != stamp(entry.path) or row in packed.bad:
+        if packed is not None and row not in packed.bad:
+            return torch.tensor(row) if self._by_row else packed.cells[row]
+        cells = read_cells(entry.path, self._files.order, (self.height, self.width), region)
+        if cells.shape[1] != self.dim:
             raise DataError(
-                f"expected {printable(entry.path)} as it was when the grids were packed, found it changed or gone; "
-                "restore it, or start the command again"
+                f"expected D={self.dim} in {printable(entry.path)}, found {cells.shape[1]}; was it replaced?"
             )
-        return torch.tensor(row) if self._by_row else packed.cells[row]
+        if packed is not None:
+            raise DataError(
+                f"expected {printable(entry.path)} as it was when the grids were packed, found another file; start the "
+                "command again"
+            )
+        return cells.to(self._files.dtype)
 
     @property
     def fingerprint(self) -> str:

@@ -1,10 +1,7 @@
 """From draw numbers to batches: workers decode and draw crop parameters, the device applies them later."""
 
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,42 +10,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dino import randomness
+from dino.data.batch import Batch
 from dino.data.sources import BadSample, Sample, Source
 from dino.errors import DataError
+from dino.signals import heed_the_parent_alone
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # USR2 is submitit's
 ATTEMPTS = 20  # replacements of a bad sample before giving up
 
 Draw = Callable[[tuple[int, int], np.ndarray | None, np.random.Generator], Mapping[str, np.ndarray]]
-
-
-@dataclass
-class Batch:
-    """Samples of consecutive draws with everything random about them.
-
-    Attributes:
-        inputs: ``(B, 3, H, W)`` uint8 tiles, padded at the right and bottom, ``(B, h * w, D)`` cells of feature grids,
-            or ``(B,)`` int64 rows of grids that the crops hold.
-        draws: ``(B,)`` int64 draw numbers.
-        parameters: Crop parameters by name, each ``(B, V, ...)``.
-        keep: ``(B, V, depth, 2)`` float32 multipliers of the residual branches (drop-path), or None.
-        names: Name of each sample.
-        slide_ids: Slide of each sample, where known.
-        bad: ``(name, reason)`` of samples that could not be used and were replaced.
-    """
-
-    inputs: Tensor
-    draws: Tensor
-    parameters: dict[str, Tensor]
-    keep: Tensor | None
-    names: list[str]
-    slide_ids: list[str | None]
-    bad: list[tuple[str, str]] = field(default_factory=list)
-
-    def pin_memory(self) -> "Batch":
-        """The same batch with its inputs in page-locked memory, for asynchronous copies."""
-        keep = self.keep.pin_memory() if self.keep is not None else None
-        return replace(self, inputs=self.inputs.pin_memory(), keep=keep)
 
 
 @dataclass(frozen=True)
@@ -86,6 +55,7 @@ class DrawnBatches(Dataset):
     def __init__(self, source: Source, draw: Draw, drop_path: DropPath | None, batch_size: int, seed: int) -> None:
         self.source, self.draw, self.drop_path = source, draw, drop_path
         self.batch_size, self.seed = batch_size, seed
+        self._crops, self._drop_path = (randomness.Stream(seed, purpose) for purpose in ("crops", "drop_path"))
 
     def __getitem__(self, first_draw: int) -> Batch:
         """The batch of draws ``first_draw ... first_draw + batch_size - 1``.
@@ -117,12 +87,12 @@ class DrawnBatches(Dataset):
 
     def _parameters(self, draw: int, sample: Sample) -> Mapping[str, np.ndarray]:
         height, width = sample.shape or sample.pixels.shape[-2:]
-        return self.draw((height, width), sample.tissue, randomness.generator(self.seed, draw, "crops"))
+        return self.draw((height, width), sample.tissue, self._crops.at(draw))
 
     def _keep(self, draws: Sequence[int]) -> Tensor | None:
         if self.drop_path is None:
             return None
-        masks = [self.drop_path.draw(randomness.generator(self.seed, draw, "drop_path")) for draw in draws]
+        masks = [self.drop_path.draw(self._drop_path.at(draw)) for draw in draws]
         return torch.from_numpy(np.stack(masks))  # (B, V, depth, 2)
 
 
@@ -201,7 +171,7 @@ def load_batches(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin,
-        worker_init_fn=_heed_the_parent_alone,
+        worker_init_fn=heed_the_parent_alone,
     )
 
 
@@ -210,22 +180,3 @@ class _Loader(DataLoader):
 
     def check_worker_number_rationality(self) -> None:
         """Say nothing."""
-
-
-def _heed_the_parent_alone(worker: int) -> None:
-    """Let no signal but the training process's own SIGTERM end this worker.
-
-    A scheduler sends its signals to every process of a job. The training process finishes its step then, and needs its
-    workers for that.
-    """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS, which has no such schedulers
-        return
-
-    def listen() -> None:
-        while True:
-            received = signal.sigwaitinfo(STOP_SIGNALS)
-            if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
-                os._exit(0)
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    threading.Thread(target=listen, daemon=True).start()

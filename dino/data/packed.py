@@ -42,11 +42,14 @@ class GridFiles:
         root: Their folder; names are relative to it.
         entries: The files, in a fixed order.
         order: Order of the rows in them, ``yx`` or ``xy``.
+        dtype: What the values are rounded to: float32 for none of them, bfloat16 for a network whose first layer would
+            do so anyway, which then reads half the bytes.
     """
 
     root: Path
     entries: Sequence[GridEntry]
     order: str = "yx"
+    dtype: torch.dtype = torch.float32
 
     @cached_property
     def stamps(self) -> list[tuple[int, int]]:
@@ -56,7 +59,7 @@ class GridFiles:
     @cached_property
     def key(self) -> str:
         """Hash of everything that decides what is packed."""
-        digest = hashlib.sha256(f"{FORMAT} {self.order}".encode())
+        digest = hashlib.sha256(f"{FORMAT} {self.order} {self.dtype}".encode())
         for entry, facts in zip(self.entries, self.stamps, strict=True):
             name = os.fsencode(entry.path.relative_to(self.root))
             digest.update(name + f"\0{entry.shape} {facts}\0".encode())
@@ -69,7 +72,7 @@ class PackedGrids:
 
     Attributes:
         path: The file.
-        dtype: Type of its values: half precision only where that holds every one of them exactly.
+        dtype: Type of its values: half precision where that was asked for, or holds every one of them exactly.
         survey: What was packed.
         bad: Numbers of the regions that cannot be used; their cells are zeros.
         stamps: Size and modification time of each packed file.
@@ -183,7 +186,7 @@ def _pack(place: Path, files: GridFiles, max_bad_fraction: float) -> PackedGrids
     path = _data(place, files.key)  # takes the stamps before anything is read: what changes from here on is noticed
     with progress.bar("check grids", len(files.entries)) as bar:
         found = survey(files.root, files.entries, bar.advance, max_bad_fraction)
-    for dtype in DTYPES:
+    for dtype in DTYPES if files.dtype == torch.float32 else (files.dtype,):
         with suppress(_Rounded):
             bad = _write(path, files, found, dtype)
             break
@@ -219,7 +222,7 @@ def _write(path: Path, files: GridFiles, found: Survey, dtype: torch.dtype) -> l
                 if cells is None:
                     bad.append(number)
                     cells = torch.zeros(shape[0] * shape[1], found.dim)
-                target.write(_exactly(cells, dtype).data)
+                target.write(_exactly(cells.to(files.dtype), dtype).data)
                 number += 1
             bar.advance()
     return bad
@@ -234,8 +237,8 @@ def _usable(path: Path, order: str, shape: tuple[int, int], region: int, dim: in
 
 
 def _exactly(cells: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """The bytes of float32 values in another type."""
+    """The bytes of values in another type."""
     packed = cells.to(dtype)
-    if not torch.equal(packed.float(), cells):
+    if not torch.equal(packed.to(cells.dtype), cells):
         raise _Rounded
     return packed.view(torch.uint8).numpy()

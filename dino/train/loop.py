@@ -1,9 +1,7 @@
 """The only training loop: draws to batches, batches to views, views to one optimizer step after another."""
 
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,8 +10,9 @@ from torch import Tensor
 
 from dino import distributed, progress
 from dino.crops.resample import to_device
-from dino.data.loader import STOP_SIGNALS, Batch
+from dino.data.batch import Batch
 from dino.errors import DataError, Stopped, TrainingFault
+from dino.signals import StopSignal
 from dino.train.optimizer import clip_gradients, gated_step
 from dino.train.profiling import AVERAGE, CLIP, COPY, CROPS, DATA, OPTIMIZER, Span, no_span
 from dino.train.schedules import Length, Schedules, StepValues
@@ -111,33 +110,6 @@ class NoState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing was remembered."""
-
-
-class StopSignal:
-    """Remembers what asks a run to stop for the length of a block; the step in progress is finished first.
-
-    Attributes:
-        received: Number of the signal that came, None before one has.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator["StopSignal"]:
-        """Catch the signals while the block runs; outside of the main thread signals cannot be caught."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: object) -> None:
-        self.received = number
 
 
 @dataclass
@@ -272,7 +244,9 @@ class Trainer:
             inputs = batch.inputs.to(self.device, non_blocking=True)
             keep = None if keep is None else keep.to(self.device, dtype, non_blocking=True)
         with self.span(CROPS):
-            return [view.to(dtype) for view in self.crops.apply(inputs, batch.parameters)], keep
+            views = self.crops.apply(inputs, batch.parameters)
+            # Autocast takes any type; bf16 views would only be copied there and back.
+            return views if self.precision == "bf16" else [view.to(dtype) for view in views], keep
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of forward passes."""

@@ -29,6 +29,12 @@ def opened(folder: Path, **settings: object) -> tuple[bool, bool]:
     return source(0, 0).pixels.ndim == 0, cells is not None
 
 
+@pytest.mark.parametrize(("precision", "bytes_each"), [("bf16", 2), ("fp32", 4), ("fp64", 4)])
+def test_grids_are_as_exact_as_the_run(folder: Path, precision: str, bytes_each: int) -> None:
+    opened(folder, **{"speed.precision": precision})
+    assert [path.stat().st_size for path in folder.rglob("*.bin")] == [3 * 16 * 3 * bytes_each]
+
+
 def packed_files(root: Path) -> list[str]:
     return [str(path.parent.relative_to(root)) for path in root.rglob("*.bin")]
 

@@ -1,8 +1,13 @@
+import copy
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
 import numpy as np
 import pytest
 import torch
 
 from dino import randomness
+from dino.data.batch import IN_MESSAGE
 from dino.data.loader import DrawnBatches, DropPath, Layout, load_batches, stack_padded
 from dino.data.sources import BadSample, Sample
 from dino.errors import DataError
@@ -40,6 +45,20 @@ def test_a_batch_is_a_function_of_its_draws() -> None:
     alone = DrawnBatches(Numbers(10), draw_sides, DropPath(0.5, 3, 2), 1, seed=7)[9]
     assert torch.equal(alone.parameters["sigma"][0], first.parameters["sigma"][1])
     assert torch.equal(alone.keep[0], first.keep[1])
+
+
+def test_a_batch_is_sent_whole_and_small_tensors_in_the_message() -> None:
+    batch = DrawnBatches(Numbers(10), draw_sides, DropPath(0.5, 3, 2), 4, seed=7)[0]
+    batch.inputs = torch.zeros(IN_MESSAGE + 1, dtype=torch.uint8)
+    state = batch.__getstate__()
+    assert isinstance(state["inputs"], torch.Tensor)  # through shared memory
+    assert not any(isinstance(value, torch.Tensor) for value in (state["keep"], *state["parameters"].values()))
+    for sent in (pickle.loads(ForkingPickler.dumps(batch)), pickle.loads(pickle.dumps(batch)), copy.copy(batch)):
+        assert (sent.names, sent.slide_ids, sent.bad) == (batch.names, batch.slide_ids, batch.bad)
+        assert torch.equal(sent.inputs, batch.inputs) and torch.equal(sent.keep, batch.keep)
+        assert sent.parameters.keys() == batch.parameters.keys()
+        assert all(torch.equal(sent.parameters[name], value) for name, value in batch.parameters.items())
+        assert all(sent.parameters[name].dtype == value.dtype for name, value in batch.parameters.items())
 
 
 def test_unequal_samples_are_padded_at_the_end() -> None:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import Crash, assert_same_bits, assert_same_numbers, command, config, crash_after, last, metrics
 
-from dino.api import pretrain
+from dino.api import grid_cache, pretrain
+from dino.data.packed import GridFiles
 from dino.errors import ConfigError, DataError, TrainingFault
 
 
@@ -75,14 +76,27 @@ def test_tiles_kept_in_memory_do_not_change_the_bits(tiles: Path, tmp_path: Path
     assert_same_bits(tmp_path / "run0", tmp_path / "run0.0001")
 
 
-def test_packed_grids_do_not_change_the_bits(grids: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_packed_grids_do_not_change_the_bits(grids: Path, tmp_path: Path, precision: str) -> None:
     runs = {"files": ("none", 0), "beside": ("auto", 0), "elsewhere": (str(tmp_path / "cache"), 1)}
     for run, (place, workers) in runs.items():
         changes = {"speed.cache_dir": place, "speed.num_workers": workers, "training.max_steps": 5}
-        pretrain(config(grids, tmp_path / run, **changes))
+        pretrain(config(grids, tmp_path / run, **changes, **{"speed.precision": precision}))
     assert list(grids.glob(".histodino/*.bin")) and list(tmp_path.glob("cache/*/*.bin"))
     assert_same_bits(tmp_path / "files", tmp_path / "beside")
     assert_same_bits(tmp_path / "files", tmp_path / "elsewhere")
+
+
+def test_grids_in_bf16_do_not_change_the_bits_of_a_bf16_run(
+    grids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain(config(grids, tmp_path / "rounded", **{"speed.precision": "bf16"}))
+    monkeypatch.setattr(grid_cache, "GridFiles", lambda *values: GridFiles(*values[:3]))
+    pretrain(config(grids, tmp_path / "exact", **{"speed.precision": "bf16"}))
+    names = {path.name for path in grids.glob(".histodino/*.bin")}
+    assert len(names) == 1  # the second run has packed its own, of twice the size
+    assert (grids / ".histodino" / names.pop()).stat().st_size == 12 * 36 * 10 * 4
+    assert_same_bits(tmp_path / "rounded", tmp_path / "exact")
 
 
 def test_accumulation_gives_the_run_of_the_whole_batch(tiles: Path, tmp_path: Path) -> None:

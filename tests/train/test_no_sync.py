@@ -22,12 +22,14 @@ from dino.crops import resample
 from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
 from dino.crops.parameters import ViewRecipe
-from dino.data.loader import Batch, DropPath
+from dino.data.batch import Batch
+from dino.data.loader import DropPath
 from dino.models.backbone import BackboneSpec, build_backbone
 from dino.models.head import DINOHead
 from dino.models.runners import BlockRunner, run_block, with_checkpoints
+from dino.signals import StopSignal
 from dino.train import loop
-from dino.train.loop import StopSignal, Trainer
+from dino.train.loop import Trainer
 from dino.train.optimizer import build_optimizer
 from dino.train.schedules import Cosine, Length, Ramp, Schedules
 from dino.train.self_distillation import DINO, Network, SelfDistillation
