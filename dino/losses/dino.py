@@ -1,6 +1,6 @@
 """Self-distillation with no labels: the loss and its centre (Caron et al. 2021, arXiv 2104.14294)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from dino.distributed import mean_over_ranks
 from dino.errors import ConfigError
 from dino.losses.pieces import in_pieces, piece_size
-
-SMALLEST = 1e-37  # a normal number of float32 still
 
 
 def dino_loss(student: Tensor, targets: Tensor, student_temp: float, *, overwrite: bool = False) -> Tensor:
@@ -87,39 +85,41 @@ def _loss_and_gradient(student: Tensor, targets: Tensor, temp: float, gradient: 
     views, batch, prototypes = student.shape
     pairs = len(targets) * (views - 1)
     piece = piece_size(batch, prototypes, student.device)
+    factor = 1 / (pairs * batch * temp)
     losses = student.new_empty(batch)
 
     def work(first: int, last: int) -> None:
-        buffers = [student.new_empty(min(piece, last - first), prototypes) for _ in range(2)]
+        buffers = [student.new_empty(min(piece, last - first), prototypes) for _ in range(3)]
         for start in range(first, last, piece):
             part = slice(start, min(start + piece, last))
-            scaled, probabilities = (buffer[: part.stop - start] for buffer in buffers)
-            everything = targets[:, part].sum(0)  # (b, K)
+            scaled, probabilities, pull = (buffer[: part.stop - start] for buffer in buffers)
             total = student.new_zeros(part.stop - start)  # (b,)
-            for view in range(views):
-                others, count = _others(targets[:, part], everything, view)
-                torch.div(student[view, part], temp, out=scaled)
-                torch.softmax(scaled, -1, out=probabilities)
-                log_sums = scaled.amax(-1) - probabilities.amax(-1).log_()  # exp(max) / sum is the largest of them
-                total += count * log_sums - torch.linalg.vecdot(scaled, others)
-                if gradient is not None:
-                    factor = 1 / (pairs * batch * temp)
-                    torch.sub(probabilities.mul_(count * factor), others, alpha=factor, out=gradient[view, part])
+            for alike, others, count in _others(targets[:, part], views):
+                torch.mul(others, -factor, out=pull)
+                for view in alike:
+                    torch.div(student[view, part], temp, out=scaled)
+                    torch.softmax(scaled, -1, out=probabilities)
+                    total += count * _log_sums(scaled, probabilities) - torch.linalg.vecdot(scaled, others)
+                    if gradient is not None:
+                        torch.add(pull, probabilities, alpha=count * factor, out=gradient[view, part])
             losses[part] = total
 
     in_pieces(work, batch, piece, student.device)
     return losses.sum() / (pairs * batch)
 
 
-def _others(targets: Tensor, everything: Tensor, view: int) -> tuple[Tensor, int]:
-    """Sum of the targets of the teacher views other than ``view``, (b, K), and how many those are."""
+def _others(targets: Tensor, views: int) -> Iterator[tuple[Iterable[int], Tensor, int]]:
+    """For views that see the same targets: which they are, the sum of those targets (b, K), and how many those are."""
     count = len(targets)
-    if view >= count:
-        return everything, count
-    if count == 2:
-        return targets[1 - view], 1
-    kept = [v for v in range(count) if v != view]
-    return targets[kept].sum(0), count - 1
+    for view in range(count):
+        others = [targets[v] for v in range(count) if v != view]
+        yield [view], sum(others[1:], others[0]) if others else torch.zeros_like(targets[0]), count - 1
+    yield range(count, views), targets.sum(0), count
+
+
+def _log_sums(scaled: Tensor, probabilities: Tensor) -> Tensor:
+    """``logsumexp`` of (b, K) logits whose softmax is there, (b,): the largest of that is exp(max) / sum."""
+    return scaled.amax(-1) - probabilities.amax(-1).log_()
 
 
 class Centre(nn.Module):
@@ -148,7 +148,7 @@ class Centre(nn.Module):
         self.register_buffer("observed", torch.zeros(1, out_dim), persistent=False)
 
     @torch.no_grad()
-    def targets(self, teacher_logits: Tensor, temp: float, *, overwrite: bool = False) -> Tensor:
+    def targets(self, teacher_logits: Tensor, temp: float, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
         """Centred and sharpened teacher probabilities.
 
         Args:
@@ -158,23 +158,28 @@ class Centre(nn.Module):
                 reads, and that :meth:`observe` has seen.
 
         Returns:
-            (G, B, K) probabilities.
+            (G, B, K) probabilities, and their mean entropy in nats, a scalar: near 0 or near ln K the teacher has
+            collapsed.
         """
         found = teacher_logits if overwrite else torch.empty_like(teacher_logits)
         batch, prototypes = teacher_logits.shape[-2:]
         piece = piece_size(batch, prototypes, found.device)
+        entropies = found.new_empty(found.shape[:2])
 
         def work(first: int, last: int) -> None:
             buffer = found.new_empty(min(piece, last - first), prototypes)
             for start in range(first, last, piece):
                 part = slice(start, min(start + piece, last))
                 sharpened = buffer[: part.stop - start]
-                for logits, result in zip(teacher_logits[:, part], found[:, part], strict=True):
+                for view, logits in enumerate(teacher_logits[:, part]):
+                    result = found[view, part]
                     torch.sub(logits, self.center, out=sharpened).div_(temp)
                     torch.softmax(sharpened, -1, out=result)
+                    entropies[view, part] = _log_sums(sharpened, result) - torch.linalg.vecdot(result, sharpened)
 
-        in_pieces(work, batch, piece, found.device)
-        return found
+        with torch.autocast(found.device.type, enabled=False):  # it would take the dot products in bf16
+            in_pieces(work, batch, piece, found.device)
+        return found, entropies.mean()
 
     @torch.no_grad()
     def observe(self, teacher_logits: Tensor) -> None:
@@ -206,27 +211,3 @@ class Centre(nn.Module):
         self.center.copy_(torch.where(finite, moved, self.center))
         self.observed.zero_()
         self.count = 0
-
-
-@torch.no_grad()
-def entropy(targets: Tensor) -> Tensor:
-    """Mean entropy of the teacher's probabilities: near 0 or near ln K it has collapsed.
-
-    Args:
-        targets: (..., K) probabilities.
-
-    Returns:
-        Scalar, in nats.
-    """
-    rows = targets.flatten(0, -2)  # (n, K)
-    entropies = rows.new_empty(len(rows))
-    piece = piece_size(len(rows), rows.shape[-1], rows.device)
-
-    def work(first: int, last: int) -> None:
-        for start in range(first, last, piece):
-            part = slice(start, min(start + piece, last))
-            # Half the time of torch.special.entr; what is clamped is multiplied by nearly 0.
-            entropies[part] = -torch.linalg.vecdot(rows[part], rows[part].clamp_min(SMALLEST).log_())
-
-    in_pieces(work, len(rows), piece, rows.device)
-    return entropies.mean()

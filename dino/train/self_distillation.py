@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dino import distributed
-from dino.losses.dino import Centre, dino_loss, entropy
+from dino.losses.dino import Centre, dino_loss
 from dino.models.backbone import Backbone
 from dino.train.profiling import BACKWARD, LOSS, STUDENT, TEACHER, Span, no_span
 
@@ -122,12 +122,12 @@ class DINO(nn.Module):
         """
         # Nothing else reads these logits: the teacher's memory takes the targets, the student's the gradient.
         self.centre.observe(teacher)
-        targets = self.centre.targets(teacher, teacher_temp, overwrite=True)
-        return dino_loss(student, targets, self.student_temp, overwrite=True), entropy(targets)
+        targets, entropy = self.centre.targets(teacher, teacher_temp, overwrite=True)
+        return dino_loss(student, targets, self.student_temp, overwrite=True), entropy
 
     def sample_losses(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
         """``(B,)`` loss of each sample alone, of the logits that :meth:`loss` takes; nothing is remembered."""
-        targets = self.centre.targets(teacher, teacher_temp)
+        targets, _ = self.centre.targets(teacher, teacher_temp)
         alone = zip(student.split(1, 1), targets.split(1, 1), strict=True)
         return torch.stack([dino_loss(z, q, self.student_temp) for z, q in alone])
 

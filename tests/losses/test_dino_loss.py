@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dino.errors import ConfigError
 from dino.losses import dino, pieces
-from dino.losses.dino import Centre, dino_loss, entropy
+from dino.losses.dino import Centre, dino_loss
 
 
 def pairwise(student: Tensor, targets: Tensor, temp: float) -> Tensor:
@@ -66,15 +66,15 @@ def test_pieces_and_threads_do_not_change_the_result(monkeypatch, threads, cache
     expected = dino_loss(student, targets, 0.1)
     (wanted,) = torch.autograd.grad(expected, student)
     centre = Centre(33).double()
-    spread = centre.targets(student.detach(), 0.3)
+    spread, entropy = centre.targets(student.detach(), 0.3)
     before = torch.get_num_threads()
     monkeypatch.setattr(pieces, "CACHED_VALUES", cached)
     torch.set_num_threads(threads)
     try:
         found = dino_loss(student, targets, 0.1)
         assert torch.equal(torch.autograd.grad(found, student)[0], wanted)
-        assert torch.equal(centre.targets(student.detach(), 0.3), spread)
-        assert float(entropy(spread)) == pytest.approx(float(torch.special.entr(spread).sum(-1).mean()), rel=1e-12)
+        again = centre.targets(student.detach(), 0.3)
+        assert torch.equal(again[0], spread) and torch.equal(again[1], entropy)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -141,7 +141,9 @@ def test_targets_are_centred_and_sharpened():
     centre.center.copy_(torch.arange(7.0))
     logits = torch.randn(2, 3, 7, dtype=torch.float64) * 5
     weights = ((logits - torch.arange(7)) / 0.04 - ((logits - torch.arange(7)) / 0.04).amax(-1, keepdim=True)).exp()
-    assert torch.allclose(centre.targets(logits, 0.04), weights / weights.sum(-1, keepdim=True), atol=1e-14)
+    targets, entropy = centre.targets(logits, 0.04)
+    assert torch.allclose(targets, weights / weights.sum(-1, keepdim=True), atol=1e-14)
+    assert float(entropy) == pytest.approx(float(torch.special.entr(targets).sum(-1).mean()), rel=1e-12)
 
 
 @pytest.mark.parametrize("splits", [[12], [4, 4, 4], [1, 2, 9]])
@@ -190,6 +192,14 @@ def test_a_step_without_observation_is_a_fault():
         Centre(3).step(torch.tensor(True))
 
 
-@pytest.mark.parametrize(("probabilities", "nats"), [([1.0, 0.0, 0.0, 0.0], 0.0), ([0.25] * 4, math.log(4))])
-def test_entropy(probabilities, nats):
-    assert float(entropy(torch.tensor([[probabilities] * 3] * 2))) == pytest.approx(nats, abs=1e-6)
+@pytest.mark.parametrize(("logits", "nats"), [([9.0, -1.0, 0.0, 0.0], 0.0), ([0.5] * 4, math.log(4))])
+def test_entropy_of_collapsed_teachers(logits, nats):
+    _, entropy = Centre(4).targets(torch.tensor([[logits] * 3] * 2), 0.04)
+    assert float(entropy) == pytest.approx(nats, abs=1e-6)
+
+
+def test_entropy_is_in_full_precision_under_autocast():
+    logits = torch.randn(2, 3, 100, generator=torch.Generator().manual_seed(0))
+    _, expected = Centre(100).targets(logits, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(Centre(100).targets(logits, 0.1)[1], expected)
