@@ -96,7 +96,7 @@ def network(arch: str) -> tuple[Backbone, nn.Module]:
 def run(setting: Setting) -> Iterator[Row]:
     """From JPEG files, then from the sample slide."""
     arch = "vit:dim=64,depth=2,heads=2" if setting.quick else "vit_small"
-    batch, count = setting.size(16, 256, 2), setting.size(48, 4096, 4)
+    batch, count = setting.size(64, 256, 2), setting.size(64, 4096, 4)
     workers = 1 if setting.quick else 2 if not setting.on_gpu else 15
     backbone, model = network(arch)
     paths = tile_files(setting.folder / "tiles", count)

@@ -1,5 +1,6 @@
 """The one way in which pixels and grids become features: for extraction, kNN, reports and the demo alike."""
 
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from dino.threads import run_threaded
 __all__ = ["Normalise", "embed", "embed_batches", "grids_as_they_are", "normaliser"]
 
 PRECISIONS = ("bf16", "fp32", "fp64")
+CACHED_VALUES = 2**19  # on a CPU, of the tokens that a core takes through the network at a time
 
 Normalise = Callable[[Tensor], Tensor]
 
@@ -95,18 +97,23 @@ def embed_batches(
                 return backbone(inputs).cls.float().cpu()  # (B, D)
 
         for batch in batches:
-            features = _on_all_cores(forward, batch) if device.type == "cpu" else forward(batch)
+            shared = device.type == "cpu" and len(batch) >= torch.get_num_threads()
+            features = _in_shares(forward, batch, _share(backbone, batch)) if shared else forward(batch)
             if not features.isfinite().all():
                 raise DataError("expected finite features, found NaN or infinity; the model or a grid has broken down")
             yield features.clone()  # an ordinary tensor: one made in inference mode could not be trained on later
 
 
-def _on_all_cores(forward: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-    """``forward(batch)`` with a share of the batch on each core: they do not wait for each other in every operation."""
-    cores = torch.get_num_threads()
-    if len(batch) < cores:
-        return forward(batch)
-    shares = list(enumerate(batch.tensor_split(cores)))
+def _share(backbone: Backbone, batch: Tensor) -> int:
+    """How many items a core takes at a time: few enough for its cache, and no more than keep every core at work."""
+    tokens = batch.shape[-2] * batch.shape[-1] // backbone.spec.patch_size**2
+    fitting = max(1, CACHED_VALUES // max(1, tokens * backbone.embed_dim))
+    return min(fitting, math.ceil(len(batch) / torch.get_num_threads()))
+
+
+def _in_shares(forward: Callable[[Tensor], Tensor], batch: Tensor, size: int) -> Tensor:
+    """``forward(batch)``, so many items at a time on each core: cores do not wait for each other in every operation."""
+    shares = list(enumerate(batch.split(size)))
     features: dict[int, Tensor] = {}
 
     def work(share: tuple[int, Tensor]) -> None:
