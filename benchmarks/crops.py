@@ -28,10 +28,10 @@ class Ours:
     def __init__(self, crops: ImageCrops, batch: int = BATCH) -> None:
         self.crops, self.batch = crops, batch
 
-    def __call__(self, paths: list[Path]) -> list[list[Tensor]]:
+    def __call__(self, paths: list[Path]) -> Iterator[list[Tensor]]:
         """One (V_g, B, 3, s, s) tensor per size, for each batch."""
-        batches = [paths[i : i + self.batch] for i in range(0, len(paths), self.batch)]
-        return [self.crops.apply(*drawn_batch(self.crops, part, i * self.batch)) for i, part in enumerate(batches)]
+        for start in range(0, len(paths), self.batch):
+            yield self.crops.apply(*drawn_batch(self.crops, paths[start : start + self.batch], start))
 
 
 def drawn_batch(crops: ImageCrops, paths: list[Path], first: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -27,7 +27,8 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean grey of each image."""
-    return _blend(images, gray(images).mean((1, 2, 3), keepdim=True), factor)
+    weights = constant(GRAY_WEIGHTS, images.device)
+    return _blend(images, (images.mean((2, 3)) @ weights).view(-1, 1, 1, 1), factor)  # the mean of grey is grey's mean
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
@@ -117,4 +118,4 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 
 def _spread(factor: Tensor) -> Tensor:
-    return factor[:, None, None, None]
+    return factor.view(-1, 1, 1, 1)

@@ -1,9 +1,9 @@
 """Crops of tiles: drawn by a data worker, applied to the whole batch on the training device."""
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dino.crops import colour
 from dino.crops.blur import blur_radius, gaussian_blur
+from dino.crops.memory import Memory
 from dino.crops.orientation import fold_turns
 from dino.crops.parameters import JITTER_ORDERS, ViewDrawer, ViewRecipe
-from dino.crops.resample import resize_boxed, resize_dense, to_device
+from dino.crops.resample import resize_boxed, resize_dense, resize_one, to_device
 from dino.threads import run_threaded
 
 JITTERS = (
@@ -23,8 +24,16 @@ JITTERS = (
     ("hue", colour.adjust_hue),
 )
 CACHED_VALUES = 2**19  # on a CPU, work on as many values at a time as its cache holds
-GATHERED_PX = 64  # on a CPU, images up to this side are gathered for an operation, larger ones changed where they lie
+GATHERED_PX = 64  # on a CPU, images up to this side are gathered for each operation, larger ones go one by one
 FACTORS = ("brightness", "contrast", "saturation", "hue", "sigma", "hed_scale", "hed_shift")
+
+
+class Step(NamedTuple):
+    """One operation of a batch: on which of the n images, (n,) bool, and which of their factors it takes."""
+
+    chosen: np.ndarray
+    operation: Callable[..., Tensor]
+    names: Sequence[str] = ()
 
 
 class ImageCrops:
@@ -46,6 +55,7 @@ class ImageCrops:
         self.mean = tuple(mean)
         self.std = tuple(std)
         self._drawer = ViewDrawer(self.views)
+        self._memory = Memory()
         runs = [(size, len(list(run))) for size, run in groupby(view.size for view in self.views)]
         self.sizes = [size for size, _ in runs]
         self.groups = [count for _, count in runs]
@@ -77,90 +87,93 @@ class ImageCrops:
         Returns:
             One (V_g, B, 3, s, s) float32 tensor per group, normalised, on the device of ``pixels``.
         """
-        if pixels.device.type != "cpu":
-            return self._make(pixels, parameters)
-        batch = len(pixels)
-        views = [torch.empty(count, batch, 3, size, size) for size, count in zip(self.sizes, self.groups, strict=True)]
-
-        def work(start: int) -> None:
-            part = slice(start, start + share)
-            made = self._make(pixels[part], {name: value[part] for name, value in parameters.items()})
-            for group, some in zip(views, made, strict=True):
-                group[:, part] = some
-
-        share = max(1, CACHED_VALUES // sum(group[:, :1].numel() for group in views)) if batch else 1
-        share = min(share, math.ceil(batch / torch.get_num_threads())) or 1
-        run_threaded(work, range(0, batch, share))
-        return views
-
-    def _make(self, pixels: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
-        """What :meth:`apply` does, on the whole batch at once."""
-        resize = resize_boxed if pixels.device.type == "cpu" else resize_dense
-        result = []
-        first = 0
+        result, first = [], 0
         with torch.autocast(pixels.device.type, enabled=False):  # bf16 would cost two grey levels
             for size, count in zip(self.sizes, self.groups, strict=True):
                 group = {k: v[:, first : first + count].transpose(0, 1) for k, v in parameters.items()}  # (V_g, B, ..)
-                flip_x, flip_y, transpose = fold_turns(group["flip_x"], group["flip_y"], group["turns"])
-                result.append(resize(pixels, group["box"], flip_x, flip_y, transpose, size))  # (V_g, B, 3, s, s)
-                self._recolour(result[-1].flatten(0, 1), {k: v.flatten(0, 1) for k, v in group.items()})
+                make = self._make_on_cpu if pixels.device.type == "cpu" else self._make
+                result.append(make(pixels, group, size))
                 first += count
         return result
 
-    def _recolour(self, images: Tensor, drawn: dict[str, Tensor]) -> None:
-        """All that follows the geometry, in place on (n, 3, s, s) values from 0 to 255."""
-        images.div_(255).clamp_(0, 1)  # bicubic overshoots
-        batch = _Batch(images, drawn)
-        batch.update((drawn["hed_scale"].numpy() != 1).any(-1), colour.hed_jitter, "hed_scale", "hed_shift")
+    def _make(self, pixels: Tensor, group: dict[str, Tensor], size: int) -> Tensor:
+        """The views of one size, (V_g, B, 3, s, s): every operation on all images that it is for."""
+        resize = resize_boxed if pixels.device.type == "cpu" else resize_dense
+        views = resize(pixels, group["box"], *_folded(group), size)
+        drawn = {k: v.flatten(0, 1) for k, v in group.items()}
+        images, factors = views.flatten(0, 1), _factors(drawn, pixels.device)
+        for chosen, operation, names in self._steps(drawn, size):
+            if chosen.all():
+                operation(images, *(factors[name] for name in names))
+            elif chosen.any():
+                where = to_device(torch.from_numpy(chosen.nonzero()[0]), images.device)
+                images[where] = operation(images[where], *(factors[name][where] for name in names))
+        return views
+
+    def _make_on_cpu(self, pixels: Tensor, group: dict[str, Tensor], size: int) -> Tensor:
+        """The same, with an image or a few on each core, so that they stay in its cache from first to last."""
+        views = self._memory.empty((len(group["box"]), len(pixels), 3, size, size), torch.float32)
+        if size > GATHERED_PX:
+            run_threaded(self._tile_maker(pixels, group, views), range(len(pixels)))
+            return views
+        share = max(1, CACHED_VALUES // views[:, :1].numel()) if len(pixels) else 1
+        share = min(share, math.ceil(len(pixels) / torch.get_num_threads())) or 1
+
+        def work(start: int) -> None:
+            part = slice(start, start + share)
+            views[:, part] = self._make(pixels[part], {k: v[:, part] for k, v in group.items()}, size)
+
+        run_threaded(work, range(0, len(pixels), share))
+        return views
+
+    def _tile_maker(self, pixels: Tensor, group: dict[str, Tensor], views: Tensor) -> Callable[[int], None]:
+        """A function that makes the views of one tile in their place, each through all its steps alone."""
+        drawn = {k: v.flatten(0, 1) for k, v in group.items()}
+        boxes, flags = drawn["box"].tolist(), torch.stack(_folded(drawn), dim=-1).tolist()
+        steps = [(step, step.chosen.tolist()) for step in self._steps(drawn, views.shape[-1])]
+        factors = {name: factor.split(1) for name, factor in _factors(drawn, pixels.device).items()}
+        images = views.flatten(0, 1).split(1)
+
+        def work(tile: int) -> None:
+            for row in range(tile, len(images), len(pixels)):  # view after view
+                images[row][0] = resize_one(pixels[tile], boxes[row], flags[row], views.shape[-1])
+                for step, chosen in steps:
+                    if chosen[row]:
+                        step.operation(images[row], *(factors[name][row] for name in step.names))
+
+        return work
+
+    def _steps(self, drawn: dict[str, Tensor], size: int) -> Iterator[Step]:
+        """What is done to images of one size, in order."""
+        everything = np.ones(len(drawn["sigma"]), bool)
+        yield Step(everything, _to_unit)
+        yield Step((drawn["hed_scale"].numpy() != 1).any(-1), colour.hed_jitter, ("hed_scale", "hed_shift"))
         jitter = drawn["jitter_order"].numpy()
         orders = np.where(jitter[:, None] < 0, -1, JITTER_ORDERS[jitter])  # (n, 4)
         for turn in range(len(JITTERS)):
             for index, (name, operation) in enumerate(JITTERS):
-                batch.update(orders[:, turn] == index, operation, name)
-        batch.update(drawn["grayscale"].numpy(), colour.grayscale)
-        size = images.shape[-1]
+                yield Step(orders[:, turn] == index, operation, (name,))
+        yield Step(drawn["grayscale"].numpy(), colour.grayscale)
         radius = blur_radius(max(view.blur_sigma[1] for view in self.views if view.size == size), size)
-        batch.update(drawn["sigma"].numpy() > 0, lambda x, sigma: gaussian_blur(x, sigma, radius), "sigma")
-        batch.update(drawn["solarize"].numpy(), colour.solarize)
+        yield Step(drawn["sigma"].numpy() > 0, lambda x, sigma: gaussian_blur(x, sigma, radius), ("sigma",))
+        yield Step(drawn["solarize"].numpy(), colour.solarize)
+        yield Step(everything, self._normalise)
+
+    def _normalise(self, images: Tensor) -> Tensor:
         mean, std = colour.constant((self.mean, self.std), images.device)[:, :, None, None]
-        images.sub_(mean).div_(std)
+        return images.sub_(mean).div_(std)
 
 
-class _Batch:
-    """Images, changed in place, with the factors of every operation on their device."""
+def _to_unit(images: Tensor) -> Tensor:
+    return images.div_(255).clamp_(0, 1)  # bicubic overshoots
 
-    def __init__(self, images: Tensor, drawn: dict[str, Tensor]) -> None:
-        self.images = images
-        # All factors cross to the device in one copy.
-        columns = torch.cat([drawn[name].reshape(len(images), -1) for name in FACTORS], dim=1)
-        widths = [drawn[name][0].numel() for name in FACTORS]
-        factors = to_device(columns, images.device).split(widths, 1)
-        self.factors = {
-            name: f[:, 0] if width == 1 else f for name, f, width in zip(FACTORS, factors, widths, strict=True)
-        }
 
-    @cached_property
-    def each(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Every image with its factors, as batches of one."""
-        factors = {name: factor.split(1) for name, factor in self.factors.items()}
-        return [(image, {n: f[row] for n, f in factors.items()}) for row, image in enumerate(self.images.split(1))]
+def _factors(drawn: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The factors of every operation, (n,) or (n, 3), on the device: all cross in one copy."""
+    columns = [drawn[name].reshape(len(drawn[name]), -1) for name in FACTORS]
+    moved = to_device(torch.cat(columns, dim=1), device).split([column.shape[1] for column in columns], dim=1)
+    return {name: f[:, 0] if f.shape[1] == 1 else f for name, f in zip(FACTORS, moved, strict=True)}
 
-    def update(self, chosen: np.ndarray, operation: Callable[..., Tensor], *names: str) -> None:
-        """Run an operation on the chosen images, given their factors ``names``."""
-        if chosen.any():
-            large = self.images.device.type == "cpu" and self.images.shape[-1] > GATHERED_PX
-            run = self._one_by_one if large else self._together
-            run(chosen, operation, names)
 
-    def _together(self, chosen: np.ndarray, operation: Callable[..., Tensor], names: Sequence[str]) -> None:
-        if chosen.all():
-            operation(self.images, *(self.factors[name] for name in names))
-            return
-        where = to_device(torch.from_numpy(chosen.nonzero()[0]), self.images.device)
-        self.images[where] = operation(self.images[where], *(self.factors[name][where] for name in names))
-
-    def _one_by_one(self, chosen: np.ndarray, operation: Callable[..., Tensor], names: Sequence[str]) -> None:
-        """Each image where it lies: gathering the chosen ones takes a CPU longer than most operations."""
-        for row in chosen.nonzero()[0].tolist():
-            image, factors = self.each[row]
-            operation(image, *(factors[name] for name in names))
+def _folded(drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return fold_turns(drawn["flip_x"], drawn["flip_y"], drawn["turns"])

@@ -1,6 +1,8 @@
 """Memory for views on a CPU, used again: to get fresh pages takes three times as long as to fill them."""
 
+import math
 import weakref
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,6 +17,11 @@ class Memory:
     def __init__(self) -> None:
         self._blocks: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []  # each with the array that was lent last
 
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A CPU tensor of any values, in memory that may have been used before."""
+        size = math.prod(shape) * dtype.itemsize
+        return self._lend(size).view(dtype).view(*shape) if size else torch.empty(*shape, dtype=dtype)
+
     def gather(self, table: Tensor, places: Tensor) -> Tensor:
         """Rows of a table.
 
@@ -27,8 +34,7 @@ class Memory:
         """
         if table.device.type != "cpu":
             return table[places]
-        memory = self._lend(places.numel() * table.shape[1] * table.element_size())
-        result = memory.view(table.dtype).view(-1, table.shape[1])
+        result = self.empty((places.numel(), table.shape[1]), table.dtype)
         torch.index_select(table, 0, places.flatten(), out=result)
         return result.view(*places.shape, table.shape[1])
 

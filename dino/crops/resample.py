@@ -6,6 +6,8 @@ of weights. :func:`resize_dense` multiplies with them in full, which suits a GPU
 :func:`resize_boxed` goes crop by crop with torch's own banded kernel, which is faster on a CPU.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,16 +88,32 @@ def resize_boxed(pixels: Tensor, box: Tensor, flip_x: Tensor, flip_y: Tensor, tr
     """Same as :func:`resize_dense`, crop by crop; arguments and result alike."""
     views, batch = box.shape[:2]
     out = pixels.new_empty((views, batch, pixels.shape[1], size, size), dtype=torch.float32)
-    boxes, mirrored, flipped, turned = box.tolist(), flip_x.tolist(), flip_y.tolist(), transpose.tolist()
+    boxes, flags = box.tolist(), torch.stack([flip_x, flip_y, transpose], dim=-1).tolist()
     for row in range(batch):
         for view in range(views):
-            top, left, height, width = boxes[view][row]
-            crop = pixels[row : row + 1, :, top : top + height, left : left + width].float()
-            crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]  # (3, s, s)
-            flips = [axis for axis, wanted in ((-1, mirrored[view][row]), (-2, flipped[view][row])) if wanted]
-            crop = crop.flip(flips) if flips else crop
-            out[view, row] = crop.transpose(-1, -2) if turned[view][row] else crop
+            out[view, row] = resize_one(pixels[row], boxes[view][row], flags[view][row], size)
     return out
+
+
+def resize_one(tile: Tensor, box: Sequence[int], flags: Sequence[bool], size: int) -> Tensor:
+    """Same as :func:`resize_dense`, for one crop of one tile.
+
+    Args:
+        tile: (3, H, W) uint8 or float on the CPU.
+        box: Top, left, height, width.
+        flags: Whether to flip left-right, to flip up-down, and to swap rows and columns after the flips.
+        size: Side of the result in px.
+
+    Returns:
+        (3, size, size) float32.
+    """
+    top, left, height, width = box
+    flip_x, flip_y, transpose = flags
+    crop = tile[None, :, top : top + height, left : left + width].float()
+    crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]  # (3, s, s)
+    flips = [axis for axis, wanted in ((-1, flip_x), (-2, flip_y)) if wanted]
+    crop = crop.flip(flips) if flips else crop
+    return crop.transpose(-1, -2) if transpose else crop
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
