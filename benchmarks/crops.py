@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.material import IMAGENET, original_crops, tile_files
-from benchmarks.measure import Duel, Row, Setting, duel, expect_close, timed
+from benchmarks.measure import Duel, Row, Setting, drain, duel, expect_close, timed
 from benchmarks.reference.crops import PillowCrops, TensorCrops
 from dino import randomness
 from dino.crops.images import ImageCrops
@@ -20,6 +20,8 @@ TITLE = "tile to crops"
 # Mean difference in grey levels: Pillow rounds to 8 bits after every step and blurs by boxes.
 LEVELS = {"Pillow": 3.0, "torchvision v2": 1.5}
 BATCH = 16
+
+Views = Callable[[list[Path]], Iterator[list[Tensor]]]  # of tiles, one after another: a training run keeps none of them
 
 
 class Ours:
@@ -46,24 +48,24 @@ def draw(crops: ImageCrops, shape: tuple[int, int], number: int) -> dict[str, np
     return crops.draw(shape, None, randomness.generator(0, number, "crops"))
 
 
-def by_pillow(crops: ImageCrops) -> Callable[[list[Path]], list[list[Tensor]]]:
+def by_pillow(crops: ImageCrops) -> Views:
     """Decode and crop by Pillow, tile after tile."""
     theirs = PillowCrops([view.size for view in crops.views], IMAGENET.mean, IMAGENET.std)
 
-    def make(paths: list[Path]) -> list[list[Tensor]]:
+    def make(paths: list[Path]) -> Iterator[list[Tensor]]:
         images = (Image.open(path).convert("RGB") for path in paths)
-        return [theirs(image, draw(crops, (image.height, image.width), n)) for n, image in enumerate(images)]
+        return (theirs(image, draw(crops, (image.height, image.width), n)) for n, image in enumerate(images))
 
     return make
 
 
-def by_torchvision(crops: ImageCrops) -> Callable[[list[Path]], list[list[Tensor]]]:
+def by_torchvision(crops: ImageCrops) -> Views:
     """Decode and crop by torchvision v2, tile after tile."""
     theirs = TensorCrops([view.size for view in crops.views], IMAGENET.mean, IMAGENET.std)
 
-    def make(paths: list[Path]) -> list[list[Tensor]]:
+    def make(paths: list[Path]) -> Iterator[list[Tensor]]:
         tiles = (_tensor(path) for path in paths)
-        return [theirs(tile, draw(crops, (tile.shape[1], tile.shape[2]), n)) for n, tile in enumerate(tiles)]
+        return (theirs(tile, draw(crops, (tile.shape[1], tile.shape[2]), n)) for n, tile in enumerate(tiles))
 
     return make
 
@@ -99,16 +101,16 @@ def run(setting: Setting) -> Iterator[Row]:
         yield _on_gpu(crops, setting)
 
 
-def _one_core(crops: ImageCrops, theirs: Callable, paths: list[Path], setting: Setting) -> Duel:
+def _one_core(crops: ImageCrops, theirs: Views, paths: list[Path], setting: Setting) -> Duel:
     ours = Ours(crops)
-    return duel(lambda: ours(paths), lambda: theirs(paths), setting.rounds(5), torch.device("cpu"))
+    return duel(lambda: drain(ours(paths)), lambda: drain(theirs(paths)), setting.rounds(5), torch.device("cpu"))
 
 
 def _decode_rate(paths: list[Path]) -> float:
     return len(paths) / min(timed(lambda: [decode(path) for path in paths], torch.device("cpu")) for _ in range(3))
 
 
-def check(crops: ImageCrops, name: str, theirs: Callable[[list[Path]], list[list[Tensor]]], paths: list[Path]) -> str:
+def check(crops: ImageCrops, name: str, theirs: Views, paths: list[Path]) -> str:
     """The crops must be the same, to the comparator's rounding.
 
     Raises:
@@ -116,7 +118,7 @@ def check(crops: ImageCrops, name: str, theirs: Callable[[list[Path]], list[list
     """
     (groups,) = Ours(crops, len(paths))(paths)
     ours = [view for group in groups for view in group]  # V tensors (B, 3, s, s)
-    expected = theirs(paths)  # B lists of V tensors (3, s, s)
+    expected = list(theirs(paths))  # B lists of V tensors (3, s, s)
     levels = 255 * torch.tensor(IMAGENET.std)[:, None, None]
     differences = [
         float(((ours[v][b] - tile[v]) * levels).abs().mean())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.material import GRID_DIM, GRID_SIDE, grid_files
-from benchmarks.measure import Row, Setting, duel, expect_close
+from benchmarks.measure import Row, Setting, drain, duel, expect_close
 from benchmarks.networks import Task, our_trainer, take_steps, their_step
 from benchmarks.reference.data import GridViews, loader
 from dino.crops.grids import GridCrops
@@ -68,8 +68,8 @@ def run(setting: Setting) -> Iterator[Row]:
         setting.notice(f"{len(paths)} grids of {GRID_DIM} x {GRID_SIDE} x {GRID_SIDE}, {workers} worker processes")
         slow = loader(theirs, batch, workers)
         result = duel(
-            lambda w=workers: _drain(ours(w)),
-            lambda x=slow: _drain([view.to(setting.device) for view in views] for views in x),
+            lambda w=workers: drain(ours(w)),
+            lambda x=slow: drain([view.to(setting.device) for view in views] for views in x),
             setting.rounds(3),
             setting.device,
         )
@@ -132,8 +132,3 @@ def _views_of(theirs: GridViews, index: int, draw: int) -> list[Tensor]:
     """The views of a file with the crops of a given draw."""
     one = GridViews([theirs.paths[index]] * (draw + 1), theirs.side, theirs.draw, theirs.seed)
     return one[draw]
-
-
-def _drain(views: Iterator) -> None:
-    for _ in views:
-        pass

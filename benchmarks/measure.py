@@ -5,7 +5,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,12 @@ def in_turn(
             if number >= warmup:
                 seconds.append(spent)
     return times
+
+
+def drain(results: Iterable) -> None:
+    """Take everything and keep nothing, as a training run does."""
+    for _ in results:
+        pass
 
 
 def timed(work: Work, device: torch.device) -> float:
