@@ -70,7 +70,7 @@ def run(setting: Setting) -> Iterator[Row]:
         result = duel(
             lambda w=workers: drain(ours(w)),
             lambda x=slow: drain([view.to(setting.device) for view in views] for views in x),
-            setting.rounds(3),
+            setting.rounds(9),
             setting.device,
         )
         row = result.row(
