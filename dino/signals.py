@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dino.distributed import launched
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # USR2 is submitit's
 
 
@@ -21,13 +23,21 @@ class StopSignal:
 
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:
-        """Catch the signals while the block runs; outside of the main thread signals cannot be caught."""
+        """Catch the signals while the block runs; outside of the main thread signals cannot be caught.
+
+        An error that ends a process of torchrun goes on being protected: when one process is lost, torchrun tells the
+        others to end, and they should still come to say why.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
         before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         try:
             yield self
+        except BaseException:
+            if launched():
+                before.clear()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -98,26 +98,43 @@ def test_bad_tiles_are_replaced_listed_and_the_same_after_a_crash(
     assert last(tmp_path / "run")["state"]["quarantine"] == last(tmp_path / "cut")["state"]["quarantine"]
 
 
-@pytest.mark.parametrize("level", ["tiles", "grids"])
-def test_files_that_vanish_or_change_meanwhile_are_replaced(
-    level: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def spoil_files(monkeypatch: pytest.MonkeyPatch, data: Path) -> set[Path]:
+    """Let one file vanish and another change during the second step of each run."""
     from dino.train.loop import Trainer
 
-    data, honest = request.getfixturevalue(level), Trainer._step
-    gone, changed = sorted(data.iterdir())[:2]
+    honest = Trainer._step
+    gone, changed = sorted(path for path in data.iterdir() if path.is_file())[:2]
 
     def step(self: Trainer, *args: object) -> object:
         if self.step == 1:
             gone.unlink(missing_ok=True)
-            torch.save(torch.randn(36, 7), changed) if level == "grids" else changed.write_bytes(b"\xff\xd8 torn")
+            torch.save(torch.randn(36, 7), changed) if changed.suffix == ".pt" else changed.write_bytes(
+                b"\xff\xd8 torn"
+            )
         return honest(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Trainer, "_step", step)
-    summary = pretrain(config(data, tmp_path / "run", **GENEROUS))
-    assert summary.state == "finished"
-    suffix = "#0" if level == "grids" else ""
-    assert quarantine(tmp_path / "run").keys() == {f"{path.name}{suffix}" for path in (gone, changed)}
+    return {gone, changed}
+
+
+@pytest.mark.parametrize("level", ["tiles", "grids"])
+def test_files_that_vanish_or_change_meanwhile_are_replaced(
+    level: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, suffix = request.getfixturevalue(level), "#0" if level == "grids" else ""
+    spoiled = spoil_files(monkeypatch, data)
+    unpacked = {"speed.cache_dir": "none"} if level == "grids" else {}
+    assert pretrain(config(data, tmp_path / "run", **GENEROUS, **unpacked)).state == "finished"
+    assert quarantine(tmp_path / "run").keys() == {f"{path.name}{suffix}" for path in spoiled}
+
+
+def test_packed_grids_are_those_that_a_run_began_with(
+    grids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain(config(grids, tmp_path / "undisturbed", **GENEROUS))
+    spoil_files(monkeypatch, grids)
+    pretrain(config(grids, tmp_path / "disturbed", **GENEROUS))
+    assert_same_bits(tmp_path / "undisturbed", tmp_path / "disturbed")
 
 
 def bad_grids(folder: Path) -> dict[str, str]:
