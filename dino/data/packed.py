@@ -52,17 +52,12 @@ class GridFiles:
     dtype: torch.dtype = torch.float32
 
     @cached_property
-    def stamps(self) -> list[tuple[int, int]]:
-        """Size and modification time of each file when this was first asked for."""
-        return [stamp(entry.path) for entry in self.entries]
-
-    @cached_property
     def key(self) -> str:
-        """Hash of everything that decides what is packed."""
+        """Hash of everything that decides what is packed, as it was when this was first asked for."""
         digest = hashlib.sha256(f"{FORMAT} {self.order} {self.dtype}".encode())
-        for entry, facts in zip(self.entries, self.stamps, strict=True):
+        for entry in self.entries:
             name = os.fsencode(entry.path.relative_to(self.root))
-            digest.update(name + f"\0{entry.shape} {facts}\0".encode())
+            digest.update(name + f"\0{entry.shape} {stamp(entry.path)}\0".encode())
         return digest.hexdigest()[:32]
 
 
@@ -75,14 +70,12 @@ class PackedGrids:
         dtype: Type of its values: half precision where that was asked for, or holds every one of them exactly.
         survey: What was packed.
         bad: Numbers of the regions that cannot be used; their cells are zeros.
-        stamps: Size and modification time of each packed file.
     """
 
     path: Path
     dtype: torch.dtype
     survey: Survey
     bad: frozenset[int]
-    stamps: Sequence[tuple[int, int]]
 
     @cached_property
     def cells(self) -> Tensor:
@@ -143,7 +136,6 @@ def _read(place: Path, files: GridFiles) -> PackedGrids | None:
             getattr(torch, facts["dtype"]),
             Survey(**facts["survey"]),
             frozenset(facts["bad"]),
-            files.stamps,
         )
         return found if found.cells.shape[0] else None  # maps the file: it must be there, and as large as it says
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
@@ -183,7 +175,7 @@ def _remove_old(place: Path, *, leftovers: bool) -> None:
 
 
 def _pack(place: Path, files: GridFiles, max_bad_fraction: float) -> PackedGrids:
-    path = _data(place, files.key)  # takes the stamps before anything is read: what changes from here on is noticed
+    path = _data(place, files.key)  # takes the dates before anything is read: what changes from here on is noticed
     with progress.bar("check grids", len(files.entries)) as bar:
         found = survey(files.root, files.entries, bar.advance, max_bad_fraction)
     for dtype in DTYPES if files.dtype == torch.float32 else (files.dtype,):
