@@ -47,9 +47,9 @@ def _panel(axes: "Axes", lines: Lines, key: str, title: str, limit: float | None
     steps, values = zip(*points, strict=True)
     if limit is not None:
         axes.axhline(limit, color=style.UNTRAINED, linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate(note, (1.0, limit), xycoords=("axes fraction", "data"), xytext=(0, 3), ha="right", fontsize=7.5,
-                      textcoords="offset points", color=style.QUIET)  # fmt: skip
         low, high = min(*values, limit), max(*values, limit)
+        axes.annotate(note, (1.0, high), xycoords=("axes fraction", "data"), xytext=(0, 3), ha="right", fontsize=7.5,
+                      textcoords="offset points", color=style.QUIET)  # fmt: skip
         axes.set_ylim(low - 0.06 * (high - low or 1), high + 0.14 * (high - low or 1))
     axes.plot(steps, values, color=style.TRAINED, marker="o" if len(steps) == 1 else None, markersize=3)
 
