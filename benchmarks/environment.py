@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg")
+MEASURED = ("dino", "benchmarks", ":!benchmarks/results")  # results of earlier runs change no figure
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -19,7 +20,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "dino", "benchmarks")),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED)),
         "device": device_name(device),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
