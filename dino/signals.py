@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dino.distributed import launched
+from dino.errors import Stopped
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # USR2 is submitit's
 
@@ -25,8 +26,8 @@ class StopSignal:
     def listening(self) -> Iterator["StopSignal"]:
         """Catch the signals while the block runs; outside of the main thread signals cannot be caught.
 
-        An error that ends a process of torchrun goes on being protected: when one process is lost, torchrun tells the
-        others to end, and they should still come to say why.
+        SIGTERM stays caught where an error ends one of several processes: when one is lost, torchrun sends it to the
+        others, which should still come to say why they end.
         """
         if threading.current_thread() is not threading.main_thread():
             yield self
@@ -34,9 +35,9 @@ class StopSignal:
         before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         try:
             yield self
-        except BaseException:
-            if launched():
-                before.clear()
+        except Exception as error:
+            if launched() and not isinstance(error, Stopped):
+                del before[signal.SIGTERM]
             raise
         finally:
             for number, handler in before.items():

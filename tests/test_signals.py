@@ -1,0 +1,46 @@
+"""Which signals are caught while a run goes on, and which after it."""
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from dino.errors import DataError, Stopped
+from dino.signals import STOP_SIGNALS, StopSignal
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[dict]:
+    """What was there before, and is put back."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_remembered_during_the_block_alone(number: signal.Signals, handlers: dict) -> None:
+    with StopSignal().listening() as stop:
+        assert stop.received is None
+        signal.raise_signal(number)
+        assert stop.received == number
+    assert {n: signal.getsignal(n) for n in STOP_SIGNALS} == handlers
+
+
+@pytest.mark.parametrize(
+    ("error", "processes", "caught"),
+    [
+        (DataError("lost"), 2, {signal.SIGTERM}),
+        (Stopped("asked for"), 2, set()),  # schedulers' own handlers take over
+        (DataError("lost"), 0, set()),
+        (KeyboardInterrupt(), 2, set()),
+    ],
+)
+def test_an_error_of_one_of_several_processes_is_not_cut_off(
+    error: BaseException, processes: int, caught: set, handlers: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": str(processes)}.items() if processes else ():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(type(error)), StopSignal().listening():
+        raise error
+    assert {n for n in STOP_SIGNALS if signal.getsignal(n) != handlers[n]} == caught
