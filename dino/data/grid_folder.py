@@ -43,7 +43,7 @@ class GridFolder:
         """The grid of one draw.
 
         Raises:
-            BadSample: If the file cannot be read, holds values that are not finite.
+            BadSample: If the file cannot be read, or holds values that are not finite.
         """
         row = index_of(seed, draw, attempt, len(self))
         number = bisect_right(self._ends, row)

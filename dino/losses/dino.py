@@ -95,7 +95,8 @@ def _loss_and_gradient(student: Tensor, targets: Tensor, temp: float, gradient: 
             scaled, probabilities, pull = (buffer[: part.stop - start] for buffer in buffers)
             total = student.new_zeros(part.stop - start)  # (b,)
             for alike, others, count in _others(targets[:, part], views):
-                torch.mul(others, -factor, out=pull)
+                if gradient is not None:
+                    torch.mul(others, -factor, out=pull)
                 for view in alike:
                     torch.div(student[view, part], temp, out=scaled)
                     torch.softmax(scaled, -1, out=probabilities)
