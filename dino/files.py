@@ -75,8 +75,8 @@ def tidy(folder: Path, name: str = "*") -> None:
 
 
 @contextmanager
-def refusals(folder: Path) -> Iterator[None]:
-    """Turn what the disk refuses, where the block cannot go on without it, into one line.
+def oserror_to_data_error(folder: Path) -> Iterator[None]:
+    """Raise an ``OSError`` of the block as a one-line :class:`DataError` about ``folder``.
 
     Raises:
         DataError: For an ``OSError`` of the operating system: a full disk, a read-only folder, a lost mount.
@@ -84,7 +84,7 @@ def refusals(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # raised by a library, about something else
+        if error.errno is None:  # raised by a library, not by the operating system
             raise
         at = f" ({printable(error.filename)})" if error.filename else ""
         raise DataError(

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dino.config.schema import ExportConfig
-from dino.files import refusals
+from dino.files import oserror_to_data_error
 from dino.models.backbone import Backbone, BackboneSpec
 from dino.models.export import export_backbone
 from dino.models.transforms import Transform
@@ -72,7 +72,7 @@ def export(source: str, directory: Path, config: ExportConfig) -> Path:
         DataError: The disk does not take what is written.
     """
     loaded = load_backbone_file(source, config.arch, config.transform)
-    with refusals(Path(directory)):
+    with oserror_to_data_error(Path(directory)):
         export_backbone(loaded, Path(directory), config.tile_size_px)
     needs = "import dino; " if loaded.level == "region" else ""
     say(f'wrote {directory}: {needs}timm.create_model("local-dir:{directory}", pretrained=True, num_classes=0)')

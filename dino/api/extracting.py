@@ -21,7 +21,7 @@ from dino.extraction.regions import Embedder, Reading, write_regions
 from dino.extraction.summary import ExtractSummary
 from dino.extraction.together import agreed, merged, shares
 from dino.extraction.work import Place, SlideJob, find_work, refuse_other_pixels, split_by_slide
-from dino.files import refusals, write_text
+from dino.files import oserror_to_data_error, write_text
 from dino.lock import RunLock
 from dino.models.weights import LoadedBackbone, load_backbone_file
 from dino.slides.reader import BACKEND, RESAMPLER
@@ -79,7 +79,7 @@ def extract(model: str, root: str | Path, config: ExtractConfig) -> ExtractSumma
             torch.cuda.set_device(device)
         loaded = load_backbone_file(model, config.arch, config.transform, pretrained=config.pretrained)
         run = _extract_regions if loaded.level == "patch" else extract_slides
-        with refusals(root), _alone(root, loaded.level, config.dry_run):
+        with oserror_to_data_error(root), _alone(root, loaded.level, config.dry_run):
             summary = run(loaded, root, config, device)
     for line in summary.lines():
         progress.say(line)
@@ -158,7 +158,7 @@ def _prepare(loaded: LoadedBackbone, root: Path, config: ExtractConfig) -> tuple
     before = check_folder(root / RECORD, record, root / REGIONS_FOLDER, ".pt")
     refuse_other_pixels(jobs, before)
     if not config.dry_run:
-        with refusals(root):  # here, so that every process hears of it
+        with oserror_to_data_error(root):  # here, so that every process hears of it
             folders = {(root / region.path).parent for region in records}
             make_tidy_folders(folders, root / RECORD)
             write_record(root / RECORD, record, before)

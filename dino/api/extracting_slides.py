@@ -106,7 +106,7 @@ def _prepare(loaded: LoadedBackbone, root: Path, config: ExtractConfig) -> list[
     folder = root / FOLDER
     before = check_folder(folder / RECORD, record, folder, ".h5")
     if not config.dry_run:
-        with files.refusals(root):  # here, so that every process hears of it
+        with files.oserror_to_data_error(root):  # here, so that every process hears of it
             make_tidy_folders([folder], folder / RECORD)
             write_record(folder / RECORD, record, before)
     return slides

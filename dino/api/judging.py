@@ -73,7 +73,7 @@ def evaluate_knn(model: str, labels: str | Path, config: KnnConfig) -> dict[str,
     result["about"] = _about(loaded, table, labels, config, leakage)
     output = _output(model, config)
     if output is not None and distributed.is_main():
-        with files.refusals(output.parent):
+        with files.oserror_to_data_error(output.parent):
             files.write_json(output, result)
         progress.say(f"scores: {output}")
     return result

@@ -18,7 +18,7 @@ from dino.api.run import Run, restore
 from dino.config.load import to_dict, to_yaml
 from dino.config.schema import PatchConfig, RegionConfig
 from dino.errors import ConfigError, DinoError, ProcessesLost, Stopped
-from dino.files import refusals
+from dino.files import oserror_to_data_error
 from dino.models.export import export_backbone
 from dino.models.weights import load_backbone_file
 from dino.train.callbacks import Checkpoints, MetricsLog, SaveClock
@@ -88,7 +88,7 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
             progress.show(closing_screen(folder, config))
             return _report_end(folder)
         trainer = run.trainer()  # before the folder is claimed: what cannot be built leaves nothing behind
-        with refusals(folder.path), folder.lock.held(), _losses(folder):
+        with oserror_to_data_error(folder.path), folder.lock.held(), _losses(folder):
             folder.check(run.identity())  # once more: another run may have come and gone since
             folder.claim(run.identity(), to_yaml(config))
             return _train(run, trainer, folder)

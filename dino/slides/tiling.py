@@ -97,7 +97,7 @@ def tile_slides(
         ConfigError: If another run is tiling into it.
     """
     refuse_to_mix(root, settings)  # before a lock is left in a folder that is not for this run
-    with files.refusals(root), RunLock(root, name=LOCK).held():
+    with files.oserror_to_data_error(root), RunLock(root, name=LOCK).held():
         refuse_to_mix(root, settings)  # once more: another run may have come and gone since
         storage.tidy(root)
         parts.tidy(root)
