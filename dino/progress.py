@@ -1,7 +1,9 @@
-"""Progress bars with remaining time, and lines for the person at the terminal; silent on all but the main process."""
+"""Progress and messages, printed by the main process only: bars in a terminal, plain lines everywhere else."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from typing import Protocol
 
 from rich.console import Console, RenderableType
@@ -9,36 +11,106 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dino import distributed
+from dino.files import printable
 
-WIDEST = 100  # columns: longer lines are hard to read
+MAX_WIDTH = 100  # columns: longer lines are hard to read
+LINE_SECONDS = 30.0  # least time between two lines of one bar where there is no terminal
 console = Console(highlight=False, soft_wrap=True)
 
 
 class Bar(Protocol):
-    """Handle of a running bar."""
+    """A running progress bar."""
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Move on by ``count``; ``note`` replaces the text behind the bar when given."""
+        """Advance by ``count`` steps; a non-empty ``note`` replaces the text after the bar."""
 
 
 class _RichBar:
-    def __init__(self, progress: Progress, task: int, note: str) -> None:
-        self._progress, self._task, self._note = progress, task, note
+    """A bar of ``rich``."""
+
+    def __init__(self, progress: Progress, task: int) -> None:
+        self._progress, self._task, self._note = progress, task, ""
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self._note = note or self._note
         self._progress.update(self._task, advance=count, note=self._note)  # type: ignore[arg-type]
 
 
-@contextmanager
-def bar(title: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """Show a bar with counts, elapsed and remaining time for the length of the block.
+class LineBar:
+    """Progress as plain lines: time of day, title, done/total, remaining time and note.
+
+    The first line is printed at the start, the second with the first note, the last one at the end, and the others at
+    least :data:`LINE_SECONDS` apart. A caller that passes notes at intervals of its own (a training, each
+    ``logging.every_steps``) gets lines with fresh notes only; one that does not gets them at any step.
 
     Args:
         title: What is being done.
-        total: How many steps there are.
-        done: How many of them were done before (a resumed run).
+        total: Number of steps.
+        done: Number of steps completed before (a resumed run).
+        write: Prints one line.
+        clock: Monotonic time in seconds.
+        now: Time of day.
     """
+
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        done: int = 0,
+        *,
+        write: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        self.title, self.total, self.done = title, total, done
+        self._write, self._clock, self._now = write, clock, now
+        self._start, self._done_before, self._note = clock(), done, ""
+        self._printed: tuple[int, str] | None = None
+        self._print()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Advance by ``count`` steps, and print a line if one is due."""
+        is_first_note = bool(note) and not self._note
+        self.done, self._note = self.done + count, note or self._note
+        fresh = note or not self._note
+        if is_first_note or (fresh and self._clock() - self._last >= LINE_SECONDS):
+            self._print()
+
+    def close(self) -> None:
+        """Print the last line, unless it has been printed already."""
+        if self._printed != (self.done, self._note):
+            self._print()
+
+    def _print(self) -> None:
+        self._last, self._printed = self._clock(), (self.done, self._note)
+        parts = [f"{self._now():%H:%M:%S}", self.title, f"{self.done}/{self.total}", self._eta(), self._note]
+        self._write(printable("  ".join(part for part in parts if part)))
+
+    def _eta(self) -> str:
+        """Remaining time at the mean speed so far; empty before the first step."""
+        advanced = self.done - self._done_before
+        if advanced <= 0:
+            return ""
+        seconds = (self._last - self._start) / advanced * max(0, self.total - self.done)
+        return f"eta {timedelta(seconds=round(seconds))}"
+
+
+@contextmanager
+def bar(title: str, total: int, done: int = 0) -> Iterator[Bar]:
+    """Show the progress of the block: a bar in a terminal, lines (:class:`LineBar`) where there is none.
+
+    Args:
+        title: What is being done.
+        total: Number of steps.
+        done: Number of steps completed before (a resumed run).
+    """
+    if not (console.file.isatty() or console.is_jupyter):
+        lines = LineBar(title, total, done, write=say)
+        try:
+            yield lines
+        finally:
+            lines.close()
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -49,7 +121,7 @@ def bar(title: str, total: int, done: int = 0) -> Iterator[Bar]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, disable=not distributed.is_main()) as progress:
-        yield _RichBar(progress, progress.add_task(title, total=total, completed=done, note=""), "")
+        yield _RichBar(progress, progress.add_task(title, total=total, completed=done, note=""))
 
 
 def say(message: str) -> None:
@@ -65,19 +137,19 @@ def warn(message: str) -> None:
 
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
-    """Print rows in columns on the main process, the first column unbroken."""
+    """Print rows in aligned columns on the main process; the first column is never wrapped."""
     if not distributed.is_main():
         return
-    shown = Table(box=None, show_header=bool(header), header_style="bold", pad_edge=False)
+    aligned = Table(box=None, show_header=bool(header), header_style="bold", pad_edge=False)
     for row in rows:
-        while len(shown.columns) < max(len(row), len(header)):
-            i = len(shown.columns)
-            shown.add_column(header[i] if header else "", no_wrap=i == 0, overflow="fold")
-        shown.add_row(*row)
-    Console(highlight=False).print(shown, markup=False)
+        while len(aligned.columns) < max(len(row), len(header)):
+            i = len(aligned.columns)
+            aligned.add_column(header[i] if header else "", no_wrap=i == 0, overflow="fold")
+        aligned.add_row(*row)
+    Console(highlight=False).print(aligned, markup=False)
 
 
-def show(screen: RenderableType) -> None:
-    """Print something that fits itself to the width of the terminal (80 columns where there is none), up to 100."""
+def show(renderable: RenderableType) -> None:
+    """Print a renderable at the terminal's width (80 columns where there is none), at most 100 columns."""
     if distributed.is_main():
-        console.print(screen, soft_wrap=False, width=min(console.width, WIDEST))
+        console.print(renderable, soft_wrap=False, width=min(console.width, MAX_WIDTH))
