@@ -159,7 +159,7 @@ def _fit(run: Run, trainer: Trainer, folder: RunFolder) -> None:
         folder.update_status(state="stopped", step=trainer.step, error=str(error))
         raise
     except NonFiniteStep as error:
-        with folder.enduring(folder.failure.name):
+        with folder.tolerate_write_errors(folder.failure.name):
             record_failure(folder.failure, error.report, folder.last_metrics())
             progress.say(f"the step is described in {folder.failure}; `dino replay {folder.failure}` does it again")
         folder.update_status(state="failed", step=error.report.step, error=str(error))

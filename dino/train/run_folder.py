@@ -1,23 +1,28 @@
-"""A run folder: its settings, log, status, and whether a command may go on in it."""
+"""Run folders: :class:`RunReader` reads any, also one that another process is writing; :class:`RunFolder` writes."""
 
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dino import distributed, progress
-from dino.errors import ConfigError
+from dino.config.load import load_config
+from dino.config.schema import PatchConfig, RegionConfig
+from dino.errors import CheckpointError, ConfigError
 from dino.files import append_text, csv_text, leftovers, read_json, read_json_lines, sync, write_json, write_text
 from dino.lock import LOCK, RunLock
+from dino.models.weights import resolve_run
+from dino.train.checkpoint import START
 
-FINAL_STATES = {"finished", "early_stopped", "stopped", "failed"}
-OVER = {"finished", "early_stopped"}
+COMPLETE = {"finished", "early_stopped"}
+FINAL_STATES = COMPLETE | {"stopped", "failed"}
+SCHEMAS: dict[str, type[PatchConfig] | type[RegionConfig]] = {"patch": PatchConfig, "region": RegionConfig}
 
-# What status.json says from the first moment on.
-EMPTY: dict[str, Any] = {
+# Keys of status.json that are there from the first write on.
+DEFAULT_STATUS: dict[str, Any] = {
     "eta_seconds": None,
     "last_checkpoint": None,
     "last_checkpoint_step": 0,
@@ -26,37 +31,125 @@ EMPTY: dict[str, Any] = {
 }
 
 
-class RunFolder:
-    """Files of a run. Every process holds one; only the main process writes.
+class RunReader:
+    """Contents of a run folder; reading changes nothing, and files that are missing or damaged read as empty.
 
     Args:
-        path: The folder; created when absent.
+        path: The folder.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.failure = path / "failure"
-        self.lock = RunLock(path)
-        self._status: dict[str, Any] = self.status()
-        self._unwritten: list[str] = []  # lines of the log
-        self._quarantined = -1 if (path / "quarantine.csv").exists() else 0  # how many are listed; -1: not known
 
     def status(self) -> dict[str, Any]:
-        """Content of ``status.json``; empty when there is none or it is damaged."""
+        """Content of ``status.json``; empty when it is missing or damaged."""
         try:
             content = read_json(self.path / "status.json")
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
 
+    def state(self) -> str:
+        """``running``, ``finished``, ``early_stopped``, ``stopped``, ``failed`` or ``crashed``; "" when unknown."""
+        return str(self.status().get("state", ""))
+
     def is_over(self) -> bool:
-        """True when the run has come to its end."""
-        return self._status.get("state") in OVER
+        """True when the run is complete: running the command again trains no further."""
+        return self.state() in COMPLETE
+
+    def is_running(self) -> bool:
+        """True while the run holds the folder's lock; also after a process was killed, until the run is resumed."""
+        return self.state() == "running" and (self.path / LOCK).exists()
+
+    def log_lines(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; empty without that file."""
+        log = self.path / "metrics.jsonl"
+        return read_json_lines(log) if log.exists() else []
+
+    def last_metrics(self) -> dict[str, float]:
+        """Finite values of the newest line of ``metrics.jsonl`` whose loss is finite; empty without such a line."""
+        losses = [line for line in self.log_lines() if _is_finite(line.get("loss"))]
+        return {k: v for k, v in losses[-1].items() if _is_finite(v)} if losses else {}
+
+    def identity(self) -> dict[str, Any]:
+        """What the run computes, by dotted key.
+
+        Raises:
+            ConfigError: If there is no readable ``identity.json``.
+        """
+        try:
+            return dict(read_json(self.path / "identity.json"))
+        except (OSError, ValueError, TypeError):
+            raise ConfigError(
+                f"expected a run at {self.path}, found no readable identity.json; check the path"
+            ) from None
+
+    def level(self) -> str:
+        """``patch`` or ``region``.
+
+        Raises:
+            ConfigError: If the folder holds no run, or one of neither level.
+        """
+        level = self.identity().get("level")
+        if level not in SCHEMAS:
+            raise ConfigError(f"{self.path}: expected a run of level {' or '.join(SCHEMAS)}, found {level!r}")
+        return str(level)
+
+    def config(self, overrides: Sequence[str] | Mapping[str, Any] = ()) -> PatchConfig | RegionConfig:
+        """The run's resolved settings, of the class of its level.
+
+        Args:
+            overrides: Settings to replace, as for :func:`dino.config.load.load_config`.
+
+        Raises:
+            ConfigError: If the folder holds no run, or its ``config.yaml`` is missing or damaged.
+        """
+        return load_config(SCHEMAS[self.level()], file=self.path / "config.yaml", overrides=overrides)
+
+    def checkpoint(self) -> Path:
+        """The checkpoint that RUN means in every command: ``best.pt`` if there is one, else ``last.pt``; printed.
+
+        Raises:
+            CheckpointError: If there is neither.
+        """
+        return resolve_run(self.path)
+
+    def initial_checkpoint(self) -> Path:
+        """The weights before the first step.
+
+        Raises:
+            CheckpointError: If there are none.
+        """
+        path = self.checkpoints / START
+        if not path.exists():
+            raise CheckpointError(f"expected the initial weights at {path}, found no such file; check the path")
+        return path
+
+
+class RunFolder(RunReader):
+    """Writes a run folder. Every process holds one; only the main process writes.
+
+    Args:
+        path: The folder; created when absent.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.lock = RunLock(path)
+        self._status: dict[str, Any] = self.status()
+        self._unwritten: list[str] = []  # lines of the log
+        self._quarantined = -1 if (path / "quarantine.csv").exists() else 0  # rows in the file; -1: unknown
+
+    def is_over(self) -> bool:
+        """True when the run was complete as this object last read or wrote its status, on every process alike."""
+        return self._status.get("state") in COMPLETE
 
     def was_ended_by_this_launch(self) -> bool:
-        """True in workers that torchrun restarted after the run had reached a final state: they must end at once."""
-        self._status = distributed.broadcast(self._status)  # a shared disk may show each host another one
+        """True in workers that torchrun restarted after the run had reached a final state: they must exit at once."""
+        # Hosts may see different versions of a file on a shared disk.
+        self._status = distributed.broadcast(self._status)
         return (
             distributed.restarted()
             and self._status.get("run_id") == distributed.launch_id()
@@ -64,33 +157,32 @@ class RunFolder:
         )
 
     def safe_step(self) -> int:
-        """Steps that the last checkpoint holds: where a restart goes on."""
+        """The step of the last checkpoint, which a restart resumes from."""
         return int(self._status.get("last_checkpoint_step", 0))
 
     def check(self, identity: Mapping[str, Any]) -> None:
-        """Make sure that the folder is new or this very run's; nothing is written.
+        """Check that the folder is new or holds this run; nothing is written.
 
         Args:
             identity: What the run computes, by dotted key.
 
         Raises:
-            ConfigError: If the folder holds another run, or files that are no run.
+            ConfigError: If the folder holds another run, or files of something else.
         """
-        known = self.path / "identity.json"
-        if known.exists():
-            self._refuse_other(self.identity(), json.loads(json.dumps(identity)))
-        elif self.path.exists() and self._others():
+        if (self.path / "identity.json").exists():
+            self._expect_same(self.identity(), json.loads(json.dumps(identity)))
+        elif self.path.exists() and self._other_files():
             raise ConfigError(
                 f"expected an empty folder or a run at {self.path}, found other files; name another folder"
             )
-        distributed.barrier()  # nobody writes before everybody has looked
+        distributed.barrier()  # no process writes before every process has checked
 
-    def _others(self) -> set[Path]:
-        """What lies in the folder beside locks and what a process killed in its first moments left."""
+    def _other_files(self) -> set[Path]:
+        """Everything in the folder except locks and temporary files of a process that was killed at its start."""
         return {path for path in self.path.iterdir() if LOCK not in path.name} - set(leftovers(self.path))
 
     def claim(self, identity: Mapping[str, Any], config_yaml: str) -> None:
-        """Write ``identity.json`` and ``config.yaml``: from here on the folder is this run's.
+        """Write ``identity.json`` and ``config.yaml``, which make the folder this run's.
 
         Args:
             identity: What the run computes, by dotted key.
@@ -98,12 +190,12 @@ class RunFolder:
         """
         if distributed.is_main():
             for left in leftovers(self.path):
-                if LOCK not in left.name:  # another process may just be looking at the lock
+                if LOCK not in left.name:  # another process may be checking the lock
                     left.unlink(missing_ok=True)
             write_json(self.path / "identity.json", dict(identity))
             write_text(self.path / "config.yaml", config_yaml)
 
-    def _refuse_other(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    def _expect_same(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         if not changed:
             return
@@ -114,51 +206,55 @@ class RunFolder:
         )
 
     def update_status(self, **changes: Any) -> None:
-        """Rewrite ``status.json`` with ``changes``, so that scripts and people can look at any time."""
+        """Rewrite ``status.json`` with ``changes``; the file is complete at any time."""
         self._status = {
-            **EMPTY,
+            **DEFAULT_STATUS,
             **self._status,
             **changes,
             "run_id": distributed.launch_id(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         if distributed.is_main() and not self.lock.is_anothers():
-            with self.enduring("status.json"):
-                if not self.path.is_dir():  # a lost mount: its mount point is no place for a run
+            with self.tolerate_write_errors("status.json"):
+                if not self.path.is_dir():  # a lost mount: do not recreate the run below its mount point
                     raise FileNotFoundError(2, "the folder has vanished")
                 write_json(self.path / "status.json", self._status)
 
     def warn(self, message: str) -> None:
-        """Say once what is wrong, on the terminal and under ``warnings`` of ``status.json``; the run goes on."""
+        """Print a warning once, and list it under ``warnings`` of ``status.json``; the run continues."""
         known = self._status.get("warnings", [])
         if message not in known:
             self._status["warnings"] = [*known, message]
             progress.warn(message)
 
     @contextmanager
-    def enduring(self, what: str) -> Iterator[None]:
-        """Go on, with a warning, when the disk does not take what the block writes."""
+    def tolerate_write_errors(self, name: str) -> Iterator[None]:
+        """Turn an ``OSError`` of the block into a warning: a full disk does not end the run.
+
+        Args:
+            name: The file that the block writes, relative to the run folder.
+        """
         try:
             yield
         except OSError as error:
-            self.warn(f"cannot write {self.path / what}: {error.strerror or error}; the run goes on, look at the disk")
+            self.warn(f"cannot write {self.path / name}: {error.strerror or error}; the run goes on, check the disk")
 
     def write_quarantine(self, quarantine: Mapping[str, str]) -> None:
-        """Write ``quarantine.csv``, the samples that could not be used, when it holds others than are written.
+        """Write ``quarantine.csv``, the samples that could not be read, if there are new ones.
 
         Args:
-            quarantine: Reason of each by its name.
+            quarantine: Reason by name of the sample.
         """
         if distributed.is_main() and len(quarantine) != self._quarantined:
-            with self.enduring("quarantine.csv"):
+            with self.tolerate_write_errors("quarantine.csv"):
                 write_text(self.path / "quarantine.csv", csv_text([("path", "reason"), *quarantine.items()]))
                 self._quarantined = len(quarantine)
 
     def cut_log(self, step: int) -> list[dict[str, Any]]:
-        """Drop the lines of ``metrics.jsonl`` after ``step``, which a resumed run writes anew; from 0 that is all.
+        """Drop the lines of ``metrics.jsonl`` after ``step``, which a resumed run writes again; with 0 all of them.
 
         Returns:
-            The lines that are kept and are no evaluations, on the main process; elsewhere none.
+            The kept lines with a loss (not the evaluations) on the main process; empty on the others.
         """
         log = self.path / "metrics.jsonl"
         if not distributed.is_main() or not log.exists():
@@ -169,15 +265,15 @@ class RunFolder:
         return [line for line in kept if "loss" in line]
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``; one that the disk does not take is kept and written with the next."""
+        """Append one line to ``metrics.jsonl``; if that fails it is kept and written with the next."""
         if distributed.is_main():
             self._unwritten.append(json.dumps(line) + "\n")
-            with self.enduring("metrics.jsonl"):
+            with self.tolerate_write_errors("metrics.jsonl"):
                 self._append_lines()
 
     def sync_log(self) -> None:
-        """Have every line of the log on disk, as far as it takes them."""
-        with self.enduring("metrics.jsonl"):
+        """Write and fsync every line of the log."""
+        with self.tolerate_write_errors("metrics.jsonl"):
             self._append_lines()
             if (self.path / "metrics.jsonl").exists():
                 sync(self.path / "metrics.jsonl")
@@ -186,29 +282,6 @@ class RunFolder:
         if self._unwritten:
             append_text(self.path / "metrics.jsonl", "".join(self._unwritten))
             self._unwritten.clear()
-
-    def log_lines(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; none when there is no such file."""
-        log = self.path / "metrics.jsonl"
-        return read_json_lines(log) if log.exists() else []
-
-    def last_metrics(self) -> dict[str, float]:
-        """The newest line of ``metrics.jsonl`` with a finite loss, without what is not finite; empty without any."""
-        losses = [line for line in self.log_lines() if _is_finite(line.get("loss"))]
-        return {k: v for k, v in losses[-1].items() if _is_finite(v)} if losses else {}
-
-    def identity(self) -> dict[str, Any]:
-        """What the folder's run computes, by dotted key.
-
-        Raises:
-            ConfigError: If the folder holds no run.
-        """
-        try:
-            return dict(read_json(self.path / "identity.json"))
-        except (OSError, ValueError, TypeError):
-            raise ConfigError(
-                f"expected a run at {self.path}, found no readable identity.json; check the path"
-            ) from None
 
 
 def _is_finite(value: Any) -> bool:
