@@ -50,7 +50,7 @@ def draw(crops: ImageCrops, shape: tuple[int, int], number: int) -> dict[str, np
 
 def by_pillow(crops: ImageCrops) -> Views:
     """Decode and crop by Pillow, tile after tile."""
-    theirs = PillowCrops([view.size for view in crops.views], IMAGENET.mean, IMAGENET.std)
+    theirs = PillowCrops(crops.view_sizes, IMAGENET.mean, IMAGENET.std)
 
     def make(paths: list[Path]) -> Iterator[list[Tensor]]:
         images = (Image.open(path).convert("RGB") for path in paths)
@@ -61,7 +61,7 @@ def by_pillow(crops: ImageCrops) -> Views:
 
 def by_torchvision(crops: ImageCrops) -> Views:
     """Decode and crop by torchvision v2, tile after tile."""
-    theirs = TensorCrops([view.size for view in crops.views], IMAGENET.mean, IMAGENET.std)
+    theirs = TensorCrops(crops.view_sizes, IMAGENET.mean, IMAGENET.std)
 
     def make(paths: list[Path]) -> Iterator[list[Tensor]]:
         tiles = (_tensor(path) for path in paths)

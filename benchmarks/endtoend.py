@@ -96,7 +96,7 @@ class TheirTurn:
 
     def __init__(self, plan: Plan, step: Step) -> None:
         self.plan, self.step = plan, step
-        crops = PillowCrops([view.size for view in plan.crops.views], IMAGENET.mean, IMAGENET.std)
+        crops = PillowCrops(plan.crops.view_sizes, IMAGENET.mean, IMAGENET.std)
         needed = plan.task.batch * (plan.warm + plan.steps)
         paths = [plan.paths[i % len(plan.paths)] for i in range(needed)]
         self.data = TileViews(paths, crops, plan.crops.draw)

@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from dino.config.schema import PatchAugConfig
 from dino.crops.images import ImageCrops
-from dino.crops.parameters import ViewRecipe
 from dino.models.transforms import TRANSFORMS
 from dino.slides.sample import sample_slide
 
@@ -20,16 +19,6 @@ STRIDE_PX = 96  # neighbouring tiles overlap: the sample slide is small
 JPEG_QUALITY = 90  # as `dino tile` writes them
 GRID_SIDE, GRID_DIM = 16, 384
 IMAGENET = TRANSFORMS["imagenet"]
-# Probabilities and strengths of the original's recipe (patch.yaml).
-ORIGINAL: dict[str, Any] = {
-    "horizontal_flip": 0.5,
-    "color_jitter": 0.8,
-    "brightness": 0.4,
-    "contrast": 0.4,
-    "saturation": 0.2,
-    "hue": 0.1,
-    "grayscale": 0.2,
-}
 
 
 @cache
@@ -77,14 +66,10 @@ def grid_files(folder: Path, count: int) -> list[Path]:
 
 
 def original_crops(sizes: tuple[int, int] = (224, 96), local_number: int = 8) -> ImageCrops:
-    """The original's two global and eight local views."""
+    """The original's two global and eight local views (its augmentations are the schema's defaults)."""
     large, small = sizes
-    views = [
-        ViewRecipe(large, (0.4, 1.0), blur=1.0, **ORIGINAL),
-        ViewRecipe(large, (0.4, 1.0), blur=0.1, solarize=0.2, **ORIGINAL),
-        *[ViewRecipe(small, (0.05, 0.4), blur=0.5, **ORIGINAL)] * local_number,
-    ]
-    return ImageCrops(views, IMAGENET.mean, IMAGENET.std)
+    aug = PatchAugConfig(global_crops_size=large, local_crops_size=small, local_crops_number=local_number)
+    return ImageCrops(aug, IMAGENET.mean, IMAGENET.std)
 
 
 def random_views(batch: int, channels: int, groups: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:

@@ -1,16 +1,14 @@
 """The two levels. A level is a backbone, a dataset and a crop module; everything else is shared."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dino import progress
 from dino.api.grid_cache import grid_source
-from dino.config.schema import PatchAugConfig, PatchConfig, PretrainConfig, RegionConfig
-from dino.crops.grids import GridCrops, GridRecipe
+from dino.config.schema import PatchConfig, PretrainConfig, RegionConfig
+from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
-from dino.crops.parameters import ViewRecipe
 from dino.data.grid_files import GridEntry
 from dino.data.grid_folder import GridFolder
 from dino.data.images import list_names
@@ -88,7 +86,7 @@ def patch_level(config: PatchConfig) -> Level:
     return Level(
         "patch",
         source,
-        ImageCrops(view_recipes(config.aug), transform.mean, transform.std),
+        ImageCrops(config.aug, transform.mean, transform.std),
         BackboneSpec(config.model.arch, "patch", 3, (size, size), patch_size, config.model.pos_resample),
         transform,
         _geometry(root),
@@ -97,56 +95,13 @@ def patch_level(config: PatchConfig) -> Level:
     )
 
 
-def view_recipes(aug: PatchAugConfig) -> list[ViewRecipe]:
-    """One recipe per view: two global ones, then the local ones."""
-
-    def view(size: int, scale: Sequence[float], blur: float, solarize: float) -> ViewRecipe:
-        return ViewRecipe(
-            size=size,
-            scale=_pair("scale", scale),
-            horizontal_flip=aug.horizontal_flip,
-            vertical_flip=aug.vertical_flip,
-            quarter_turns=aug.quarter_turns,
-            hed_jitter=aug.hed_jitter,
-            hed_strength=aug.hed_strength,
-            color_jitter=aug.color_jitter,
-            brightness=aug.brightness,
-            contrast=aug.contrast,
-            saturation=aug.saturation,
-            hue=aug.hue,
-            grayscale=aug.grayscale,
-            blur=blur,
-            blur_sigma=_pair("blur_sigma", aug.blur_sigma),
-            solarize=solarize,
-        )
-
-    first, second = _pair("blur_global", aug.blur_global)
-    return [
-        view(aug.global_crops_size, aug.global_crops_scale, first, 0.0),
-        view(aug.global_crops_size, aug.global_crops_scale, second, aug.solarize),
-    ] + [view(aug.local_crops_size, aug.local_crops_scale, aug.blur_local, 0.0)] * aug.local_crops_number
-
-
 def region_level(config: RegionConfig) -> Level:
     """Level 2: feature grids of a folder, or those that ``dino extract`` wrote under a root."""
     root = Path(config.data_dir)
     folder = root / GRIDS if (root / GRIDS).is_dir() else root
     source, cells = grid_source(folder, grid_entries(root, folder), config)
-    aug, model = config.aug, config.model
-    crops = GridCrops(
-        (source.height, source.width),
-        GridRecipe(
-            global_scale=aug.global_crops_scale,
-            local_scale=aug.local_crops_scale,
-            local_number=aug.local_crops_number,
-            horizontal_flip=aug.horizontal_flip,
-            vertical_flip=aug.vertical_flip,
-            quarter_turns=aug.quarter_turns,
-            min_tissue=aug.min_tissue,
-            redraws=aug.redraws,
-        ),
-        cells,
-    )
+    crops = GridCrops((source.height, source.width), config.aug, cells)
+    model = config.model
     height, width = crops.sizes[0]
     return Level(
         "region",
@@ -185,12 +140,6 @@ def grid_entries(root: Path, folder: Path) -> list[GridEntry]:
             f"{folder}: no regions.csv; grids are taken as square, rows as row-major (grid_order=xy turns them)"
         )
     return entries
-
-
-def _pair(name: str, values: Sequence[float]) -> tuple[float, float]:
-    if len(values) != 2:
-        raise ConfigError(f"expected two numbers for aug.{name}, found {list(values)}")
-    return values[0], values[1]
 
 
 def _partitions(root: Path) -> dict[str, str]:

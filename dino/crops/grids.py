@@ -1,19 +1,19 @@
 """Crops of feature grids (level 2): whole cells, moved and never resampled."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dino.config.schema import RegionAugConfig
 from dino.crops.memory import Memory
 from dino.crops.orientation import fold_turns
+from dino.crops.parameters import GLOBAL_VIEWS, check_range
 from dino.crops.resample import to_device
 from dino.errors import ConfigError, DataError
 
-GLOBAL_VIEWS = 2
 CELL_TISSUE = 0.25  # a cell holds tissue where `dino tile` would keep it as a tile by default
 SMALLEST_GRID = 4
 
@@ -33,46 +33,19 @@ def crop_side(cells: int, scale: float, least: int, most: int) -> int:
     return min(max(round(scale * cells), least), most)
 
 
-@dataclass(frozen=True)
-class GridRecipe:
-    """How the views of a feature grid are drawn.
+def check_region_aug(aug: RegionAugConfig) -> None:
+    """Check every range of level 2's augmentations.
 
-    Attributes:
-        global_scale: Side of a global crop as a share of the grid's; it leaves at least one row and column out.
-        local_scale: Side of a local crop as a share of the grid's; at least 2 cells.
-        local_number: How many local crops.
-        horizontal_flip: Probability of a left-right flip.
-        vertical_flip: Probability of an up-down flip.
-        quarter_turns: Turn by 0, 90, 180 or 270 degrees; on a rectangular grid only by 0 or 180, which keep the
-            crop's shape.
-        min_tissue: Share of a global crop's cells that must hold tissue.
-        redraws: How often a global crop with less tissue is drawn again.
+    Raises:
+        ConfigError: A fraction, probability or count is impossible.
     """
-
-    global_scale: float = 0.875
-    local_scale: float = 0.375
-    local_number: int = 8
-    horizontal_flip: float = 0.5
-    vertical_flip: float = 0.5
-    quarter_turns: bool = False
-    min_tissue: float = 0.25
-    redraws: int = 10
-
-    def __post_init__(self) -> None:
-        """Check every range.
-
-        Raises:
-            ConfigError: A share, probability or count makes no sense.
-        """
-        for name in ("global_scale", "local_scale"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is a share above 0, at most 1, found {getattr(self, name)}: set it in range")
-        for name in ("horizontal_flip", "vertical_flip", "min_tissue"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie from 0 to 1, found {getattr(self, name)}: set it in range")
-        for name in ("local_number", "redraws"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, found {getattr(self, name)}: set 0 for none")
+    for name in ("global_crops_scale", "local_crops_scale"):
+        if not 0 < getattr(aug, name) <= 1:
+            raise ConfigError(
+                f"expected aug.{name} above 0 and at most 1, found {getattr(aug, name)}; set a value in this range"
+            )
+    check_range(aug, ("horizontal_flip", "vertical_flip", "min_tissue"), 0, 1)
+    check_range(aug, ("local_crops_number", "redraws"), 0)
 
 
 class GridCrops:
@@ -84,18 +57,18 @@ class GridCrops:
     """
 
     def __init__(
-        self, grid_size: tuple[int, int], recipe: GridRecipe | None = None, cells: Tensor | None = None
+        self, grid_size: tuple[int, int], aug: RegionAugConfig | None = None, cells: Tensor | None = None
     ) -> None:
         """Fix the sizes.
 
         Args:
             grid_size: Height and width of the grids, in cells.
-            recipe: How the views are drawn; the default recipe when None.
+            aug: Crops and augmentations; the defaults when None.
             cells: (n, h * w, D) cells of all grids, memory-mapped or on the training device, so that a batch only
                 says which it takes; None where batches bring their own.
 
         Raises:
-            ConfigError: The grid has fewer than 4 cells along an axis.
+            ConfigError: The grid has fewer than 4 cells along an axis, or a setting is out of its range.
         """
         if min(grid_size) < SMALLEST_GRID:
             raise ConfigError(
@@ -104,18 +77,19 @@ class GridCrops:
             )
         self.grid_size, self.cells = grid_size, cells
         self._memory = Memory()
-        self.recipe = recipe or GridRecipe()
+        self.aug = aug or RegionAugConfig()
+        check_region_aug(self.aug)
         turn_step = 1 if grid_size[0] == grid_size[1] else 2
-        self.turn_step = turn_step if self.recipe.quarter_turns else 0
-        large = tuple(crop_side(n, self.recipe.global_scale, 2, n - 1) for n in grid_size)
-        small = tuple(crop_side(n, self.recipe.local_scale, 2, n) for n in grid_size)
-        self.groups = [GLOBAL_VIEWS] + [self.recipe.local_number] * (self.recipe.local_number > 0)
+        self.turn_step = turn_step if self.aug.quarter_turns else 0
+        large = tuple(crop_side(n, self.aug.global_crops_scale, 2, n - 1) for n in grid_size)
+        small = tuple(crop_side(n, self.aug.local_crops_scale, 2, n) for n in grid_size)
+        self.groups = [GLOBAL_VIEWS] + [self.aug.local_crops_number] * (self.aug.local_crops_number > 0)
         self.sizes = [large, small][: len(self.groups)]
         self._sides = np.repeat(self.sizes, self.groups, axis=0)  # (V, 2)
         views = len(self._sides)
-        self._chances = np.repeat([self.recipe.horizontal_flip, self.recipe.vertical_flip], views)  # (2V,)
+        self._chances = np.repeat([self.aug.horizontal_flip, self.aug.vertical_flip], views)  # (2V,)
         turns = [4 // self.turn_step if self.turn_step else 1] * views
-        self._candidates = GLOBAL_VIEWS * (1 + self.recipe.redraws)
+        self._candidates = GLOBAL_VIEWS * (1 + self.aug.redraws)
         corners = np.repeat(self.sizes, [self._candidates, *self.groups[1:]], axis=0)  # (candidates + local views, 2)
         self._counts = np.concatenate([turns, (np.add(grid_size, 1) - corners).flatten()])  # of each number's values
 
@@ -167,7 +141,7 @@ class GridCrops:
         (height, width), chosen = self.sizes[0], []
         for corners in candidates:
             held = [(tissue[t : t + height, x : x + width] >= CELL_TISSUE).mean() for t, x in corners]
-            enough = [i for i, share in enumerate(held) if share >= self.recipe.min_tissue]
+            enough = [i for i, share in enumerate(held) if share >= self.aug.min_tissue]
             chosen.append(corners[enough[0] if enough else int(np.argmax(held))])
         return chosen
 

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dino.config.schema import PatchAugConfig
 from dino.crops import colour
 from dino.crops.blur import blur_radius, gaussian_blur
 from dino.crops.memory import Memory
 from dino.crops.orientation import fold_turns
-from dino.crops.parameters import JITTER_ORDERS, ViewDrawer, ViewRecipe
+from dino.crops.parameters import JITTER_ORDERS, ViewDrawer
 from dino.crops.resample import resize_boxed, resize_dense, resize_one, to_device
 from dino.threads import run_threaded
 
@@ -37,26 +38,32 @@ class Step(NamedTuple):
 
 
 class ImageCrops:
-    """The views of a tile: crop, resize, flip, turn, stain jitter, colour jitter, grey, blur, solarize, normalise.
+    """The views of a tile: crop, resize, flip, rotate, stain jitter, colour jitter, grey, blur, solarize, normalise.
 
     Attributes:
-        groups: How many views each group has; consecutive views of one size form a group, such as ``[2, 8]``.
+        view_sizes: Side of each view in px; the two that the teacher sees come first.
+        groups: Number of views in each group; consecutive views of one size form a group, such as ``[2, 8]``.
+        sizes: Side of each group's views in px.
     """
 
-    def __init__(self, views: Sequence[ViewRecipe], mean: Sequence[float], std: Sequence[float]) -> None:
-        """Keep what does not change from batch to batch.
+    def __init__(self, aug: PatchAugConfig, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Prepare what is the same for every batch.
 
         Args:
-            views: One recipe per view; the two that the teacher sees come first.
+            aug: Crops and augmentations.
             mean: Mean of each channel, of values in [0, 1].
             std: Standard deviation of each channel.
+
+        Raises:
+            ConfigError: A setting is out of its range.
         """
-        self.views = list(views)
         self.mean = tuple(mean)
         self.std = tuple(std)
-        self._drawer = ViewDrawer(self.views)
+        self._drawer = ViewDrawer(aug)
+        self._largest_sigma = aug.blur_sigma[1]
         self._memory = Memory()
-        runs = [(size, len(list(run))) for size, run in groupby(view.size for view in self.views)]
+        self.view_sizes = self._drawer.sizes
+        runs = [(size, len(list(run))) for size, run in groupby(self.view_sizes)]
         self.sizes = [size for size, _ in runs]
         self.groups = [count for _, count in runs]
 
@@ -71,7 +78,7 @@ class ImageCrops:
             rng: Where the numbers come from.
 
         Returns:
-            One array per parameter with leading dim V (see :func:`dino.crops.parameters.draw_view`).
+            One array per parameter with leading dim V (see :class:`dino.crops.parameters.ViewDrawer`).
         """
         return self._drawer(*shape, rng)
 
@@ -154,7 +161,7 @@ class ImageCrops:
             for index, (name, operation) in enumerate(JITTERS):
                 yield Step(orders[:, turn] == index, operation, (name,))
         yield Step(drawn["grayscale"].numpy(), colour.grayscale)
-        radius = blur_radius(max(view.blur_sigma[1] for view in self.views if view.size == size), size)
+        radius = blur_radius(self._largest_sigma, size)
         yield Step(drawn["sigma"].numpy() > 0, lambda x, sigma: gaussian_blur(x, sigma, radius), ("sigma",))
         yield Step(drawn["solarize"].numpy(), colour.solarize)
         yield Step(everything, self._normalise)

@@ -1,137 +1,127 @@
-"""What is drawn for one crop of an image: where, how turned, how recoloured.
+"""The random parameters of the views of a tile: box, flips, 90° rotation, colour factors, blur.
 
-A worker draws these few numbers; the training device applies them (:mod:`dino.crops.images`). The distributions are
-those of torchvision's ``RandomResizedCrop`` and ``ColorJitter``, on which facebookresearch/dino builds, and of HED
-stain jitter (Tellez et al. 2018, "Whole-slide mitosis detection in H&E breast histology using PHH3 as a reference to
-train distilled stain-invariant convolutional networks"; Tellez et al. 2019, arXiv 1902.06543).
+A data worker draws these few numbers; the training device applies them (:mod:`dino.crops.images`). The distributions
+are those of torchvision's ``RandomResizedCrop`` and ``ColorJitter``, as used by facebookresearch/dino, and of HED stain
+jitter (Tellez et al. 2018, "Whole-slide mitosis detection in H&E breast histology using PHH3 as a reference to train
+distilled stain-invariant convolutional networks"; Tellez et al. 2019, arXiv 1902.06543).
 """
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
+from dino.config.schema import PatchAugConfig
 from dino.errors import ConfigError
 
+GLOBAL_VIEWS = 2  # the views that the teacher sees
 JITTER_ORDERS = np.array(list(itertools.permutations(range(4))))  # (24, 4); 0 brightness 1 contrast 2 saturation 3 hue
 LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 ATTEMPTS = 10
 MAX_HUE = 0.5
-CHANCES = ("horizontal_flip", "vertical_flip", "hed_jitter", "color_jitter", "grayscale", "blur", "solarize")
+PROBABILITIES = ("horizontal_flip", "vertical_flip", "hed_jitter", "color_jitter", "grayscale", "solarize")
+STRENGTHS = ("brightness", "contrast", "saturation", "hue", "hed_strength")
+RANGES = ("global_crops_scale", "local_crops_scale", "blur_sigma")
 
 
-@dataclass(frozen=True)
-class ViewRecipe:
-    """How one view (crop) of a tile is drawn.
+def check_range(aug: Any, names: Iterable[str], low: float, high: float = math.inf) -> None:
+    """Check that settings are from ``low`` to ``high``; a list has to hold such numbers only.
 
-    Attributes:
-        size: Side of the crop as the network sees it, in px.
-        scale: Least and greatest share of the tile's area that the crop covers.
-        horizontal_flip: Probability of a left-right flip.
-        vertical_flip: Probability of an up-down flip.
-        quarter_turns: Turn by 0, 90, 180 or 270 degrees, each as likely.
-        hed_jitter: Probability of stain jitter.
-        hed_strength: Each stain is scaled by 1 +- this and shifted by +- this (in optical density).
-        color_jitter: Probability of colour jitter.
-        brightness: Brightness factor in ``[max(0, 1 - b), 1 + b]``; contrast and saturation likewise.
-        contrast: See ``brightness``.
-        saturation: See ``brightness``.
-        hue: Hue shift in +- this, in turns; at most 0.5.
-        grayscale: Probability of a grey crop.
-        blur: Probability of Gaussian blur.
-        blur_sigma: Range of the blur's standard deviation, in px of the crop.
-        solarize: Probability of solarizing.
+    Args:
+        aug: The ``aug`` settings of a level.
+        names: Which of them.
+        low: Smallest allowed value.
+        high: Largest allowed value.
+
+    Raises:
+        ConfigError: A value is outside.
     """
+    for name in names:
+        value = getattr(aug, name)
+        if not all(low <= number <= high for number in (value if isinstance(value, list) else [value])):
+            allowed = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise ConfigError(f"expected aug.{name} {allowed}, found {value}; set a value in this range")
 
-    size: int
-    scale: tuple[float, float]
-    horizontal_flip: float = 0.0
-    vertical_flip: float = 0.0
-    quarter_turns: bool = False
-    hed_jitter: float = 0.0
-    hed_strength: float = 0.05
-    color_jitter: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    grayscale: float = 0.0
-    blur: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarize: float = 0.0
 
-    def __post_init__(self) -> None:
-        """Check every range.
+def check_patch_aug(aug: PatchAugConfig) -> None:
+    """Check every range of level 1's augmentations.
 
-        Raises:
-            ConfigError: A size, range or probability makes no sense.
-        """
-        if self.size < 1:
-            raise ConfigError(f"a crop's size must be at least 1 px, found {self.size}: set a larger one")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ConfigError(
-                f"a crop's scale must be 0 < low <= high <= 1, found {list(self.scale)}: set such a range"
-            )
-        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
-            raise ConfigError(f"blur_sigma must be 0 < low <= high, found {list(self.blur_sigma)}: set such a range")
-        for name in CHANCES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is a probability from 0 to 1, found {getattr(self, name)}: set it in range")
-        for name in ("brightness", "contrast", "saturation", "hue", "hed_strength"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, found {getattr(self, name)}: set 0 to turn it off")
-        if self.hue > MAX_HUE:
-            raise ConfigError(f"hue is in turns, at most {MAX_HUE}, found {self.hue}: set a smaller one")
+    Raises:
+        ConfigError: A size, range or probability is impossible.
+    """
+    for name in (*RANGES, "blur_global"):
+        if len(getattr(aug, name)) != 2:
+            raise ConfigError(f"expected two numbers for aug.{name}, found {getattr(aug, name)}")
+    for name in RANGES:
+        low, high = getattr(aug, name)
+        if not (0 < low <= high and (high <= 1 or name == "blur_sigma")):
+            bounds = "0 < low <= high" if name == "blur_sigma" else "0 < low <= high <= 1"
+            raise ConfigError(f"expected aug.{name} with {bounds}, found {[low, high]}; set such a range")
+    check_range(aug, ("global_crops_size", "local_crops_size"), 1)
+    check_range(aug, ("local_crops_number",), 0)
+    check_range(aug, (*PROBABILITIES, "blur_global", "blur_local"), 0, 1)
+    check_range(aug, STRENGTHS, 0)
+    check_range(aug, ("hue",), 0, MAX_HUE)
 
 
 class ViewDrawer:
-    """Draws all views of a sample at once: a few numpy calls, whatever their number."""
+    """Draws the parameters of all views of a tile at once: a few numpy calls, whatever their number.
 
-    def __init__(self, recipes: Sequence[ViewRecipe]) -> None:
-        """Lay the recipes out as one array per setting.
+    Attributes:
+        sizes: Side of each view in px, V in all: two global views, then the local ones.
+    """
 
-        Args:
-            recipes: One recipe per view, V in all.
+    def __init__(self, aug: PatchAugConfig) -> None:
+        """Expand the settings to one array per parameter.
+
+        Raises:
+            ConfigError: A setting is out of its range.
         """
-
-        def column(name: str) -> np.ndarray:
-            return np.array([getattr(r, name) for r in recipes], dtype=np.float64)
-
-        self.count = len(recipes)
-        self.scale = column("scale")  # (V, 2)
-        self.sigma = column("blur_sigma")  # (V, 2)
-        self.turned = column("quarter_turns")  # (V,)
-        self.hed_strength = column("hed_strength")[:, None]  # (V, 1)
-        self.chances = np.stack([column(name) for name in CHANCES], axis=1)  # (V, 7)
-        widths = np.stack([column(n) for n in ("brightness", "contrast", "saturation")], axis=1)  # (V, 3)
-        hue = column("hue")[:, None]
-        self.factor_low = np.concatenate([np.maximum(0, 1 - widths), -hue], axis=1)  # (V, 4)
-        self.factor_high = np.concatenate([1 + widths, hue], axis=1)
+        check_patch_aug(aug)
+        self.aug, local = aug, aug.local_crops_number
+        self.sizes = [aug.global_crops_size] * GLOBAL_VIEWS + [aug.local_crops_size] * local
+        self.scale = np.array([aug.global_crops_scale] * GLOBAL_VIEWS + [aug.local_crops_scale] * local)  # (V, 2)
+        blur = [*aug.blur_global] + [aug.blur_local] * local
+        solarize = [0.0, aug.solarize] + [0.0] * local
+        shared = (aug.horizontal_flip, aug.vertical_flip, aug.hed_jitter, aug.color_jitter, aug.grayscale)
+        self.chances = np.array([(*shared, *one) for one in zip(blur, solarize, strict=True)])  # (V, 7)
+        widths = np.array([aug.brightness, aug.contrast, aug.saturation])
+        self.factor_low = np.array([*np.maximum(0, 1 - widths), -aug.hue])  # (4,)
+        self.factor_high = np.array([*(1 + widths), aug.hue])
 
     def __call__(self, height: int, width: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Draw the parameters of every view.
 
-        Each view takes the same count of random numbers whatever comes of them, so that changing one probability
-        leaves every other drawn value as it was.
+        The count of random numbers is the same for all outcomes, so that changing one probability leaves every other
+        drawn value unchanged.
 
         Args:
             height: Height of the tile, in px.
             width: Width of the tile, in px.
-            rng: Where the numbers come from.
+            rng: Source of the random numbers.
 
         Returns:
-            One array per parameter, each with the leading dim V; the keys are those of :func:`draw_view`.
+            One array per parameter, each with the leading dim V:
+
+            - ``box`` (V, 4) int64: top, left, height, width in px of the tile
+            - ``flip_x``, ``flip_y`` (V,) bool
+            - ``turns`` (V,) int64: counter-clockwise rotation in units of 90°
+            - ``hed_scale``, ``hed_shift`` (V, 3) float32: 1 and 0 without stain jitter
+            - ``jitter_order`` (V,) int64: row of ``JITTER_ORDERS``, -1 without colour jitter
+            - ``brightness``, ``contrast``, ``saturation``, ``hue`` (V,) float32
+            - ``grayscale``, ``solarize`` (V,) bool
+            - ``sigma`` (V,) float32: standard deviation of the blur in px of the view, 0 without blur
         """
-        happens = rng.random((self.count, len(CHANCES))) < self.chances  # (V, 7)
-        flip_x, flip_y, hed, jitter, grayscale, blur, solarize = happens.T
-        factors = _between(rng.random((self.count, 4)), self.factor_low, self.factor_high)
+        aug, count = self.aug, len(self.sizes)
+        flip_x, flip_y, hed, jitter, grayscale, blur, solarize = (rng.random(self.chances.shape) < self.chances).T
+        factors = _between(rng.random((count, 4)), self.factor_low, self.factor_high)
         factors = np.where(jitter[:, None], factors, np.array([1.0, 1.0, 1.0, 0.0])).astype(np.float32)
-        order = (rng.random(self.count) * len(JITTER_ORDERS)).astype(np.int64)
-        turns = (rng.random(self.count) * 4 * self.turned).astype(np.int64)
-        stains = np.where(hed[:, None], (2 * rng.random((self.count, 6)) - 1) * self.hed_strength, 0)
-        sigma = _between(rng.random(self.count), self.sigma[:, 0], self.sigma[:, 1])
+        order = (rng.random(count) * len(JITTER_ORDERS)).astype(np.int64)
+        turns = (rng.random(count) * 4 * aug.quarter_turns).astype(np.int64)
+        stains = np.where(hed[:, None], (2 * rng.random((count, 6)) - 1) * aug.hed_strength, 0)
+        sigma = _between(rng.random(count), *aug.blur_sigma)
         return {
             "box": draw_boxes(self.scale, height, width, rng),
             "flip_x": flip_x,
@@ -150,36 +140,17 @@ class ViewDrawer:
         }
 
 
-def draw_view(recipe: ViewRecipe, height: int, width: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Draw one view.
-
-    Args:
-        recipe: How.
-        height: Height of the tile, in px.
-        width: Width of the tile, in px.
-        rng: Where the numbers come from.
-
-    Returns:
-        ``box`` (4,) int64: top, left, height, width in px of the tile; ``flip_x``, ``flip_y`` bool; ``turns`` int64,
-        counter-clockwise quarter turns; ``hed_scale`` (3,) and ``hed_shift`` (3,) float32, 1 and 0 without stain
-        jitter; ``jitter_order`` int64, row of ``JITTER_ORDERS`` or -1 without colour jitter; ``brightness``,
-        ``contrast``, ``saturation``, ``hue`` float32; ``grayscale`` bool; ``sigma`` float32 in px, 0 without blur;
-        ``solarize`` bool.
-    """
-    return {name: value[0] for name, value in ViewDrawer([recipe])(height, width, rng).items()}
-
-
 def draw_boxes(scale: np.ndarray, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """Draw crop boxes with the distribution of torchvision's ``RandomResizedCrop.get_params``.
 
-    Ten attempts at an area (uniform in ``scale``) and an aspect ratio (log-uniform in 3/4 .. 4/3); the first one that
-    fits wins, and when none does the largest centred box of an allowed ratio is taken.
+    Ten attempts at an area (uniform in ``scale``) and an aspect ratio (log-uniform in 3/4 .. 4/3). The first attempt
+    that fits is used; if none fits, the largest centred box of an allowed ratio.
 
     Args:
-        scale: (V, 2) least and greatest share of the tile's area.
+        scale: (V, 2) smallest and largest fraction of the tile's area.
         height: Height of the tile, in px.
         width: Width of the tile, in px.
-        rng: Where the numbers come from.
+        rng: Source of the random numbers.
 
     Returns:
         (V, 4) int64: top, left, height, width.
@@ -191,8 +162,8 @@ def draw_boxes(scale: np.ndarray, height: int, width: int, rng: np.random.Genera
     fits = ((sides > 0) & (sides <= (height, width))).all(axis=-1)  # (V, 10)
     views = np.arange(len(scale))
     side = sides[views, fits.argmax(axis=1)].astype(np.int64)  # (V, 2)
-    room = np.array([height, width]) - side
-    corner = (rng.random((len(scale), 2)) * (room + 1)).astype(np.int64)
+    free = np.array([height, width]) - side
+    corner = (rng.random((len(scale), 2)) * (free + 1)).astype(np.int64)
     boxes = np.concatenate([corner, side], axis=1)
     boxes[~np.any(fits, axis=1)] = _central_box(height, width)
     return boxes

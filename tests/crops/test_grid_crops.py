@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from dino.crops.grids import GridCrops, GridRecipe, crop_side
+from dino.config.schema import RegionAugConfig
+from dino.crops.grids import GridCrops, crop_side
 from dino.errors import ConfigError, DataError
 from dino.randomness import generator
 
@@ -27,7 +28,7 @@ def test_sides(cells, large, small):
 
 
 def test_rectangles_have_a_side_per_axis():
-    crops = GridCrops((8, 16), GridRecipe(local_number=3))
+    crops = GridCrops((8, 16), RegionAugConfig(local_crops_number=3))
     assert crops.sizes == [(7, 14), (3, 6)]
     assert crops.groups == [2, 3]
     _, (large, small) = apply(crops, torch.zeros(2, 5, 8, 16))
@@ -36,7 +37,7 @@ def test_rectangles_have_a_side_per_axis():
 
 
 def test_no_local_crops():
-    crops = GridCrops((8, 8), GridRecipe(local_number=0))
+    crops = GridCrops((8, 8), RegionAugConfig(local_crops_number=0))
     assert crops.groups == [2]
     assert len(apply(crops, torch.zeros(1, 2, 8, 8))[1]) == 1
 
@@ -50,7 +51,7 @@ def test_crop_side_keeps_its_bounds():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_cells_are_copied_exactly(size, turns, dtype):
     grids = torch.randn(6, 4, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    parameters, groups = apply(GridCrops(size, GridRecipe(quarter_turns=turns)), grids)
+    parameters, groups = apply(GridCrops(size, RegionAugConfig(quarter_turns=turns)), grids)
     views = [view for group in groups for view in group]
     for number, view in enumerate(views):
         for row, found in enumerate(view):
@@ -64,7 +65,7 @@ def test_cells_are_copied_exactly(size, turns, dtype):
 
 
 def test_places_flips_and_turns_are_even():
-    crops = GridCrops((16, 16), GridRecipe(quarter_turns=True, horizontal_flip=0.5, vertical_flip=0.2))
+    crops = GridCrops((16, 16), RegionAugConfig(quarter_turns=True, horizontal_flip=0.5, vertical_flip=0.2))
     drawn = [crops.draw((16, 16), None, generator(0, d, "crops")) for d in range(600)]
     box = np.stack([d["box"] for d in drawn])
     for views, places in ((slice(0, 2), 3), (slice(2, None), 11)):
@@ -86,8 +87,8 @@ def share(tissue: np.ndarray, box: np.ndarray) -> float:
 def test_global_crops_are_redrawn_until_a_quarter_holds_tissue():
     tissue = np.zeros((16, 16))
     tissue[:8, :8] = 0.3
-    recipe = GridRecipe(global_scale=0.5, min_tissue=0.25)
-    with_tissue, without = GridCrops((16, 16), recipe), GridCrops((16, 16), GridRecipe(global_scale=0.5, redraws=0))
+    with_tissue = GridCrops((16, 16), RegionAugConfig(global_crops_scale=0.5, min_tissue=0.25))
+    without = GridCrops((16, 16), RegionAugConfig(global_crops_scale=0.5, redraws=0))
     shares = {
         name: [
             share(tissue, box)
@@ -119,7 +120,7 @@ def test_unknown_tissue_and_plenty_of_tissue_give_the_same_crops():
 
 
 def test_a_sample_does_not_depend_on_its_batch():
-    crops = GridCrops((6, 6), GridRecipe(quarter_turns=True))
+    crops = GridCrops((6, 6), RegionAugConfig(quarter_turns=True))
     grids = torch.randn(4, 3, 6, 6)
     parameters, together = apply(crops, grids)
     for row in range(4):
@@ -164,7 +165,9 @@ def test_bad_grids_are_refused():
         GridCrops((8, 8)).draw((8, 9), None, generator(0, 0, "crops"))
 
 
-@pytest.mark.parametrize("wrong", [{"global_scale": 0.0}, {"min_tissue": 1.1}, {"redraws": -1}, {"vertical_flip": 2}])
-def test_impossible_recipes_are_refused(wrong):
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        GridRecipe(**wrong)
+@pytest.mark.parametrize(
+    "wrong", [{"global_crops_scale": 0.0}, {"min_tissue": 1.1}, {"redraws": -1}, {"vertical_flip": 2}]
+)
+def test_impossible_settings_are_refused_by_name(wrong):
+    with pytest.raises(ConfigError, match=f"aug.{next(iter(wrong))}"):
+        GridCrops((8, 8), RegionAugConfig(**wrong))

@@ -6,35 +6,29 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from dino.config.schema import PatchAugConfig
 from dino.crops import images as module
 from dino.crops.blur import blur_radius
 from dino.crops.images import ImageCrops
-from dino.crops.parameters import JITTER_ORDERS, ViewRecipe
+from dino.crops.parameters import JITTER_ORDERS
 from dino.crops.resample import resize_dense
 from dino.randomness import generator
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SHARED = {
-    "horizontal_flip": 0.5,
-    "vertical_flip": 0.5,
-    "quarter_turns": True,
-    "color_jitter": 0.8,
-    "brightness": 0.4,
-    "contrast": 0.4,
-    "saturation": 0.2,
-    "hue": 0.1,
-    "grayscale": 0.2,
-}
 SHAPES = [(64, 64), (50, 61), (64, 40), (33, 35), (64, 64), (57, 64)]
 
 
-def recipes(**more) -> list[ViewRecipe]:
-    shared = {**SHARED, **more}
-    return [
-        ViewRecipe(48, (0.4, 1.0), blur=1.0, **shared),
-        ViewRecipe(48, (0.4, 1.0), blur=0.1, solarize=0.5, **shared),
-        *[ViewRecipe(20, (0.05, 0.4), blur=0.5, **shared)] * 4,
-    ]
+def settings(**more) -> PatchAugConfig:
+    """Two global views of 48 px and four local ones of 20 px, on which every operation occurs."""
+    return PatchAugConfig(
+        global_crops_size=48,
+        local_crops_size=20,
+        local_crops_number=4,
+        vertical_flip=0.5,
+        quarter_turns=True,
+        solarize=0.5,
+        **more,
+    )
 
 
 def batch(crops: ImageCrops, shapes=SHAPES) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -46,9 +40,9 @@ def batch(crops: ImageCrops, shapes=SHAPES) -> tuple[torch.Tensor, dict[str, tor
     return pixels, {k: torch.from_numpy(np.stack([d[k] for d in drawn])) for k in drawn[0]}
 
 
-def step_by_step(image: torch.Tensor, view: dict[str, torch.Tensor], recipe: ViewRecipe) -> torch.Tensor:
+def step_by_step(image: torch.Tensor, view: dict[str, torch.Tensor], side: int) -> torch.Tensor:
     """One view of one tile by torchvision's functions."""
-    size = [recipe.size] * 2
+    size = [side] * 2
     x = tv.resized_crop(
         image.float() / 255, *view["box"].tolist(), size, interpolation=InterpolationMode.BICUBIC, antialias=True
     ).clamp(0, 1)
@@ -62,7 +56,7 @@ def step_by_step(image: torch.Tensor, view: dict[str, torch.Tensor], recipe: Vie
             x = operations[index](x, factors[index])
     x = tv.rgb_to_grayscale(x, 3) if view["grayscale"] else x
     if view["sigma"] > 0:
-        kernel = 2 * blur_radius(recipe.blur_sigma[1], recipe.size) + 1
+        kernel = 2 * blur_radius(2.0, side) + 1
         x = tv.gaussian_blur(x, [kernel] * 2, [float(view["sigma"])] * 2)
     x = tv.solarize(x, 128 / 255) if view["solarize"] else x
     return tv.normalize(x, list(MEAN), list(STD))
@@ -70,7 +64,7 @@ def step_by_step(image: torch.Tensor, view: dict[str, torch.Tensor], recipe: Vie
 
 @pytest.fixture(scope="module")
 def crops() -> ImageCrops:
-    return ImageCrops(recipes(), MEAN, STD)
+    return ImageCrops(settings(), MEAN, STD)
 
 
 def test_every_view_equals_torchvision_with_the_same_parameters(crops):
@@ -80,16 +74,16 @@ def test_every_view_equals_torchvision_with_the_same_parameters(crops):
     assert [g.shape for g in groups] == [(2, 6, 3, 48, 48), (4, 6, 3, 20, 20)]
     views = [view for group in groups for view in group]
     assert parameters["solarize"].any() and parameters["grayscale"].any() and (parameters["turns"] == 3).any()
-    for number, (view, recipe) in enumerate(zip(views, crops.views, strict=True)):
+    for number, (view, side) in enumerate(zip(views, crops.view_sizes, strict=True)):
         for row in range(len(pixels)):
             drawn = {name: value[row, number] for name, value in parameters.items()}
-            wrong = (view[row] - step_by_step(pixels[row], drawn, recipe)).abs() > 1e-4
+            wrong = (view[row] - step_by_step(pixels[row], drawn, side)).abs() > 1e-4
             assert wrong.float().mean() <= (1e-3 if drawn["solarize"] else 0)
 
 
 @pytest.mark.parametrize("stains", [0.0, 0.5])
 def test_a_sample_does_not_depend_on_its_batch(stains):
-    crops = ImageCrops(recipes(hed_jitter=stains), MEAN, STD)
+    crops = ImageCrops(settings(hed_jitter=stains), MEAN, STD)
     pixels, parameters = batch(crops)
     together = crops.apply(pixels, parameters)
     order = [3, 1, 5, 0, 4, 2]
@@ -147,7 +141,7 @@ def test_images_gathered_or_where_they_lie_become_the_same(crops, monkeypatch):
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_and_shares_do_not_change_the_views(crops, monkeypatch, threads):
     pixels, parameters = batch(crops)
-    monkeypatch.setattr(module, "CACHED_VALUES", 2 * sum(view.size**2 * 3 for view in crops.views))
+    monkeypatch.setattr(module, "CACHED_VALUES", 2 * sum(side**2 * 3 for side in crops.view_sizes))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -180,11 +174,10 @@ def test_autocast_does_not_touch_pixels(crops):
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-def test_groups_follow_the_sizes():
-    one = ViewRecipe(32, (0.4, 1.0))
-    assert ImageCrops([one] * 2, MEAN, STD).groups == [2]
-    assert ImageCrops([one] * 3, MEAN, STD).groups == [3]
-    assert ImageCrops([one, one, ViewRecipe(16, (0.1, 0.4))], MEAN, STD).groups == [2, 1]
+@pytest.mark.parametrize(("local_size", "local_number", "groups"), [(16, 0, [2]), (32, 1, [3]), (16, 1, [2, 1])])
+def test_groups_follow_the_sizes(local_size, local_number, groups):
+    aug = PatchAugConfig(global_crops_size=32, local_crops_size=local_size, local_crops_number=local_number)
+    assert ImageCrops(aug, MEAN, STD).groups == groups
 
 
 def test_drawing_needs_only_the_seed_and_the_draw(crops):

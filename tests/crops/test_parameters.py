@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,36 +10,41 @@ import torch
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from dino.crops.parameters import JITTER_ORDERS, ViewDrawer, ViewRecipe, draw_boxes, draw_view
+from dino.config.schema import PatchAugConfig
+from dino.crops.parameters import JITTER_ORDERS, ViewDrawer, check_patch_aug, draw_boxes
 from dino.errors import ConfigError
 from dino.randomness import generator
 
 DRAWS = 4000
 LEAST_P = 1e-3  # of each test below; the seeds are fixed, so nothing here fails by chance
-RECIPE = ViewRecipe(
-    size=96,
-    scale=(0.1, 0.4),
-    horizontal_flip=0.5,
-    vertical_flip=0.3,
-    quarter_turns=True,
-    hed_jitter=0.5,
-    hed_strength=0.05,
-    color_jitter=0.8,
-    brightness=0.4,
-    contrast=0.2,
-    saturation=1.5,
-    hue=0.1,
-    grayscale=0.2,
-    blur=0.6,
-    blur_sigma=(0.1, 2.0),
-    solarize=0.25,
-)
+SETTINGS: dict[str, Any] = {
+    "local_crops_size": 96,
+    "local_crops_scale": [0.1, 0.4],
+    "horizontal_flip": 0.5,
+    "vertical_flip": 0.3,
+    "quarter_turns": True,
+    "hed_jitter": 0.5,
+    "hed_strength": 0.05,
+    "color_jitter": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.2,
+    "saturation": 1.5,
+    "hue": 0.1,
+    "grayscale": 0.2,
+    "blur_local": 0.6,
+    "blur_sigma": [0.1, 2.0],
+    "solarize": 0.25,
+}
 
 
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, np.ndarray]:
-    drawer = ViewDrawer([RECIPE] * DRAWS)
-    return drawer(512, 512, generator(3, 0, "crops"))
+    """One local view of many, and the second global view of as many tiles."""
+    drawer = ViewDrawer(PatchAugConfig(**SETTINGS, local_crops_number=DRAWS))
+    views = {name: value[2:] for name, value in drawer(512, 512, generator(3, 0, "crops")).items()}
+    pair = ViewDrawer(PatchAugConfig(**SETTINGS, local_crops_number=0))
+    second = [pair(512, 512, generator(3, d, "crops"))["solarize"] for d in range(DRAWS)]
+    return {**views, "solarize": np.array(second)[:, 1], "solarize_first": np.array(second)[:, 0]}
 
 
 def uniform_p(values: np.ndarray, low: float, high: float) -> float:
@@ -137,7 +143,7 @@ def test_blur(drawn):
 
 
 def test_a_draw_depends_on_seed_and_draw_alone():
-    drawer = ViewDrawer([RECIPE] * 10)
+    drawer = ViewDrawer(PatchAugConfig(**SETTINGS))
     again = [drawer(256, 224, generator(1, 7, "crops")) for _ in range(2)]
     other = drawer(256, 224, generator(1, 8, "crops"))
     for name, value in again[0].items():
@@ -146,47 +152,69 @@ def test_a_draw_depends_on_seed_and_draw_alone():
 
 
 def test_changing_one_probability_leaves_the_rest_as_drawn():
-    changed = {"solarize": 1.0, "color_jitter": 0.0, "blur": 0.0}
-    settings = {n: getattr(RECIPE, n) for n in RECIPE.__dataclass_fields__}
-    a, b = (
-        ViewDrawer([r])(256, 256, generator(0, 0, "crops")) for r in (RECIPE, ViewRecipe(**{**settings, **changed}))
-    )
+    changed = {**SETTINGS, "solarize": 1.0, "color_jitter": 0.0, "blur_local": 0.0, "blur_global": [0.0, 0.0]}
+    a, b = (ViewDrawer(PatchAugConfig(**s))(256, 256, generator(0, 0, "crops")) for s in (SETTINGS, changed))
     for name in ("box", "flip_x", "flip_y", "turns", "hed_scale", "hed_shift", "grayscale"):
         assert np.array_equal(a[name], b[name]), name
 
 
-def test_one_view_has_the_documented_types():
-    view = draw_view(RECIPE, 256, 256, generator(0, 0, "crops"))
-    assert {k: (str(v.dtype), v.shape) for k, v in view.items()} == {
-        "box": ("int64", (4,)),
-        "flip_x": ("bool", ()),
-        "flip_y": ("bool", ()),
-        "turns": ("int64", ()),
-        "hed_scale": ("float32", (3,)),
-        "hed_shift": ("float32", (3,)),
-        "jitter_order": ("int64", ()),
-        "brightness": ("float32", ()),
-        "contrast": ("float32", ()),
-        "saturation": ("float32", ()),
-        "hue": ("float32", ()),
-        "grayscale": ("bool", ()),
-        "sigma": ("float32", ()),
-        "solarize": ("bool", ()),
+def test_solarize_concerns_the_second_global_view_only(drawn):
+    assert not drawn["solarize_first"].any()
+    views = ViewDrawer(PatchAugConfig(solarize=1.0))(256, 256, generator(0, 0, "crops"))
+    assert views["solarize"].tolist() == [False, True] + [False] * 8
+
+
+def test_blur_differs_between_the_views():
+    aug = PatchAugConfig(blur_global=[1.0, 0.0], blur_local=0.0)
+    assert (ViewDrawer(aug)(256, 256, generator(0, 0, "crops"))["sigma"] > 0).tolist() == [True] + [False] * 9
+    aug = PatchAugConfig(blur_global=[0.0, 0.0], blur_local=1.0)
+    assert (ViewDrawer(aug)(256, 256, generator(0, 0, "crops"))["sigma"] > 0).tolist() == [False] * 2 + [True] * 8
+
+
+def test_global_and_local_views_have_their_own_scale():
+    aug = PatchAugConfig(global_crops_scale=[0.5, 0.6], local_crops_scale=[0.1, 0.2])
+    box = ViewDrawer(aug)(2000, 2000, generator(0, 0, "crops"))["box"]
+    area = box[:, 2] * box[:, 3] / 2000**2
+    assert ((area[:2] > 0.499) & (area[:2] < 0.601)).all() and ((area[2:] > 0.099) & (area[2:] < 0.201)).all()
+
+
+def test_views_have_the_documented_types():
+    views = ViewDrawer(PatchAugConfig(**SETTINGS))(256, 256, generator(0, 0, "crops"))
+    assert {k: (str(v.dtype), v.shape) for k, v in views.items()} == {
+        "box": ("int64", (10, 4)),
+        "flip_x": ("bool", (10,)),
+        "flip_y": ("bool", (10,)),
+        "turns": ("int64", (10,)),
+        "hed_scale": ("float32", (10, 3)),
+        "hed_shift": ("float32", (10, 3)),
+        "jitter_order": ("int64", (10,)),
+        "brightness": ("float32", (10,)),
+        "contrast": ("float32", (10,)),
+        "saturation": ("float32", (10,)),
+        "hue": ("float32", (10,)),
+        "grayscale": ("bool", (10,)),
+        "sigma": ("float32", (10,)),
+        "solarize": ("bool", (10,)),
     }
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"scale": (0.5, 0.4)},
-        {"scale": (0.0, 0.4)},
-        {"size": 0},
-        {"blur": 1.5},
-        {"blur_sigma": (0.0, 1.0)},
+        {"global_crops_scale": [0.5, 0.4]},
+        {"local_crops_scale": [0.0, 0.4]},
+        {"global_crops_scale": [0.5, 1.4]},
+        {"global_crops_scale": [0.5]},
+        {"local_crops_size": 0},
+        {"local_crops_number": -1},
+        {"blur_local": 1.5},
+        {"blur_global": [0.5, -0.1]},
+        {"blur_sigma": [0.0, 1.0]},
         {"hue": 0.6},
         {"brightness": -0.1},
+        {"solarize": float("nan")},
     ],
 )
-def test_impossible_recipes_are_refused(wrong):
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        ViewRecipe(**{"size": 96, "scale": (0.1, 0.4), **wrong})
+def test_impossible_settings_are_refused_by_name(wrong):
+    with pytest.raises(ConfigError, match=f"aug.{next(iter(wrong))}"):
+        check_patch_aug(PatchAugConfig(**wrong))

@@ -16,12 +16,12 @@ from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dino.config.schema import PatchAugConfig
 from dino.crops import grids as grid_crops
 from dino.crops import images as image_crops
 from dino.crops import resample
 from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
-from dino.crops.parameters import ViewRecipe
 from dino.data.batch import Batch
 from dino.data.loader import DropPath
 from dino.models.backbone import BackboneSpec, build_backbone
@@ -87,9 +87,16 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> NoWaiting:
 
 def image_batch() -> tuple[ImageCrops, Batch]:
     """Tiles with every operation on some of the samples, and none on others."""
-    large = ViewRecipe(32, (0.4, 1.0), quarter_turns=True, vertical_flip=0.5, hed_jitter=0.5, solarize=0.5)
-    small = ViewRecipe(16, (0.05, 0.4), quarter_turns=True, hed_jitter=0.5)
-    crops = ImageCrops([large, large, small, small], (0.5,) * 3, (0.2,) * 3)
+    aug = PatchAugConfig(
+        global_crops_size=32,
+        local_crops_size=16,
+        local_crops_number=2,
+        vertical_flip=0.5,
+        quarter_turns=True,
+        hed_jitter=0.5,
+        solarize=0.5,
+    )
+    crops = ImageCrops(aug, (0.5,) * 3, (0.2,) * 3)
     return crops, batch(crops, torch.empty(BATCH, 3, 48, 48, dtype=torch.uint8), (48, 48))
 
 
