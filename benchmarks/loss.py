@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.measure import Row, Setting, duel, expect_close, peak_bytes, relative_error
 from benchmarks.reference.loss import PairwiseLoss
-from dino.losses.dino import Centre, dino_loss
+from dino.objectives.dino import Centre, dino_loss
 
 TITLE = "loss alone"
 VIEWS, STUDENT_TEMP, TEACHER_TEMP = 10, 0.1, 0.04

@@ -16,10 +16,10 @@ from dino.data.batch import Batch
 from dino.models.backbone import BackboneSpec, build_backbone
 from dino.models.head import DINOHead
 from dino.models.spec import shape_of
+from dino.train.distill import DINO, Network, SelfDistillation
 from dino.train.loop import Crops, Trainer
 from dino.train.optimizer import build_optimizer
 from dino.train.schedules import Cosine, Length, Ramp, Schedules
-from dino.train.self_distillation import DINO, Network, SelfDistillation
 
 LR, WEIGHT_DECAY, MOMENTUM, TEACHER_TEMP = 1e-4, 0.04, 0.996, 0.04
 Groups = Sequence[tuple[int, int]]  # (number of views, their side) of each size

@@ -23,7 +23,7 @@ from dino.errors import ConfigError, ProcessesLost
 T = TypeVar("T")
 PARENT = os.getppid()  # the launcher, as long as it lives
 LOOK_SECONDS = 0.02  # between two looks of rank 0 at who has come
-LOSS = re.compile("gloo|nccl|process ?group", re.IGNORECASE)  # how errors of a collective speak of themselves
+COLLECTIVE = re.compile("gloo|nccl|process ?group", re.IGNORECASE)  # words in the errors of collectives
 
 
 def launched() -> bool:
@@ -85,8 +85,8 @@ def process_group(device: torch.device, timeout_minutes: float = 30.0) -> Iterat
         _join(device, timedelta(minutes=timeout_minutes))
         yield
     except RuntimeError as error:
-        if tells_of_a_loss(error):
-            raise ProcessesLost(describe_loss(error)) from error
+        if process_lost(error):
+            raise ProcessesLost(process_lost_message(error)) from error
         raise
     finally:
         if dist.is_initialized():
@@ -136,16 +136,16 @@ def _name_of_this_start(store: dist.Store, rank: int, world_size: int, timeout: 
     return own
 
 
-def tells_of_a_loss(error: BaseException) -> bool:
-    """Whether an error says that a collective failed, as it does when another process ends or falls silent."""
-    return launched() and (isinstance(error, dist.DistError) or LOSS.search(str(error)) is not None)
+def process_lost(error: BaseException) -> bool:
+    """Whether an error is that of a collective that failed, as when another process has ended or does not answer."""
+    return launched() and (isinstance(error, dist.DistError) or COLLECTIVE.search(str(error)) is not None)
 
 
-def describe_loss(error: BaseException) -> str:
-    """One line for a person about an error that tells of a loss."""
+def process_lost_message(error: BaseException) -> str:
+    """One line about the error of a failed collective: what was found, and what to do."""
     reason = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0] or type(error).__name__
     return (
-        f"expected {world_size()} processes to work together, found that one has ended or is out of reach ({reason}); "
+        f"expected {world_size()} processes to work together, found that one has ended or does not answer ({reason}); "
         "look at what the others printed and at the network, then run the same command again"
     )
 

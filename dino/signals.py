@@ -47,7 +47,7 @@ class StopSignal:
         self.received = number
 
 
-def heed_the_parent_alone(worker: int) -> None:
+def ignore_signals_in_worker(worker: int) -> None:
     """Let no signal but the training process's own SIGTERM end this worker.
 
     A scheduler sends its signals to every process of a job. The training process finishes its step then, and needs its

@@ -37,14 +37,14 @@ def test_only_errors_of_collectives_tell_of_a_loss(monkeypatch: pytest.MonkeyPat
         "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:16277: Connection reset by "
         "peer. This is typically caused by a remote worker"
     )
-    assert not distributed.tells_of_a_loss(reset)  # one process has nobody to lose
+    assert not distributed.process_lost(reset)  # one process has nobody to lose
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert distributed.tells_of_a_loss(reset)
-    assert "expected 2 processes" in distributed.describe_loss(reset)
-    assert "(Read error [127.0.0.1]:16277: Connection reset by peer)" in distributed.describe_loss(reset)
-    assert distributed.tells_of_a_loss(dist.DistBackendError("unhandled system error"))
-    assert not distributed.tells_of_a_loss(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert distributed.process_lost(reset)
+    assert "expected 2 processes" in distributed.process_lost_message(reset)
+    assert "(Read error [127.0.0.1]:16277: Connection reset by peer)" in distributed.process_lost_message(reset)
+    assert distributed.process_lost(dist.DistBackendError("unhandled system error"))
+    assert not distributed.process_lost(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
 
 
 def test_a_job_counts_as_restarted_under_torchrun_alone(monkeypatch: pytest.MonkeyPatch) -> None:

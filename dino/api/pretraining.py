@@ -100,9 +100,9 @@ def _losses(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not distributed.tells_of_a_loss(error):
+        if not distributed.process_lost(error):
             raise
-        message = f"{distributed.describe_loss(error)}: it goes on after step {folder.safe_step()}"
+        message = f"{distributed.process_lost_message(error)}: it goes on after step {folder.safe_step()}"
         folder.update_status(state="crashed", error=message)
         raise ProcessesLost(message) from error
 

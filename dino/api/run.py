@@ -20,10 +20,10 @@ from dino.models.backbone import build_backbone
 from dino.models.head import DINOHead
 from dino.models.runners import choose_runner
 from dino.models.weights import init_from
+from dino.train.distill import DINO, Network, SelfDistillation
 from dino.train.loop import DTYPES, Trainer
 from dino.train.optimizer import CLIP_MODES, build_optimizer
 from dino.train.schedules import Cosine, Length, Ramp, Schedules
-from dino.train.self_distillation import DINO, Network, SelfDistillation
 from dino.versions import versions
 
 FORMAT = "histodino/1"

@@ -13,7 +13,7 @@ from dino import randomness
 from dino.data.batch import Batch
 from dino.data.sources import BadSample, Sample, Source
 from dino.errors import DataError
-from dino.signals import heed_the_parent_alone
+from dino.signals import ignore_signals_in_worker
 
 ATTEMPTS = 20  # replacements of a bad sample before giving up
 
@@ -171,7 +171,7 @@ def load_batches(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin,
-        worker_init_fn=heed_the_parent_alone,
+        worker_init_fn=ignore_signals_in_worker,
     )
 
 

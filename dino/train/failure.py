@@ -14,8 +14,8 @@ from dino.data.batch import Batch
 from dino.errors import CheckpointError
 from dino.files import atomic_path, read_json, write_json
 from dino.models.weights import read_checkpoint
+from dino.train.distill import TEACHER_VIEWS
 from dino.train.loop import StepReport, Trainer
-from dino.train.self_distillation import TEACHER_VIEWS
 
 RECORD = "failure.json"
 

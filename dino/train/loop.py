@@ -13,10 +13,10 @@ from dino.crops.resample import to_device
 from dino.data.batch import Batch
 from dino.errors import DataError, Stopped, TrainingFault
 from dino.signals import StopSignal
+from dino.train.distill import SelfDistillation
 from dino.train.optimizer import clip_gradients, gated_step
 from dino.train.profiling import AVERAGE, CLIP, COPY, CROPS, DATA, OPTIMIZER, Span, no_span
 from dino.train.schedules import Length, Schedules, StepValues
-from dino.train.self_distillation import SelfDistillation
 
 DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of weights; bf16 is autocast
 RANKED = 64  # samples of a step whose features tell how many directions they fill

@@ -29,10 +29,10 @@ from dino.models.head import DINOHead
 from dino.models.runners import BlockRunner, run_block, with_checkpoints
 from dino.signals import StopSignal
 from dino.train import loop
+from dino.train.distill import DINO, Network, SelfDistillation
 from dino.train.loop import Trainer
 from dino.train.optimizer import build_optimizer
 from dino.train.schedules import Cosine, Length, Ramp, Schedules
-from dino.train.self_distillation import DINO, Network, SelfDistillation
 
 DEVICE = torch.device("meta")
 K, DIM, DEPTH, BATCH = 16, 32, 2, 5

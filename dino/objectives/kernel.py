@@ -82,7 +82,7 @@ def _row(  # noqa: PLR0913, PLR0917 (a kernel takes pointers and numbers, nothin
 
 
 def loss_and_gradient(student: Tensor, targets: Tensor, temp: float, gradient: Tensor | None) -> Tensor:
-    """The loss of :func:`dino.losses.dino.dino_loss`; its gradient goes into ``gradient``.
+    """The loss of :func:`dino.objectives.dino.dino_loss`; its gradient goes into ``gradient``.
 
     Args:
         student: (V, B, K) fp32 logits, contiguous.

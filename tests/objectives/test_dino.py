@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dino.errors import ConfigError
-from dino.losses import dino, pieces
-from dino.losses.dino import Centre, dino_loss
+from dino.objectives import dino, pieces
+from dino.objectives.dino import Centre, dino_loss
 
 
 def pairwise(student: Tensor, targets: Tensor, temp: float) -> Tensor:

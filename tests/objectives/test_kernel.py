@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino.losses import dino as dino_losses
-from dino.losses.dino import dino_loss
+from dino.objectives import dino as dino_losses
+from dino.objectives.dino import dino_loss
 
 CASES = [(2, 10, 3, 5000), (2, 2, 1, 7), (1, 4, 2, 64), (3, 5, 2, 4096), (2, 3, 2, 8193)]  # G, V, B, K
 
@@ -32,7 +32,7 @@ def in_interpreter(program: str) -> str:
 
 PAIRWISE = f'''
 import torch
-from dino.losses.kernel import loss_and_gradient
+from dino.objectives.kernel import loss_and_gradient
 
 def pairwise(student, targets, temp):
     """Caron et al. 2021, eq. 3, pair by pair, in double precision; the gradient by autograd."""
@@ -73,7 +73,7 @@ def test_the_check_before_first_use_knows_right_from_wrong() -> None:
     program = """
 import warnings
 import torch
-from dino.losses import dino, kernel
+from dino.objectives import dino, kernel
 
 cpu = torch.device("cpu")
 with warnings.catch_warnings():
@@ -102,7 +102,7 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(
 ) -> None:
     compiler = pytest.importorskip("triton.compiler")
     backends = pytest.importorskip("triton.backends.compiler")
-    from dino.losses.kernel import BLOCK, WARPS, _row
+    from dino.objectives.kernel import BLOCK, WARPS, _row
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers, constants = ("student", "targets", "gradient", "losses"), ("teachers", "block", "with_gradient")
@@ -130,7 +130,7 @@ class Pretended:
 
 
 def test_it_is_used_on_a_gpu_where_it_is_usable(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = pytest.importorskip("dino.losses.kernel")
+    kernel = pytest.importorskip("dino.objectives.kernel")
     written = dino_losses._loss_and_gradient
     for usable, expected in ((True, kernel.loss_and_gradient), (False, written)):
         monkeypatch.setattr(kernel, "usable", lambda device, as_written, usable=usable: usable)
@@ -148,6 +148,6 @@ def test_it_is_used_on_a_gpu_where_it_is_usable(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_it_is_usable_on_this_gpu() -> None:
-    from dino.losses import kernel
+    from dino.objectives import kernel
 
     assert kernel.usable(torch.device("cuda", 0), dino_losses._loss_and_gradient)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dino.distributed import mean_over_ranks
 from dino.errors import ConfigError
-from dino.losses.pieces import in_pieces, piece_size
+from dino.objectives.pieces import in_pieces, piece_size
 
 
 def dino_loss(student: Tensor, targets: Tensor, student_temp: float, *, overwrite: bool = False) -> Tensor:
@@ -73,7 +73,7 @@ def _fastest(student: Tensor, targets: Tensor) -> Callable[[Tensor, Tensor, floa
     """The kernel where it can be used, else torch's operations."""
     fits = all(x.dtype == torch.float32 and x.is_contiguous() for x in (student, targets))
     if student.device.type == "cuda" and fits and find_spec("triton") is not None:
-        from dino.losses import kernel
+        from dino.objectives import kernel
 
         if kernel.usable(student.device, _loss_and_gradient):
             return kernel.loss_and_gradient

@@ -5,7 +5,7 @@ import torch
 
 from dino.models.backbone import BackboneSpec, build_backbone
 from dino.models.head import DINOHead
-from dino.train.self_distillation import DINO, Network, SelfDistillation
+from dino.train.distill import DINO, Network, SelfDistillation
 
 K = 16
 

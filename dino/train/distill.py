@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dino import distributed
-from dino.losses.dino import Centre, dino_loss
 from dino.models.backbone import Backbone
+from dino.objectives.dino import Centre, dino_loss
 from dino.train.profiling import BACKWARD, LOSS, STUDENT, TEACHER, Span, no_span
 
 TEACHER_VIEWS = 2  # the teacher sees the two global views
