@@ -12,7 +12,7 @@ from torch import Tensor
 from dino.config.schema import PatchAugConfig
 from dino.crops.images import ImageCrops
 from dino.models.transforms import TRANSFORMS
-from dino.slides.sample import sample_slide
+from dino.slides import sample_slide
 
 TILE_PX = 256
 STRIDE_PX = 96  # neighbouring tiles overlap: the sample slide is small

@@ -19,7 +19,7 @@ from dino.api.reporting import last_metrics, report
 from dino.config.load import load_config, to_dict
 from dino.config.schema import DemoConfig, ExtractConfig, PatchConfig, RegionConfig, TileConfig
 from dino.files import read_json, read_json_lines, write_json
-from dino.slides.sample import sample_slide
+from dino.slides import sample_slide
 from dino.versions import versions
 
 Result = TypeVar("Result")

@@ -28,9 +28,8 @@ from dino.extraction.record import check_folder
 from dino.extraction.regions import plan_cells
 from dino.lock import RunLock
 from dino.models.weights import read_checkpoint
-from dino.slides.parts import load_part
 from dino.slides.slide_list import read_slide_list
-from dino.slides.tables import read_regions, read_status, read_tiles
+from dino.slides.tables import load_part, read_regions, read_status, read_tiles
 from dino.slides.tiling import refuse_to_mix
 from dino.train.checkpoint import CheckpointFolder
 from dino.train.failure import read_failure

@@ -109,14 +109,14 @@ def test_modules_and_functions_stay_small():
     found = []
     for path in MODULES:
         text = path.read_text(encoding="utf-8")
-        if len(text.splitlines()) > 300 and path.name != "schema.py":  # one long list of settings
+        if len(text.splitlines()) > 500:
             found.append(f"{_name(path)}: {len(text.splitlines())} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 docstring = node.body[0] if ast.get_docstring(node) else None
                 lines = node.end_lineno - node.lineno + 1  # type: ignore[operator]
                 lines -= docstring.end_lineno - docstring.lineno + 1 if docstring else 0  # type: ignore[operator]
-                if lines > 40:
+                if lines > 60:
                     found.append(f"{_name(path)}: {node.name} has {lines} lines")
     assert found == []
 

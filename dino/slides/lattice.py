@@ -1,23 +1,24 @@
-"""The one lattice of a slide, from which tiles and regions are both taken.
+"""The lattice of a slide, which defines both its tiles and its regions.
 
 Its origin is (0, 0) and its step the level-0 footprint of one tile. A region is ``n x n`` cells of it, so that its
-footprint is exactly ``n`` steps, never a size rounded for itself; a cell is the same rectangle whether it is cut as a
+footprint is exactly ``n`` steps, never a size rounded separately; a cell is the same rectangle whether it is cut as a
 tile or read for a region. All positions are ``(x, y)`` of top-left corners in level-0 pixels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
+from dino.config.schema import TileConfig
 from dino.errors import ConfigError, DataError
 
 
 def cells_per_side(region_size_px: int, tile_size_px: int) -> int:
-    """How many tiles lie along the side of a region.
+    """Number of tiles along the side of a region.
 
     Raises:
-        ConfigError: If the region is not a whole multiple of the tile.
+        ConfigError: If the region is not an integer multiple of the tile.
     """
     cells, rest = divmod(region_size_px, max(tile_size_px, 1))
     if rest or cells < 1:
@@ -30,26 +31,36 @@ def cells_per_side(region_size_px: int, tile_size_px: int) -> int:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What is asked of every slide.
+    """The requested lattice, the same for every slide; recorded in tiling.json.
 
     Attributes:
         spacing_um: Spacing of the tiles in µm per px.
         tile_size_px: Side of a tile at that spacing.
-        overlap: Share of its side that a tile shares with the next, ``1 - 1/k`` for a whole ``k``.
+        overlap: Fraction of its side that a tile shares with the next, ``1 - 1/k`` for an integer ``k``.
         region_cells: Cells along the side of a region.
-        region_overlap_cells: Whole cells that neighbouring regions share.
-        tolerance: Relative difference of spacing that is taken as it is, without resampling.
+        region_overlap_cells: Cells that neighbouring regions share.
+        tolerance: Relative difference of spacing that is accepted without resampling.
     """
 
-    spacing_um: float = 0.5
-    tile_size_px: int = 256
-    overlap: float = 0.0
-    region_cells: int = 16
-    region_overlap_cells: int = 0
-    tolerance: float = 0.05
+    spacing_um: float = TileConfig.spacing_um
+    tile_size_px: int = TileConfig.tile_size_px
+    overlap: float = TileConfig.overlap
+    region_cells: int = TileConfig.region_size_px // TileConfig.tile_size_px
+    region_overlap_cells: int = TileConfig.region_overlap_cells
+    tolerance: float = TileConfig.tolerance
+
+    @classmethod
+    def of(cls, config: TileConfig) -> "Geometry":
+        """The lattice that ``config`` requests.
+
+        Raises:
+            ConfigError: If a setting is out of range or does not fit another.
+        """
+        shared = {item.name: getattr(config, item.name) for item in fields(cls) if hasattr(config, item.name)}
+        return cls(region_cells=cells_per_side(config.region_size_px, config.tile_size_px), **shared)
 
     def __post_init__(self) -> None:
-        """Refuse values that make no lattice."""
+        """Reject values that do not define a lattice."""
         for name, good, rule in (
             ("spacing_um", self.spacing_um > 0, "a positive number"),
             ("tile_size_px", self.tile_size_px > 0, "a positive number"),
@@ -59,7 +70,7 @@ class Geometry:
             (
                 "region_overlap_cells",
                 0 <= self.region_overlap_cells < self.region_cells,
-                f"a number from 0 to {self.region_cells - 1} (a region has {self.region_cells} cells a side)",
+                f"a number from 0 to {self.region_cells - 1} (a region has {self.region_cells} cells per side)",
             ),
         ):
             if not good:
@@ -67,7 +78,7 @@ class Geometry:
 
     @property
     def positions_per_step(self) -> int:
-        """``k``: at how many places within one step a tile begins, along each axis."""
+        """``k``: number of tile origins per step, along each axis."""
         return round(1 / (1 - self.overlap))
 
     @property
@@ -76,7 +87,7 @@ class Geometry:
         return self.region_cells * self.tile_size_px
 
     def _overlap_fits(self) -> bool:
-        return abs(self.overlap - (1 - 1 / self.positions_per_step)) < 1e-3  # 0.667 is meant as 2/3
+        return abs(self.overlap - (1 - 1 / self.positions_per_step)) < 1e-3  # 0.667 means 2/3
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class Pyramid:
     Attributes:
         spacing_um: Spacing of level 0 in µm per px.
         dimensions: ``(width, height)`` of each level in px.
-        downsamples: How much coarser than level 0 each level is.
+        downsamples: Downsample of each level relative to level 0.
     """
 
     spacing_um: float
@@ -96,13 +107,13 @@ class Pyramid:
 
 @dataclass(frozen=True)
 class Lattice:
-    """Every place of one slide where a tile or a region may lie.
+    """Every possible position of a tile or a region on one slide.
 
     Attributes:
-        geometry: What was asked for.
+        geometry: The requested lattice.
         slide_size: ``(width, height)`` in level-0 px.
-        step_lv0: Level-0 footprint of one tile, and distance of two cells.
-        read_level: Pyramid level that the pixels come from.
+        step_lv0: Level-0 footprint of one tile, and distance between neighbouring cells.
+        read_level: Pyramid level that pixels are read from.
         read_size_px: Side of a cell at that level; resampled to ``tile_size_px`` where the two differ.
         read_downsample: Downsample of that level.
         level_size: ``(width, height)`` of that level.
@@ -133,7 +144,7 @@ class Lattice:
         return _row_major(self._axis(0, 1), self._axis(1, 1))
 
     def tile_origins(self) -> np.ndarray:
-        """``(N, 2)`` int64 origins of all tiles, row-major; every cell is among them, whatever the overlap."""
+        """``(N, 2)`` int64 origins of all tiles, row-major; they include every cell, whatever the overlap."""
         k = self.geometry.positions_per_step
         return _row_major(self._axis(0, k), self._axis(1, k))
 
@@ -152,7 +163,7 @@ class Lattice:
         return cells_of_region(x, y, self.step_lv0, (self.geometry.region_cells, self.geometry.region_cells))
 
     def _axis(self, axis: int, positions: int) -> np.ndarray:
-        """Origins along one axis whose tile lies inside the slide, at level 0 and at the level it is read from."""
+        """Origins along one axis whose tile is inside the slide, at level 0 and at the level it is read from."""
         step, size = self.step_lv0, self.slide_size[axis]
         offsets = (2 * step * np.arange(positions) + positions) // (2 * positions)  # round(step * j / k)
         origins = (step * np.arange(size // step)[:, None] + offsets).reshape(-1)
@@ -161,7 +172,7 @@ class Lattice:
 
 
 def cells_of_region(x: int, y: int, step_lv0: int, grid: tuple[int, int]) -> np.ndarray:
-    """Origins of the cells of one region, in the order of the rows of its feature file.
+    """Origins of the cells of one region, in the row order of its feature file.
 
     Args:
         x: Level-0 x of the region.
@@ -176,15 +187,15 @@ def cells_of_region(x: int, y: int, step_lv0: int, grid: tuple[int, int]) -> np.
 
 
 def plan_lattice(pyramid: Pyramid, geometry: Geometry, slide: str) -> Lattice:
-    """Lay the lattice over one slide; hs2p says which level is read, how large, and what a tile covers at level 0.
+    """Compute the lattice of one slide; hs2p decides the level, the size of a read, and a tile's level-0 footprint.
 
     Args:
         pyramid: The slide's levels.
-        geometry: What is asked for.
+        geometry: The requested lattice.
         slide: Name of the slide, for the error.
 
     Raises:
-        DataError: If the slide is coarser than the requested spacing (pixels are never invented).
+        DataError: If the slide is coarser than the requested spacing (pixels are never upsampled).
     """
     from hs2p.wsi.geometry import plan_spacing_read, tile_size_lv0_from_plan
 

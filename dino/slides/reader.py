@@ -1,4 +1,4 @@
-"""Reads cells from a slide: the only source of pixels, for tiles that are cut and for regions that are embedded."""
+"""Reads cells from a slide: the only source of pixels, for cutting tiles and for embedding regions."""
 
 import math
 import warnings
@@ -20,16 +20,16 @@ RESAMPLER = "PIL bilinear"
 class SlideReader:
     """One open slide and its lattice.
 
-    Cells are read through hs2p's openslide reader, each by a read of its own, and resampled (where the slide has no
-    level of the wanted spacing) by Pillow's antialiased bilinear filter, exactly as hs2p's own tile writer does.
-    openslide lets several threads read at once.
+    Cells are read one by one through hs2p's openslide reader, and resampled (where the slide has no level of the
+    requested spacing) by Pillow's antialiased bilinear filter, exactly as hs2p's own tile writer does.
+    openslide supports reading from several threads.
 
     Attributes:
         path: The slide's file.
-        lattice: Where its cells are.
+        lattice: Positions of its cells.
         spacing_um: Spacing of level 0 in µm per px.
-        spacing_source: Where that comes from: ``metadata``, ``objective power`` or ``user``.
-        slide: hs2p's reader, for what in this room works on whole levels.
+        spacing_source: Source of that value: ``metadata``, ``objective power`` or ``user``.
+        slide: hs2p's reader, for operations on whole levels.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class SlideReader:
 
         Args:
             path: The slide's file.
-            geometry: What the lattice is laid for.
-            spacing_at_level_0: Spacing in µm per px that overrules the slide's metadata.
+            geometry: Requested lattice.
+            spacing_at_level_0: Spacing in µm per px that overrides the slide's metadata.
             spacing_if_missing: Spacing for a slide whose metadata has none.
 
         Raises:
-            DataError: If the file is no slide, has no spacing, or is coarser than the geometry asks for.
+            DataError: If the file is not a slide, has no spacing, or is coarser than the requested spacing.
         """
         self.path = path
         properties = _properties(path)
@@ -79,7 +79,7 @@ class SlideReader:
         read, size = self.lattice.read_size_px, self.lattice.geometry.tile_size_px
         try:
             pixels = self.slide.read_region((int(x), int(y)), self.lattice.read_level, (read, read))
-        except Exception as error:  # openslide and the decoders below it raise many types
+        except Exception as error:  # openslide and its decoders raise many types
             raise DataError(f"expected pixels at ({x}, {y}) of {self.path}, could not read them: {error}") from None
         if read == size:
             return pixels
@@ -105,19 +105,19 @@ class SlideReader:
 def spacing_of(
     properties: Mapping[str, str], slide: str, *, given: float | None = None, fallback: float | None = None
 ) -> tuple[float, str]:
-    """Spacing of a slide's level 0 and where it comes from.
+    """Spacing of a slide's level 0 and the source of the value.
 
     Args:
         properties: openslide's properties of the slide.
         slide: Its name, for the error.
-        given: The user's value, which overrules the metadata.
+        given: The user's value, which overrides the metadata.
         fallback: The user's value for slides whose metadata has none.
 
     Returns:
         µm per px, and ``metadata``, ``objective power`` (10 / power, the usual convention) or ``user``.
 
     Raises:
-        DataError: If nothing says how large a pixel is, or the metadata gives pixels that are not square.
+        DataError: If there is no spacing, or the metadata gives pixels that are not square.
     """
     if given is not None:
         return given, "user"
@@ -152,7 +152,7 @@ def _properties(path: Path) -> dict[str, str]:
     import openslide
 
     if not path.is_file():
-        found = "a link that leads nowhere" if path.is_symlink() else "no file"
+        found = "a broken link" if path.is_symlink() else "no file"
         raise DataError(f"expected a slide at {path}, found {found}")
     try:
         with openslide.OpenSlide(str(path)) as slide:
@@ -166,6 +166,6 @@ def _open(path: Path, spacing_um: float) -> Any:
     from hs2p.wsi.reader import open_slide
 
     with warnings.catch_warnings():
-        # hs2p warns where the given spacing differs from the metadata: that is what giving one is for.
+        # hs2p warns where the given spacing differs from the metadata, which is intended here.
         warnings.filterwarnings("ignore", message="Slide spacing override conflict", category=UserWarning)
         return open_slide(path, BACKEND, spacing_override=spacing_um)

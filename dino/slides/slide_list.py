@@ -11,9 +11,9 @@ from dino.errors import DataError
 
 SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".czi"}
 REQUIRED = ("sample_id", "image_path")
-ABOUT = ("patient_id", "centre", "scanner", "stain", "partition", "exclude_reason")
-COLUMNS = (*REQUIRED, "mask_path", "spacing_at_level_0", *ABOUT)
-LONGEST_ID = 150
+DESCRIPTION = ("patient_id", "centre", "scanner", "stain", "partition", "exclude_reason")
+COLUMNS = (*REQUIRED, "mask_path", "spacing_at_level_0", *DESCRIPTION)
+MAX_ID_LENGTH = 150
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class SlideRecord:
         slide_id: Unique name; also the name of its folder of tiles.
         image_path: The slide's file, absolute.
         mask_path: Binary tissue mask, absolute, if the user has one.
-        spacing_at_level_0: µm per px that overrules the slide's metadata.
-        patient_id: Whose tissue it is.
-        centre: Where it was made.
-        scanner: What it was scanned with.
-        stain: What it is stained with.
-        partition: ``pretrain`` or blank for pretraining; anything else is kept out of it.
-        exclude_reason: Why the slide is left out, if it is.
+        spacing_at_level_0: µm per px that overrides the slide's metadata.
+        patient_id: The patient.
+        centre: The centre that made it.
+        scanner: The scanner.
+        stain: The stain.
+        partition: ``pretrain`` or blank for pretraining; any other value excludes it from pretraining.
+        exclude_reason: Why the slide is excluded; blank if it is not.
     """
 
     slide_id: str
@@ -46,11 +46,11 @@ class SlideRecord:
 
 
 def read_slide_list(inputs: Sequence[Path], note: Callable[[str], None] = lambda line: None) -> list[SlideRecord]:
-    """Slides named by any mix of slide files, folders (searched recursively), patterns and CSV lists.
+    """Slides given as any mix of slide files, folders (searched recursively), patterns and CSV lists.
 
     Args:
-        inputs: What the user gave. A ``.csv`` is a slide list; its relative paths resolve from its own folder.
-        note: Called with one line for what is odd but not wrong (a column nobody reads).
+        inputs: The user's words. A ``.csv`` is a slide list; its relative paths resolve from its own folder.
+        note: Called with one line for what is unusual but not an error (a column that is not read).
 
     Returns:
         The slides, in the order given; those of a folder or pattern sorted by path.
@@ -67,7 +67,7 @@ def read_slide_list(inputs: Sequence[Path], note: Callable[[str], None] = lambda
             records += [SlideRecord(_safe_id(found.stem, str(found)), found) for found in _find(path)]
     if not records:
         raise DataError("expected at least one slide, folder of slides or slides.csv, found none")
-    _refuse_duplicates(records)
+    _check_unique_ids(records)
     return records
 
 
@@ -75,9 +75,9 @@ def _find(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        # A link that leads nowhere is listed too, so that its slide is not missed in silence.
+        # A broken link is listed too, so that its slide is not silently skipped.
         found = sorted(
-            p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and (p.is_file() or _leads_nowhere(p))
+            p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and (p.is_file() or _is_broken_link(p))
         )
         if not found:
             raise DataError(f"expected slides ({', '.join(sorted(SUFFIXES))}) in folder {path}, found none")
@@ -88,27 +88,27 @@ def _find(path: Path) -> list[Path]:
     return found
 
 
-def _leads_nowhere(path: Path) -> bool:
+def _is_broken_link(path: Path) -> bool:
     return path.is_symlink() and not path.exists()
 
 
-def _refuse_duplicates(records: Sequence[SlideRecord]) -> None:
+def _check_unique_ids(records: Sequence[SlideRecord]) -> None:
     seen: dict[str, SlideRecord] = {}
     for record in records:
         first = seen.setdefault(record.slide_id, record)
         if first is not record:
             raise DataError(
                 f"expected unique slide ids, found '{record.slide_id}' for both {first.image_path} and "
-                f"{record.image_path}; give them ids of their own in the sample_id column of a slides.csv"
+                f"{record.image_path}; give each its own id in the sample_id column of a slides.csv"
             )
 
 
 def _safe_id(slide_id: str, where: str) -> str:
-    """The id, if it can be the name of a folder and the beginning of file names."""
-    bad = not slide_id or slide_id.startswith(".") or len(slide_id) > LONGEST_ID
+    """The id, if it can be the name of a folder and a prefix of file names."""
+    bad = not slide_id or slide_id.startswith(".") or len(slide_id) > MAX_ID_LENGTH
     if bad or any(c in "/\\" or not c.isprintable() for c in slide_id):
         raise DataError(
-            f"{where}: expected a slide id that can name a folder (1 to {LONGEST_ID} characters, no / or \\, "
+            f"{where}: expected a slide id that can name a folder (1 to {MAX_ID_LENGTH} characters, no / or \\, "
             f"no leading dot), found '{slide_id}'"
         )
     return slide_id
@@ -122,7 +122,7 @@ def _read_csv(path: Path, note: Callable[[str], None]) -> list[SlideRecord]:
 
 
 def _rows(path: Path, note: Callable[[str], None]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Each row as stripped texts by column, with the words that name its place in an error."""
+    """Each row as stripped cells by column, with its file and line for error messages."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = csv.reader(file, strict=True)
@@ -159,8 +159,8 @@ def _check_header(header: Sequence[str], path: Path, note: Callable[[str], None]
 
 
 def _record(row: dict[str, str], folder: Path, where: str) -> SlideRecord:
-    about = {name: row.get(name, "") for name in ABOUT}
-    excluded = bool(about["exclude_reason"])
+    description = {name: row.get(name, "") for name in DESCRIPTION}
+    excluded = bool(description["exclude_reason"])
     if not row["image_path"]:
         raise DataError(f"{where}: expected an image_path, found none")
     mask = row.get("mask_path", "")
@@ -169,7 +169,7 @@ def _record(row: dict[str, str], folder: Path, where: str) -> SlideRecord:
         image_path=_file(row["image_path"], folder, "image_path", where, excluded),
         mask_path=_file(mask, folder, "mask_path", where, excluded) if mask else None,
         spacing_at_level_0=_spacing(row.get("spacing_at_level_0", ""), where),
-        **about,
+        **description,
     )
 
 

@@ -1,14 +1,15 @@
-"""Writes the tiles of one slide: all of them under their final names, or none.
+"""Writes the files of one slide: its tiles, hs2p's coordinates, and previews.
 
 A slide's JPEGs are written into a hidden folder of ROOT, synced, and become ``imgs/<slide>`` by one rename. That is as
 safe as an atomic write of each file, at one rename and a few folder syncs per slide instead of two per tile; an
-interrupted run leaves nothing behind under ``imgs`` that training could take for a tile. What hs2p writes by itself
-goes through the same folder.
+interrupted run leaves no incomplete slide under ``imgs`` that training could read. The files that hs2p writes itself
+are written to the same hidden folder and then moved.
 """
 
 import io
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,16 +20,21 @@ import numpy as np
 from PIL import Image
 
 from dino import files
-from dino.slides.tables import TILES_FOLDER, tile_name
+from dino.config.schema import TileConfig
+from dino.slides.reader import BACKEND, SlideReader
+from dino.slides.tables import COORDINATES_FOLDER, TILES_FOLDER, tile_name
+from dino.slides.tissue import MAX_LEVEL_PX, filter_config, segmentation_config
 
 STORAGES = ("jpeg", "tar", "none")
 PARTIAL_FOLDER = ".partial"
-CACHED_TILES = 8  # side of the blocks in which a slide is read, in tiles
-SYNCS_AT_ONCE = 16
+BLOCK_TILES = 8  # side of the blocks in which a slide is read, in tiles
+SYNC_THREADS = 16
+PREVIEW_DOWNSAMPLE = 32
+TISSUE_COLOUR = [157, 219, 129]
 
 
 def encode(pixels: np.ndarray, quality: int) -> bytes:
-    """JPEG of one tile, uint8 RGB ``(h, w, 3)``; the same bytes as in hs2p's tar."""
+    """JPEG bytes of one tile, uint8 RGB ``(h, w, 3)``; the same as in hs2p's tar."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality)
     return buffer.getvalue()
@@ -47,14 +53,14 @@ def write_jpegs(
         root: Output folder.
         slide_id: Name of the slide.
         origins: ``(x, y)`` of each tile.
-        read_cell: Gives the pixels at ``(x, y)``.
+        read_cell: Returns the pixels at ``(x, y)``.
         quality: JPEG quality.
     """
     folder = jpeg_folder(root, slide_id)
     if not origins:
-        shutil.rmtree(folder, ignore_errors=True)  # what an earlier slide of this name left
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier slide of this name
         return
-    with _whole_folder(root, folder) as partial:
+    with _atomic_folder(root, folder) as partial:
         for x, y in in_blocks(origins):
             (partial / tile_name(slide_id, x, y)).write_bytes(encode(read_cell(x, y), quality))
 
@@ -62,22 +68,22 @@ def write_jpegs(
 def write_tar(root: Path, result: Any, quality: int) -> None:
     """Cut the tiles of hs2p's ``result`` into ``patch_256_pretraining/tars/<slide>.tiles.tar`` (and its manifest).
 
-    Every tile is read for itself (``supertile_sizes=()``): where a level's downsample is not whole, openslide
-    interpolates between pixels by the fraction of the origin, so that tiles cropped out of one larger read would not
-    be the pixels of a read of their own.
+    Every tile is read separately (``supertile_sizes=()``): where a level's downsample is not an integer, openslide
+    interpolates between pixels by the fraction of the origin, so that tiles cropped out of one larger read would
+    differ from tiles read one by one.
     """
     from hs2p.tiling.tar import extract_tiles_to_tar
 
     tar = tar_path(root, result.sample_id)
     manifest = tar.with_name(f"{result.sample_id}.tiles.manifest.csv")
-    with aside(root) as partial:
+    with temporary_folder(root) as partial:
         extract_tiles_to_tar(result, partial, tiles_dir=partial, jpeg_quality=quality, supertile_sizes=())
-        put(partial / manifest.name, manifest)
-        put(partial / tar.name, tar)
+        move(partial / manifest.name, manifest)
+        move(partial / tar.name, tar)
 
 
 def has_tiles(root: Path, slide_id: str, origins: Iterable[tuple[int, int]], storage: str) -> bool:
-    """True if every tile that was recorded is still there."""
+    """True if every recorded tile is still there."""
     names = {tile_name(slide_id, x, y) for x, y in origins}
     if storage == "none" or not names:
         return True
@@ -90,14 +96,14 @@ def has_tiles(root: Path, slide_id: str, origins: Iterable[tuple[int, int]], sto
 
 
 def in_blocks(origins: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The origins in square blocks of the slide, so that openslide still has the neighbours' pixels decoded.
+    """Sort origins by square blocks of the slide, so that openslide's cache still has the neighbours' pixels.
 
-    Row by row, a wide slide would have been decoded once more for every row of tiles.
+    Row by row, a wide slide would be decoded again for every row of tiles.
     """
-    places = [(int(x), int(y)) for x, y in origins]
-    steps = np.diff(np.unique([x for x, _ in places]))
-    side = CACHED_TILES * int(steps.min()) if len(steps) else 1
-    return sorted(places, key=lambda place: (place[1] // side, place[0] // side, place[1], place[0]))
+    positions = [(int(x), int(y)) for x, y in origins]
+    steps = np.diff(np.unique([x for x, _ in positions]))
+    side = BLOCK_TILES * int(steps.min()) if len(steps) else 1
+    return sorted(positions, key=lambda xy: (xy[1] // side, xy[0] // side, xy[1], xy[0]))
 
 
 def jpeg_folder(root: Path, slide_id: str) -> Path:
@@ -111,40 +117,40 @@ def tar_path(root: Path, slide_id: str) -> Path:
 
 
 def tidy(root: Path) -> None:
-    """Take away what is not finished; only while nobody tiles into ROOT."""
+    """Remove unfinished files; only while no other run tiles into ROOT."""
     shutil.rmtree(root / PARTIAL_FOLDER, ignore_errors=True)
 
 
 @contextmanager
-def aside(root: Path) -> Iterator[Path]:
-    """Yield an empty folder, on ROOT's disk, for what is not finished; it goes when the block ends.
+def temporary_folder(root: Path) -> Iterator[Path]:
+    """Yield an empty folder on ROOT's disk for unfinished files; it is removed when the block ends.
 
     Raises:
-        OSError: If ROOT has vanished: it is not made anew.
+        OSError: If ROOT has disappeared: it is not created again.
     """
     (root / PARTIAL_FOLDER).mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root / PARTIAL_FOLDER, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
-def put(partial: Path, path: Path) -> None:
-    """Give a file that was finished aside its place."""
+def move(partial: Path, path: Path) -> None:
+    """Move a finished file from the temporary folder to its final path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.chmod(0o666 & path.parent.stat().st_mode)  # hs2p's temporary files are for nobody else to read
+    partial.chmod(0o666 & path.parent.stat().st_mode)  # hs2p creates its files readable by their owner only
     files.sync(partial)
     partial.replace(path)
     files.sync(path.parent)
 
 
 @contextmanager
-def _whole_folder(root: Path, folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes ``folder`` (replacing an older one) when the block ends well."""
-    with aside(root) as place:
-        partial = place / folder.name
+def _atomic_folder(root: Path, folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``folder`` (replacing an older one) when the block ends without an error."""
+    with temporary_folder(root) as parent:
+        partial = parent / folder.name
         partial.mkdir()
         yield partial
-        # After all are written, and many at once: a sync is a wait, and a journal takes many files in one go.
-        with ThreadPoolExecutor(SYNCS_AT_ONCE) as pool:
+        # After all are written, and in parallel: a sync mostly waits, and a journal commits many files at once.
+        with ThreadPoolExecutor(SYNC_THREADS) as pool:
             list(pool.map(files.sync, partial.iterdir()))
         files.sync(partial)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -152,3 +158,185 @@ def _whole_folder(root: Path, folder: Path) -> Iterator[Path]:
             shutil.rmtree(folder)
         partial.rename(folder)
         files.sync(folder.parent)
+
+
+# ------------------------------------------------------------------------- hs2p's coordinates and previews
+
+
+def tiling_result(
+    reader: SlideReader, slide_id: str, config: TileConfig, tissue: Any, tiles: np.ndarray, fractions: np.ndarray
+) -> Any:
+    """The tiles of a slide as hs2p's ``TilingResult``, in hs2p's order (x, then y).
+
+    Args:
+        reader: The open slide.
+        slide_id: Its name.
+        config: The settings.
+        tissue: hs2p's ``ResolvedTissueMask``.
+        tiles: ``(N, 2)`` int64 level-0 ``(x, y)``.
+        fractions: ``(N,)`` float32 tissue fractions.
+    """
+    from hs2p.tiling.result import TileGeometry, TilingResult
+
+    order = np.lexsort((tiles[:, 1], tiles[:, 0]))
+    segmented = None if tissue.mask_path else segmentation_config(config)
+    thresholds = {f"seg_{n}": getattr(segmented, n, None) for n in ("sthresh", "sthresh_up", "mthresh", "close")}
+    quality = filter_config(config)
+    return TilingResult(
+        tiles=TileGeometry(
+            x=tiles[order, 0],
+            y=tiles[order, 1],
+            tissue_fractions=fractions[order],
+            min_tissue_fraction=config.min_tissue,
+            **_reading(reader),
+        ),
+        sample_id=slide_id,
+        image_path=reader.path,
+        backend=BACKEND,
+        requested_backend=BACKEND,
+        tolerance=reader.lattice.geometry.tolerance,
+        step_px_lv0=round(reader.lattice.step_lv0 / reader.lattice.geometry.positions_per_step),
+        ref_tile_size_px=quality.ref_tile_size,
+        spacing_at_level_0=reader.spacing_um,
+        **{name: getattr(tissue, name) for name in _FROM_TISSUE},
+        **thresholds,
+        **{name: getattr(quality, name) for name in _FROM_FILTERS},
+    )
+
+
+def _reading(reader: SlideReader) -> dict[str, Any]:
+    """How the tiles of a slide are read, as arguments of hs2p's ``TileGeometry``."""
+    lattice, geometry = reader.lattice, reader.lattice.geometry
+    return {
+        "requested_tile_size_px": geometry.tile_size_px,
+        "requested_spacing_um": geometry.spacing_um,
+        "read_level": lattice.read_level,
+        "read_tile_size_px": lattice.read_size_px,
+        "read_spacing_um": reader.spacing_um * lattice.read_downsample,
+        "tile_size_lv0": lattice.step_lv0,
+        "is_within_tolerance": lattice.read_size_px == geometry.tile_size_px,
+        "base_spacing_um": reader.spacing_um,
+        "slide_dimensions": list(lattice.slide_size),
+        "level_downsamples": [downsample for downsample, _ in reader.slide.level_downsamples],
+        "overlap": geometry.overlap,
+    }
+
+
+_FROM_TISSUE = ("tissue_method", "requested_seg_downsample", "seg_downsample", "seg_level", "seg_spacing_um")
+_FROM_TISSUE += ("mask_path", "tissue_mask_tissue_value", "mask_level", "mask_spacing_um")
+_FROM_TISSUE += ("mask_backend", "requested_mask_backend")
+_FROM_FILTERS = ("filter_white", "filter_black", "white_threshold", "black_threshold", "fraction_threshold")
+_FROM_FILTERS += ("filter_grayspace", "grayspace_saturation_threshold", "grayspace_fraction_threshold")
+_FROM_FILTERS += ("filter_blur", "blur_threshold", "qc_spacing_um", "a_t", "a_h")
+
+
+def save_result(root: Path, result: Any) -> None:
+    """Write hs2p's ``<slide>.coordinates.npz`` and ``.coordinates.meta.json`` into ROOT/coordinates."""
+    from hs2p.artifacts import save_tiling_result
+
+    meta = _meta_path(root, result.sample_id)
+    points = meta.with_name(f"{result.sample_id}.coordinates.npz")
+    with temporary_folder(root) as partial:
+        save_tiling_result(result, partial, tiles_dir=partial)
+        if (partial / points.name).is_file():
+            move(partial / points.name, points)
+        else:  # hs2p writes none where there are no tiles
+            points.unlink(missing_ok=True)
+        move(partial / meta.name, meta)
+
+
+def has_result(root: Path, slide_id: str) -> bool:
+    """True if hs2p's files of a slide are there."""
+    return _meta_path(root, slide_id).is_file()
+
+
+def _meta_path(root: Path, slide_id: str) -> Path:
+    return root / COORDINATES_FOLDER / f"{slide_id}.coordinates.meta.json"
+
+
+def save_previews(
+    root: Path, slide_id: str, reader: SlideReader, mask: np.ndarray, tiles: np.ndarray, regions: np.ndarray
+) -> None:
+    """Write hs2p's pictures of the tissue, the tiles and the regions into ROOT/coordinates/previews.
+
+    Args:
+        root: Output folder.
+        slide_id: Name of the slide.
+        reader: The open slide.
+        mask: uint8 ``(h, w)`` tissue mask.
+        tiles: ``(N, 2)`` level-0 origins.
+        regions: ``(M, 2)`` level-0 origins.
+    """
+    level = _preview_level(reader)
+    thin = max(1, round(max(reader.slide.level_dimensions[level]) / 1500))  # lines visible at screen size
+    slide = {
+        "wsi_path": reader.path,
+        "backend": BACKEND,
+        "spacing_at_level_0": reader.spacing_um,
+        "downsample": reader.slide.level_downsamples[level][0],
+    }
+    side = reader.lattice.step_lv0
+    regions_side = side * reader.lattice.geometry.region_cells
+    draw = {
+        "tissue": _tissue_picture(slide, slide_id, mask),
+        "tiles": _grid_picture(slide, slide_id, tiles, side, thin),
+        "regions": _grid_picture(slide, slide_id, regions, regions_side, 3 * thin),
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Slide spacing override conflict", category=UserWarning)
+        for kind, render in draw.items():
+            _save_picture(root, preview_path(root, slide_id, kind), render)
+
+
+def _tissue_picture(slide: dict[str, Any], slide_id: str, mask: np.ndarray) -> Callable[[Path], object]:
+    """A function that draws the tissue of a slide into a folder."""
+    from hs2p.wsi.visualization import save_overlay_preview
+
+    return lambda folder: save_overlay_preview(
+        **slide,
+        mask_arr=(mask > 0).astype(np.uint8),
+        mask_preview_path=folder / f"{slide_id}.jpg",
+        pixel_mapping={"background": 0, "tissue": 1},
+        color_mapping={"background": None, "tissue": TISSUE_COLOUR},
+    )
+
+
+def _grid_picture(
+    slide: dict[str, Any], slide_id: str, origins: np.ndarray, side: int, thickness: int
+) -> Callable[[Path], object]:
+    """A function that draws squares of ``side`` level-0 px at ``origins`` into a folder."""
+    from hs2p.wsi.visualization import write_coordinate_preview
+
+    return lambda folder: write_coordinate_preview(
+        **slide,
+        coordinates=[(int(x), int(y)) for x, y in origins],
+        tile_size_lv0=side,
+        save_dir=folder,
+        sample_id=slide_id,
+        grid_thickness=thickness,
+    )
+
+
+def preview_path(root: Path, slide_id: str, kind: str) -> Path:
+    """Path of a preview; ``kind`` is ``tissue``, ``tiles`` or ``regions``."""
+    return root / COORDINATES_FOLDER / "previews" / kind / f"{slide_id}.jpg"
+
+
+def _preview_level(reader: SlideReader) -> int:
+    """The level that hs2p draws on: the nearest to the preview downsample, unless it is too large for memory."""
+    from hs2p.wsi.geometry import select_level_for_downsample
+
+    level = select_level_for_downsample(PREVIEW_DOWNSAMPLE, reader.slide.level_downsamples)
+    width, height = reader.slide.level_dimensions[level]
+    return level if width * height <= MAX_LEVEL_PX else len(reader.slide.level_dimensions) - 1
+
+
+def _save_picture(root: Path, path: Path, render: Callable[[Path], object]) -> None:
+    """Let hs2p draw into a temporary folder, then move the picture (hs2p draws none where there are no tiles)."""
+    with temporary_folder(root) as folder:
+        render(folder)
+        drawn = folder / path.name
+        if drawn.is_file():
+            move(drawn, path)
+        else:
+            path.unlink(missing_ok=True)

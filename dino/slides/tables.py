@@ -1,4 +1,10 @@
-"""The tables under ROOT: tiles.csv, regions.csv, slides_status.csv and tiling.json, written and read in one place."""
+"""The tables under ROOT: tiles.csv, regions.csv, slides_status.csv and tiling.json, written and read in one place.
+
+While slides are being tiled, each slide's rows are kept in files of their own under ROOT/coordinates/parts. A slide's
+part is written after all its other files, and the ``.json`` of the part last: it marks the slide as done. The tables
+are merged from the parts, so that a killed run loses at most the slides it was working on, and several runs may fill
+one ROOT one after the other, each with its own slides.
+"""
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,16 +14,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from dino import files
 from dino.errors import DataError
-from dino.files import read_json
 from dino.slides.lattice import Geometry
 
 TILES_FOLDER = "patch_256_pretraining"
 REGIONS_FOLDER = "region_4096_pretraining"
+COORDINATES_FOLDER = "coordinates"
 TILES_TABLE, REGIONS_TABLE, STATUS_TABLE, TILING_FILE = "tiles.csv", "regions.csv", "slides_status.csv", "tiling.json"
 TILE_COLUMNS = ("slide_id", "x", "y", "step_lv0", "spacing_requested_um", "spacing_um", "tissue")
 REGION_COLUMNS = ("slide_id", "x", "y", "step_lv0", "grid_h", "grid_w", "spacing_um", "path", "tissue")
-LARGEST_PX = 2**31  # of a slide's side; larger numbers come from damaged tables
+MAX_SIDE_PX = 2**31  # of a slide; larger numbers come from damaged tables
 OK, FAILED, NO_TISSUE, EXCLUDED = "ok", "failed", "no_tissue", "excluded"
 
 T = TypeVar("T")
@@ -37,7 +44,7 @@ class TileRecord:
 
     @property
     def path(self) -> Path:
-        """Where its JPEG lies, relative to ROOT (with ``storage=jpeg``)."""
+        """Path of its JPEG, relative to ROOT (with ``storage=jpeg``)."""
         return tile_path(self.slide_id, self.x, self.y)
 
 
@@ -45,7 +52,7 @@ class TileRecord:
 class RegionRecord:
     """One region: level-0 ``(x, y)``, step of its cells, ``grid`` = (h, w) cells, actual spacing of a cell's pixels.
 
-    ``path`` is where its features go, relative to ROOT; ``tissue`` is float32 ``(h, w)``, the fraction of each cell.
+    ``path`` is the path of its features, relative to ROOT; ``tissue`` is float32 ``(h, w)``, the fraction of each cell.
     """
 
     slide_id: str
@@ -60,7 +67,7 @@ class RegionRecord:
 
 @dataclass(frozen=True)
 class SlideStatus:
-    """What became of one slide; ``spacing_um`` is level 0's, ``width`` and ``height`` are level-0 px."""
+    """Result of tiling one slide; ``spacing_um`` is level 0's, ``width`` and ``height`` are level-0 px."""
 
     slide_id: str
     status: str
@@ -85,12 +92,12 @@ STATUS_COLUMNS = tuple(f.name for f in fields(SlideStatus))
 
 @dataclass(frozen=True)
 class Tiling:
-    """What tiling.json records.
+    """Content of tiling.json.
 
     Attributes:
-        geometry: The lattice that was asked for.
+        geometry: The requested lattice.
         storage: ``jpeg``, ``tar`` or ``none``.
-        settings: Every setting that decides which tiles there are and what is in them.
+        settings: Every setting that decides which tiles there are and what they contain.
         content: The whole file.
     """
 
@@ -106,7 +113,7 @@ def tile_path(slide_id: str, x: int, y: int) -> Path:
 
 
 def tile_name(slide_id: str, x: int, y: int) -> str:
-    """File name of a tile; read it from the right, since ids may hold underscores."""
+    """File name of a tile; parse it from the right, since ids may contain underscores."""
     return f"{slide_id}_{x}_{y}.jpg"
 
 
@@ -129,14 +136,14 @@ def tile_lines(records: Iterable[TileRecord]) -> Iterator[str]:
 
 
 def region_lines(records: Iterable[RegionRecord]) -> Iterator[str]:
-    """Lines of regions.csv, without the header; the cells' tissue is one cell of the table, row-major."""
+    """Lines of regions.csv, without the header; the tissue fractions of the grid are one table cell, row-major."""
     for r in records:
         tissue = " ".join(f"{fraction:.3f}" for fraction in r.tissue.reshape(-1))
         yield csv_line((r.slide_id, r.x, r.y, r.step_lv0, *r.grid, f"{r.spacing_um:.6g}", r.path.as_posix(), tissue))
 
 
 def status_cells(status: SlideStatus) -> dict[str, str]:
-    """Cells of slides_status.csv by column; reasons are brought to one line."""
+    """Cells of slides_status.csv by column; line breaks in reasons become spaces."""
     values = zip(STATUS_COLUMNS, astuple(status), strict=True)
     return {name: "" if value is None else str(value).replace("\n", " ") for name, value in values}
 
@@ -160,7 +167,7 @@ def read_regions(root: Path) -> list[RegionRecord]:
 
 
 def read_status(root: Path) -> dict[str, SlideStatus]:
-    """What became of every slide, by id.
+    """Status of every slide, by id.
 
     Raises:
         DataError: If ROOT/slides_status.csv is absent or damaged.
@@ -176,7 +183,7 @@ def read_tiling(root: Path) -> Tiling:
     """
     path = root / TILING_FILE
     try:
-        content = read_json(path)
+        content = files.read_json(path)
         settings = dict(content["settings"])
         geometry = Geometry(**content["geometry"])
         return Tiling(geometry, str(settings["storage"]), settings, content)
@@ -187,40 +194,45 @@ def read_tiling(root: Path) -> Tiling:
 
 
 def _slide_id(text: str) -> str:
-    """The id, if files can be named after it: no table leads out of its ROOT."""
+    """The id, if files can be named after it and stay inside ROOT."""
     if not text or text in (".", "..") or "/" in text or "\0" in text:
         raise ValueError(f"'{text}' cannot be a slide's name")
     return text
 
 
-def _path(text: str) -> Path:
-    """A path relative to ROOT, if it stays in it."""
+def _relative_path(text: str) -> Path:
+    """A path relative to ROOT, if it stays inside it."""
     path = Path(text)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in text:
-        raise ValueError(f"path '{text}' does not lie in ROOT")
+        raise ValueError(f"path '{text}' is not inside ROOT")
     return path
 
 
-def _place(row: dict[str, str]) -> tuple[int, int, int]:
-    """Level-0 ``(x, y)`` and step, if a slide can have them."""
+def _position(row: dict[str, str]) -> tuple[int, int, int]:
+    """Level-0 ``(x, y)`` and step, if they are possible on a slide."""
     x, y, step = (int(row[name]) for name in ("x", "y", "step_lv0"))
-    if max(abs(x), abs(y), step) > LARGEST_PX or step < 1:
-        raise ValueError(f"({x}, {y}) with cells of {step} px is no place on a slide")
+    if max(abs(x), abs(y), step) > MAX_SIDE_PX or step < 1:
+        raise ValueError(f"({x}, {y}) with cells of {step} px is not a position on a slide")
     return x, y, step
 
 
 def _tile(row: dict[str, str]) -> TileRecord:
     numbers = (float(row[name]) for name in ("spacing_requested_um", "spacing_um", "tissue"))
-    return TileRecord(_slide_id(row["slide_id"]), *_place(row), *numbers)
+    return TileRecord(_slide_id(row["slide_id"]), *_position(row), *numbers)
 
 
 def _region(row: dict[str, str]) -> RegionRecord:
     h, w = int(row["grid_h"]), int(row["grid_w"])
     if min(h, w) < 1:
-        raise ValueError(f"{h} x {w} cells are no grid")
+        raise ValueError(f"{h} x {w} cells are not a grid")
     tissue = np.array(row["tissue"].split(), dtype=np.float32).reshape(h, w)  # (h, w)
     return RegionRecord(
-        _slide_id(row["slide_id"]), *_place(row), (h, w), float(row["spacing_um"]), _path(row["path"]), tissue
+        _slide_id(row["slide_id"]),
+        *_position(row),
+        (h, w),
+        float(row["spacing_um"]),
+        _relative_path(row["path"]),
+        tissue,
     )
 
 
@@ -228,7 +240,7 @@ def parse_status(row: dict[str, str]) -> SlideStatus:
     """The inverse of :func:`status_cells`.
 
     Raises:
-        ValueError: If a cell is not what its column holds.
+        ValueError: If a cell is not a value of its column.
     """
     converted: dict[str, Any] = {name: row[name] for name in STATUS_COLUMNS}
     converted["slide_id"] = _slide_id(row["slide_id"])
@@ -238,7 +250,7 @@ def parse_status(row: dict[str, str]) -> SlideStatus:
     converted["mask_path"] = Path(row["mask_path"]) if row["mask_path"] else None
     converted["spacing_um"] = float(row["spacing_um"]) if row["spacing_um"] else None
     if row["status"] not in (OK, FAILED, NO_TISSUE, EXCLUDED):
-        raise ValueError(f"'{row['status']}' is no status")
+        raise ValueError(f"'{row['status']}' is not a status")
     return SlideStatus(**converted)
 
 
@@ -265,6 +277,118 @@ def _converted(
             yield convert(dict(zip(header, cells, strict=True)))
         except ValueError as error:
             raise DataError(
-                f"{path}, line {lines.line_num}: expected a line as `dino tile` wrote it, found another ({error}); "
+                f"{path}, line {lines.line_num}: expected a row as `dino tile` wrote it, found another ({error}); "
                 "delete the table and tile again to rebuild it"
             ) from None
+
+
+# ---------------------------------------------------------------------------------------- parts of the tables
+
+
+@dataclass(frozen=True)
+class Part:
+    """Record of a finished slide: its status, and the identity of its inputs."""
+
+    status: SlideStatus
+    made_from: dict[str, Any]
+
+
+def save_part(
+    root: Path,
+    status: SlideStatus,
+    made_from: dict[str, Any],
+    tiles: Sequence[TileRecord] = (),
+    regions: Sequence[RegionRecord] = (),
+) -> None:
+    """Record a finished slide: its rows of the tables, then the file that marks it as done."""
+    files.write_text(_part_path(root, status.slide_id, "tiles.csv"), "".join(tile_lines(tiles)))
+    files.write_text(_part_path(root, status.slide_id, "regions.csv"), "".join(region_lines(regions)))
+    save_status(root, status, made_from)
+
+
+def save_status(root: Path, status: SlideStatus, made_from: dict[str, Any]) -> None:
+    """Write only the file that marks a slide as done: it has no tiles, or only columns of the slide list changed."""
+    content = {"status": status_cells(status), "made_from": made_from}
+    files.write_json(_part_path(root, status.slide_id, "json"), content)
+
+
+def load_part(root: Path, slide_id: str) -> Part | None:
+    """Record of a slide from an earlier run; None if there is none, or if it is incomplete or damaged."""
+    try:
+        content = files.read_json(_part_path(root, slide_id, "json"))
+        part = Part(parse_status(content["status"]), dict(content["made_from"]))
+        complete = part.status.status != OK or all(
+            _part_path(root, slide_id, kind).is_file() for kind in ("tiles.csv", "regions.csv")
+        )
+        return part if complete else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def drop_part(root: Path, slide_id: str) -> None:
+    """Remove the mark that a slide is done, before its files are written again."""
+    _part_path(root, slide_id, "json").unlink(missing_ok=True)
+
+
+def tidy(root: Path) -> None:
+    """Remove temporary files of parts and tables of a killed process; only while no other run tiles into ROOT."""
+    files.tidy(_parts_folder(root))
+    for name in (TILES_TABLE, REGIONS_TABLE, STATUS_TABLE, TILING_FILE):
+        files.tidy(root, name)
+
+
+def tile_positions(root: Path, slide_id: str) -> list[tuple[int, int]] | None:
+    """Level-0 ``(x, y)`` of the slide's recorded tiles; None if its rows are missing or damaged."""
+    try:
+        lines = _part_path(root, slide_id, "tiles.csv").read_text().splitlines()
+        # Split from the right, since an id may contain commas.
+        cells = [line.rsplit(",", len(TILE_COLUMNS) - 1) for line in lines]
+        return [(int(x), int(y)) for _, x, y, *_ in cells]
+    except (OSError, ValueError):
+        return None
+
+
+def merge(root: Path) -> None:
+    """Rebuild the three tables from all parts; a table that would not change is not written."""
+    records = sorted(_parts_folder(root).glob("*.json"))
+    parts = [part for part in (load_part(root, record.name[: -len(".json")]) for record in records) if part]
+    statuses = [part.status for part in parts]
+    done = [status.slide_id for status in statuses if status.status == OK]
+    _rewrite(root / TILES_TABLE, lambda: _table(root, TILE_COLUMNS, done, "tiles.csv"))
+    _rewrite(root / REGIONS_TABLE, lambda: _table(root, REGION_COLUMNS, done, "regions.csv"))
+    _rewrite(root / STATUS_TABLE, lambda: _status_table(statuses))
+
+
+def _table(root: Path, columns: Sequence[str], slide_ids: Iterable[str], name: str) -> Iterator[bytes]:
+    yield csv_line(columns).encode()
+    for slide_id in slide_ids:
+        yield _part_path(root, slide_id, name).read_bytes()
+
+
+def _status_table(statuses: Iterable[SlideStatus]) -> Iterator[bytes]:
+    yield csv_line(STATUS_COLUMNS).encode()
+    for status in statuses:
+        yield csv_line(status_cells(status).values()).encode()
+
+
+def _rewrite(path: Path, chunks: Callable[[], Iterator[bytes]]) -> None:
+    if _has_content(path, chunks()):
+        return
+    with files.atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.writelines(chunks())
+
+
+def _has_content(path: Path, chunks: Iterator[bytes]) -> bool:
+    try:
+        with path.open("rb") as file:
+            return all(file.read(len(chunk)) == chunk for chunk in chunks) and not file.read(1)
+    except FileNotFoundError:
+        return False
+
+
+def _part_path(root: Path, slide_id: str, kind: str) -> Path:
+    return _parts_folder(root) / f"{slide_id}.{kind}"
+
+
+def _parts_folder(root: Path) -> Path:
+    return root / COORDINATES_FOLDER / "parts"

@@ -1,40 +1,59 @@
-"""Tiles many slides into one ROOT: what is done already is kept, what fails is reported, and nothing is mixed."""
+"""Tiles many slides into one ROOT: keeps what is done, reports what fails, and never mixes settings."""
 
 import json
-from collections.abc import Mapping, Sequence
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dino import files, progress
+from dino.config.load import identity_of
+from dino.config.schema import TileConfig
 from dino.errors import DataError
 from dino.lock import RunLock
-from dino.slides import coordinates, parts, storage, tables
-from dino.slides.processes import run_each
+from dino.slides import storage, tables
+from dino.slides.lattice import Geometry
 from dino.slides.reader import BACKEND, RESAMPLER
-from dino.slides.slide import Measure, TilingPlan, about, expect_root, failed, measure_slide, origin_of, tile_slide
+from dino.slides.slide import (
+    Measure,
+    columns_of,
+    expect_root,
+    failed,
+    inputs_of,
+    measure_slide,
+    tile_slide,
+)
 from dino.slides.slide_list import SlideRecord
 from dino.slides.tables import SlideStatus
 from dino.slides.tissue import filter_config, segmentation_config
 from dino.versions import versions
 
 LOCK = "tiling.lock.json"
-DEATH = "the process that worked on it died; the file is damaged, or memory ran out (lower num_workers)"
+DIED = "the process that worked on it died; the file is damaged, or memory ran out (lower num_workers)"
+
+A = TypeVar("A")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class TilingSummary:
-    """What a run did, or (``dry_run``) would do.
+    """Result of a run, or (``dry_run``) what it would do.
 
     Attributes:
         root: Output folder.
-        statuses: What became of each slide, in the order of the list.
-        reused: How many of them an earlier run had done.
+        statuses: Status of each slide, in the order of the list.
+        reused: Number of them that an earlier run had done.
         dry_run: Whether nothing was written.
-        gigabytes: Dry run: size of the tiles yet to be written, from a few that were encoded.
-        files: Dry run: number of files yet to be written.
-        hours: Dry run: time that takes, from the time those few took.
+        gigabytes: Dry run: size of the tiles still to be written, estimated from a few that were encoded.
+        files: Dry run: number of files still to be written.
+        hours: Dry run: estimated time.
     """
 
     root: Path
@@ -47,12 +66,12 @@ class TilingSummary:
 
     @property
     def tiles(self) -> int:
-        """Tiles of all slides."""
+        """Number of tiles of all slides."""
         return sum(status.tiles for status in self.statuses)
 
     @property
     def regions(self) -> int:
-        """Regions of all slides."""
+        """Number of regions of all slides."""
         return sum(status.regions for status in self.statuses)
 
     @property
@@ -66,7 +85,7 @@ class TilingSummary:
         return 2 if self.failures else 0
 
     def lines(self) -> list[str]:
-        """The summary in words, one line each."""
+        """The summary as lines of text."""
         words = (tables.OK, tables.NO_TISSUE, tables.EXCLUDED, tables.FAILED)
         counts = {word: sum(status.status == word for status in self.statuses) for word in words}
         slides = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
@@ -80,132 +99,125 @@ class TilingSummary:
         return lines
 
 
-def tile_slides(
-    records: Sequence[SlideRecord], root: Path, plan: TilingPlan, settings: Mapping[str, Any], workers: int
-) -> TilingSummary:
-    """Tile every slide that is not done yet, and bring the tables under ``root`` up to date.
+def tile_slides(records: Sequence[SlideRecord], root: Path, config: TileConfig) -> TilingSummary:
+    """Tile every slide that is not done yet, and update the tables under ``root``.
 
     Args:
         records: The slides.
-        root: Output folder; may hold the results of earlier runs with the same settings.
-        plan: What is done with each.
-        settings: What decides the result, by name; recorded in tiling.json, and compared with what stands there.
-        workers: How many slides are worked on at once.
+        root: Output folder; may contain the results of earlier runs with the same settings.
+        config: The settings; those that are part of the identity are recorded in tiling.json and compared with it.
 
     Raises:
-        DataError: If ``root`` was tiled with other settings, or its disk does not take what is written.
+        DataError: If ``root`` was tiled with other settings, or writing to its disk fails.
         ConfigError: If another run is tiling into it.
     """
+    settings = identity_of(config)
     refuse_to_mix(root, settings)  # before a lock is left in a folder that is not for this run
     with files.oserror_to_data_error(root), RunLock(root, name=LOCK).held():
-        refuse_to_mix(root, settings)  # once more: another run may have come and gone since
+        refuse_to_mix(root, settings)  # again: another run may have ended since
         storage.tidy(root)
-        parts.tidy(root)
+        tables.tidy(root)
         if not (root / tables.TILING_FILE).exists():
-            files.write_json(root / tables.TILING_FILE, _description(plan, settings))
-        return _tile(records, root, plan, workers)
+            files.write_json(root / tables.TILING_FILE, _description(config))
+        return _tile(records, root, config)
 
 
-def _tile(records: Sequence[SlideRecord], root: Path, plan: TilingPlan, workers: int) -> TilingSummary:
-    statuses = _settled(records, root, plan)
+def _tile(records: Sequence[SlideRecord], root: Path, config: TileConfig) -> TilingSummary:
+    statuses = _finished(records, root, config)
     for record in records:
         if record.slide_id in statuses:
-            _bring_up_to_date(root, record, statuses[record.slide_id])
+            _update_record(root, record, statuses[record.slide_id])
     to_do = [record for record in records if record.slide_id not in statuses]
 
     def died(record: SlideRecord) -> SlideStatus:
-        status = failed(record, DEATH)
+        status = failed(record, DIED)
         expect_root(root)
-        parts.save_status(root, status, origin_of(record))
+        tables.save_status(root, status, inputs_of(record))
         return status
 
     reused = sum(status.status != tables.EXCLUDED for status in statuses.values())
     try:
         with progress.bar("tiling slides", len(records), len(statuses)) as bar:
-            for status in run_each(partial(tile_slide, root=root, plan=plan), to_do, workers, died):
+            for status in run_each(partial(tile_slide, root=root, config=config), to_do, config.num_workers, died):
                 statuses[status.slide_id] = status
                 _report(status)
                 bar.advance(note=status.slide_id)
     finally:
         storage.tidy(root)
         expect_root(root)
-        parts.merge(root)
+        tables.merge(root)
     return TilingSummary(root, [statuses[record.slide_id] for record in records], reused)
 
 
-def measure_slides(
-    records: Sequence[SlideRecord], root: Path, plan: TilingPlan, settings: Mapping[str, Any], workers: int
-) -> TilingSummary:
-    """Find tiles and regions of every slide that is not done yet, and estimate what cutting them takes; write nothing.
+def measure_slides(records: Sequence[SlideRecord], root: Path, config: TileConfig) -> TilingSummary:
+    """Find tiles and regions of every slide that is not done yet, and estimate the cost of cutting them; write nothing.
 
     Args:
         records: The slides.
         root: Output folder that would be written to.
-        plan: What would be done with each.
-        settings: As for :func:`tile_slides`.
-        workers: How many slides would be worked on at once.
+        config: The settings.
 
     Raises:
         DataError: If ``root`` was tiled with other settings.
     """
-    refuse_to_mix(root, settings)
-    statuses = _settled(records, root, plan)
+    refuse_to_mix(root, identity_of(config))
+    statuses = _finished(records, root, config)
     reused = sum(status.status != tables.EXCLUDED for status in statuses.values())
     to_do = [record for record in records if record.slide_id not in statuses]
     measures: list[Measure] = []
     with progress.bar("measuring slides", len(to_do)) as bar:
-        work = partial(measure_slide, plan=plan)
-        for measure in run_each(work, to_do, workers, lambda record: Measure(failed(record, DEATH))):
+        work = partial(measure_slide, config=config)
+        for measure in run_each(work, to_do, config.num_workers, lambda record: Measure(failed(record, DIED))):
             measures.append(measure)
             statuses[measure.status.slide_id] = measure.status
             _report(measure.status)
             bar.advance(note=measure.status.slide_id)
     done = TilingSummary(root, [statuses[record.slide_id] for record in records], reused, dry_run=True)
-    return _estimate(done, measures, plan, workers)
+    return _estimate(done, measures, config)
 
 
 def refuse_to_mix(root: Path, settings: Mapping[str, Any]) -> None:
-    """Raise a DataError that names what differs, if ``root`` was tiled with other settings."""
+    """Raise a DataError that names the differing settings, if ``root`` was tiled with others."""
     if not (root / tables.TILING_FILE).exists():
         return
     before, now = tables.read_tiling(root).settings, json.loads(json.dumps(dict(settings)))
     differing = [f"{key}={before[key]} (now {now[key]})" for key in now if key in before and before[key] != now[key]]
     if differing:
         raise DataError(
-            f"{root} was tiled with {', '.join(differing)}; tiles of two kinds are not mixed: use the same settings, "
-            "or another ROOT"
+            f"{root} was tiled with {', '.join(differing)}; tiles made with different settings are not mixed: use "
+            "the same settings, or another ROOT"
         )
 
 
-def _settled(records: Sequence[SlideRecord], root: Path, plan: TilingPlan) -> dict[str, SlideStatus]:
-    """Statuses of the slides that need no work: excluded ones, and those an earlier run did completely."""
-    settled: dict[str, SlideStatus] = {}
+def _finished(records: Sequence[SlideRecord], root: Path, config: TileConfig) -> dict[str, SlideStatus]:
+    """Statuses of the slides that need no work: excluded ones, and those that an earlier run completed."""
+    finished: dict[str, SlideStatus] = {}
     for record in records:
         if record.exclude_reason:
             reason = record.exclude_reason
-            settled[record.slide_id] = SlideStatus(record.slide_id, tables.EXCLUDED, reason, **about(record))
+            finished[record.slide_id] = SlideStatus(record.slide_id, tables.EXCLUDED, reason, **columns_of(record))
             continue
-        part = parts.load_part(root, record.slide_id)
-        if part and part.made_from == origin_of(record) and _stands(root, part.status, plan):
-            settled[record.slide_id] = replace(part.status, **about(record))
-    return settled
+        part = tables.load_part(root, record.slide_id)
+        if part and part.made_from == inputs_of(record) and _is_complete(root, part.status, config):
+            finished[record.slide_id] = replace(part.status, **columns_of(record))
+    return finished
 
 
-def _stands(root: Path, status: SlideStatus, plan: TilingPlan) -> bool:
-    """True if the slide was done and nothing of it is lost."""
-    if status.status not in (tables.OK, tables.NO_TISSUE) or not coordinates.has_result(root, status.slide_id):
+def _is_complete(root: Path, status: SlideStatus, config: TileConfig) -> bool:
+    """True if the slide was done and all its files are there."""
+    if status.status not in (tables.OK, tables.NO_TISSUE) or not storage.has_result(root, status.slide_id):
         return False
-    places = parts.tile_places(root, status.slide_id)
-    if places is None or len(places) != status.tiles:
+    positions = tables.tile_positions(root, status.slide_id)
+    if positions is None or len(positions) != status.tiles:
         return False
-    return storage.has_tiles(root, status.slide_id, places, plan.storage)
+    return storage.has_tiles(root, status.slide_id, positions, config.storage)
 
 
-def _bring_up_to_date(root: Path, record: SlideRecord, status: SlideStatus) -> None:
-    """Record what changed in the list since a slide was tiled: its patient, partition, place, or exclusion."""
-    part = parts.load_part(root, record.slide_id)
+def _update_record(root: Path, record: SlideRecord, status: SlideStatus) -> None:
+    """Record what changed in the slide list since a slide was tiled: patient, partition, path, or exclusion."""
+    part = tables.load_part(root, record.slide_id)
     if part is None or part.status != status:
-        parts.save_status(root, status, part.made_from if part else origin_of(record))
+        tables.save_status(root, status, part.made_from if part else inputs_of(record))
 
 
 def _report(status: SlideStatus) -> None:
@@ -215,37 +227,98 @@ def _report(status: SlideStatus) -> None:
         progress.warn(f"{status.slide_id}: {status.reason}")
 
 
-def _estimate(summary: TilingSummary, measures: Sequence[Measure], plan: TilingPlan, workers: int) -> TilingSummary:
+def _estimate(summary: TilingSummary, measures: Sequence[Measure], config: TileConfig) -> TilingSummary:
     sampled = max(1, sum(measure.sampled for measure in measures))
     bytes_per_tile = sum(measure.sampled_bytes for measure in measures) / sampled
     seconds_per_tile = sum(measure.sampled_seconds for measure in measures) / sampled
     slides = sum(measure.status.status != tables.FAILED for measure in measures)
     tiles = sum(measure.status.tiles for measure in measures)
-    cut = tiles if plan.storage != "none" else 0
-    image_files = {"jpeg": tiles, "tar": 2 * slides, "none": 0}[plan.storage]
-    other_files = slides * (5 + 3 * plan.previews)  # hs2p's two, the part's three, the previews
+    cut = tiles if config.storage != "none" else 0
+    image_files = {"jpeg": tiles, "tar": 2 * slides, "none": 0}[config.storage]
+    other_files = slides * (5 + 3 * config.previews)  # hs2p's two, the part's three, the previews
     seconds = sum(measure.seconds for measure in measures) + cut * seconds_per_tile
     return replace(
         summary,
         gigabytes=cut * bytes_per_tile / 1e9,
         files=image_files + other_files,
-        hours=seconds / 3600 / max(1, min(workers, len(measures))),
+        hours=seconds / 3600 / max(1, min(config.num_workers, len(measures))),
     )
 
 
-def _description(plan: TilingPlan, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Content of tiling.json: the settings that must match, and for the reader how they were carried out."""
+def _description(config: TileConfig) -> dict[str, Any]:
+    """Content of tiling.json: the settings that must match, and, for information, how they were applied."""
     import openslide
+
+    geometry = Geometry.of(config)
 
     return {
         "format": "histodino-tiling/1",
-        "settings": dict(settings),
-        "geometry": asdict(plan.geometry),
-        "region_size_px": plan.geometry.region_size_px,
+        "settings": identity_of(config),
+        "geometry": asdict(geometry),
+        "region_size_px": geometry.region_size_px,
         "backend": BACKEND,
         "resampler": RESAMPLER,
-        "jpeg": {"encoder": "PIL", "quality": plan.jpeg_quality},
-        "segmentation": asdict(segmentation_config(plan.tissue)),
-        "qc": asdict(filter_config(plan.tissue)) if plan.tissue.qc else None,
+        "jpeg": {"encoder": "PIL", "quality": config.jpeg_quality},
+        "segmentation": asdict(segmentation_config(config)),
+        "qc": asdict(filter_config(config)) if config.qc else None,
         "versions": {**versions(), "openslide": openslide.__library_version__},
     }
+
+
+def run_each(work: Callable[[A], R], items: Sequence[A], workers: int, on_death: Callable[[A], R]) -> Iterator[R]:
+    """Results of ``work`` for every item, in order of completion.
+
+    Each worker process is driven by its own thread: when a damaged file crashes the process, the thread knows the
+    item, starts another process, and the other items go on.
+
+    Args:
+        work: Picklable function. Processes are spawned, since neither openslide nor OpenCV is safe to fork.
+        items: Its arguments.
+        workers: Number of processes; with one (or one item), ``work`` runs in this process.
+        on_death: Result for an item whose process died.
+
+    Yields:
+        One result per item, in order of completion.
+    """
+    if min(workers, len(items)) <= 1:
+        yield from map(work, items)
+        return
+    local = threading.local()
+    pools: list[ProcessPoolExecutor] = []
+
+    def in_worker(item: A) -> R:
+        if getattr(local, "pool", None) is None:
+            context = multiprocessing.get_context("spawn")
+            local.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_exit_with_parent)
+            pools.append(local.pool)
+        try:
+            return local.pool.submit(work, item).result()
+        except BrokenProcessPool:
+            local.pool = None
+            return on_death(item)
+
+    with ThreadPoolExecutor(min(workers, len(items))) as threads:
+        futures = [threads.submit(in_worker, item) for item in items]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+            for pool in pools:
+                pool.shutdown(wait=False)
+
+
+def _exit_with_parent() -> None:
+    """End this process as soon as its parent is gone, also when the parent was killed.
+
+    A worker that outlived its parent would go on writing to files that a new run writes too.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_when_ready, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_when_ready(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)

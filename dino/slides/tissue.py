@@ -1,69 +1,52 @@
-"""Where on a slide there is tissue, by hs2p: from a given mask or by segmentation; and hs2p's pixel QC of tiles."""
+"""Tissue of a slide, by hs2p: from a given mask or by segmentation; and hs2p's pixel QC of tiles."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dino.config.schema import TileConfig
 from dino.errors import ConfigError, DataError
 from dino.slides.reader import SlideReader
 
 METHODS = ("hsv", "otsu", "threshold")
-LARGEST_LEVEL_PX = 400_000_000  # an RGB level of this size takes 1.2 GB, its segmentation several times that
+MAX_LEVEL_PX = 400_000_000  # an RGB level of this size takes 1.2 GB, its segmentation several times that
 
 
-@dataclass(frozen=True)
-class TissueRule:
-    """What counts as tissue, and how much of it a tile or region must hold.
-
-    Attributes:
-        method: hs2p's segmentation where no mask is given: ``hsv``, ``otsu`` or ``threshold``.
-        downsample: Downsample at which tissue is segmented or the mask is read (the slide's nearest level).
-        min_tissue: Least tissue fraction of a tile.
-        min_tissue_region: Least tissue fraction of a region.
-        qc: Drop white, black, grey and blurred tiles.
-    """
-
-    method: str = "hsv"
-    downsample: int = 64
-    min_tissue: float = 0.25
-    min_tissue_region: float = 0.25
-    qc: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse values outside their range."""
-        for name, value, good, rule in (
-            ("tissue_method", self.method, self.method in METHODS, f"one of {', '.join(METHODS)}"),
-            ("tissue_downsample", self.downsample, self.downsample >= 1, "at least 1"),
-            ("min_tissue", self.min_tissue, 0 <= self.min_tissue <= 1, "a fraction from 0 to 1"),
-            ("min_tissue_region", self.min_tissue_region, 0 <= self.min_tissue_region <= 1, "a fraction from 0 to 1"),
-        ):
-            if not good:
-                raise ConfigError(f"expected {name} to be {rule}, found {value}")
+def check_tissue_settings(config: TileConfig) -> None:
+    """Raise a ConfigError if a tissue setting is out of range."""
+    for name, good, rule in (
+        ("tissue_method", config.tissue_method in METHODS, f"one of {', '.join(METHODS)}"),
+        ("tissue_downsample", config.tissue_downsample >= 1, "at least 1"),
+        ("min_tissue", 0 <= config.min_tissue <= 1, "a fraction from 0 to 1"),
+        ("min_tissue_region", 0 <= config.min_tissue_region <= 1, "a fraction from 0 to 1"),
+    ):
+        if not good:
+            raise ConfigError(f"expected {name} to be {rule}, found {getattr(config, name)}")
 
 
-def segmentation_config(rule: TissueRule) -> Any:
-    """hs2p's segmentation settings for ``rule``."""
+def segmentation_config(config: TileConfig) -> Any:
+    """hs2p's segmentation settings."""
     from hs2p.configs import SegmentationConfig
 
-    return SegmentationConfig(method=rule.method, downsample=rule.downsample)
+    return SegmentationConfig(method=config.tissue_method, downsample=config.tissue_downsample)
 
 
-def filter_config(rule: TissueRule) -> Any:
-    """hs2p's QC settings for ``rule``: all four pixel checks or none, at hs2p's thresholds."""
+def filter_config(config: TileConfig) -> Any:
+    """hs2p's QC settings: all four pixel checks or none, at hs2p's thresholds."""
     from hs2p.configs import FilterConfig
 
-    return FilterConfig(filter_white=rule.qc, filter_black=rule.qc, filter_grayspace=rule.qc, filter_blur=rule.qc)
+    qc = config.qc
+    return FilterConfig(filter_white=qc, filter_black=qc, filter_grayspace=qc, filter_blur=qc)
 
 
-def find_tissue(reader: SlideReader, mask_path: Path | None, rule: TissueRule) -> Any:
+def find_tissue(reader: SlideReader, mask_path: Path | None, config: TileConfig) -> Any:
     """Tissue mask of a slide.
 
     Args:
         reader: The open slide.
         mask_path: Binary mask of the whole slide at any scale, tissue marked by 1 or by 255; segmented if None.
-        rule: How tissue is found.
+        config: The settings.
 
     Returns:
         hs2p's ``ResolvedTissueMask``; its ``tissue_mask`` is uint8 ``(h, w)``, non-zero where there is tissue.
@@ -74,20 +57,21 @@ def find_tissue(reader: SlideReader, mask_path: Path | None, rule: TissueRule) -
     from hs2p.tiling.mask import resolve_tissue_mask
     from hs2p.wsi.geometry import select_level_for_downsample
 
-    level = select_level_for_downsample(float(rule.downsample), reader.slide.level_downsamples)
+    level = select_level_for_downsample(float(config.tissue_downsample), reader.slide.level_downsamples)
     width, height = reader.slide.level_dimensions[level]
-    if width * height > LARGEST_LEVEL_PX:
+    if width * height > MAX_LEVEL_PX:
         raise DataError(
-            f"expected a level of at most {LARGEST_LEVEL_PX / 1e6:.0f} megapixels near downsample {rule.downsample} in "
+            f"expected a level of at most {MAX_LEVEL_PX / 1e6:.0f} megapixels near downsample "
+            f"{config.tissue_downsample} in "
             f"{reader.path}, found {width} x {height} px; raise tissue_downsample, or save the slide as a pyramid"
         )
     if mask_path is not None:
-        return _read_mask(reader, mask_path, rule)
-    return resolve_tissue_mask(slide=reader.slide, segmentation=segmentation_config(rule))
+        return _read_mask(reader, mask_path, config)
+    return resolve_tissue_mask(slide=reader.slide, segmentation=segmentation_config(config))
 
 
 def tissue_fractions(mask: np.ndarray, origins: np.ndarray, reader: SlideReader) -> np.ndarray:
-    """Tissue fraction of each tile, counted over the whole mask.
+    """Tissue fraction of each tile, computed from the whole mask.
 
     Args:
         mask: uint8 ``(h, w)``, non-zero where there is tissue.
@@ -107,13 +91,13 @@ def tissue_fractions(mask: np.ndarray, origins: np.ndarray, reader: SlideReader)
     )
 
 
-def passes_qc(reader: SlideReader, origins: np.ndarray, rule: TissueRule) -> np.ndarray:
+def passes_qc(reader: SlideReader, origins: np.ndarray, config: TileConfig) -> np.ndarray:
     """Which tiles pass hs2p's pixel QC (white, black, grey, blurred).
 
     Args:
         reader: The open slide.
         origins: ``(N, 2)`` int64 level-0 ``(x, y)``.
-        rule: Whether there is any QC.
+        config: The settings.
 
     Returns:
         ``(N,)`` bool.
@@ -130,21 +114,21 @@ def passes_qc(reader: SlideReader, origins: np.ndarray, rule: TissueRule) -> np.
         requested_spacing_um=geometry.spacing_um,
         base_spacing_um=reader.spacing_um,
         tolerance=geometry.tolerance,
-        filter_params=filter_config(rule),
+        filter_params=filter_config(config),
         read_window=lambda x, y, width, height, level: reader.slide.read_region((x, y), level, (width, height)),
         source_label=str(reader.path),
     )
     return kept.astype(bool)
 
 
-def _read_mask(reader: SlideReader, mask_path: Path, rule: TissueRule) -> Any:
+def _read_mask(reader: SlideReader, mask_path: Path, config: TileConfig) -> Any:
     from hs2p.tiling.mask import open_tissue_mask, resolve_tissue_mask
 
     first_error: Exception | None = None
-    for tissue in (1, 255):  # hs2p refuses values that are not declared, so a mask is read by one of the two or none
+    for tissue in (1, 255):  # hs2p rejects values that are not declared, so at most one of the two succeeds
         try:
             with open_tissue_mask(mask_path, pixel_mapping={"background": 0, "tissue": tissue}) as mask:
-                return resolve_tissue_mask(slide=reader.slide, segmentation=segmentation_config(rule), mask=mask)
+                return resolve_tissue_mask(slide=reader.slide, segmentation=segmentation_config(config), mask=mask)
         except Exception as error:  # hs2p raises ValueError and RuntimeError, the image libraries their own
             first_error = first_error or error
     raise DataError(

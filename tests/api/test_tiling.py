@@ -13,10 +13,9 @@ from dino.api.tiling import tile
 from dino.config.schema import TileConfig
 from dino.errors import ConfigError, DataError
 from dino.lock import RunLock
-from dino.slides import storage, tiling
+from dino.slides import sample_slide, storage, tiling
 from dino.slides.lattice import Geometry
 from dino.slides.reader import SlideReader
-from dino.slides.sample import sample_slide
 from dino.slides.tables import read_regions, read_status, read_tiles, read_tiling
 
 SMALL = {"tile_size_px": 64, "region_size_px": 128, "num_workers": 1, "previews": False}

@@ -8,7 +8,7 @@ import pytest
 from dino import api
 from dino.config.load import load_config
 from dino.config.schema import ExtractConfig, PatchConfig, RegionConfig, TileConfig
-from dino.slides.sample import sample_slide
+from dino.slides import sample_slide
 
 SMALL = {
     "model.out_dim": 32,

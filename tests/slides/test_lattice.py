@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from dino.config.schema import TileConfig
 from dino.errors import ConfigError, DataError
 from dino.slides.lattice import Geometry, Lattice, Pyramid, cells_of_region, cells_per_side, plan_lattice
 
@@ -114,3 +115,11 @@ def test_a_region_is_a_whole_number_of_tiles() -> None:
         cells_per_side(1100, 256)
     with pytest.raises(ConfigError, match="multiple"):
         cells_per_side(128, 256)
+
+
+def test_the_geometry_of_settings() -> None:
+    assert Geometry.of(TileConfig()) == Geometry()
+    config = TileConfig(0.7, 64, 0.5, 320, 2, tolerance=0.01)
+    assert Geometry.of(config) == Geometry(0.7, 64, 0.5, region_cells=5, region_overlap_cells=2, tolerance=0.01)
+    with pytest.raises(ConfigError, match="region_overlap_cells"):
+        Geometry.of(TileConfig(region_overlap_cells=16))

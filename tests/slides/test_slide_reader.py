@@ -10,9 +10,9 @@ from painted_slide import coordinates, halved, noise, write_slide
 from PIL import Image
 
 from dino.errors import DataError
+from dino.slides import sample_slide
 from dino.slides.lattice import Geometry
 from dino.slides.reader import SlideReader, spacing_of
-from dino.slides.sample import sample_slide
 from dino.slides.storage import encode
 
 

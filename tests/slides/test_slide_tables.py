@@ -1,12 +1,14 @@
 """What is written under ROOT comes back, and what is damaged is named."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dino.errors import DataError
-from dino.slides import parts, tables
+from dino.slides import tables
+from dino.slides.lattice import Geometry
 from dino.slides.tables import RegionRecord, SlideStatus, TileRecord
 
 TILE = TileRecord("a_1,b", 256, 0, 256, 0.5, 0.499, 0.25)
@@ -27,9 +29,9 @@ STATUS = SlideStatus(
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    parts.save_part(tmp_path, STATUS, {"image_bytes": 1}, [TILE], [REGION])
-    parts.save_status(tmp_path, SlideStatus("zz", "failed", "no spacing"), {})
-    parts.merge(tmp_path)
+    tables.save_part(tmp_path, STATUS, {"image_bytes": 1}, [TILE], [REGION])
+    tables.save_status(tmp_path, SlideStatus("zz", "failed", "no spacing"), {})
+    tables.merge(tmp_path)
     return tmp_path
 
 
@@ -43,30 +45,30 @@ def test_round_trip(root: Path) -> None:
     found = statuses["a_1,b"]
     assert found.reason == 'said "so", then left'
     assert (found.image_path, found.mask_path, found.spacing_um) == (STATUS.image_path, None, 0.1 + 0.2)
-    assert parts.tile_places(root, "a_1,b") == [(256, 0)]
+    assert tables.tile_positions(root, "a_1,b") == [(256, 0)]
 
 
 def test_merging_leaves_alone_what_does_not_change(root: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in root.glob("*.csv")}
-    parts.merge(root)
+    tables.merge(root)
     assert {path.name: path.stat().st_mtime_ns for path in root.glob("*.csv")} == before
-    parts.save_status(root, SlideStatus("zz", "no_tissue"), {})
-    parts.merge(root)
+    tables.save_status(root, SlideStatus("zz", "no_tissue"), {})
+    tables.merge(root)
     after = {path.name: path.stat().st_mtime_ns for path in root.glob("*.csv")}
     assert [name for name in after if after[name] != before[name]] == ["slides_status.csv"]
 
 
 def test_an_unfinished_slide_is_in_no_table(root: Path) -> None:
-    parts.drop_part(root, "a_1,b")
-    parts.merge(root)
+    tables.drop_part(root, "a_1,b")
+    tables.merge(root)
     assert tables.read_tiles(root) == [] and tables.read_regions(root) == []
     assert list(tables.read_status(root)) == ["zz"]
 
 
 def test_a_slide_whose_lines_are_lost_is_unfinished(root: Path) -> None:
     (root / "coordinates/parts/a_1,b.regions.csv").unlink()
-    assert parts.load_part(root, "a_1,b") is None
-    parts.merge(root)
+    assert tables.load_part(root, "a_1,b") is None
+    tables.merge(root)
     assert list(tables.read_status(root)) == ["zz"]
 
 
@@ -107,3 +109,24 @@ def test_a_damaged_tiling_file(tmp_path: Path, content: str | None) -> None:
         (tmp_path / "tiling.json").write_text(content)
     with pytest.raises(DataError, match=r"tiling\.json"):
         tables.read_tiling(tmp_path)
+
+
+def test_a_tiling_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """As written by version 0.1.0: its keys are public."""
+    content = {
+        "format": "histodino-tiling/1",
+        "settings": {"spacing_um": 0.7, "tile_size_px": 64, "region_size_px": 128, "storage": "tar", "qc": True},
+        "geometry": {
+            "spacing_um": 0.7,
+            "tile_size_px": 64,
+            "overlap": 0.5,
+            "region_cells": 2,
+            "region_overlap_cells": 0,
+            "tolerance": 0.05,
+        },
+        "region_size_px": 128,
+    }
+    (tmp_path / "tiling.json").write_text(json.dumps(content))
+    tiling = tables.read_tiling(tmp_path)
+    assert tiling.geometry == Geometry(0.7, 64, 0.5, 2)
+    assert (tiling.storage, tiling.settings, tiling.content) == ("tar", content["settings"], content)

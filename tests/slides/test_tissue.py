@@ -7,11 +7,12 @@ import pytest
 from painted_slide import noise, write_slide
 from PIL import Image
 
+from dino.config.schema import TileConfig
 from dino.errors import ConfigError, DataError
 from dino.slides import tissue
 from dino.slides.lattice import Geometry
 from dino.slides.reader import SlideReader
-from dino.slides.tissue import TissueRule, find_tissue, passes_qc, tissue_fractions
+from dino.slides.tissue import check_tissue_settings, find_tissue, passes_qc, tissue_fractions
 
 WIDTH, HEIGHT = 640, 384
 
@@ -37,7 +38,7 @@ def save_mask(path: Path, mask: np.ndarray) -> Path:
 
 @pytest.mark.parametrize("method", tissue.METHODS)
 def test_tissue_is_found(reader: SlideReader, method: str) -> None:
-    mask = find_tissue(reader, None, TissueRule(method=method)).tissue_mask > 0
+    mask = find_tissue(reader, None, TileConfig(tissue_method=method)).tissue_mask > 0
     assert mask.shape == (HEIGHT, WIDTH)
     assert mask[:, : WIDTH // 2 - 16].mean() > 0.95 and not mask[:, WIDTH // 2 + 16 :].any()
 
@@ -56,7 +57,7 @@ def test_a_given_mask_is_taken_at_any_scale(reader: SlideReader, tmp_path: Path,
     wanted = np.zeros((HEIGHT // 64, WIDTH // 64), np.uint8)  # by tile
     wanted[1:4, 2:9:3] = 1
     mask = np.kron(wanted, np.full((64 // scale, 64 // scale), value, np.uint8))
-    found = find_tissue(reader, save_mask(tmp_path / "mask.png", mask), TissueRule())
+    found = find_tissue(reader, save_mask(tmp_path / "mask.png", mask), TileConfig())
     fractions = tissue_fractions(found.tissue_mask, reader.lattice.tile_origins(), reader)
     np.testing.assert_array_equal(fractions, wanted.reshape(-1))
 
@@ -72,18 +73,18 @@ def test_a_given_mask_is_taken_at_any_scale(reader: SlideReader, tmp_path: Path,
 def test_a_mask_that_does_not_fit(reader: SlideReader, tmp_path: Path, mask: np.ndarray) -> None:
     path = save_mask(tmp_path / "wrong.png", mask)
     with pytest.raises(DataError, match=r"binary mask.*wrong\.png"):
-        find_tissue(reader, path, TissueRule())
+        find_tissue(reader, path, TileConfig())
 
 
 def test_an_empty_mask_is_no_error(reader: SlideReader, tmp_path: Path) -> None:
     path = save_mask(tmp_path / "empty.png", np.zeros((HEIGHT, WIDTH), np.uint8))
-    assert not find_tissue(reader, path, TissueRule()).tissue_mask.any()
+    assert not find_tissue(reader, path, TileConfig()).tissue_mask.any()
 
 
 def test_a_level_that_is_too_large_is_not_read(reader: SlideReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tissue, "LARGEST_LEVEL_PX", WIDTH * HEIGHT - 1)
+    monkeypatch.setattr(tissue, "MAX_LEVEL_PX", WIDTH * HEIGHT - 1)
     with pytest.raises(DataError, match="tissue_downsample"):
-        find_tissue(reader, None, TissueRule())
+        find_tissue(reader, None, TileConfig())
 
 
 def test_qc_drops_glass_ink_and_blur(tmp_path: Path) -> None:
@@ -93,15 +94,19 @@ def test_qc_drops_glass_ink_and_blur(tmp_path: Path) -> None:
     black, white, flat = (np.full((size, size, 3), colour, np.uint8) for colour in (5, 250, (180, 90, 200)))
     path = write_slide(tmp_path / "qc.tiff", [np.concatenate([sharp, black, white, flat], axis=1)], mpp=2.0)
     with SlideReader(path, Geometry(spacing_um=2.0, tile_size_px=size, region_cells=1)) as reader:
-        kept = passes_qc(reader, reader.lattice.tile_origins(), TissueRule(qc=True))
+        kept = passes_qc(reader, reader.lattice.tile_origins(), TileConfig(qc=True))
         assert kept.tolist() == [True, False, False, False]
-        assert passes_qc(reader, reader.lattice.tile_origins(), TissueRule()).all()
+        assert passes_qc(reader, reader.lattice.tile_origins(), TileConfig()).all()
 
 
 @pytest.mark.parametrize(
     ("wrong", "name"),
-    [({"method": "magic"}, "tissue_method"), ({"downsample": 0}, "tissue_downsample"), ({"min_tissue": 1.5}, "min_t")],
+    [
+        ({"tissue_method": "magic"}, "tissue_method"),
+        ({"tissue_downsample": 0}, "tissue_downsample"),
+        ({"min_tissue": 1.5}, "min_t"),
+    ],
 )
 def test_values_out_of_range(wrong: dict, name: str) -> None:
     with pytest.raises(ConfigError, match=name):
-        TissueRule(**wrong)
+        check_tissue_settings(TileConfig(**wrong))

@@ -1,8 +1,8 @@
-"""Slides in processes of their own."""
+"""Slides in separate processes."""
 
 import os
 
-from dino.slides.processes import run_each
+from dino.slides.tiling import run_each
 
 
 def work(item: int) -> tuple[int, int]:
