@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from dino.environment import VERSION
 from dino.models.registration import register_with_timm
-from dino.versions import VERSION
 
 __version__ = VERSION
 __all__ = ["__version__", "load_backbone"]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -18,9 +18,9 @@ from dino.api.report_evidence import open_run
 from dino.api.reporting import last_metrics, report
 from dino.config.load import load_config, to_dict
 from dino.config.schema import DemoConfig, ExtractConfig, PatchConfig, RegionConfig, TileConfig
+from dino.environment import versions
 from dino.files import read_json, read_json_lines, write_json
 from dino.slides import sample_slide
-from dino.versions import versions
 
 Result = TypeVar("Result")
 

@@ -1,7 +1,7 @@
-"""The only module that talks to ``torch.distributed``; on one process every helper is a no-op.
+"""The only module that uses ``torch.distributed``; on one process every function is a no-op.
 
-Launched by ``torchrun``, :func:`process_group` joins the other processes (NCCL on GPUs, gloo on CPUs). The
-rest of the package never asks for its rank to decide control flow: rank 0 decides, then broadcasts.
+Launched by ``torchrun``, :func:`process_group` joins the process group (NCCL on GPUs, gloo on CPUs). The rest of
+the package never branches on its rank: rank 0 decides, then broadcasts.
 """
 
 import os
@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dino.errors import ConfigError, ProcessesLost
 
 T = TypeVar("T")
-PARENT = os.getppid()  # the launcher, as long as it lives
-LOOK_SECONDS = 0.02  # between two looks of rank 0 at who has come
+PARENT = os.getppid()  # the launcher, unless it has ended already
+POLL_SECONDS = 0.02  # between two checks of rank 0 for processes that have joined
 COLLECTIVE = re.compile("gloo|nccl|process ?group", re.IGNORECASE)  # words in the errors of collectives
 
 
@@ -32,28 +32,28 @@ def launched() -> bool:
 
 
 def launch_id() -> str | None:
-    """Identifier of the job that this process belongs to: torchrun's, or the SLURM step that it is a task of."""
+    """Identifier of the job that this process belongs to: torchrun's run id, or its SLURM step."""
     job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
     return os.environ.get("TORCHELASTIC_RUN_ID") or (f"slurm-{job}.{step}" if job and step else None)
 
 
 def restarted() -> bool:
-    """True in every process when ``torchrun`` itself has started this job again; False where a person did, anywhere."""
+    """True on every process if ``torchrun`` itself restarted all of them; False if a user started any of them."""
     return all(gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
 
 
 def is_orphan() -> bool:
-    """True once the ``torchrun`` that started this process is gone: nobody is left to stop it or start it again."""
+    """True once the ``torchrun`` that started this process has ended, so that nothing would stop or restart it."""
     return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
 
 
 def rank() -> int:
-    """Rank of this process, 0 when there is only one."""
+    """Rank of this process, 0 if there is only one."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes work together."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -63,20 +63,20 @@ def is_main() -> bool:
 
 
 def local_rank() -> int:
-    """Rank of this process on its own machine: which GPU it takes."""
+    """Rank of this process on its machine, the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 @contextmanager
 def process_group(device: torch.device, timeout_minutes: float = 30.0) -> Iterator[None]:
-    """Join the process group for the length of the block, when launched by ``torchrun``.
+    """Join the process group during the block, if launched by ``torchrun``.
 
     Args:
-        device: Where this process computes; decides between NCCL and gloo.
-        timeout_minutes: How long a collective waits for a process that does not come.
+        device: Device of this process; decides between NCCL and gloo.
+        timeout_minutes: How long a collective waits for the other processes.
 
     Raises:
-        ProcessesLost: If another process ended or did not come in time.
+        ProcessesLost: If another process ended or did not join in time.
     """
     if not launched() or dist.is_initialized():
         yield
@@ -100,7 +100,7 @@ def _join(device: torch.device, timeout: timedelta) -> None:
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore(_name_of_this_start(store, rank, world_size, timeout), store),
+        store=dist.PrefixStore(_start_name(store, rank, world_size, timeout), store),
         rank=rank,
         world_size=world_size,
         timeout=timeout,
@@ -108,30 +108,30 @@ def _join(device: torch.device, timeout: timedelta) -> None:
     )
 
 
-def _name_of_this_start(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """A name that the processes of this start share, and no earlier start of the same job had.
+def _start_name(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A name that all processes of this start share and no earlier start of the same job used.
 
-    torchrun keeps one store for all restarts of a job, in which the addresses of processes that are gone still stand;
-    and the number of restarts is each host's own (pytorch/pytorch#135712). So rank 0 makes up a name and answers
-    whoever asks for it, under a name that the asking process made up, until all have said that they know it.
+    torchrun keeps one store for all restarts of a job, which still holds the addresses of ended processes, and each
+    host counts restarts separately (pytorch/pytorch#135712). So rank 0 generates a name and replies to every request
+    for it, under a random key from the request, until all processes have confirmed the name.
     """
     own = uuid.uuid4().hex
     if rank > 0:
-        store.set(f"asks/{rank}", own)
-        name = store.get(f"answer/{own}").decode()
-        store.set(f"{name}/knows/{rank}", own)
+        store.set(f"request/{rank}", own)
+        name = store.get(f"reply/{own}").decode()
+        store.set(f"{name}/confirmed/{rank}", own)
         return name
     missing, until = set(range(1, world_size)), time.monotonic() + timeout.total_seconds()
     while missing:
         for other in missing:
-            if store.check([f"asks/{other}"]):  # perhaps of an earlier start: then nobody reads the answer
-                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
-        time.sleep(LOOK_SECONDS)
-        missing = {other for other in missing if not store.check([f"{own}/knows/{other}"])}
+            if store.check([f"request/{other}"]):  # perhaps of an earlier start: then nobody reads the reply
+                store.set(f"reply/{store.get(f'request/{other}').decode()}", own)
+        time.sleep(POLL_SECONDS)
+        missing = {other for other in missing if not store.check([f"{own}/confirmed/{other}"])}
         if missing and time.monotonic() > until:
             raise ProcessesLost(
-                f"expected {world_size} processes, found that {len(missing)} of them did not come within "
-                f"{timeout.total_seconds() / 60:g} minutes; look at what they printed, then start all of them again"
+                f"expected {world_size} processes, found that {len(missing)} of them did not join within "
+                f"{timeout.total_seconds() / 60:g} minutes; check their output, then start all of them again"
             )
     return own
 
@@ -160,7 +160,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def agree(flags: Tensor) -> Tensor:
-    """Maximum of each flag over all processes: what one process raises, all see.
+    """Maximum of each flag over all processes, so that a flag of one process is set on all.
 
     Args:
         flags: ``(n,)`` float tensor on the training device.
@@ -175,7 +175,7 @@ def agree(flags: Tensor) -> Tensor:
 
 
 def broadcast(value: T) -> T:
-    """Rank 0's ``value`` on every process (any picklable object between our own processes)."""
+    """Rank 0's ``value`` on every process (any picklable object)."""
     if world_size() == 1:
         return value
     box: list[Any] = [value]
@@ -193,23 +193,23 @@ def gather(value: T) -> list[T]:
 
 
 def barrier() -> None:
-    """Wait until every process has come here."""
+    """Wait until every process has reached this point."""
     if world_size() > 1:
         dist.barrier()
 
 
 def parallelize(student: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap the student so that its gradients are averaged over the processes.
+    """Wrap the student so that its gradients are averaged over all processes.
 
     Args:
-        student: Module whose forward takes part in the loss.
-        device: Where it lives.
+        student: Module whose forward pass computes the loss.
+        device: Its device.
 
     Returns:
         The module itself on one process, else its ``DistributedDataParallel`` wrapper.
 
     Raises:
-        ConfigError: If it normalises over batches that torch cannot join here.
+        ConfigError: If it has batch normalisation, which torch cannot synchronise on CPUs.
     """
     if world_size() == 1:
         return student
@@ -221,7 +221,7 @@ def parallelize(student: nn.Module, device: torch.device) -> nn.Module:
 
 
 def without_gradient_sync(student: nn.Module, wanted: bool) -> AbstractContextManager[None]:
-    """Context in which backward does not average gradients yet (all micro-batches but the last)."""
+    """Context in which backward does not average gradients (for all micro-batches but the last)."""
     if wanted and isinstance(student, DistributedDataParallel):
         return student.no_sync()
     return nullcontext()
@@ -234,7 +234,7 @@ def choose_device(name: str) -> torch.device:
         name: ``auto`` (this process's GPU where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        ConfigError: If the name is unknown or the device is not there.
+        ConfigError: If the name is unknown or there is no such device.
     """
     present = torch.cuda.is_available()
     if name == "auto":
@@ -255,11 +255,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Make sure that the device computes in ``precision``.
+    """Check that the device supports ``precision``.
 
     Args:
         precision: ``bf16``, ``fp32`` or ``fp64``.
-        device: As :func:`choose_device` gave it.
+        device: As returned by :func:`choose_device`.
 
     Raises:
         ConfigError: If it is a GPU too old for bf16.
@@ -270,6 +270,6 @@ def check_precision(precision: str, device: torch.device) -> None:
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
     if not supported:
         raise ConfigError(
-            f"expected a GPU that computes in bf16 (compute capability 8.0 or higher), found "
+            f"expected a GPU that supports bf16 (compute capability 8.0 or higher), found "
             f"{torch.cuda.get_device_name(device)} as {device}; set precision=fp32 (in pretrain speed.precision=fp32)"
         )

@@ -1,15 +1,15 @@
-"""Every error this package raises on purpose.
+"""Every error that this package raises deliberately.
 
-Each message is one line that says what was expected, what was found and what to do about it. The command
-line prints it without a traceback and ends with the error's ``exit_code``.
+Each message is one line: what was expected, what was found and what to do. The command line prints it without a
+traceback and exits with the error's ``exit_code``.
 """
 
 
 class DinoError(Exception):
-    """Base of every deliberate error; the user's input is wrong unless a subclass says otherwise.
+    """Base of every deliberate error; an error of the user's input unless the subclass states otherwise.
 
     Attributes:
-        exit_code: Process exit code of the command line (2: the user's input, 1: a fault, 75: stopped on purpose).
+        exit_code: Process exit code of the command line (2: wrong input, 1: a fault, 75: stopped on request).
     """
 
     exit_code = 2
@@ -20,32 +20,32 @@ class ConfigError(DinoError):
 
 
 class DataError(DinoError):
-    """An input file or folder is missing, damaged, or not what the command needs."""
+    """An input file or folder is missing, damaged, or of the wrong kind."""
 
 
 class CheckpointError(DinoError):
-    """A checkpoint is damaged, unsafe, of another level, or does not fit the model it is meant for."""
+    """A checkpoint is damaged, unsafe, of another level, or does not match the model."""
 
 
 class TrainingFault(DinoError):
-    """Training broke down (a non-finite loss or gradient); nothing on disk was overwritten."""
+    """Training failed (a non-finite loss or gradient); nothing on disk was overwritten."""
 
     exit_code = 1
 
 
 class OutOfMemory(DinoError):
-    """The device's memory does not hold what the settings ask for; the last checkpoint stands."""
+    """The device's memory is too small for the settings; the last checkpoint is kept."""
 
 
 class ProcessesLost(TrainingFault):
-    """Another process of the same job ended, or did not come in time; this one cannot go on alone."""
+    """Another process of the same job ended or did not respond in time; this one cannot continue alone."""
 
 
 class Stopped(DinoError):
-    """The run was asked to stop (by a signal), saved its state, and can be continued.
+    """A signal requested the run to stop; its state is saved, and it can be resumed.
 
     Attributes:
-        signal: Number of the signal that this process received; None when it was another process of the job.
+        signal: Number of the signal that this process received; None if another process of the job received it.
     """
 
     exit_code = 75

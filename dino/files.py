@@ -1,4 +1,4 @@
-"""The one way in which this package writes a file: whole, or not at all."""
+"""Atomic file writing: the only way in which this package writes files."""
 
 import csv
 import errno
@@ -13,11 +13,11 @@ from typing import Any
 
 from dino.errors import DataError
 
-NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # as on CIFS and exFAT
+NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # errors of CIFS and exFAT
 
 
 def sync(path: Path) -> None:
-    """Flush a file's bytes, or a folder's entries, to disk, so that they survive a power cut."""
+    """Flush a file's bytes, or a folder's entries, to disk, so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -26,7 +26,7 @@ def sync(path: Path) -> None:
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """Size in bytes and modification time in ns of a file: what tells that it changed. (-1, -1) where there is none."""
+    """Size in bytes and modification time in ns of a file, to detect changes; (-1, -1) if there is no file."""
     try:
         facts = path.stat()
     except OSError:
@@ -36,15 +36,15 @@ def stamp(path: Path) -> tuple[int, int]:
 
 @contextmanager
 def atomic_path(path: Path, *, check: Callable[[Path], None] | None = None, make_folder: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; when the block ends well, it becomes ``path``.
+    """Yield a temporary path beside ``path``; when the block ends without an error, it becomes ``path``.
 
-    The bytes are synced before the rename and the folder after it, so that ``path`` holds either the old
-    content or the whole new one, also after a crash. When the block raises, the temporary file is removed.
+    The bytes are synced before the rename and the folder after it, so that ``path`` has either the old or the
+    complete new content, also after a crash. When the block raises, the temporary file is removed.
 
     Args:
         path: Final path.
-        check: Called with the synced temporary file before the rename; an exception keeps the old file.
-        make_folder: Create the folder of ``path`` when absent. Where it was made before, its absence is a lost mount.
+        check: Called with the synced temporary file before the rename; if it raises, the old file is kept.
+        make_folder: Create the folder of ``path`` if absent. Where it existed before, its absence is a lost mount.
 
     Yields:
         The temporary path, unique to this process, for the block to write.
@@ -64,12 +64,12 @@ def atomic_path(path: Path, *, check: Callable[[Path], None] | None = None, make
 
 
 def leftovers(folder: Path) -> Iterator[Path]:
-    """Temporary files that killed processes left in ``folder`` and below it; their final files are as they were."""
+    """Temporary files that killed processes left in ``folder`` and below it; their final files are unchanged."""
     return (path for path in folder.rglob(".*.tmp") if path.is_file())
 
 
 def tidy(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left half-written of files called ``name``; only where nobody else writes them."""
+    """Remove temporary files that killed processes left of files named ``name``; only where nobody else writes them."""
     for left in folder.glob(f".{name}.*.tmp"):
         left.unlink(missing_ok=True)
 
@@ -88,19 +88,19 @@ def oserror_to_data_error(folder: Path) -> Iterator[None]:
             raise
         at = f" ({printable(error.filename)})" if error.filename else ""
         raise DataError(
-            f"expected to write in {folder}, found that it cannot be: {error.strerror}{at}; look at the disk, then run "
-            "the same command again: it goes on from what is written"
+            f"expected to write in {folder}, found: {error.strerror}{at}; check the disk, then run the "
+            "same command again, which continues from what is written"
         ) from error
 
 
 def printable(path: object) -> str:
-    """A path or name as one line of valid text: line breaks and bytes that are no UTF-8 become escapes."""
+    """A path or name as one line of valid text: line breaks and bytes that are not UTF-8 become escapes."""
     text = str(path).encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def csv_text(rows: Iterable[Sequence[str]]) -> str:
-    """Rows as CSV; what a spreadsheet would run as a formula gets an apostrophe before it."""
+    """Rows as CSV; a cell that a spreadsheet would run as a formula gets a leading apostrophe."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerows([f"'{cell}" if cell[:1] in tuple("=+-@\t\r") else cell for cell in row] for row in rows)
@@ -119,7 +119,7 @@ def write_text(path: Path, content: str) -> None:
 
 
 def append_text(path: Path, content: str) -> None:
-    """Append UTF-8 ``content`` to ``path``, all of it or, when the disk is full, nothing.
+    """Append UTF-8 ``content`` to ``path``: all of it or, if the disk is full, nothing.
 
     Raises:
         OSError: If it cannot be written.
@@ -135,15 +135,15 @@ def append_text(path: Path, content: str) -> None:
 
 
 def create_text(path: Path, content: str) -> bool:
-    """Write UTF-8 ``content`` to a file that must not be there yet; False when it is. One of several wins.
+    """Write UTF-8 ``content`` to a new file; False if it exists. Of several processes, one succeeds.
 
     Raises:
         OSError: If it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # other hosts may have this process's number
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # other hosts may use the same PID
     try:
         temporary.write_text(content, encoding="utf-8")
-        os.link(temporary, path)  # fails where `path` is, so that it appears whole and for one process only
+        os.link(temporary, path)  # fails if `path` exists, so that it appears complete and for one process only
     except FileExistsError:
         return False
     except OSError as error:
@@ -156,7 +156,7 @@ def create_text(path: Path, content: str) -> bool:
 
 
 def _create(path: Path, content: str) -> bool:
-    """:func:`create_text` where there are no hard links: the file is empty for a moment."""
+    """:func:`create_text` without hard links: the file is empty for a moment."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(content)
@@ -169,7 +169,7 @@ def parse_json(text: str) -> Any:
     """The content of a JSON text.
 
     Raises:
-        ValueError: If it is none, or is nested too deeply to be one of ours.
+        ValueError: If it is not JSON, or nested too deeply.
     """
     try:
         return json.loads(text)
@@ -183,7 +183,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Each line of a log that is a table of keys; what a killed process left half-written is passed by."""
+    """Each JSON object of a log; incomplete lines that a killed process left are skipped."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError):

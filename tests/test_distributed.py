@@ -1,4 +1,4 @@
-"""How processes find each other, and how the loss of one is told from other errors."""
+"""How processes join each other, and which errors mean that one was lost."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -13,23 +13,23 @@ MINUTE = timedelta(minutes=1)
 
 
 def names(store: dist.Store, world_size: int) -> set[str]:
-    """What each rank calls this start; the main process comes last."""
+    """The names that the ranks use for this start; the main process joins last."""
     with ThreadPoolExecutor(world_size) as pool:
         ranks = reversed(range(world_size))
-        return set(pool.map(lambda rank: distributed._name_of_this_start(store, rank, world_size, MINUTE), ranks))
+        return set(pool.map(lambda rank: distributed._start_name(store, rank, world_size, MINUTE), ranks))
 
 
-def test_each_start_has_a_name_of_its_own_that_all_its_processes_share() -> None:
+def test_each_start_has_a_unique_name_that_all_its_processes_share() -> None:
     store = dist.HashStore()
-    store.set("asks/1", "a process that was killed before it was answered")
+    store.set("request/1", "a process that was killed before it got a reply")
     starts = [names(store, 3) for _ in range(3)] + [names(store, 1)]
     assert all(len(start) == 1 for start in starts)
     assert len(set.union(*starts)) == 4
 
 
-def test_a_process_that_does_not_come_is_not_waited_for_forever() -> None:
-    with pytest.raises(ProcessesLost, match="expected 3 processes, found that 2 of them did not come"):
-        distributed._name_of_this_start(dist.HashStore(), 0, 3, timedelta(seconds=0.1))
+def test_waiting_for_a_process_that_does_not_join_times_out() -> None:
+    with pytest.raises(ProcessesLost, match="expected 3 processes, found that 2 of them did not join"):
+        distributed._start_name(dist.HashStore(), 0, 3, timedelta(seconds=0.1))
 
 
 def test_only_errors_of_collectives_tell_of_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +57,7 @@ def test_a_job_counts_as_restarted_under_torchrun_alone(monkeypatch: pytest.Monk
     assert distributed.is_orphan()
 
 
-def test_a_job_is_known_by_torchruns_id_or_by_its_slurm_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_is_identified_by_torchruns_id_or_by_its_slurm_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed.launch_id() is None
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     assert distributed.launch_id() is None  # the batch script itself, or a shell in an allocation

@@ -1,4 +1,4 @@
-"""The lock of a run folder: who is refused, who is let in, and that it holds nothing up."""
+"""The lock of a run folder: which holders are respected, which are replaced, and that it blocks nothing."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def quick(folder: Path) -> RunLock:
 
 
 def leave(folder: Path, **changes: object) -> Path:
-    """A lock file as a process left it that ended without giving it back."""
+    """A lock file left by a process that ended without releasing it."""
     with RunLock(folder).held():
         content = json.loads((folder / LOCK).read_text())
     (folder / LOCK).write_text(json.dumps({**content, **changes}))
@@ -28,7 +28,7 @@ def leave(folder: Path, **changes: object) -> Path:
 
 
 def holder(folder: Path) -> subprocess.Popen:
-    """Another process that holds the lock until it is killed; given back once it does."""
+    """Another process that holds the lock until it is killed; returned once it does."""
     program = (
         "import sys, time; from pathlib import Path; from dino.lock import RunLock\n"
         "with RunLock(Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(600)"
@@ -38,16 +38,16 @@ def holder(folder: Path) -> subprocess.Popen:
     return process
 
 
-def test_it_is_given_back_and_can_be_taken_again(tmp_path: Path) -> None:
+def test_it_is_released_and_can_be_taken_again(tmp_path: Path) -> None:
     for _ in range(2):
         with RunLock(tmp_path / "run").held():
             assert (tmp_path / "run" / LOCK).exists()
         assert os.listdir(tmp_path / "run") == []
 
 
-def test_a_living_process_is_respected_and_a_killed_one_is_not(tmp_path: Path) -> None:
+def test_a_live_holder_is_respected_and_a_killed_one_is_replaced(tmp_path: Path) -> None:
     process = holder(tmp_path)
-    with pytest.raises(ConfigError, match=rf"process {process.pid} on .*name another folder"), RunLock(tmp_path).held():
+    with pytest.raises(ConfigError, match=rf"PID {process.pid} on .*use another folder"), RunLock(tmp_path).held():
         pass
     process.kill()  # not waited for yet: a zombie is dead as well
     deadline = time.monotonic() + 10
@@ -59,22 +59,22 @@ def test_a_living_process_is_respected_and_a_killed_one_is_not(tmp_path: Path) -
     process.wait()
 
 
-def test_a_number_that_was_given_to_another_process_is_no_holder(tmp_path: Path) -> None:
-    leave(tmp_path, started="1")  # this very process's number, but another start
+def test_a_reused_pid_is_not_the_holder(tmp_path: Path) -> None:
+    leave(tmp_path, started="1")  # this process's PID, but another start time
     mine = RunLock(tmp_path)
     with mine.held():
         assert mine.is_mine()
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[1]", '{"pid": "x"}'])
-def test_a_damaged_lock_is_stale_when_silent(tmp_path: Path, damaged: str) -> None:
+def test_a_damaged_lock_without_a_heartbeat_is_stale(tmp_path: Path, damaged: str) -> None:
     (tmp_path / LOCK).write_text(damaged)
     mine = quick(tmp_path)
     with mine.held():
         assert mine.is_mine()
 
 
-def test_a_silent_host_is_dead_and_a_beating_one_is_not(tmp_path: Path) -> None:
+def test_a_holder_on_another_host_is_dead_without_a_heartbeat(tmp_path: Path) -> None:
     path = leave(tmp_path, host="elsewhere")
     with quick(tmp_path).held():
         pass
@@ -95,19 +95,19 @@ def test_a_silent_host_is_dead_and_a_beating_one_is_not(tmp_path: Path) -> None:
         thread.join()
 
 
-def test_the_same_launch_on_another_host_is_let_in_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RunLock, "_still_beats", lambda self: True)
+def test_the_same_launch_on_another_host_takes_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunLock, "_has_heartbeat", lambda self: True)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
     leave(tmp_path, host="elsewhere")
     with RunLock(tmp_path).held():
         pass
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # what torchrun calls every job without an id
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's default id
     leave(tmp_path, host="elsewhere")
     with pytest.raises(ConfigError), RunLock(tmp_path).held():
         pass
 
 
-def test_it_beats(tmp_path: Path) -> None:
+def test_the_heartbeat_updates_the_modification_time(tmp_path: Path) -> None:
     with quick(tmp_path).held():
         first = (tmp_path / LOCK).stat().st_mtime_ns
         deadline = time.monotonic() + 10
@@ -116,13 +116,13 @@ def test_it_beats(tmp_path: Path) -> None:
             time.sleep(0.01)
 
 
-def test_what_was_taken_over_or_vanished_is_no_longer_mine(tmp_path: Path) -> None:
+def test_a_lock_that_was_taken_over_or_deleted_is_not_mine(tmp_path: Path) -> None:
     mine = RunLock(tmp_path)
     with mine.held():
         other = (tmp_path / LOCK).read_text().replace(str(os.getpid()), "1")
         (tmp_path / LOCK).write_text(other)
         assert not mine.is_mine()
-    assert (tmp_path / LOCK).read_text() == other  # another's lock is left alone
+    assert (tmp_path / LOCK).read_text() == other  # the lock of another process is kept
     (tmp_path / LOCK).unlink()
     assert not mine.is_mine()
 
@@ -153,7 +153,7 @@ def test_only_one_of_many_gets_it(tmp_path: Path) -> None:
     assert sorted(outcomes) == ["held"] + ["refused"] * 7
 
 
-def test_the_heart_never_keeps_a_process_alive(tmp_path: Path) -> None:
+def test_the_heartbeat_thread_does_not_keep_a_process_alive(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from dino.lock import RunLock\n"
         "RunLock(Path(sys.argv[1])).held().__enter__(); print('end of the program')"

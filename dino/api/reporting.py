@@ -20,13 +20,13 @@ from dino.api.report_evidence import (
 )
 from dino.config.load import to_dict
 from dino.config.schema import PatchConfig, RegionConfig
+from dino.environment import versions
 from dino.errors import ConfigError, DataError
 from dino.files import write_text
 from dino.report import methods
 from dino.report.evidence import CropEvidence, Evidence
 from dino.report.page import Page, render
 from dino.report.sections import sections
-from dino.versions import versions
 
 PATCH, REGION = "Patch level", "Region level"
 

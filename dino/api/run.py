@@ -15,6 +15,7 @@ from dino.config.load import identity_of, to_dict
 from dino.config.schema import PretrainConfig
 from dino.data.batch import Batch
 from dino.data.loader import DrawnBatches, DropPath, Layout, load_batches
+from dino.environment import versions
 from dino.errors import CheckpointError, ConfigError
 from dino.models.backbone import build_backbone
 from dino.models.head import DINOHead
@@ -24,7 +25,6 @@ from dino.train.distill import DINO, Network, SelfDistillation
 from dino.train.loop import DTYPES, Trainer
 from dino.train.optimizer import CLIP_MODES, build_optimizer
 from dino.train.schedules import Cosine, Length, Ramp, Schedules
-from dino.versions import versions
 
 FORMAT = "histodino/1"
 REFERENCE_BATCH = 256  # optim.lr is given for this many images (Goyal et al. 2017, arXiv 1706.02677)

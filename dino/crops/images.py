@@ -16,7 +16,7 @@ from dino.crops.memory import Memory
 from dino.crops.orientation import fold_turns
 from dino.crops.parameters import JITTER_ORDERS, ViewDrawer
 from dino.crops.resample import resize_boxed, resize_dense, resize_one, to_device
-from dino.threads import run_threaded
+from dino.environment import run_threaded
 
 JITTERS = (
     ("brightness", colour.adjust_brightness),

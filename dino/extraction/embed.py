@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dino.environment import run_threaded
 from dino.errors import ConfigError, DataError
 from dino.models.backbone import Backbone
-from dino.threads import run_threaded
 
 __all__ = ["Normalise", "embed", "embed_batches", "grids_as_they_are", "normaliser"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dino import files
+from dino.environment import versions
 from dino.errors import DataError
 from dino.models.weights import LoadedBackbone
-from dino.versions import versions
 
 COMPARED = ("level", "fingerprint", "transform", "precision", "geometry", "grids")
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from dino.threads import run_threaded
+from dino.environment import run_threaded
 
 CACHED_VALUES = 2**18  # values of one tensor at a time: a few such tensors fit into a core's second-level cache
 SHARES_PER_THREAD = 4  # so that a thread that was held up leaves work to the others

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from dino import files, progress
 from dino.config.load import identity_of
 from dino.config.schema import TileConfig
+from dino.environment import versions
 from dino.errors import DataError
 from dino.lock import RunLock
 from dino.slides import storage, tables
@@ -33,7 +34,6 @@ from dino.slides.slide import (
 from dino.slides.slide_list import SlideRecord
 from dino.slides.tables import SlideStatus
 from dino.slides.tissue import filter_config, segmentation_config
-from dino.versions import versions
 
 LOCK = "tiling.lock.json"
 DIED = "the process that worked on it died; the file is damaged, or memory ran out (lower num_workers)"

@@ -218,7 +218,7 @@ class Checkpoints(NoState):
         """Do ``write``; a reason where that was not possible, else an empty string."""
         lock = self.folder.lock
         if not lock.is_mine():
-            return TAKEN_OVER if lock.is_anothers() else "the folder has vanished"
+            return TAKEN_OVER if lock.is_taken_over() else "the folder has vanished"
         try:
             write()
         except OSError as error:

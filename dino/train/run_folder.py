@@ -214,7 +214,7 @@ class RunFolder(RunReader):
             "run_id": distributed.launch_id(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        if distributed.is_main() and not self.lock.is_anothers():
+        if distributed.is_main() and not self.lock.is_taken_over():
             with self.tolerate_write_errors("status.json"):
                 if not self.path.is_dir():  # a lost mount: do not recreate the run below its mount point
                     raise FileNotFoundError(2, "the folder has vanished")

@@ -368,7 +368,7 @@ def test_the_wrong_folder_is_refused(tmp_path):
 
 def test_a_root_in_use_is_refused(root, model):
     with RunLock(root, name="extract_patch.lock.json").held():
-        with pytest.raises(ConfigError, match="to be free"):
+        with pytest.raises(ConfigError, match="is in use by PID"):
             extract("RUN", root, CONFIG)
         extract("RUN", root, replace(CONFIG, dry_run=True))
         assert not (root / "region_4096_pretraining").exists()

@@ -297,7 +297,7 @@ def test_a_root_in_use_is_refused(slides: Path, tmp_path: Path) -> None:
     tile([slides / "one.tiff"], root, small())
     before = contents(root)
     with RunLock(root, name=tiling.LOCK).held():
-        with pytest.raises(ConfigError, match="to be free"):
+        with pytest.raises(ConfigError, match="is in use by PID"):
             tile([slides], root, small())
         tile([slides], root, small(dry_run=True))
     assert contents(root) == before

@@ -156,7 +156,7 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_in_use_is_refused_and_left_alone(tiles: Path, tmp_path: Path) -> None:
     with RunLock(tmp_path / "run").held():
-        with pytest.raises(ConfigError, match="to be free"):
+        with pytest.raises(ConfigError, match="is in use by PID"):
             pretrain(config(tiles, tmp_path / "run"))
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock.json"]
     pretrain(config(tiles, tmp_path / "run", **{"training.max_steps": 1}))

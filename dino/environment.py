@@ -1,0 +1,58 @@
+"""The software that a result depends on, and CPU threads for independent work."""
+
+import platform
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from typing import Any
+
+VERSION = "0.1.0"
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "hs2p",
+    "openslide-python",
+    "openslide-bin",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, of Python, and of the installed ones among :data:`PACKAGES`; part of every record."""
+    found = {"histodino": VERSION, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # training needs neither hs2p nor openslide
+    return found
+
+
+def run_threaded(work: Callable[[Any], None], items: Iterable[Any]) -> None:
+    """Call ``work`` on every item, on as many threads as torch uses, each torch operation on a single thread.
+
+    torch's own way, each operation split over all threads, makes them synchronise some hundred times per tile, which
+    costs more than it saves as soon as the machine is busy. With one thread per item the results do not depend on the
+    number of threads either.
+
+    Args:
+        work: What to call; the calls must be independent of each other.
+        items: Its arguments.
+    """
+    import torch  # here, since the command line reads the version and must start fast
+
+    threads = torch.get_num_threads()
+    if threads == 1:
+        for item in items:
+            work(item)
+        return
+    # torch.set_num_threads in a worker also sets the default of threads that start later: restore it.
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(torch.no_grad()(work), items):
+                pass
+    finally:
+        torch.set_num_threads(threads)
