@@ -1,7 +1,7 @@
-"""The whole chain on the sample slide that ships with the package, in a few minutes and without a GPU.
+"""All steps on the sample slide of the package, in a few minutes and without a GPU.
 
-It is the product's own code at small sizes: tiles overlap by half and regions by all but one cell, because the slide is
-small. It proves the plumbing, not the model.
+The demo runs the same code as the other commands, at small sizes. Tiles overlap by half and regions by all but one
+cell, because the slide is small. It shows that the steps work together, not how good the models are.
 """
 
 import time
@@ -14,39 +14,40 @@ from rich.table import Table
 
 from dino import api, progress
 from dino.api.own_place import measure_own_place
-from dino.api.report_evidence import open_run
-from dino.api.reporting import last_metrics, report
+from dino.api.reporting import report
 from dino.config.load import load_config, to_dict
 from dino.config.schema import DemoConfig, ExtractConfig, PatchConfig, RegionConfig, TileConfig
 from dino.environment import versions
-from dino.files import read_json, read_json_lines, write_json
+from dino.files import read_json, write_json
+from dino.report.gather import load_run
 from dino.slides import sample_slide
+from dino.train.run_folder import RunReader
 
 Result = TypeVar("Result")
 
 NOTICE = (
-    "This is the demo: one small slide, a tiny network, a few minutes of training. It shows that every step of the "
-    "chain works and how to read what comes out of it. It proves the plumbing, not the model: a few hundred tiles and "
-    "steps are far too few, the trained network need not even beat the untrained one, and none of these numbers says "
-    "how a real run will do."
+    "This report is of the demo: one small slide, a tiny network, a few minutes of training. It shows that every step "
+    "works, and how to read the results. It does not evaluate the method: a few hundred tiles and steps are far too "
+    "few, the trained network may be no better than the untrained one, and none of these numbers predicts the results "
+    "of a real run."
 )
 
 
 @dataclass
 class DemoSummary:
-    """What the demo came to; written as ``summary.json``.
+    """Results of the demo; written as ``summary.json``.
 
     Attributes:
-        directory: Where everything lies.
+        directory: Output folder.
         report: The HTML report.
-        tiles: How many tiles were cut.
-        regions: How many regions were formed.
-        losses: Last loss of each level as a share of ln K.
-        entropies: Last teacher entropy of each level as a share of ln K.
-        own_place: Shares of tiles that find their own place: teacher, untrained, pixels, and the number of tiles.
-        verdicts: Word and sentence on each level.
-        results: One line on each stage.
-        seconds: Seconds of each stage; a stage that was done before keeps what it took then.
+        tiles: Number of tiles.
+        regions: Number of regions.
+        losses: Last loss of each level, relative to ln K.
+        entropies: Last teacher entropy of each level, relative to ln K.
+        own_place: Self-retrieval accuracies: teacher, untrained, pixels, and the number of tiles.
+        verdicts: Verdict on each level, as in ``status.json``.
+        results: One line per stage.
+        seconds: Seconds of each stage, measured when it was first done.
         settings: Settings of the demo.
         versions: Versions that the numbers depend on.
     """
@@ -66,20 +67,20 @@ class DemoSummary:
 
 
 def run_demo(directory: Path, config: DemoConfig) -> DemoSummary:
-    """Tile, pretrain both levels, extract, judge and report, all under ``directory``.
+    """Tile, pretrain both levels, extract, evaluate and report, all under ``directory``.
 
-    Run again in the same folder it goes on where it was: every verb skips what it has done.
+    If the folder holds a demo already it is continued: every step skips what is done.
 
     Args:
-        directory: Output folder, made when absent.
+        directory: Output folder; created when absent.
         config: Seed, steps and device.
 
     Returns:
-        The numbers, which ``summary.json`` holds too.
+        The contents of ``summary.json``.
 
     Raises:
         ConfigError: If ``directory`` holds a demo with other settings.
-        Stopped: If a signal asked for it; run again to go on.
+        Stopped: If a signal asked for it; run again to continue.
     """
     directory = directory.absolute()
     summary = DemoSummary(directory, directory / "report.html", settings=to_dict(config), versions=versions())
@@ -101,14 +102,14 @@ def run_demo(directory: Path, config: DemoConfig) -> DemoSummary:
     _note_run(summary, "region", region)
 
     _stage(summary, "extract regions", lambda: api.extract(str(region), root, extraction))
-    summary.results["extract regions"] = "one .h5 for the slide"
+    summary.results["extract regions"] = "one .h5 file"
 
     summary.own_place = _stage(summary, "evaluate", lambda: _own_place(root, patch, config))
-    found = "own place found: trained {teacher:.0%}, untrained {untrained:.0%}, pixels {pixels:.0%}"
-    summary.results["evaluate"] = found.format(**summary.own_place)
+    template = "self-retrieval accuracy: trained {teacher:.0%}, untrained {untrained:.0%}, pixels {pixels:.0%}"
+    summary.results["evaluate"] = template.format(**summary.own_place)
 
-    page = {"own_place": summary.own_place, "notice": NOTICE, "device": config.device}
-    _stage(summary, "report", lambda: report(root, patch, region, summary.report, **page))
+    options = {"own_place": summary.own_place, "notice": NOTICE, "device": config.device}
+    _stage(summary, "report", lambda: report(root, patch, region, summary.report, **options))
     summary.results["report"] = f"{summary.report.stat().st_size / 1e6:.1f} MB"
     write_json(directory / "summary.json", asdict(summary))
     _print(summary)
@@ -123,7 +124,7 @@ def tile_config() -> TileConfig:
 def patch_config(root: Path, run: Path, config: DemoConfig) -> PatchConfig:
     """The pathology recipe at a size for two cores: ViT-Ti, crops of 96 and 48 px.
 
-    The colour jitter is the original's, which is stronger, as in the crc5 benchmark.
+    The colour jitter has the strength of the original DINO, as in the crc5 benchmark.
     """
     return load_config(
         PatchConfig,
@@ -160,7 +161,7 @@ def region_config(root: Path, run: Path, config: DemoConfig) -> RegionConfig:
 
 
 def _common(root: Path, run: Path, config: DemoConfig, steps: int) -> dict[str, Any]:
-    """What both levels share: over so few steps the teacher has to follow within a hundred of them, not thousands."""
+    """Settings of both levels. With so few steps the teacher has to average over a hundred of them, not thousands."""
     return {
         "data_dir": str(root),
         "output_dir": str(run),
@@ -182,25 +183,25 @@ def _stage(summary: DemoSummary, name: str, work: Callable[[], Result]) -> Resul
     progress.say(f"\n{name}")
     start = time.monotonic()
     result = work()
-    # A stage that an earlier run has done takes no time now: what it took then is what a reader wants to know.
+    # A stage that was done before takes no time now; its first duration is kept.
     summary.seconds[name] = round(max(time.monotonic() - start, summary.seconds.get(name, 0.0)), 1)
     write_json(summary.directory / "summary.json", asdict(summary))
     return result
 
 
 def _note_run(summary: DemoSummary, level: str, run: Path) -> None:
-    last = last_metrics(read_json_lines(run / "metrics.jsonl"))
-    verdict = read_json(run / "status.json")["verdict"]
+    reader = RunReader(run)
+    last, verdict = reader.last_metrics(), reader.status()["verdict"]
     summary.losses[level] = last["loss_relative"]
     summary.entropies[level] = last["teacher_entropy_relative"]
     summary.verdicts[level] = verdict
     summary.results[f"pretrain {level}"] = (
-        f"{verdict['word']}; {last['step']} steps, loss {last['loss_relative']:.3f} ln K"
+        f"{verdict['word']}; {last['step']} steps, loss {last['loss_relative']:.3f} of ln K"
     )
 
 
 def _own_place(root: Path, run: Path, config: DemoConfig) -> dict[str, Any]:
-    networks = open_run(run, PatchConfig)
+    networks = load_run(run, "patch")
     return measure_own_place(
         root, networks.trained, networks.untrained, device=config.device, seed=config.seed
     ).to_dict()
@@ -220,7 +221,7 @@ def _print(summary: DemoSummary) -> None:
     table.add_column("seconds", justify="right")
     for name, seconds in summary.seconds.items():
         table.add_row(name, summary.results.get(name, ""), f"{seconds:.0f}")
-    table.add_row("in all", "", f"{sum(summary.seconds.values()):.0f}")
+    table.add_row("total", "", f"{sum(summary.seconds.values()):.0f}")
     progress.say("")
     progress.console.print(table)
     progress.say(f"\n{summary.report}\n{summary.directory / 'summary.json'}")

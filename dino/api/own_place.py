@@ -100,7 +100,7 @@ def tile_normaliser(loaded: LoadedBackbone) -> Normalise:
 
 def cells_only(tiles: list[TileRecord]) -> list[TileRecord]:
     """The tiles that lie on the lattice itself, so that none overlaps another."""
-    return [tile for tile in tiles if tile.x % tile.step_lv0 == 0 and tile.y % tile.step_lv0 == 0]
+    return [tile for tile in tiles if tile.on_lattice]
 
 
 def second_reading(pixels: np.ndarray, rng: np.random.Generator) -> Tensor:

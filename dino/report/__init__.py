@@ -1,1 +1,1 @@
-"""What was done and what came of it, as one self-contained page: figures over arrays, prose over settings."""
+"""Reports: one self-contained HTML page on what was tiled, how the networks were trained and what they learned."""

@@ -1,4 +1,4 @@
-"""The methods paragraph: what was done, in prose that can go into a paper."""
+"""The methods paragraph of a report, written so that it can go into a paper."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Tiling:
-    """What was cut.
+    """Tiles and regions.
 
     Attributes:
         slides: Number of slides.
@@ -26,11 +26,11 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Run:
-    """How a network was trained.
+    """Training of one network.
 
     Attributes:
         config: The run's resolved settings, nested as in ``config.yaml``.
-        steps: Optimizer steps done.
+        steps: Optimizer steps taken.
         global_batch: Samples per step.
         embed_dim: Width of its features.
         depth: Number of blocks.
@@ -47,14 +47,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the paragraph is made from.
+    """Contents of the paragraph.
 
     Attributes:
-        tiling: None where the data were not cut by this tool.
+        tiling: None for data that this tool did not tile.
         patch: The level-1 run, or None.
         region: The level-2 run, or None.
         versions: Version of each package by name.
-        device: What it was computed on.
+        device: Hardware that was used.
     """
 
     tiling: Tiling | None
@@ -68,7 +68,7 @@ def methods(facts: Facts) -> str:
     """The paragraph.
 
     Args:
-        facts: What was done; sentences on what is absent are left out.
+        facts: Contents; a part that is None is left out.
 
     Returns:
         Plain text, one paragraph.
@@ -106,15 +106,15 @@ def _tiling(tiling: Tiling, versions: Mapping[str, str]) -> list[str]:
 def _patch(run: Run) -> list[str]:
     c, aug = run.config, run.config.get("aug", {})
     start = c["model"].get("init")
-    began = f"from {start}" if start else "from random weights"
+    initial = f"from {start}" if start else "from random weights"
     crops = (
         f"Each tile gave two global crops ({_range(aug['global_crops_scale'])} of its area, resized to "
         f"{aug['global_crops_size']} px) and {aug['local_crops_number']} local crops "
-        f"({_range(aug['local_crops_scale'])}, {aug['local_crops_size']} px), augmented by {_augmentations(aug)}."
+        f"({_range(aug['local_crops_scale'])}, {aug['local_crops_size']} px), {_augmentations(aug)}."
     )
     return [
         f"A vision transformer ({c['model']['arch']}, patch size {c['model']['patch_size']} px, {_shape(run)}) was "
-        f"pretrained {began} with DINO (Caron et al. 2021) {_training(run)}",
+        f"pretrained {initial} with DINO (Caron et al. 2021) {_training(run)}",
         crops,
         "Tiles are represented by the cls token of the teacher after its final layer norm.",
     ]
@@ -123,8 +123,8 @@ def _patch(run: Run) -> list[str]:
 def _region(run: Run) -> list[str]:
     aug = run.config.get("aug", {})
     return [
-        f"A second transformer ({run.config['model']['arch']}, {_shape(run)}) was pretrained by the same objective on "
-        f"the grids of tile features of the regions, as in HIPT (Chen et al. 2022), {_training(run)}",
+        f"A second transformer ({run.config['model']['arch']}, {_shape(run)}) was pretrained with the same objective "
+        f"on the grids of tile features of the regions, as in HIPT (Chen et al. 2022), {_training(run)}",
         f"Its global crops take {aug['global_crops_scale']:g} and its {aug['local_crops_number']} local crops "
         f"{aug['local_crops_scale']:g} of a grid's side.",
     ]
@@ -137,10 +137,10 @@ def _training(run: Run) -> str:
     return (
         f"for {run.steps:,} steps at a global batch of {run.global_batch} (seed {run.config.get('seed', 0)}): "
         f"{model['out_dim']:,} prototypes, student temperature {model['student_temp']:g}, teacher temperature "
-        f"{_moves(model['warmup_teacher_temp'], model['teacher_temp'])}, teacher momentum "
+        f"{_from_to(model['warmup_teacher_temp'], model['teacher_temp'])}, teacher momentum "
         f"{model['momentum_teacher']:g} to 1 by a cosine, {_optimizer(optim['name'])} with a peak learning rate of "
         f"{peak:.3g} ({training['warmup_epochs']:g} epochs of linear warm-up, cosine to {schedule['min_lr']:g}), "
-        f"weight decay {_moves(schedule['weight_decay'], schedule['weight_decay_end'])}, gradient clipping at "
+        f"weight decay {_from_to(schedule['weight_decay'], schedule['weight_decay_end'])}, gradient clipping at "
         f"{training['clip_grad']:g}, drop-path rate {model['drop_path_rate']:g}, "
         f"{run.config.get('speed', {}).get('precision', 'fp32')} precision."
     )
@@ -151,7 +151,7 @@ def _augmentations(aug: Settings) -> str:
     if aug.get("horizontal_flip"):
         parts.append("horizontal and vertical flips" if aug.get("vertical_flip") else "horizontal flips")
     if aug.get("quarter_turns"):
-        parts.append("quarter turns")
+        parts.append("90° rotations")
     if aug.get("hed_jitter"):
         parts.append(f"HED stain jitter (±{aug['hed_strength']:g}, p {aug['hed_jitter']:g})")
     if aug.get("color_jitter"):
@@ -164,7 +164,7 @@ def _augmentations(aug: Settings) -> str:
         parts.append(f"Gaussian blur (p {chances})")
     if aug.get("solarize"):
         parts.append(f"solarization (p {aug['solarize']:g})")
-    return ", ".join(parts) or "nothing else"
+    return f"augmented by {', '.join(parts)}" if parts else "without further augmentation"
 
 
 def _software(facts: Facts) -> str:
@@ -181,7 +181,7 @@ def _optimizer(name: str) -> str:
     return {"adamw": "AdamW", "sgd": "SGD"}.get(name, name)
 
 
-def _moves(first: float, last: float) -> str:
+def _from_to(first: float, last: float) -> str:
     return f"{first:g}" if first == last else f"{first:g} to {last:g}"
 
 

@@ -1,4 +1,4 @@
-"""The page itself: sections of text, pictures and tables, rendered into one self-contained HTML file."""
+"""The report as one self-contained HTML file: sections of text, figures and tables."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,8 @@ from dino.report import style
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A figure with what it shows (``alt``, for those who cannot see it) and how to read it (``caption``)."""
+class Figure:
+    """A figure with its alternative text (``alt``, for screen readers) and its caption."""
 
     content: bytes
     alt: str
@@ -19,18 +19,18 @@ class Picture:
 
     @property
     def source(self) -> str:
-        """The picture as a data URI."""
+        """The figure as a data URI."""
         return f"data:{style.media_type(self.content)};base64,{base64.b64encode(self.content).decode()}"
 
     @property
     def width(self) -> int | None:
-        """Width on the page in CSS px; None leaves it to the picture."""
-        return style.shown_width(self.content)
+        """Width on the page in CSS px; None for the figure's own."""
+        return style.display_width(self.content)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A small table; the first column names the rows, cells of the others are aligned right."""
+    """A small table; the first column has the names of the rows, the others are aligned to the right."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -39,11 +39,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a paragraph that leads in, and what follows it in order."""
+    """A heading, an introduction, and figures and tables in order."""
 
     title: str
-    lead: str
-    items: Sequence[Picture | Table]
+    introduction: str
+    items: Sequence[Figure | Table]
 
     @property
     def anchor(self) -> str:
@@ -53,27 +53,37 @@ class Section:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one run came to: a word (learning, flat, collapsed, ...), a sentence, and the numbers behind it."""
+    """Result of one run: a word (``learning``, ``flat``, ``collapsed``, or a state) and the reasons for it."""
 
     subject: str
     word: str
     text: str
     numbers: str = ""
 
+    @classmethod
+    def from_status(cls, subject: str, status: Mapping[str, Any]) -> "Verdict":
+        """The verdict in a ``status.json``, whose text is "Word. A sentence or two. The numbers.", or its state."""
+        verdict = status.get("verdict")
+        if not verdict:
+            steps = f"Step {status.get('step', 0):,} of {status.get('total_steps', 0):,}; not evaluated yet."
+            return cls(subject, str(status.get("state", "unknown")).replace("_", " "), steps)
+        reason, _, numbers = verdict["text"].removeprefix(f"{verdict['word'].capitalize()}. ").rpartition(". ")
+        return cls(subject, verdict["word"], f"{reason}." if reason else numbers, numbers if reason else "")
+
 
 @dataclass(frozen=True)
 class Page:
-    """Everything that a report shows.
+    """Contents of a report.
 
     Attributes:
         title: Heading of the page.
-        subtitle: One line below it: which slide, which runs.
-        notice: A paragraph that puts the numbers into proportion, or "".
+        subtitle: One line below it: the slide and the runs.
+        notice: A paragraph at the top, or "".
         verdicts: One per run.
-        facts: Value and label of the few numbers at the top.
+        facts: Value and label of the main numbers, shown at the top.
         sections: The body.
         methods: The methods paragraph.
-        settings: Title and ``key: value`` of each folded table.
+        settings: Title and ``key: value`` of each collapsed table.
         footer: Last line of the page.
     """
 
@@ -89,13 +99,12 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as one HTML document: styles inline, pictures as data URIs, nothing fetched from anywhere.
+    """The page as one HTML document with inline styles and figures as data URIs; it loads nothing from anywhere.
 
-    Every name and number goes through the template's autoescape, so a slide called ``<script>`` stays text.
+    All text is escaped by the template, also the name of a slide.
     """
     from jinja2 import Environment
 
     template = (resources.files("dino.report") / "page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    kinds = {"is_picture": lambda item: isinstance(item, Picture)}
-    return environment.from_string(template).render(page=page, **kinds)
+    return environment.from_string(template).render(page=page, is_figure=lambda item: isinstance(item, Figure))

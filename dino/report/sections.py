@@ -1,170 +1,345 @@
-"""The words around the figures: sections of a report from its evidence."""
+"""Contents of a report: its data, and the page that is made of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from dino.report import attention, curves, maps, sheets
-from dino.report.evidence import (
-    AttentionEvidence,
-    CropEvidence,
-    Evidence,
-    FeatureEvidence,
-    RunEvidence,
-    SlideEvidence,
-)
-from dino.report.page import Picture, Section, Table
-from dino.report.projection import nearest, pca_rgb, spread_out
-from dino.report.sheets import Cell
+import numpy as np
+
+from dino.report import figures, methods
+from dino.report.figures import MontageImage, Thumbnail
+from dino.report.page import Figure, Page, Section, Table, Verdict
+from dino.report.projection import farthest_points, nearest_neighbours, pca_rgb
 
 QUERIES = 4
 NEIGHBOURS = 5
 
 
-def sections(evidence: Evidence) -> list[Section]:
-    """Every section that the evidence has something for, in reading order."""
+@dataclass(frozen=True)
+class SlideData:
+    """The slide that is shown, and counts over all slides.
+
+    Attributes:
+        slide_id: Its name.
+        thumbnail: Its thumbnail.
+        tiles: Level-0 px, (N, 2): x, y of every tile.
+        side: Side of a tile in level-0 px.
+        regions: Level-0 px, (M, 4): x, y, width, height.
+        shown_regions: Indices of the regions whose attention is shown.
+        um_per_px: µm per px of the tiles.
+        slides: Number of slides.
+        all_tiles: Number of tiles of all slides.
+        all_regions: Number of regions of all slides.
+        settings: Settings of the tiling.
+    """
+
+    slide_id: str
+    thumbnail: Thumbnail
+    tiles: np.ndarray
+    side: float
+    regions: np.ndarray
+    shown_regions: Sequence[int]
+    um_per_px: float
+    slides: int
+    all_tiles: int
+    all_regions: int
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run.
+
+    Attributes:
+        level: ``patch`` or ``region``.
+        folder: Name of its folder.
+        lines: Its ``metrics.jsonl``.
+        last: Its last metrics.
+        status: Its ``status.json``.
+        settings: Its settings by dotted key.
+        method: Its part of the methods paragraph.
+    """
+
+    level: str
+    folder: str
+    lines: Sequence[Mapping[str, Any]]
+    last: Mapping[str, float]
+    status: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    method: methods.Run
+
+    @property
+    def name(self) -> str:
+        """Its level in words."""
+        return f"{self.level.capitalize()} level"
+
+
+@dataclass(frozen=True)
+class CropData:
+    """Training samples and their crops: uint8, (H, W, 3) tiles and (s, s, 3) crops of each."""
+
+    tiles: Sequence[np.ndarray]
+    crops: Sequence[Sequence[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class FeatureData:
+    """Tile features of one slide.
+
+    Attributes:
+        corners: Level-0 px, (N, 2): upper left corner of the square that each tile fills on the map.
+        square: Side of that square in level-0 px.
+        untrained: Float, (N, D), of the untrained network.
+        trained: Float, (N, D), of the trained one.
+        disjoint: Indices of tiles that do not overlap one another; neighbours are searched among these.
+        pixels: uint8 (H, W, 3) of each of them.
+    """
+
+    corners: np.ndarray
+    square: float
+    untrained: np.ndarray
+    trained: np.ndarray
+    disjoint: Sequence[int]
+    pixels: Sequence[np.ndarray]
+
+
+@dataclass(frozen=True)
+class AttentionData:
+    """Attention of the cls token in the last block.
+
+    Attributes:
+        images: uint8 (H, W, 3) each.
+        trained: (n, heads, h, w).
+        untrained: (n, heads, h, w).
+        um_per_px: µm per px of the images.
+    """
+
+    images: Sequence[np.ndarray]
+    trained: np.ndarray
+    untrained: np.ndarray
+    um_per_px: float
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything in a report; a part that is None or empty is left out.
+
+    Attributes:
+        slide: Tiles and regions.
+        runs: Runs, patch level first.
+        crops: Crops of the patch-level run.
+        features: Tile features by the patch-level run.
+        self_retrieval: Accuracies ``teacher``, ``untrained`` and ``pixels``, and the number of ``tiles``.
+        tile_attention: Attention of the patch-level run.
+        region_attention: Attention of the region-level run.
+        um_per_px: µm per px of the tiles.
+        notice: A paragraph at the top of the page.
+        device: Hardware that was used.
+        versions: Version of each package by name.
+    """
+
+    slide: SlideData | None = None
+    runs: Sequence[RunData] = ()
+    crops: CropData | None = None
+    features: FeatureData | None = None
+    self_retrieval: Mapping[str, Any] | None = None
+    tile_attention: AttentionData | None = None
+    region_attention: AttentionData | None = None
+    um_per_px: float = 0.5
+    notice: str = ""
+    device: str = ""
+    versions: Mapping[str, str] | None = None
+
+
+def make_page(data: ReportData) -> Page:
+    """The page of a report."""
+    slide, versions = data.slide, data.versions or {}
+    subtitle = [f"Slide {slide.slide_id}"] if slide else []
+    subtitle += [f"{run.level}-level run {run.folder}" for run in data.runs]
+    settings = {"Tiling: settings": slide.settings} if slide else {}
+    settings |= {f"{run.name}: settings": run.settings for run in data.runs}
+    return Page(
+        title="Pretraining" if data.runs else "Tiling",
+        subtitle=" · ".join(subtitle),
+        notice=data.notice,
+        verdicts=[Verdict.from_status(run.name, run.status) for run in data.runs if run.status],
+        facts=_facts(data),
+        sections=make_sections(data),
+        methods=methods.methods(_method_facts(data)),
+        settings={**settings, "Versions": versions},
+        footer=f"Written by histodino {versions.get('histodino', '')}. This file loads nothing from the network.",
+    )
+
+
+def make_sections(data: ReportData) -> list[Section]:
+    """Every section that there are data for, in reading order."""
     found = []
-    if evidence.slide:
-        found.append(Section("Slide and tiles", _counted(evidence.slide), [tiling_picture(evidence.slide)]))
-    if evidence.crops:
-        lead = "The first samples of the run, with the very random numbers that they were trained with."
-        found.append(Section("What the network sees", lead, [crops_picture(evidence.crops, evidence.tile_um_per_px)]))
-    if evidence.runs:
-        lead = "Both losses are divided by ln K, so that runs with different numbers of prototypes K compare."
-        found.append(Section("Training", lead, [curves_picture(run) for run in evidence.runs]))
-    if evidence.features and evidence.slide:
-        found.append(features_section(evidence.features, evidence.slide, evidence.own_place))
-    pictures = []
-    if evidence.tile_attention:
-        pictures.append(tile_attention_picture(evidence.tile_attention))
-    if evidence.region_attention:
-        pictures.append(region_attention_picture(evidence.region_attention))
-    if pictures:
-        lead = "What the cls token of the last block draws on: where a network looks, not why."
-        found.append(Section("Attention", lead, pictures))
+    if data.slide:
+        found.append(Section("Slide and tiles", _counts(data.slide), [tiling_figure(data.slide)]))
+    if data.crops:
+        introduction = "The first training samples, cropped with the same random numbers as in training."
+        found.append(Section("Training crops", introduction, [crops_figure(data.crops, data.um_per_px)]))
+    if data.runs:
+        introduction = (
+            "Loss and entropy are divided by ln K, so that runs with different numbers of prototypes K can be compared."
+        )
+        found.append(Section("Training", introduction, [curves_figure(run) for run in data.runs]))
+    if data.features and data.slide:
+        found.append(features_section(data.features, data.slide, data.self_retrieval))
+    attention = []
+    if data.tile_attention:
+        attention.append(tile_attention_figure(data.tile_attention))
+    if data.region_attention:
+        attention.append(region_attention_figure(data.region_attention))
+    if attention:
+        introduction = "Attention weights of the cls token in the last block. They show where a network looks, not why."
+        found.append(Section("Attention", introduction, attention))
     return found
 
 
-def tiling_picture(slide: SlideEvidence) -> Picture:
+def tiling_figure(slide: SlideData) -> Figure:
     """Tiles and regions on the slide."""
-    content = maps.tiling_map(slide.ground, slide.tiles, slide.side, slide.regions, slide.shown_regions)
-    bold = " Attention over the bold ones is shown below." if len(slide.shown_regions) else ""
-    return Picture(
-        content,
+    bold = " The attention in the regions with a bold outline is shown below." if len(slide.shown_regions) else ""
+    return Figure(
+        figures.tiling_map(slide.thumbnail, slide.tiles, slide.side, slide.regions, slide.shown_regions),
         f"Thumbnail of slide {slide.slide_id}, with its {len(slide.tiles)} tiles outlined, and with its "
         f"{len(slide.regions)} regions outlined.",
-        "Middle: what lies in no tile is faded, so faded tissue was left out and bright glass was taken in. Right: "
-        f"regions are made of whole tiles of the same lattice.{bold}",
+        "Middle: everything outside of the tiles is faded. Faded tissue was missed by the tissue detection; glass that "
+        f"is not faded was taken for tissue. Right: regions consist of whole tiles of the same lattice.{bold}",
     )
 
 
-def crops_picture(crops: CropEvidence, um_per_px: float) -> Picture:
+def crops_figure(crops: CropData, um_per_px: float) -> Figure:
     """Crops of a few tiles."""
-    return Picture(
-        sheets.crop_sheet(crops.tiles, crops.crops, um_per_px),
+    return Figure(
+        figures.crop_montage(crops.tiles, crops.crops, um_per_px),
         f"{len(crops.tiles)} tiles, each followed by its {len(crops.crops[0])} augmented crops.",
-        "Each row is one tile and its crops, after all augmentation, with the normalisation undone. The teacher sees "
-        "the two global crops, the student all of them. The crops should still look like tissue: colours that no "
-        "stain has, or local crops without any structure, ask for milder settings.",
+        "Each row is one tile and its crops after all augmentations (normalization undone). The teacher sees the two "
+        "global crops, the student all of them. The crops should still look like tissue: reduce the augmentation where "
+        "colours are unlike any stain, or where local crops show no structure.",
     )
 
 
-def curves_picture(run: RunEvidence) -> Picture:
-    """Curves of one run."""
-    return Picture(
-        curves.curves(run.lines),
-        f"Curves of the run of the {run.name.lower()}: loss, teacher entropy, learning rate, and a fourth panel.",
-        f"{run.name}. A loss at 1 is a student that knows nothing of its teacher. The teacher's entropy should fall "
-        "from 1 and settle well above 0: at 1 it finds all prototypes alike, at 0 it knows only one, and both are "
-        "collapse. The loss follows the teacher, so it may rise while the features get better.",
+def curves_figure(run: RunData) -> Figure:
+    """Training curves of one run."""
+    return Figure(
+        figures.training_curves(run.lines),
+        f"Training curves of the {run.level}-level run: loss, teacher entropy, learning rate, and a fourth panel.",
+        f"{run.name}. The loss is 1 for a uniform prediction. The teacher entropy should fall below 1 and stay well "
+        "above 0: at 1 the targets are uniform over all prototypes, at 0 every image has the same prototype; both are "
+        "collapse. The targets change during training, so the loss may rise while the features improve.",
     )
 
 
-def features_section(features: FeatureEvidence, slide: SlideEvidence, own_place: Mapping[str, Any] | None) -> Section:
-    """PCA maps, neighbours and the own-place table."""
+def features_section(features: FeatureData, slide: SlideData, self_retrieval: Mapping[str, Any] | None) -> Section:
+    """Feature maps, nearest neighbours and the self-retrieval table."""
     panels = [("Untrained", pca_rgb(features.untrained)), ("Trained", pca_rgb(features.trained))]
-    picture = Picture(
-        maps.feature_maps(slide.ground, panels, features.squares, features.square),
+    maps = Figure(
+        figures.feature_maps(slide.thumbnail, panels, features.corners, features.square),
         f"Slide {slide.slide_id}, and its tiles coloured by the principal components of their features, untrained and "
         "trained.",
-        "Each square is one tile, its first three principal components shown as red, green and blue. Tiles of like "
-        "colour have like features; the colours themselves mean nothing and do not compare between panels. Good "
-        "features give tissue of one kind one colour, with edges where the tissue changes.",
+        "Each square is one tile; red, green and blue are the first three principal components of the features. "
+        "Similar colours mean similar features. The colours themselves have no meaning and cannot be compared between "
+        "panels. Good features give each kind of tissue one colour, with clear borders.",
     )
-    items: list[Picture | Table] = [picture, neighbours_picture(features)]
-    if own_place:
-        items.append(own_place_table(own_place))
-    return Section("What the features hold", "The untrained network is the floor that training has to beat.", items)
+    items: list[Figure | Table] = [maps, neighbours_figure(features)]
+    if self_retrieval:
+        items.append(self_retrieval_table(self_retrieval))
+    return Section("Tile features", "The untrained network is the baseline.", items)
 
 
-def neighbours_picture(features: FeatureEvidence) -> Picture:
-    """A few tiles and those most like them, by both networks."""
-    trained = features.trained[features.separate]
-    untrained = features.untrained[features.separate]
-    queries = spread_out(trained, QUERIES)
+def neighbours_figure(features: FeatureData) -> Figure:
+    """A few tiles and their nearest neighbours, for both networks."""
+    trained = features.trained[features.disjoint]
+    untrained = features.untrained[features.disjoint]
+    queries = farthest_points(trained, QUERIES)
 
-    def row(rows: Any, query: int) -> list[Cell]:
-        return [
-            Cell(features.pixels[i], f"{cosine:.2f}")
-            for i, cosine in zip(*nearest(rows, query, NEIGHBOURS), strict=True)
-        ]
+    def row(rows: np.ndarray, query: int) -> list[MontageImage]:
+        neighbours = zip(*nearest_neighbours(rows, query, NEIGHBOURS), strict=True)
+        return [MontageImage(features.pixels[i], f"{cosine:.2f}") for i, cosine in neighbours]
 
-    return Picture(
-        sheets.neighbour_sheet(
+    return Figure(
+        figures.neighbour_montage(
             [features.pixels[query] for query in queries],
             [row(trained, query) for query in queries],
             [row(untrained, query) for query in queries],
         ),
-        f"{len(queries)} tiles, each with its nearest tiles by the trained and by the untrained network.",
-        f"Tiles that differ much from one another, each with the {NEIGHBOURS} most similar of {len(trained)} tiles "
-        "that do not overlap; below them the cosine similarity. An untrained network goes by colour and brightness; a "
-        "trained one should find the same kind of tissue.",
+        f"{len(queries)} tiles, each with its nearest neighbours by the trained and by the untrained network.",
+        f"Dissimilar tiles, each with its {NEIGHBOURS} nearest neighbours among {len(trained)} tiles that do not "
+        "overlap, and their cosine similarity. An untrained network compares colour and brightness; a trained one "
+        "should find the same kind of tissue.",
     )
 
 
-def own_place_table(own_place: Mapping[str, Any]) -> Table:
-    """Own-place retrieval: teacher, untrained, pixels, chance.
+def self_retrieval_table(accuracies: Mapping[str, Any]) -> Table:
+    """Self-retrieval accuracy of the teacher and of the baselines.
 
     Args:
-        own_place: ``tiles`` (how many) and the shares ``teacher``, ``untrained``, ``pixels``.
+        accuracies: ``teacher``, ``untrained`` and ``pixels``, and the number of ``tiles``.
     """
-    count = own_place["tiles"]
-    names = {"teacher": "Trained teacher", "untrained": "Untrained network", "pixels": "8 x 8 pixels, less their mean"}
-    rows = [[name, f"{own_place[key]:.1%}"] for key, name in names.items()]
+    count = accuracies["tiles"]
+    names = {
+        "teacher": "Trained teacher",
+        "untrained": "Baseline: untrained network",
+        "pixels": "Baseline: 8 x 8 pixels, mean-centred",
+    }
+    rows = [[name, f"{accuracies[key]:.1%}"] for key, name in names.items()]
     return Table(
-        ["Features", "Tiles that find their own place"],
+        ["Features", "Self-retrieval accuracy"],
         [*rows, ["Chance", f"{1 / count:.1%}"]],
-        f"Each of {count} tiles is read once more, shifted by 64 px along both axes, turned by a quarter and with its "
-        "stain jittered; the share whose nearest tile of the original lattice, by cosine similarity, is its own place. "
-        "It needs no labels, and asks only whether features survive what should not matter.",
+        f"Each of {count} tiles is read a second time, shifted by a quarter of its side along both axes, rotated by "
+        "90° and with jittered stain. The accuracy is the fraction of these whose nearest neighbour among the original "
+        "tiles, by cosine similarity, is the tile itself. It needs no labels, and measures only whether features are "
+        "invariant to these changes.",
     )
 
 
-def tile_attention_picture(evidence: AttentionEvidence) -> Picture:
+def tile_attention_figure(attention: AttentionData) -> Figure:
     """Attention over tiles."""
-    content = attention.attention_sheet(evidence.pictures, evidence.trained, evidence.untrained, evidence.um_per_px)
-    return Picture(
-        content,
-        f"{len(evidence.pictures)} tiles with the attention of the patch-level network laid over them.",
-        "Tiles. Attention above an even share is red; the deepest red is twice that share, or more where a panel has "
-        "more. A pale panel looks everywhere alike, as an untrained network does. Heads that look at different things "
-        "(nuclei, fibres, edges) are a good sign.",
+    return Figure(
+        figures.attention_montage(attention.images, attention.trained, attention.untrained, attention.um_per_px),
+        f"{len(attention.images)} tiles overlaid with the attention of the patch-level network.",
+        "Tiles. Red is attention above the mean of the panel; the deepest red is at least twice the mean. A pale panel "
+        "has nearly uniform attention, as an untrained network has. Heads that attend to different structures (nuclei, "
+        "fibres, edges) are a good sign.",
     )
 
 
-def region_attention_picture(evidence: AttentionEvidence) -> Picture:
+def region_attention_figure(attention: AttentionData) -> Figure:
     """Attention over regions."""
-    height, width = evidence.trained.shape[-2:]
-    content = attention.attention_sheet(
-        evidence.pictures, evidence.trained, evidence.untrained, evidence.um_per_px, smooth=False
-    )
-    return Picture(
-        content,
-        f"{len(evidence.pictures)} regions with the attention of the region-level network laid over them.",
-        f"Regions of {height} x {width} tiles, one square per tile: here the tokens are tiles. Read as above.",
+    height, width = attention.trained.shape[-2:]
+    return Figure(
+        figures.attention_montage(
+            attention.images, attention.trained, attention.untrained, attention.um_per_px, smooth=False
+        ),
+        f"{len(attention.images)} regions overlaid with the attention of the region-level network.",
+        f"Regions of {height} x {width} tiles, one square per tile: the tokens of this level are tiles. Colours as "
+        "above.",
     )
 
 
-def _counted(slide: SlideEvidence) -> str:
+def _counts(slide: SlideData) -> str:
     scope = "One slide" if slide.slides == 1 else f"{slide.slides:,} slides"
-    shown = "" if slide.slides == 1 else f" The pictures are of {slide.slide_id}."
+    shown = "" if slide.slides == 1 else f" Slide {slide.slide_id} is shown."
     return f"{scope}, {slide.all_tiles:,} tiles, {slide.all_regions:,} regions.{shown}"
+
+
+def _facts(data: ReportData) -> list[tuple[str, str]]:
+    facts = []
+    if data.slide:
+        facts += [(f"{data.slide.all_tiles:,}", "tiles"), (f"{data.slide.all_regions:,}", "regions")]
+    for run in data.runs:
+        if "loss_relative" in run.last:
+            facts.append((f"{run.last['loss_relative']:.2f}", f"{run.level} loss / ln K"))
+    if data.self_retrieval:
+        facts.append((f"{data.self_retrieval['teacher']:.0%}", "self-retrieval, trained"))
+        facts.append((f"{data.self_retrieval['untrained']:.0%}", "self-retrieval, untrained"))
+    return facts
+
+
+def _method_facts(data: ReportData) -> methods.Facts:
+    tiling = None
+    if data.slide:
+        tiling = methods.Tiling(data.slide.slides, data.slide.all_tiles, data.slide.all_regions, data.slide.settings)
+    runs = {run.level: run.method for run in data.runs}
+    return methods.Facts(tiling, runs.get("patch"), runs.get("region"), data.versions or {}, data.device)

@@ -1,4 +1,4 @@
-"""One look for every figure: colours, type, scale bars, and how a figure becomes bytes."""
+"""Style shared by all figures: colours, fonts, scale bars, and the encoding as SVG or JPEG."""
 
 import io
 from collections.abc import Iterator
@@ -11,33 +11,32 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK = "#1f2933"
-QUIET = "#7b8794"
-RULE = "#d9dee3"
+TEXT = "#1f2933"
+MUTED = "#7b8794"
+LINE = "#d9dee3"
 TRAINED = "#1f6f78"
 UNTRAINED = "#a39a8f"
 REGION = "#b4532a"
-CLASSES = (TRAINED, REGION, "#6b5b95", UNTRAINED)
 
-CSS_PX_PER_INCH = 96  # as SVG has it: a figure of 11 inches fills the page's text width
-PHOTO_DPI = 144  # one and a half px per CSS px: sharp on most screens at an acceptable size
-PHOTO_QUALITY = 76
+CSS_PX_PER_INCH = 96  # also of SVG: a figure of 11 inches fills the page's text width
+JPEG_DPI = 144  # 1.5 px per CSS px: sharp on most screens at an acceptable file size
+JPEG_QUALITY = 76
 
 _RC: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Liberation Sans", "Arial", "Helvetica", "DejaVu Sans"],
     "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": QUIET,
-    "axes.edgecolor": RULE,
+    "text.color": TEXT,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": LINE,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
     "axes.titlepad": 6,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.labelsize": 8.5,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
     "xtick.major.size": 0,
@@ -49,15 +48,15 @@ _RC: dict[Any, Any] = {
     "lines.linewidth": 1.7,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    "svg.fonttype": "none",  # text stays text: sharp, searchable, in the reader's own font
-    "svg.hashsalt": "histodino",  # element ids repeat from run to run
+    "svg.fonttype": "none",  # text stays text: sharp and searchable
+    "svg.hashsalt": "histodino",  # element ids are the same in every run
     "figure.facecolor": "white",
 }
 
 
 @contextmanager
 def figure(width: float, height: float) -> Iterator["Figure"]:
-    """A figure in the house style, independent of any global matplotlib state.
+    """A figure in the style of the report, independent of any global matplotlib state.
 
     Args:
         width: Width in inches; 11 fills the page.
@@ -69,36 +68,29 @@ def figure(width: float, height: float) -> Iterator["Figure"]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    # A Figure made by itself never enters pyplot's registry, so nothing has to be closed and no display is needed.
+    # A Figure made without pyplot is not registered anywhere, so nothing has to be closed and no display is needed.
     with matplotlib.rc_context(_RC):
         yield Figure(figsize=(width, height))
 
 
-def svg(figure: "Figure") -> bytes:
+def figure_to_svg(figure: "Figure") -> bytes:
     """The figure as SVG, for lines and text."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
-def png(figure: "Figure") -> bytes:
-    """The figure as PNG, for flat colours."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=PHOTO_DPI, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def photo(figure: "Figure") -> bytes:
-    """The figure as JPEG, for tissue: a fifth of the PNG's size at no visible loss."""
+def figure_to_jpeg(figure: "Figure") -> bytes:
+    """The figure as JPEG, for tissue: a fifth of the size of a PNG without visible loss."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=PHOTO_DPI)
+    figure.savefig(buffer, format="png", dpi=JPEG_DPI)
     with Image.open(buffer) as picture:
-        return jpeg(np.asarray(picture.convert("RGB")))
+        return image_to_jpeg(np.asarray(picture.convert("RGB")))
 
 
-def jpeg(pixels: np.ndarray) -> bytes:
+def image_to_jpeg(pixels: np.ndarray) -> bytes:
     """An image as JPEG.
 
     Args:
@@ -107,15 +99,15 @@ def jpeg(pixels: np.ndarray) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="JPEG", quality=PHOTO_QUALITY, optimize=True)
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=JPEG_QUALITY, optimize=True)
     return buffer.getvalue()
 
 
 def media_type(content: bytes) -> str:
-    """MIME type of figure bytes, told from how they begin.
+    """MIME type of an encoded figure, from its first bytes.
 
     Raises:
-        ValueError: If they are none of PNG, JPEG and SVG.
+        ValueError: If it is neither PNG, JPEG nor SVG.
     """
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png"
@@ -123,21 +115,21 @@ def media_type(content: bytes) -> str:
         return "image/jpeg"
     if b"<svg" in content[:1000]:
         return "image/svg+xml"
-    raise ValueError("expected PNG, JPEG or SVG bytes, found neither")
+    raise ValueError("expected PNG, JPEG or SVG bytes, found something else")
 
 
-def shown_width(content: bytes) -> int | None:
-    """Width in CSS px at which a PNG or JPEG figure has the size it was drawn for; None for SVG, which knows."""
+def display_width(content: bytes) -> int | None:
+    """Width in CSS px at which a PNG or JPEG figure has the size it was drawn for; None for SVG, which contains it."""
     from PIL import Image
 
     if media_type(content) == "image/svg+xml":
         return None
     with Image.open(io.BytesIO(content)) as picture:
-        return round(picture.width * CSS_PX_PER_INCH / PHOTO_DPI)
+        return round(picture.width * CSS_PX_PER_INCH / JPEG_DPI)
 
 
-def bare(axes: "Axes", title: str = "", *, colour: str = INK) -> None:
-    """Strip an axes down to its picture, with an optional title above it."""
+def hide_axes(axes: "Axes", title: str = "", *, colour: str = TEXT) -> None:
+    """Remove ticks, grid and frame, and set an optional title."""
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)
@@ -147,7 +139,7 @@ def bare(axes: "Axes", title: str = "", *, colour: str = INK) -> None:
 
 
 def scale_bar(axes: "Axes", um_per_px: float, extent_px: float) -> None:
-    """Draw a scale bar of a round length near a quarter of the picture at the lower left of ``axes``.
+    """Draw a scale bar at the lower left of ``axes``, of a round length up to a quarter of the width.
 
     Args:
         axes: Axes whose data units are px of the picture, y downwards.
@@ -160,9 +152,9 @@ def scale_bar(axes: "Axes", um_per_px: float, extent_px: float) -> None:
     height = abs(bottom - top)
     left, base = 0.05 * extent_px, max(bottom, top) - 0.06 * height
     axes.plot([left, left + length], [base, base], color="white", linewidth=5, solid_capstyle="butt")
-    axes.plot([left, left + length], [base, base], color=INK, linewidth=2.5, solid_capstyle="butt")
+    axes.plot([left, left + length], [base, base], color=TEXT, linewidth=2.5, solid_capstyle="butt")
     label = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
-    text = axes.text(left, base - 0.03 * height, label, fontsize=7.5, color=INK, va="bottom")
+    text = axes.text(left, base - 0.03 * height, label, fontsize=7.5, color=TEXT, va="bottom")
     text.set_path_effects([_halo()])
 
 

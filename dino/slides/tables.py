@@ -47,6 +47,11 @@ class TileRecord:
         """Path of its JPEG, relative to ROOT (with ``storage=jpeg``)."""
         return tile_path(self.slide_id, self.x, self.y)
 
+    @property
+    def on_lattice(self) -> bool:
+        """True for a tile at a position of the lattice: no two of these overlap."""
+        return self.x % self.step_lv0 == 0 and self.y % self.step_lv0 == 0
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RegionRecord:

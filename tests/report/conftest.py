@@ -1,4 +1,4 @@
-"""The whole chain at toy size: tiles of 64 px at 2 µm/px, networks of two narrow blocks, two steps each."""
+"""A ROOT and two runs at a small size: tiles of 64 px at 2 µm/px, networks of two narrow blocks, two steps each."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +35,14 @@ class Chain:
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
     directory = tmp_path_factory.mktemp("chain")
-    found = Chain(directory / "slides", directory / "patch", directory / "region")
+    chain = Chain(directory / "slides", directory / "patch", directory / "region")
     tiling = TileConfig(spacing_um=2.0, tile_size_px=64, overlap=0.5, region_size_px=256, region_overlap_cells=3,
                         num_workers=1, previews=False)  # fmt: skip
-    api.tile([sample_slide()], found.root, tiling)
+    api.tile([sample_slide()], chain.root, tiling)
     patch = {
         **SMALL,
-        "data_dir": str(found.root),
-        "output_dir": str(found.patch),
+        "data_dir": str(chain.root),
+        "output_dir": str(chain.patch),
         "model.arch": "vit:dim=24,depth=2,heads=3",
         "aug.global_crops_size": 32,
         "aug.local_crops_size": 16,
@@ -50,13 +50,13 @@ def chain(tmp_path_factory):
         "aug.vertical_flip": 0.5,
     }
     api.pretrain(load_config(PatchConfig, overrides=patch))
-    api.extract(str(found.patch), found.root, ExtractConfig(device="cpu", num_workers=1))
+    api.extract(str(chain.patch), chain.root, ExtractConfig(device="cpu", num_workers=1))
     region = {
         **SMALL,
-        "data_dir": str(found.root),
-        "output_dir": str(found.region),
+        "data_dir": str(chain.root),
+        "output_dir": str(chain.region),
         "model.arch": "vit:dim=24,depth=2,heads=2",
         "model.patch_size": 1,
     }
     api.pretrain(load_config(RegionConfig, overrides=region))
-    return found
+    return chain

@@ -1,4 +1,4 @@
-"""The methods paragraph holds what a reader needs to repeat the work."""
+"""The methods paragraph has what a reader needs to reproduce the work."""
 
 from dino.config.load import to_dict
 from dino.config.schema import PatchConfig, RegionConfig
@@ -19,19 +19,19 @@ def facts(**changes):
     return Facts(**{**given, **changes})
 
 
-def test_versions_seed_and_settings_are_in_it():
+def test_methods_has_versions_seeds_and_settings():
     text = methods(facts())
     for piece in (
         "histodino 9.8.7", "torch 2.99.1", "hs2p 6.1.0", "seed 41", "seed 42", "240 steps", "200 steps", "352 tiles",
         "0.5 µm per pixel", "1024 x 1024 px", "global batch of 64", "peak learning rate of 0.000125", "AdamW",
-        "65,536 prototypes", "drop-path rate 0.1", "quarter turns", "HED stain jitter (±0.05, p 0.5)",
+        "65,536 prototypes", "drop-path rate 0.1", "90° rotations", "HED stain jitter (±0.05, p 0.5)",
         "horizontal and vertical flips", "224 px", "Caron et al. 2021", "Chen et al. 2022", "2 CPU cores",
     ):  # fmt: skip
         assert piece in text
     assert "\n" not in text
 
 
-def test_what_was_not_done_is_left_out():
+def test_parts_that_are_none_are_left_out():
     text = methods(facts(region=None, tiling=None))
     assert "HIPT" not in text
     assert "hs2p 6.1.0" in text  # as a version

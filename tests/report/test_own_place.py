@@ -1,4 +1,4 @@
-"""The second reading of a tile, and which tiles and regions a report looks at."""
+"""The augmented tiles of self-retrieval, and the tiles and regions that a report uses."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from dino.api.own_place import STAIN, cells_only, second_reading
-from dino.api.report_evidence import _spoken, most_tissue_apart
+from dino.report.slides import choose_regions
 from dino.slides.tables import RegionRecord, TileRecord
 
 
@@ -41,15 +41,8 @@ def region(x, tissue):
     return RegionRecord("s", x, 0, 256, (4, 4), 0.5, Path("r.pt"), np.full((4, 4), tissue, dtype=np.float32))
 
 
-def test_shown_regions_have_tissue_and_lie_apart():
+def test_shown_regions_have_tissue_and_little_overlap():
     regions = [region(0, 0.5), region(1024, 0.9), region(1280, 0.89), region(4096, 0.1)]
-    assert most_tissue_apart(regions, 2) == [1, 0]
-    assert most_tissue_apart(regions, 9) == [1, 0, 2, 3]
-    assert most_tissue_apart([], 3) == []
-
-
-def test_a_verdict_is_told_from_its_numbers():
-    spoken = _spoken("Patch level", {"word": "flat", "text": "Flat. Hardly moved. loss 0.999 of ln K; cosine 0.3."})
-    assert (spoken.word, spoken.text, spoken.numbers) == ("flat", "Hardly moved.", "loss 0.999 of ln K; cosine 0.3.")
-    bare = _spoken("Patch level", {"word": "collapsed", "text": "Collapsed. A loss is not a finite number."})
-    assert (bare.text, bare.numbers) == ("A loss is not a finite number.", "")
+    assert choose_regions(regions, 2) == [1, 0]
+    assert choose_regions(regions, 9) == [1, 0, 2, 3]
+    assert choose_regions([], 3) == []

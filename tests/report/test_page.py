@@ -1,4 +1,4 @@
-"""The page is one file, fetches nothing, and treats every name as text."""
+"""The page is one file, loads nothing, and escapes every text."""
 
 import re
 from html.parser import HTMLParser
@@ -6,28 +6,28 @@ from html.parser import HTMLParser
 import pytest
 
 from dino.report import style
-from dino.report.page import Page, Picture, Section, Table, Verdict, render
+from dino.report.page import Figure, Page, Section, Table, Verdict, render
 
-NASTY = '<script>alert("x")</script>'
+MARKUP = '<script>alert("x")</script>'
 
 
 @pytest.fixture
 def html():
     with style.figure(1, 1) as figure:
-        content = style.svg(figure)
-    table = Table(["features", "found"], [["teacher", NASTY]], f"caption {NASTY}")
-    section = Section("Slide & tiles", f"lead {NASTY}", [Picture(content, f"alt {NASTY}", NASTY), table])
+        content = style.figure_to_svg(figure)
+    table = Table(["features", "found"], [["teacher", MARKUP]], f"caption {MARKUP}")
+    section = Section("Slide & tiles", f"lead {MARKUP}", [Figure(content, f"alt {MARKUP}", MARKUP), table])
     return render(
         Page(
-            title=f"slide {NASTY}",
-            subtitle=NASTY,
-            notice=NASTY,
-            verdicts=[Verdict(NASTY, "learning", NASTY)],
-            facts=[(NASTY, NASTY)],
+            title=f"slide {MARKUP}",
+            subtitle=MARKUP,
+            notice=MARKUP,
+            verdicts=[Verdict(MARKUP, "learning", MARKUP)],
+            facts=[(MARKUP, MARKUP)],
             sections=[section],
-            methods=NASTY,
-            settings={NASTY: {NASTY: NASTY}},
-            footer=NASTY,
+            methods=MARKUP,
+            settings={MARKUP: {MARKUP: MARKUP}},
+            footer=MARKUP,
         )
     )
 
@@ -41,12 +41,12 @@ class Tags(HTMLParser):
         self.seen.append((tag, dict(attrs)))
 
 
-def test_names_are_escaped_everywhere(html):
+def test_all_text_is_escaped(html):
     assert "<script" not in html
     assert html.count("&lt;script&gt;") >= 14
 
 
-def test_nothing_comes_from_the_network(html):
+def test_nothing_is_loaded_from_the_network(html):
     tags = Tags()
     tags.feed(html)
     links = [attrs[name] for _, attrs in tags.seen for name in ("src", "href", "srcset", "action") if name in attrs]
@@ -55,7 +55,7 @@ def test_nothing_comes_from_the_network(html):
     assert not re.search(r"@import|url\(", html)
 
 
-def test_every_picture_has_an_alt_text_and_sections_can_be_reached(html):
+def test_every_figure_has_an_alt_text_and_every_link_a_target(html):
     tags = Tags()
     tags.feed(html)
     assert all(attrs.get("alt") for tag, attrs in tags.seen if tag == "img")
@@ -64,7 +64,21 @@ def test_every_picture_has_an_alt_text_and_sections_can_be_reached(html):
     assert "slide-tiles" in ids
 
 
-def test_an_empty_page_still_stands():
-    html = render(Page("nothing", "at all"))
-    assert "<h1>nothing</h1>" in html
+def test_page_without_content():
+    html = render(Page("title", "subtitle"))
+    assert "<h1>title</h1>" in html
     assert "Methods" not in html
+
+
+def test_verdict_is_split_into_reason_and_numbers():
+    status = {"verdict": {"word": "flat", "text": "Flat. Hardly moved. loss 0.999 of ln K; cosine 0.3."}}
+    verdict = Verdict.from_status("Patch level", status)
+    assert (verdict.word, verdict.text, verdict.numbers) == ("flat", "Hardly moved.", "loss 0.999 of ln K; cosine 0.3.")
+    status = {"verdict": {"word": "collapsed", "text": "Collapsed. A loss is not a finite number."}}
+    bare = Verdict.from_status("Patch level", status)
+    assert (bare.text, bare.numbers) == ("A loss is not a finite number.", "")
+
+
+def test_state_of_a_run_without_a_verdict():
+    verdict = Verdict.from_status("Patch level", {"state": "early_stopped", "step": 1200, "total_steps": 5000})
+    assert (verdict.word, verdict.text) == ("early stopped", "Step 1,200 of 5,000; not evaluated yet.")

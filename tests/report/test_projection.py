@@ -40,7 +40,7 @@ def test_fewer_dimensions_than_colours():
 
 
 def test_nearest_is_by_cosine_and_leaves_the_query_out(features):
-    indices, similarity = projection.nearest(features, 5, 4)
+    indices, similarity = projection.nearest_neighbours(features, 5, 4)
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     expected = sorted((i for i in range(60) if i != 5), key=lambda i: -(unit[i] @ unit[5]))[:4]
     assert indices.tolist() == expected
@@ -49,6 +49,6 @@ def test_nearest_is_by_cosine_and_leaves_the_query_out(features):
 
 def test_spread_out_rows_are_distinct_and_far_apart():
     groups = np.repeat(np.eye(4), 5, axis=0) + np.random.default_rng(0).normal(size=(20, 4)) * 0.01
-    chosen = projection.spread_out(groups, 4)
+    chosen = projection.farthest_points(groups, 4)
     assert sorted(index // 5 for index in chosen) == [0, 1, 2, 3]
-    assert len(projection.spread_out(groups, 50)) == 20
+    assert len(projection.farthest_points(groups, 50)) == 20
