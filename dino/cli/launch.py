@@ -40,7 +40,7 @@ def slurm(words: Words = None, config: ConfigFile = None, recipe: Recipe = None,
         )
     for word in name:
         rest.remove(word)
-    settings = load_config(LaunchConfig, recipe="slurm", file=slurm, overrides=own).slurm
+    settings = load_config(LaunchConfig, file=slurm, overrides=own).slurm
     from dino import api, progress
 
     if name == ("extract",):
@@ -58,4 +58,4 @@ def slurm(words: Words = None, config: ConfigFile = None, recipe: Recipe = None,
     typer.echo(f"submitted as job {submission.job}" if submission.job else "dry run: nothing was submitted")
 
 
-command = with_settings(LaunchConfig, "slurm")
+command = with_settings(LaunchConfig)

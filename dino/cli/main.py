@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from dino import __version__
-from dino.cli import demo, evaluate, export, extract, info, launch, pretrain, replay, tile
+from dino.cli import config, demo, evaluate, export, extract, info, launch, pretrain, replay, tile
 from dino.cli.command import Command, ConfigFile
 
 
@@ -15,7 +15,7 @@ class _InOrder(TyperGroup):
     """Lists the subcommands in the order of the chain."""
 
     def list_commands(self, ctx: object) -> list[str]:
-        return ["tile", "pretrain", "extract", "evaluate", "export", "info", "replay", "launch", "demo"]
+        return ["tile", "pretrain", "extract", "evaluate", "export", "info", "replay", "launch", "config", "demo"]
 
 
 app = typer.Typer(
@@ -63,6 +63,7 @@ app.command(cls=info.command)(info.info)
 app.command(cls=replay.command)(replay.replay)
 app.add_typer(launching, name="launch")
 launching.command(cls=launch.command)(launch.slurm)
+app.command(cls=config.command)(config.config)
 app.command(cls=demo.command)(demo.demo)
 
 

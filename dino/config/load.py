@@ -1,21 +1,27 @@
-"""From defaults, recipe, config file and ``key=value`` words to one typed config."""
+"""Resolve defaults, recipe, config file and ``key=value`` overrides to one typed config, and print it as YAML."""
 
 import dataclasses
 import difflib
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from dino.config.schema import PatchConfig, RegionConfig
 from dino.errors import ConfigError
 
 C = TypeVar("C")
 
-# Keys of the original system that are gone, and what takes their place.
+# Recipes of each schema (files NAME.yaml beside this module); the commands start from the first one.
+RECIPES: dict[type, tuple[str, ...]] = {PatchConfig: ("patch_pathology", "patch"), RegionConfig: ("region",)}
+
+# Keys of the original system that no longer exist, and what replaces them.
 REPLACED = {
     "speed.use_fp16": "speed.precision (bf16, fp32 or fp64)",
     "model.input_size": "aug.global_crops_size (level 2 reads its size from the grids)",
@@ -39,39 +45,78 @@ REPLACED = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One leaf of a schema, as help pages and identity checks need it."""
+    """One leaf of a schema.
+
+    Attributes:
+        key: Dotted key, such as ``model.out_dim``.
+        type: Its type as written in Python, such as ``int`` or ``list[float]``.
+        default: The schema's default.
+        help: One line of help.
+        identity: Whether it is part of a run's identity.
+        length: Number of values of a list of fixed length, else None.
+    """
 
     key: str
     type: str
     default: Any
     help: str
     identity: bool
+    length: int | None
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the setting holds a list."""
+        return isinstance(self.default, list)
+
+    @property
+    def expected(self) -> str:
+        """What values the setting takes, in words."""
+        words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
+        kind, _, optional = self.type.partition(" | ")
+        if self.length is not None:
+            return f"{_COUNTS[self.length]} numbers, such as {self.key}={_inline(self.default).replace(' ', '')}"
+        if self.is_list:
+            number = "[text]" if "str" in kind else "[10,20]"
+            return f"a list, such as {self.key}={number}"
+        return words.get(kind, kind) + (" or null" if optional else "")
+
+
+_COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
 
 
 def settings(schema: type, prefix: str = "") -> Iterator[Setting]:
     """Every setting of ``schema``, depth first, with its dotted key."""
     for item in dataclasses.fields(schema):
         key = f"{prefix}{item.name}"
-        default = item.default_factory() if item.default is dataclasses.MISSING else item.default  # type: ignore[misc]
+        default = _default(item)
         if dataclasses.is_dataclass(default):
             yield from settings(type(default), f"{key}.")
         else:
             kind = getattr(item.type, "__name__", None) if isinstance(item.type, type) else None
-            yield Setting(key, kind or str(item.type), default, item.metadata["help"], item.metadata["identity"])
+            yield Setting(key, kind or str(item.type), default, **item.metadata)
 
 
-def recipe_path(name: str) -> Path:
-    """Path of a recipe that ships with the package, e.g. ``patch_pathology``.
+def _default(item: dataclasses.Field) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
+def recipe_path(schema: type, name: str) -> Path:
+    """Path of a recipe that ships with the package, e.g. ``patch_pathology`` of ``PatchConfig``.
 
     Raises:
-        ConfigError: If there is no such recipe.
+        ConfigError: If the schema has no such recipe.
     """
-    folder = Path(str(resources.files("dino.config")))
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-        raise ConfigError(f"expected a recipe ({known}) or a YAML file, found '{name}'")
-    return path
+    known = RECIPES.get(schema, ())
+    if name in known:
+        return Path(str(resources.files("dino.config"))) / f"{name}.yaml"
+    if not known:
+        raise ConfigError(f"expected no recipe, as this command has none, found '{name}'; leave it out")
+    hint = ""
+    if Path(name).suffix in (".yaml", ".yml"):
+        hint = "; a file is passed with --config"
+    elif close := difflib.get_close_matches(name, known, 1, 0.3):
+        hint = f"; did you mean '{close[0]}'?"
+    raise ConfigError(f"expected a recipe ({', '.join(known)}), found '{name}'{hint}")
 
 
 def load_config(
@@ -85,9 +130,9 @@ def load_config(
 
     Args:
         schema: Dataclass of :mod:`dino.config.schema`.
-        recipe: Name of a YAML that ships with the package.
+        recipe: Name of a recipe that ships with the package.
         file: The user's YAML (only the keys it changes).
-        overrides: ``key=value`` words, or a mapping of dotted keys.
+        overrides: ``key=value`` strings, or a mapping of dotted keys.
 
     Returns:
         An instance of ``schema``.
@@ -95,17 +140,19 @@ def load_config(
     Raises:
         ConfigError: For an unknown key (naming the nearest one), a wrong type, or a file that is not YAML.
     """
-    config = OmegaConf.structured(schema)
-    layers = [(str(path), _read_yaml(path)) for path in (recipe and recipe_path(recipe), file) if path]
+    config: Any = OmegaConf.structured(schema)
+    paths = [recipe_path(schema, recipe)] if recipe else []
+    layers = [(str(path), _read_yaml(path)) for path in (*paths, *([file] if file else []))]
     layers += [(f"'{word}'", layer) for word, layer in _override_layers(overrides)]
     for origin, layer in layers:
-        _refuse_unknown(schema, layer, origin)
+        _check_keys(schema, layer, origin)
+        _check_lists(schema, layer, origin)
         try:
             config = OmegaConf.merge(config, layer)
-            result = OmegaConf.to_object(config)
+            OmegaConf.to_object(config)
         except OmegaConfBaseException as error:
-            raise ConfigError(_type_message(schema, error, origin)) from None
-    return result if layers else OmegaConf.to_object(config)  # type: ignore[return-value]
+            raise ConfigError(_plain_message(schema, error, layer, origin)) from None
+    return OmegaConf.to_object(config)  # type: ignore[return-value]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -116,6 +163,50 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_yaml(config: Any) -> str:
     """The config as YAML text."""
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+COMMENT_COLUMN, WIDTH = 36, 120
+
+
+def to_commented_yaml(config: Any) -> str:
+    """The config as YAML text with the help of each setting; values that differ from the default are marked."""
+    values, known = flatten(to_dict(config)), {item.key: item for item in settings(type(config))}
+    return "\n".join(_commented_group(type(config), values, known, "")).strip("\n") + "\n"
+
+
+def _commented_group(schema: type, values: dict[str, Any], known: dict[str, Setting], prefix: str) -> Iterator[str]:
+    indent = "  " * prefix.count(".")
+    for item in dataclasses.fields(schema):
+        key, default = f"{prefix}{item.name}", _default(item)
+        if dataclasses.is_dataclass(default):
+            title = (type(default).__doc__ or "").splitlines()[0].removesuffix(".")
+            yield from ([] if indent else [""])
+            yield f"{indent}{item.name}:  # {title}"
+            yield from _commented_group(type(default), values, known, f"{key}.")
+            continue
+        setting, value = known[key], values[key]
+        entry = f"{indent}{item.name}: {_inline(value)}"
+        text = setting.help + ("" if value == setting.default else f" [default: {_inline(setting.default)}]")
+        # Up to the comment column; a longer entry has its comment above.
+        column = COMMENT_COLUMN if len(entry) < COMMENT_COLUMN - 1 else len(indent)
+        comment = [f"{' ' * column}# {line}" for line in textwrap.wrap(text, WIDTH - column - 2)]
+        if column == COMMENT_COLUMN:
+            comment[0] = entry.ljust(column) + comment[0][column:]
+            yield from comment
+        else:
+            yield from (*comment, entry)
+
+
+def _inline(value: Any) -> str:
+    """A value as it is written in YAML, on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
+def recipe_comment(schema: type, recipe: str) -> str:
+    """The comment at the head of a recipe: where its values are from, and how to adapt them."""
+    lines = recipe_path(schema, recipe).read_text(encoding="utf-8").splitlines()
+    return "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
 
 
 def identity_of(config: Any) -> dict[str, Any]:
@@ -165,7 +256,8 @@ def _override_layers(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[t
             raise ConfigError(f"could not read the value of '{word}': {str(error).splitlines()[0]}") from None
 
 
-def _refuse_unknown(schema: type, layer: Any, origin: str) -> None:
+def _check_keys(schema: type, layer: Any, origin: str) -> None:
+    """Refuse keys that the schema does not have, naming the nearest one or what replaces them."""
     known = {s.key for s in settings(schema)}
     groups = {key.rsplit(".", i)[0]: key for key in sorted(known, reverse=True) for i in range(1, key.count(".") + 1)}
     for key, value in flatten(OmegaConf.to_container(layer)).items():  # type: ignore[arg-type]
@@ -175,16 +267,49 @@ def _refuse_unknown(schema: type, layer: Any, origin: str) -> None:
         if key in known or key in groups:
             continue
         if key in REPLACED:
-            raise ConfigError(f"{origin}: '{key}' is gone; use {REPLACED[key]}")
+            raise ConfigError(f"{origin}: '{key}' no longer exists; use {REPLACED[key]}")
         close = [k for k in sorted(known) if k.endswith(f".{key}")] or difflib.get_close_matches(key, known, 1, 0.5)
         hint = f"did you mean '{close[0]}'?" if close else "`--help` lists every key"
         raise ConfigError(f"{origin}: there is no setting '{key}'; {hint}")
 
 
-def _type_message(schema: type, error: OmegaConfBaseException, origin: str) -> str:
-    key = getattr(error, "full_key", None) or getattr(error, "key", None) or "?"
-    expected = next((s.type for s in settings(schema) if s.key == key), "another type")
-    found = str(error).splitlines()[0]
-    if isinstance(error, ConfigKeyError):
-        return f"{origin}: there is no setting '{key}'; `--help` lists every key"
-    return f"{origin}: expected {expected} for '{key}'; {found[0].lower()}{found[1:]}"
+def _check_lists(schema: type, layer: DictConfig, origin: str) -> None:
+    """Make a list of a single value where a list is expected; refuse lists of a wrong length.
+
+    Raises:
+        ConfigError: If a setting of fixed length gets another number of values.
+    """
+    for setting in settings(schema):
+        value = _select(layer, setting.key) if setting.is_list else None
+        if value is None:
+            continue
+        if not OmegaConf.is_list(value):
+            value = OmegaConf.create([value])
+            OmegaConf.update(layer, setting.key, value)
+        if setting.length not in (None, len(value)):
+            found = _inline(OmegaConf.to_container(value) if len(value) != 1 else value[0])
+            raise ConfigError(f"{origin}: expected {setting.expected}, found {found}")
+
+
+def _plain_message(schema: type, error: OmegaConfBaseException, layer: DictConfig, origin: str) -> str:
+    """What is wrong with a value, without OmegaConf's vocabulary."""
+    key = re.sub(r"\[\d+\]", "", str(getattr(error, "full_key", None) or getattr(error, "key", None) or ""))
+    setting = next((s for s in settings(schema) if s.key == key), None)
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, InterpolationKeyError):
+        return f"{origin}: expected ${{…}} to name another setting; {reason}"
+    if setting is None:
+        return f"{origin}: could not read the settings: {reason}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{origin}: expected {setting.expected} for '{key}', found ???"
+    value = _select(layer, key)
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value)
+    if setting.is_list:
+        return f"{origin}: expected {setting.expected}, found {_inline(value)}"
+    return f"{origin}: expected {setting.expected} for '{key}', found {_inline(value)}"
+
+
+def _select(layer: DictConfig, key: str) -> Any:
+    """The value of a dotted key; None if there is none, or if it refers to a setting of another layer."""
+    return OmegaConf.select(layer, key, throw_on_resolution_failure=False)

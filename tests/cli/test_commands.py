@@ -146,7 +146,7 @@ def test_version(run):
         (["tile"], "expected one or more SLIDE and then ROOT, found nothing"),
         (["tile", "a.svs"], "expected one or more SLIDE and then ROOT, found 1: a.svs"),
         (["tile", "a.svs", "root", "spacing=0.5"], "there is no setting 'spacing'; did you mean 'spacing_um'?"),
-        (["tile", "a.svs", "root", "qc=perhaps"], "expected bool for 'qc'"),
+        (["tile", "a.svs", "root", "qc=perhaps"], "expected true or false for 'qc'"),
         (["pretrain", "patch", "root"], "expected ROOT RUN, found 1: root"),
         (["pretrain", "patch", "output_dir=run"], "found no data_dir"),
         (["pretrain", "patch", "a", "b", "data_dir=c"], "expected ROOT once"),

@@ -1,11 +1,21 @@
-"""Layers of settings, and what is said about wrong ones."""
+"""Layers of settings, the messages about wrong ones, and settings printed as YAML."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from dino.config import schema
-from dino.config.load import REPLACED, flatten, identity_of, load_config, settings, to_dict, to_yaml
+from dino.config.load import (
+    REPLACED,
+    flatten,
+    identity_of,
+    load_config,
+    settings,
+    to_commented_yaml,
+    to_dict,
+    to_yaml,
+)
 from dino.errors import ConfigError
 
 
@@ -30,6 +40,37 @@ def test_a_mapping_of_dotted_keys_does_the_same_as_words():
     assert words == mapping
 
 
+def test_one_value_is_a_list_of_one_where_that_makes_sense():
+    assert load_config(schema.KnnConfig, overrides=["k=5"]).k == [5]
+    assert load_config(schema.PatchConfig, overrides={"evaluate.k": 5}).evaluate.k == [5]
+    assert load_config(schema.LaunchConfig, overrides=["slurm.setup=module load cuda"]).slurm.setup == [
+        "module load cuda"
+    ]
+
+
+def test_one_value_in_a_file_is_a_list_of_one_too(tmp_path):
+    assert load_config(schema.KnnConfig, file=_write(tmp_path, "k: 5\n")).k == [5]
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        (schema.PatchConfig, {"data_dir": "/some where/root", "aug.hue": 0.05, "model.init": "timm:x", "seed": 3}),
+        (schema.RegionConfig, {"optim.lr_scheduler.min_lr": 1e-5, "speed.gpu_cache": 0.5, "speed.compile": "true"}),
+        (schema.TileConfig, {}),
+        (schema.LaunchConfig, {"slurm.setup": ["a: b", "c #d"], "slurm.folder": "/x" * 60, "slurm.name": "null"}),
+    ],
+)
+def test_commented_yaml_loads_again_to_the_same(tmp_path, kind, overrides):
+    config = load_config(kind, overrides=overrides)
+    text = to_commented_yaml(config)
+    assert load_config(kind, file=_write(tmp_path, text)) == config
+    assert all(len(line) <= 120 or "/x/x" in line for line in text.splitlines())
+    words = " ".join(text.replace("#", " ").split())
+    assert all(item.help in words for item in settings(kind))
+    assert text.count("[default:") == len(overrides)
+
+
 def test_resolved_yaml_loads_again_to_the_same(tmp_path):
     config = load_config(schema.RegionConfig, recipe="region", overrides=["seed=7", "data_dir=/some where/root"])
     assert load_config(schema.RegionConfig, file=_write(tmp_path, to_yaml(config))) == config
@@ -41,10 +82,17 @@ def test_resolved_yaml_loads_again_to_the_same(tmp_path):
         ("model.out_dims=3", "did you mean 'model.out_dim'?"),
         ("out_dim=3", "did you mean 'model.out_dim'?"),
         ("training.n_epochs=3", "did you mean 'training.nepochs'?"),
-        ("model.out_dim=many", "expected int for 'model.out_dim'"),
-        ("model.use_bn_in_head=perhaps", "expected bool for 'model.use_bn_in_head'"),
-        ("aug.global_crops_scale=0.4", "aug.global_crops_scale"),
-        ("aug.global_crops_scale=[a,b]", "aug.global_crops_scale"),
+        ("model.out_dim=many", "expected an integer for 'model.out_dim', found many"),
+        ("model.use_bn_in_head=perhaps", "expected true or false for 'model.use_bn_in_head', found perhaps"),
+        ("aug.global_crops_scale=0.4", "expected two numbers, such as aug.global_crops_scale=[0.4,1.0], found 0.4"),
+        (
+            "aug.global_crops_scale=[a,b]",
+            "expected two numbers, such as aug.global_crops_scale=[0.4,1.0], found [a, b]",
+        ),
+        ("aug.blur_sigma=[1,2,3]", "expected two numbers, such as aug.blur_sigma=[0.1,2.0], found [1, 2, 3]"),
+        ("evaluate.k=many", "expected a list, such as evaluate.k=[10,20]"),
+        ("training.max_steps=x", "expected an integer or null"),
+        ("seed=${nowhere}", "expected ${…} to name another setting"),
         ("model=vit_small", "model"),
         ("speed.use_fp16=true", "speed.precision"),
         ("model.out_dim=[1", "could not read the value"),
@@ -55,7 +103,7 @@ def test_a_wrong_word_gets_one_clear_line(word, said):
     with pytest.raises(ConfigError) as caught:
         load_config(schema.PatchConfig, overrides=[word])
     assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert not re.search(r"\n|AnyNode|ListConfig|Integer|'str'", str(caught.value))
     assert caught.value.exit_code == 2
 
 

@@ -1,5 +1,6 @@
-"""The YAML files that ship with the package: complete, commented, and true to the schema."""
+"""Recipes: what they resolve to, and that they hold differences with reasons only."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -7,74 +8,71 @@ from typing import Any
 import pytest
 
 from dino.config import schema
-from dino.config.load import flatten, load_config, recipe_path, settings, to_dict
+from dino.config.load import RECIPES, flatten, load_config, recipe_comment, recipe_path, settings, to_dict
 from dino.errors import ConfigError
 
-# Recipe -> its schema, and the values in which it means to differ from the schema's defaults.
-RECIPES: dict[str, tuple[type, dict[str, Any]]] = {
-    "patch": (schema.PatchConfig, {"model.norm_last_layer": False}),
-    "patch_pathology": (
-        schema.PatchConfig,
-        {
-            "aug.vertical_flip": 0.5,
-            "aug.quarter_turns": True,
-            "aug.hed_jitter": 0.5,
-            "aug.hed_strength": 0.05,
-            "aug.brightness": 0.2,
-            "aug.contrast": 0.2,
-            "aug.saturation": 0.1,
-            "aug.hue": 0.05,
-            "aug.solarize": 0.0,
-        },
-    ),
-    "region": (schema.RegionConfig, {"model.arch": "hvit_xs", "model.patch_size": 1}),
-    "tile": (schema.TileConfig, {}),
-    "extract": (schema.ExtractConfig, {}),
-    "knn": (schema.KnnConfig, {}),
-    "export": (schema.ExportConfig, {}),
-    "info": (schema.InfoConfig, {}),
-    "demo": (schema.DemoConfig, {}),
-    "slurm": (schema.LaunchConfig, {}),
+# Name -> every setting with its value, as version 0.1.0 resolved them from files that held every setting.
+RESOLVED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("resolved_values.json").read_text())
+SCHEMAS: dict[str, tuple[type, str | None]] = {
+    "patch": (schema.PatchConfig, "patch"),
+    "patch_pathology": (schema.PatchConfig, "patch_pathology"),
+    "region": (schema.RegionConfig, "region"),
+    "patch (defaults)": (schema.PatchConfig, None),
+    "region (defaults)": (schema.RegionConfig, None),
+    "tile": (schema.TileConfig, None),
+    "extract": (schema.ExtractConfig, None),
+    "knn": (schema.KnnConfig, None),
+    "export": (schema.ExportConfig, None),
+    "info": (schema.InfoConfig, None),
+    "demo": (schema.DemoConfig, None),
+    "slurm": (schema.LaunchConfig, None),
 }
+FILES = [recipe_path(kind, name) for kind, names in RECIPES.items() for name in names]
 
 
-def _lines_with_keys(path: Path) -> list[tuple[str, str]]:
-    """(dotted key, comment) of every leaf, read from the text itself and not by a YAML library."""
+def _entries(path: Path) -> list[tuple[str, str, str]]:
+    """(dotted key, value, comment) of every leaf, read from the text itself and not by a YAML library."""
     found, stack = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         match = re.match(r"( *)(\w+):(.*)$", line)
         if not match or line.startswith("#"):
             continue
-        depth = len(match[1]) // 2
-        stack[depth:] = [match[2]]
+        stack[len(match[1]) // 2 :] = [match[2]]
         value, _, comment = match[3].partition("  #")
         if value.strip():
-            found.append((".".join(stack), comment.strip()))
+            found.append((".".join(stack), value.strip(), comment.strip()))
     return found
 
 
-def test_every_yaml_of_the_package_is_listed_here():
-    assert {path.stem for path in recipe_path("patch").parent.glob("*.yaml")} == set(RECIPES)
+@pytest.mark.parametrize("name", RESOLVED)
+def test_resolved_values_are_those_of_version_0_1_0(name):
+    kind, recipe = SCHEMAS[name]
+    found = flatten(to_dict(kind() if "defaults" in name else load_config(kind, recipe=recipe)))
+    expected = RESOLVED[name]
+    assert {key: found[key] for key in expected} == expected
+    assert {key: type(found[key]) for key in expected} == {key: type(value) for key, value in expected.items()}
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipe_has_every_key_once_each_with_a_comment(name):
-    found = _lines_with_keys(recipe_path(name))
-    assert sorted(key for key, _ in found) == sorted(item.key for item in settings(RECIPES[name][0]))
-    assert [key for key, comment in found if len(comment) < 8] == []
+def test_every_yaml_of_the_package_is_a_recipe():
+    assert set(Path(schema.__file__).parent.glob("*.yaml")) == set(FILES)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipe_differs_from_the_schema_only_where_it_means_to(name):
-    kind, different = RECIPES[name]
-    expected = flatten(to_dict(load_config(kind))) | different
-    assert flatten(to_dict(load_config(kind, recipe=name))) == expected
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_recipe_holds_differences_only_each_with_its_reason(path):
+    kind = next(kind for kind, names in RECIPES.items() if path.stem in names)
+    defaults = {item.key: item.default for item in settings(kind)}
+    values = flatten(to_dict(load_config(kind, recipe=path.stem)))
+    entries = _entries(path)
+    assert entries
+    for key, _, reason in entries:
+        assert values[key] != defaults[key], key
+        assert len(reason) >= 8, key
+    assert {key for key, value in values.items() if value != defaults[key]} == {key for key, _, _ in entries}
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipe_fits_the_page(name):
-    text = recipe_path(name).read_text(encoding="utf-8")
-    assert max(len(line) for line in text.splitlines()) <= 120
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_recipe_has_lines_of_120_columns_at_most(path):
+    assert max(len(line) for line in path.read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_the_original_recipe_holds_the_published_values():
@@ -90,6 +88,22 @@ def test_the_original_recipe_holds_the_published_values():
     assert (config.aug.color_jitter, *jitter) == (0.8, 0.4, 0.4, 0.2, 0.1)
 
 
-def test_unknown_recipe_names_the_known_ones():
-    with pytest.raises(ConfigError, match="patch_pathology"):
-        recipe_path("pathology")
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        (schema.PatchConfig, "pathology", r"\(patch_pathology, patch\), found 'pathology'; did you mean 'patch_path"),
+        (schema.PatchConfig, "region", "patch_pathology, patch"),
+        (schema.RegionConfig, "patch", r"expected a recipe \(region\)"),
+        (schema.PatchConfig, "my.yaml", "--config"),
+        (schema.TileConfig, "tile", "has none"),
+    ],
+)
+def test_an_unknown_recipe_names_those_of_the_command(kind, name, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(kind, recipe=name)
+    assert "demo" not in str(caught.value)
+
+
+def test_the_comment_of_a_recipe_is_its_head():
+    comment = recipe_comment(schema.PatchConfig, "patch_pathology")
+    assert comment.startswith("# Level 1, recommended") and "< 20k" in comment and "vertical_flip" not in comment

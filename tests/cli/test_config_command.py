@@ -1,0 +1,53 @@
+"""`dino config`: the settings of every command as YAML that can be passed back with --config."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dino.cli.config import COMMANDS
+from dino.cli.main import app
+from dino.config.load import RECIPES, load_config
+
+
+def run(*words: str):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["config", *words])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_output_can_be_passed_as_a_config_file(tmp_path: Path, command):
+    kind = COMMANDS[command]
+    result = run(command.split()[-1])
+    assert result.exit_code == 0, result.output
+    assert run(*command.split()).stdout == result.stdout
+    (tmp_path / "my.yaml").write_text(result.stdout, encoding="utf-8")
+    recipe = next(iter(RECIPES.get(kind, ())), None)
+    assert load_config(kind, file=tmp_path / "my.yaml") == load_config(kind, recipe=recipe)
+    assert max(len(line) for line in result.stdout.splitlines()) <= 120
+
+
+def test_recipe_file_and_words_are_resolved_in_this_order(tmp_path: Path):
+    (tmp_path / "my.yaml").write_text("model:\n  out_dim: 512\nseed: 3\n")
+    words = ["patch", "--recipe", "patch", "--config", str(tmp_path / "my.yaml"), "model.out_dim=1024"]
+    lines = run(*words).stdout.splitlines()
+    shown = {line.split(":")[0].strip(): line for line in lines if not line.startswith("#") and ":" in line}
+    assert "recipe patch." in lines[0] and lines[1].startswith("# 3 of ")
+    assert "out_dim: 1024" in shown["out_dim"] and "[default: 65536]" in shown["out_dim"]
+    assert "seed: 3" in shown["seed"] and "norm_last_layer: false" in shown["norm_last_layer"]
+    assert "default" not in shown["patch_size"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "expected one of tile, patch"),
+        (["pretrain"], "expected one of tile, patch"),
+        (["patch", "--recipe", "pathology"], "did you mean 'patch_pathology'?"),
+        (["tile", "--recipe", "patch"], "has none"),
+        (["patch", "out_dim=3"], "did you mean 'model.out_dim'?"),
+    ],
+)
+def test_a_wrong_call_gets_one_line_and_exit_code_2(words, message):
+    result = run(*words)
+    assert result.exit_code == 2
+    assert message in result.stderr.splitlines()[-1]
