@@ -301,7 +301,7 @@ def attention_overlay(pixels: np.ndarray, attention: np.ndarray, *, smooth: bool
     """Attention weights in red over the tissue in grey.
 
     Weights are relative to the uniform weight 1 / (h w): up to 1 nothing is coloured, and the deepest red is the
-    99th percentile of the map, but at least 2. A nearly uniform map therefore stays pale, where scaling it to its own
+    99th percentile of the map, but at least 2. A nearly uniform map therefore stays grey, where scaling it to its own
     range would show noise.
 
     Args:

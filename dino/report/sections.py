@@ -156,8 +156,8 @@ def make_page(data: ReportData) -> Page:
     slide, versions = data.slide, data.versions or {}
     subtitle = [f"Slide {slide.slide_id}"] if slide else []
     subtitle += [f"{run.level}-level run {run.folder}" for run in data.runs]
-    settings = {"Tiling: settings": slide.settings} if slide else {}
-    settings |= {f"{run.name}: settings": run.settings for run in data.runs}
+    settings = {"Tiling": slide.settings} if slide else {}
+    settings |= {run.name: run.settings for run in data.runs}
     return Page(
         title="Pretraining" if data.runs else "Tiling",
         subtitle=" · ".join(subtitle),
@@ -192,7 +192,7 @@ def make_sections(data: ReportData) -> list[Section]:
     if data.region_attention:
         attention.append(region_attention_figure(data.region_attention))
     if attention:
-        introduction = "Attention weights of the cls token in the last block. They show where a network looks, not why."
+        introduction = "Attention weights of the cls token in the last block."
         found.append(Section("Attention", introduction, attention))
     return found
 
@@ -299,7 +299,7 @@ def tile_attention_figure(attention: AttentionData) -> Figure:
     return Figure(
         figures.attention_montage(attention.images, attention.trained, attention.untrained, attention.um_per_px),
         f"{len(attention.images)} tiles overlaid with the attention of the patch-level network.",
-        "Tiles. Red is attention above the mean of the panel; the deepest red is at least twice the mean. A pale panel "
+        "Tiles. Red is attention above the mean of the panel; the deepest red is at least twice the mean. A grey panel "
         "has nearly uniform attention, as an untrained network has. Heads that attend to different structures (nuclei, "
         "fibres, edges) are a good sign.",
     )
