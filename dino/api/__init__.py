@@ -1,8 +1,7 @@
-"""The verbs of this package, for Python: the same ones as on the command line, with typed configs.
+"""The functions of this package for Python: the same as on the command line, with typed configs.
 
-Each takes a config of :mod:`dino.config.schema` and builds everything it needs from it; this is the only place where
-settings meet constructors. A verb is imported when it is first asked for, so that training runs where the packages that
-read slides are absent.
+Each takes a config of :mod:`dino.config.schema` and builds everything it needs from it. A function is imported at its
+first use, so that training runs without the packages that read slides.
 """
 
 import importlib
@@ -46,7 +45,12 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a verb."""
+    """Import a function at its first use."""
     if name not in _MODULES:
         raise AttributeError(f"module 'dino.api' has no attribute '{name}'")
     return getattr(importlib.import_module(f"dino.api.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public functions, for completion: they are not imported yet."""
+    return __all__

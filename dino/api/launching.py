@@ -1,4 +1,4 @@
-"""``launch``: hand a piece of work to SLURM, through submitit, and have it started again until it is done."""
+"""``launch``: submit work to SLURM through submitit; the job is requeued until the work is done."""
 
 import dataclasses
 import os
@@ -18,12 +18,12 @@ CLUSTERS = ("slurm", "local")
 
 @dataclasses.dataclass(frozen=True)
 class Submission:
-    """What was handed over.
+    """A submitted job.
 
     Attributes:
-        job: The scheduler's number of the job; empty after a dry run.
-        folder: Where its output goes.
-        parameters: What the scheduler was asked for, in submitit's words.
+        job: The scheduler's job id; empty after a dry run.
+        folder: Folder of its output.
+        parameters: The parameters of submitit's executor.
     """
 
     job: str
@@ -34,17 +34,17 @@ class Submission:
 def launch_slurm(
     work: Callable[[], object], settings: SlurmConfig, folder: str | Path, *, dry_run: bool = False
 ) -> Submission:
-    """Submit ``work`` to SLURM: one task per GPU, started again after its time limit or a preemption.
+    """Submit ``work`` to SLURM: one task per GPU, requeued after its time limit or a preemption.
 
     Args:
-        work: What each process does, such as ``functools.partial(api.pretrain, config)``; it is pickled. It must be
-            able to go on where it was stopped, as pretraining and extraction are.
-        settings: What to ask SLURM for.
-        folder: Folder on a shared disk for the job's output and submitit's files.
+        work: Function that each process calls, such as ``functools.partial(api.pretrain, config)``; it is pickled. It
+            must be resumable, as pretraining and extraction are.
+        settings: The settings of the job.
+        folder: Folder on a shared disk for the output of the job and the files of submitit.
         dry_run: Submit nothing.
 
     Raises:
-        ConfigError: If submitit is not installed, there is no SLURM here, or it refuses.
+        ConfigError: If submitit is not installed, or SLURM is not available or rejects the job.
     """
     _check(settings)
     submitit = _submitit()
@@ -62,7 +62,7 @@ def launch_slurm(
         job = executor.submit(Task(work))
     except (RuntimeError, OSError, submitit.core.utils.FailedSubmissionError) as error:
         raise ConfigError(
-            f"expected {settings.cluster} to take the job, found: {' '.join(str(error).split())}; submit from a node "
+            f"expected {settings.cluster} to accept the job, found: {' '.join(str(error).split())}; submit from a node "
             "where sbatch works, or try slurm.cluster=local"
         ) from error
     return Submission(str(job.job_id), folder, parameters)
@@ -93,7 +93,7 @@ def _submitit() -> Any:
 
 
 def _parameters(settings: SlurmConfig) -> dict[str, Any]:
-    """What SLURM is asked for, in submitit's words."""
+    """The parameters of submitit's executor."""
     tasks = max(1, settings.gpus_per_node)  # without GPUs one process per node
     return {
         "name": settings.name,
@@ -107,7 +107,9 @@ def _parameters(settings: SlurmConfig) -> dict[str, Any]:
         "slurm_account": settings.account,
         "slurm_qos": settings.qos,
         "slurm_constraint": settings.constraint,
-        "slurm_srun_args": [f"--cpus-per-task={settings.cpus_per_gpu}"],  # since SLURM 22.05 not taken from sbatch
+        "slurm_srun_args": [
+            f"--cpus-per-task={settings.cpus_per_gpu}"
+        ],  # since SLURM 22.05 srun does not inherit it from sbatch
         "slurm_signal_delay_s": settings.warn_seconds,
         "slurm_setup": list(settings.setup) or None,
         "slurm_additional_parameters": {"requeue": True},
@@ -115,24 +117,24 @@ def _parameters(settings: SlurmConfig) -> dict[str, Any]:
 
 
 class Task:
-    """One process of a job: takes its place among the others, does the work, and asks to be started again.
+    """One process of a job: joins the others, does the work, and requests a restart if it was stopped.
 
     Args:
-        work: What each process does.
+        work: Function that each process calls.
     """
 
     def __init__(self, work: Callable[[], object]) -> None:
         self.work = work
 
     def __call__(self) -> None:
-        """Do the work; ends the process with the exit code of an error, as the command line does."""
-        os.environ.update(place(_submitit().JobEnvironment()))
+        """Do the work; exits with the exit code of an error, as the command line does."""
+        os.environ.update(distributed_environment(_submitit().JobEnvironment()))
         try:
             self.work()
         except Stopped as stop:
             progress.say(str(stop))
             if stop.signal == signal.SIGUSR2:
-                # What submitit does at this signal when nobody else listens: the first task has the job started again.
+                # submitit's own handler of this signal: the first task requeues the job.
                 signal.raise_signal(stop.signal)
             raise SystemExit(stop.exit_code) from None
         except DinoError as error:
@@ -140,12 +142,12 @@ class Task:
             raise SystemExit(error.exit_code) from None
 
     def checkpoint(self) -> Any:
-        """What submitit starts again: the same, because everything that was done lies in the run folder."""
+        """What submitit restarts: the same task, because all progress is in the run folder."""
         return _submitit().helpers.DelayedSubmission(self)
 
 
-def place(environment: Any) -> dict[str, str]:
-    """What ``torchrun`` would set for this process, from what the scheduler says.
+def distributed_environment(environment: Any) -> dict[str, str]:
+    """The environment variables that ``torchrun`` would set for this process.
 
     Args:
         environment: submitit's description of the task.

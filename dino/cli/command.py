@@ -1,16 +1,16 @@
-"""A command of the house: its help page lists every setting, and a deliberate error is one line and an exit code."""
+"""The base of all commands: a help page that lists every setting, and errors as one line and an exit code."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from dino.cli.grammar import UsageError
+from dino.cli.grammar import UsageError, refuse_settings_as_options
 from dino.errors import DinoError
 
 ConfigFile = Annotated[
@@ -31,7 +31,7 @@ class Command(TyperCommand):
     recipe: ClassVar[str | None] = None
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """What stands behind the command in the usage line: the words as its metavar spells them, then options."""
+        """The usage line after the command: the metavars of its words, then options."""
         arguments = [param.metavar for param in self.get_params(ctx) if param.param_type_name == "argument"]
         return [metavar for metavar in arguments if metavar] + ["[OPTIONS]"]
 
@@ -41,15 +41,24 @@ class Command(TyperCommand):
         if self.schema is not None:
             _print_settings(self.schema, self.recipe)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words; a setting written as an option is answered with a hint."""
+        if self.schema is not None:
+            from dino.config.load import settings
+
+            keys = {item.key for item in settings(self.schema)}
+            try:
+                refuse_settings_as_options(args, keys, {name for param in self.get_params(ctx) for name in param.opts})
+            except UsageError as error:
+                _exit_with(error, ctx)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; a :class:`DinoError` becomes one line on stderr and its own exit code."""
+        """Run the command; a :class:`DinoError` becomes one line on stderr and its exit code."""
         try:
             return super().invoke(ctx)
         except DinoError as error:
-            if isinstance(error, UsageError):
-                typer.echo(ctx.get_usage(), err=True)
-            typer.echo(f"error{_process()}: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(error.exit_code) from None
+            _exit_with(error, ctx)
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
@@ -66,7 +75,7 @@ def with_settings(settings_schema: type, settings_recipe: str | None = None) -> 
 
 
 def end(exit_code: int) -> None:
-    """End the command with ``exit_code``, what there is to say being said."""
+    """End the command with ``exit_code``; nothing more is printed."""
     if exit_code:
         raise typer.Exit(exit_code)
 
@@ -80,8 +89,15 @@ def flat_scalars(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
+def _exit_with(error: DinoError, ctx: Any) -> NoReturn:
+    if isinstance(error, UsageError):
+        typer.echo(ctx.get_usage(), err=True)
+    typer.echo(f"error{_process()}: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(error.exit_code) from None
+
+
 def _process() -> str:
-    """Which process this is, under ``torchrun``, when it is not the first one."""
+    """The rank of this process as text; empty for the first one and outside ``torchrun``."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" or "WORLD_SIZE" not in os.environ else f" in process {rank}"
 
@@ -93,20 +109,20 @@ def _print_settings(schema: type, recipe: str | None) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("setting", no_wrap=True)
     table.add_column("default", overflow="fold", max_width=16)
-    table.add_column("what it is", overflow="fold")
+    table.add_column("description", overflow="fold")
     group = ""
     for item in settings(schema):
         if item.key.rpartition(".")[0] != group:
             group = item.key.rpartition(".")[0]
             table.add_row()
-        table.add_row(item.key, _shown(values[item.key]), item.help)
+        table.add_row(item.key, _format(values[item.key]), item.help)
     console = Console(highlight=False)
     origin = f" The defaults are those of the recipe {recipe}." if recipe else ""
     console.print(f"Settings, as KEY=VALUE words or in the YAML of --config.{origin}\n")
     console.print(table, markup=False)
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if value is None or value == "":
         return "-"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""The ``dino`` command: its subcommands, and the doors that stand in for the original's scripts."""
+"""The ``dino`` command with its subcommands, and the entry points that replace the original's scripts."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -7,12 +7,12 @@ import typer
 from typer.core import TyperGroup
 
 from dino import __version__
-from dino.cli import config, demo, evaluate, export, extract, info, launch, pretrain, replay, tile
+from dino.cli import commands, config, evaluate, export, extract, info, pretrain, replay
 from dino.cli.command import Command, ConfigFile
 
 
 class _InOrder(TyperGroup):
-    """Lists the subcommands in the order of the chain."""
+    """Lists the subcommands in the order in which they are used."""
 
     def list_commands(self, ctx: object) -> list[str]:
         return ["tile", "pretrain", "extract", "evaluate", "export", "info", "replay", "launch", "config", "demo"]
@@ -20,9 +20,9 @@ class _InOrder(TyperGroup):
 
 app = typer.Typer(
     cls=_InOrder,
-    help="Self-supervised vision transformers for whole slides: tile, pretrain, extract, judge, export.\n\n"
-    "Inputs and outputs are given by place, settings as KEY=VALUE in any order; every subcommand's --help lists all of "
-    "its settings. Try `dino demo` first.",
+    help="Self-supervised vision transformers for whole slides: tile, pretrain, extract, evaluate, export.\n\n"
+    "Inputs and outputs are positional arguments, settings are KEY=VALUE words in any order; the --help of a "
+    "subcommand lists all its settings. Try `dino demo` first.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,7 +31,7 @@ app = typer.Typer(
 pretraining = typer.Typer(
     rich_markup_mode="markdown", help="Pretrain level 1 (patch) or level 2 (region) with DINO.", no_args_is_help=True
 )
-evaluation = typer.Typer(rich_markup_mode="markdown", help="Judge the features of a model.", no_args_is_help=True)
+evaluation = typer.Typer(rich_markup_mode="markdown", help="Evaluate the features of a model.", no_args_is_help=True)
 
 launching = typer.Typer(rich_markup_mode="markdown", help="Run a command on a cluster.", no_args_is_help=True)
 
@@ -45,13 +45,13 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say which.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Options that stand before the subcommand."""
+    """Options before the subcommand."""
 
 
-app.command(cls=tile.command)(tile.tile)
+app.command(cls=commands.tile_command)(commands.tile)
 app.add_typer(pretraining, name="pretrain")
 pretraining.command(cls=pretrain.patch_command)(pretrain.patch)
 pretraining.command(cls=pretrain.region_command)(pretrain.region)
@@ -62,14 +62,20 @@ app.command(cls=export.command)(export.export)
 app.command(cls=info.command)(info.info)
 app.command(cls=replay.command)(replay.replay)
 app.add_typer(launching, name="launch")
-launching.command(cls=launch.command)(launch.slurm)
+launching.command(cls=commands.slurm_command)(commands.slurm)
 app.command(cls=config.command)(config.config)
-app.command(cls=demo.command)(demo.demo)
+app.command(cls=commands.demo_command)(commands.demo)
+
+
+@app.command("help", hidden=True)
+def _help(words: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]...", hidden=True)] = None) -> None:
+    """Print the help page, as --help does."""
+    app([*(words or []), "--help"], prog_name="dino")
 
 
 @evaluation.callback()
 def _evaluation() -> None:
-    """Judge the features of a model."""
+    """Evaluate the features of a model."""
 
 
 @launching.callback()
@@ -78,23 +84,23 @@ def _launching() -> None:
 
 
 def main() -> None:
-    """Run the command line; ends the process with its exit code."""
+    """Run the command line and exit with its exit code."""
     app(prog_name="dino")
 
 
-def patch_door() -> None:
+def patch_entry_point() -> None:
     """``python3 dino/patch.py``: level 1 with the original's recipe."""
-    _door(_original_patch, pretrain.original_patch_command)
+    _run_single(_original_patch, pretrain.original_patch_command)
 
 
-def region_door() -> None:
+def region_entry_point() -> None:
     """``python3 dino/region.py``: level 2."""
-    _door(pretrain.region, pretrain.region_command)
+    _run_single(pretrain.region, pretrain.region_command)
 
 
-def extract_door() -> None:
+def extract_entry_point() -> None:
     """``python3 dino/extract_features.py``."""
-    _door(extract.extract, extract.command)
+    _run_single(extract.extract, extract.command)
 
 
 def _original_patch(
@@ -104,7 +110,7 @@ def _original_patch(
     pretrain.pretrain("patch", words or [], config, recipe)
 
 
-def _door(function: Callable[..., None], command: type[Command]) -> None:
+def _run_single(function: Callable[..., None], command: type[Command]) -> None:
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     single.command(cls=command)(function)
     single()

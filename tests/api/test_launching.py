@@ -1,4 +1,4 @@
-"""Work handed to SLURM: what sbatch is given, where a task finds its place, and that it is started again."""
+"""Submission to SLURM: what sbatch gets, the environment of a task, and that a job is requeued."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tiny_runs import assert_same_numbers, config, make_tiles
 from typer.testing import CliRunner
 
 from dino import api
-from dino.api.launching import Task, launch_slurm, place
+from dino.api.launching import Task, distributed_environment, launch_slurm
 from dino.cli.main import app
 from dino.config.schema import SlurmConfig
 from dino.errors import ConfigError, DataError, Stopped
@@ -32,7 +32,7 @@ def program(folder: Path, name: str, script: str) -> None:
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stands in for SLURM's programs: sbatch keeps what it is given, scontrol what it is asked for."""
+    """Replaces SLURM's programs: sbatch keeps its script, scontrol its arguments."""
     folder = tmp_path / "bin"
     folder.mkdir()
     program(folder, "srun", "exit 0")
@@ -58,12 +58,12 @@ def task(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setenv(name, value)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # given back to the tests that follow
+        monkeypatch.setenv(name, "")  # restored for the tests that follow
         monkeypatch.delenv(name)
 
 
-def test_a_task_takes_its_place_from_slurms_variables(task: None) -> None:
-    assert place(submitit.JobEnvironment()) == {
+def test_the_environment_of_a_task_follows_slurms_variables(task: None) -> None:
+    assert distributed_environment(submitit.JobEnvironment()) == {
         "RANK": "9",
         "LOCAL_RANK": "1",
         "WORLD_SIZE": "16",
@@ -72,7 +72,7 @@ def test_a_task_takes_its_place_from_slurms_variables(task: None) -> None:
     }
 
 
-def test_sbatch_is_given_one_task_per_gpu_and_a_signal_before_the_end(cluster: Path, tmp_path: Path) -> None:
+def test_sbatch_gets_one_task_per_gpu_and_a_signal_before_the_time_limit(cluster: Path, tmp_path: Path) -> None:
     settings = SlurmConfig(nodes=2, gpus_per_node=8, timeout_hours=12, partition="gpu", setup=["module load cuda"])
     submission = launch_slurm(print, settings, tmp_path / "jobs")
     script = (cluster / "script").read_text().splitlines()
@@ -95,7 +95,7 @@ def test_sbatch_is_given_one_task_per_gpu_and_a_signal_before_the_end(cluster: P
 @pytest.mark.parametrize(
     ("number", "code", "asked"), [(signal.SIGUSR2, 255, "requeue 4711\n"), (signal.SIGTERM, 75, ""), (None, 75, "")]
 )
-def test_only_slurms_own_signal_starts_the_job_again(
+def test_only_slurms_own_signal_requeues_the_job(
     number: int | None,
     code: int,
     asked: str,
@@ -104,7 +104,7 @@ def test_only_slurms_own_signal_starts_the_job_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A task that was ended by SIGTERM is cancelled, or SLURM itself starts it again."""
+    """A task ended by SIGTERM was cancelled, or SLURM itself restarts it."""
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_JOB_ID", launch_slurm(partial(stop, number), SlurmConfig(), tmp_path / "jobs").job)
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR2)}
@@ -122,7 +122,7 @@ def stop(number: int | None) -> None:
     raise Stopped("saved", number)
 
 
-def test_the_users_mistakes_end_a_task_in_one_line(task: None, capsys: pytest.CaptureFixture) -> None:
+def test_a_users_mistake_ends_a_task_with_one_line(task: None, capsys: pytest.CaptureFixture) -> None:
     def fail() -> None:
         raise DataError("expected images,\nfound none")
 
@@ -138,10 +138,10 @@ def test_the_users_mistakes_end_a_task_in_one_line(task: None, capsys: pytest.Ca
         ({"cluster": "cloud"}, "slurm.cluster slurm or local, found 'cloud'"),
         ({"nodes": 0}, "slurm.nodes of at least 1, found 0"),
         ({"timeout_hours": 0.05}, "longer than slurm.warn_seconds"),
-        ({}, "expected slurm to take the job, found"),
+        ({}, "expected slurm to accept the job, found"),
     ],
 )
-def test_what_cannot_be_submitted_is_refused(
+def test_invalid_submissions_are_rejected(
     changes: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no SLURM here
@@ -149,16 +149,16 @@ def test_what_cannot_be_submitted_is_refused(
         launch_slurm(print, SlurmConfig(**changes), tmp_path / "jobs")
 
 
-def test_without_the_extra_the_line_that_brings_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_error_names_its_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ConfigError, match=r"pip install 'histodino\[slurm\]'"):
         launch_slurm(print, SlurmConfig(), tmp_path)
 
 
-def test_the_command_tells_the_jobs_settings_from_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_separates_settings_of_job_and_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(
-        api, "launch_slurm", lambda *args, **options: made.append((args, options)) or honest(*args, **options)
+        api, "launch_slurm", lambda *args, **options: made.append((args, options)) or launch_slurm(*args, **options)
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "site.yaml").write_text("slurm:\n  partition: gpu\n  account: lab\n")
@@ -184,12 +184,9 @@ def test_the_command_tells_the_jobs_settings_from_the_runs(tmp_path: Path, monke
     assert wrong.exit_code == 2 and "expected pretrain patch, pretrain region or extract, found tile a" in wrong.output
 
 
-honest = launch_slurm
-
-
 @pytest.mark.slow
-def test_a_job_of_two_tasks_is_saved_started_again_and_ends_as_an_uninterrupted_run(tmp_path: Path) -> None:
-    """Through submitit's local executor, which starts its tasks again where SLURM would requeue the job."""
+def test_a_requeued_job_of_two_tasks_ends_as_an_uninterrupted_run(tmp_path: Path) -> None:
+    """With submitit's local executor, which restarts its tasks where SLURM would requeue the job."""
     data, long = make_tiles(tmp_path / "tiles"), {"training.max_steps": 200, "speed.precision": "fp64"}
     api.pretrain(config(data, tmp_path / "one", **long))
     run, log = tmp_path / "two", tmp_path / "two" / "metrics.jsonl"

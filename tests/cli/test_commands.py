@@ -1,4 +1,4 @@
-"""What each command hands to the api, and how it ends."""
+"""What each command passes to the api, and how it exits."""
 
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ COMMANDS = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Stands in for ``dino.api``: remembers what it was called with."""
+    """Replaces ``dino.api`` and records its calls."""
     made = []
     api = SimpleNamespace()
     for name, answer in {
@@ -83,7 +83,7 @@ def test_pretrain_region(run, calls):
     assert calls[0][1].model.arch == "hvit_xs"
 
 
-def test_odd_folder_names_are_taken_as_they_are(run, calls, tmp_path):
+def test_unusual_folder_names_are_not_parsed(run, calls, tmp_path):
     (tmp_path / "stain=[HE").mkdir()
     assert run("pretrain", "patch", "stain=[HE", "1e5").exit_code == 0
     assert (calls[0][1].data_dir, calls[0][1].output_dir) == ("stain=[HE", "1e5")
@@ -124,16 +124,24 @@ def test_help_lists_every_setting_with_its_help(run, words):
     assert f"dino {' '.join(words)}" in result.stdout
 
 
-def test_help_shows_the_values_that_a_start_would_use(run):
+def test_help_shows_the_defaults_of_the_recipe(run):
     lines = run("pretrain", "patch", "--help").stdout.splitlines()
     shown = {line.split()[0]: line.split()[1] for line in lines if len(line.split()) > 1}
     assert (shown["aug.solarize"], shown["aug.quarter_turns"], shown["optim.lr"]) == ("0.0", "true", "0.0005")
 
 
-def test_help_of_dino_lists_the_commands_in_the_order_of_the_chain(run):
+def test_help_of_dino_lists_the_commands_in_the_order_of_use(run):
     text = run("--help").stdout
     order = [text.index(f" {name} ") for name in ("tile", "pretrain", "extract", "evaluate", "export", "info")]
     assert order == sorted(order)
+
+
+def test_dino_help_prints_the_help(run):
+    assert run("help").stdout.split("COMMAND", 1)[1] == run("--help").stdout.split("COMMAND", 1)[1]
+    assert "help" not in run("--help").stdout.split("Commands")[1]
+    assert "spacing_um" in run("help", "tile").stdout
+    assert "For example" in run("help", "pretrain", "patch").stdout
+    assert run("help", "nothing").exit_code == 2
 
 
 def test_version(run):
@@ -141,7 +149,7 @@ def test_version(run):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["tile"], "expected one or more SLIDE and then ROOT, found nothing"),
         (["tile", "a.svs"], "expected one or more SLIDE and then ROOT, found 1: a.svs"),
@@ -160,15 +168,17 @@ def test_version(run):
         (["export", "run", "a", "b"], "expected RUN DIR, found 3: run a b"),
         (["info"], "expected CHECKPOINT, found nothing"),
         (["demo", "a", "b"], "expected one DIR at most"),
+        (["pretrain", "patch", "a", "b", "--training.nepochs", "1"], "KEY=VALUE words: training.nepochs=1"),
+        (["tile", "--num-workers=3", "a", "b"], "KEY=VALUE words: num_workers=3"),
     ],
 )
-def test_wrong_words_end_with_2_and_one_line(run, calls, words, said):
+def test_wrong_words_exit_with_2_and_one_line(run, calls, words, message):
     result = run(*words)
     assert result.exit_code == 2
     assert calls == []
     *usage, error = result.stderr.splitlines()
     assert error.startswith("error: ")
-    assert said in error
+    assert message in error
     assert len(usage) <= 1
     assert "Traceback" not in result.stderr
 
@@ -176,13 +186,13 @@ def test_wrong_words_end_with_2_and_one_line(run, calls, words, said):
 @pytest.mark.parametrize(
     "words", [["tile", "a", "b", "--jobs", "3"], ["pretrain", "root", "run"], ["evaluate"], ["no"]]
 )
-def test_unknown_options_and_commands_end_with_2(run, calls, words):
+def test_unknown_options_and_commands_exit_with_2(run, calls, words):
     result = run(*words)
     assert (result.exit_code, calls) == (2, [])
 
 
 @pytest.mark.parametrize(
-    ("raised", "code", "said"),
+    ("raised", "code", "message"),
     [
         (DataError("expected images in x,\n  found none"), 2, "error: expected images in x, found none\n"),
         (CheckpointError("damaged"), 2, "error: damaged\n"),
@@ -191,23 +201,23 @@ def test_unknown_options_and_commands_end_with_2(run, calls, words):
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
-def test_each_error_has_its_exit_code_and_one_line(run, calls, raised, code, said):
+def test_each_error_has_its_exit_code_and_one_line(run, calls, raised, code, message):
     def fail(*_):
         raise raised
 
     sys.modules["dino.api"].info = fail  # type: ignore[attr-defined]
     result = run("info", "run")
-    assert (result.exit_code, result.stderr) == (code, said)
+    assert (result.exit_code, result.stderr) == (code, message)
 
 
-def test_other_processes_of_a_job_say_which_they_are(run, calls, monkeypatch):
+def test_errors_of_other_processes_of_a_job_name_their_rank(run, calls, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert run("info").stderr.splitlines()[-1].startswith("error in process 3: ")
     assert run("info", "run").stdout == ""
 
 
-def test_a_slide_that_failed_shows_in_the_exit_code(run, calls):
+def test_a_failed_slide_sets_the_exit_code(run, calls):
     for name in ("tile", "extract"):
         setattr(sys.modules["dino.api"], name, lambda *_: SimpleNamespace(exit_code=2))
     assert run("tile", "a.svs", "root").exit_code == 2
@@ -222,3 +232,11 @@ def test_an_unexpected_error_is_not_hidden(run, calls):
     result = run("info", "run")
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_the_public_functions_are_listed_before_they_are_imported():
+    from dino import api
+
+    assert dir(api) == sorted(api.__all__) and "TYPE_CHECKING" not in dir(api)
+    assert {"tile", "pretrain", "extract", "launch_slurm"} <= set(dir(api))
+    assert all(callable(getattr(api, name)) for name in api.__all__)

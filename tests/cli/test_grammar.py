@@ -1,8 +1,17 @@
-"""Words into positional ones and settings."""
+"""Separating positional words from settings."""
+
+import re
 
 import pytest
 
-from dino.cli.grammar import UsageError, expect, expect_many, named_or_positional, split
+from dino.cli.grammar import (
+    UsageError,
+    expect,
+    expect_many,
+    named_or_positional,
+    refuse_settings_as_options,
+    split,
+)
 
 
 def test_words_in_any_order():
@@ -37,7 +46,7 @@ def test_the_number_of_positional_words_counts():
         expect_many(["a"], "SLIDE", "ROOT")
 
 
-def test_by_place_or_by_name_but_not_both():
+def test_positional_or_by_name_but_not_both():
     names = {"data_dir": "ROOT", "output_dir": "RUN"}
     by_name = {"data_dir": "a", "output_dir": "b"}
     assert named_or_positional(["a", "b", "seed=1"], names) == (by_name, ["seed=1"])
@@ -47,3 +56,24 @@ def test_by_place_or_by_name_but_not_both():
         named_or_positional(["a", "b", "output_dir=c"], names)
     with pytest.raises(UsageError, match="expected ROOT RUN, found 3"):
         named_or_positional(["a", "b", "c"], names)
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["a", "--training.nepochs", "1"], "--training.nepochs; settings are KEY=VALUE words: training.nepochs=1"),
+        (["--training.nepochs=1", "b"], "--training.nepochs; settings are KEY=VALUE words: training.nepochs=1"),
+        (["-k", "[1, 2]"], "-k; settings are KEY=VALUE words: 'k=[1, 2]'"),
+        (["--dry-run", "--config", "x"], "--dry-run; settings are KEY=VALUE words: dry_run=VALUE"),
+        (["--seed"], "--seed; settings are KEY=VALUE words: seed=VALUE"),
+    ],
+)
+def test_a_setting_written_as_an_option_is_answered_with_its_right_form(args, word):
+    keys = {"training.nepochs", "k", "dry_run", "seed", "config"}
+    with pytest.raises(UsageError, match=f"^{re.escape('there is no option ' + word)}$"):
+        refuse_settings_as_options(args, keys, {"--config", "-c", "--help"})
+
+
+@pytest.mark.parametrize("args", [["a", "seed=1"], ["--config", "x"], ["--other", "1"], ["--", "--seed"], ["-"], []])
+def test_options_and_other_words_are_left_to_the_parser(args):
+    refuse_settings_as_options(args, {"seed", "config"}, {"--config"})

@@ -1,4 +1,4 @@
-"""The command line as a process of its own: doors by path, light imports, exit codes."""
+"""The command line in a separate process: entry points by path, light imports, exit codes."""
 
 import os
 import subprocess
@@ -16,14 +16,14 @@ def _python(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedP
     return subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("door", ["patch", "region", "extract_features"])
-def test_doors_run_by_path_from_anywhere(door, tmp_path):
-    result = _python(str(ROOT / "dino" / f"{door}.py"), "--help", cwd=tmp_path)
+@pytest.mark.parametrize("script", ["patch", "region", "extract_features"])
+def test_entry_points_run_by_path_from_any_folder(script, tmp_path):
+    result = _python(str(ROOT / "dino" / f"{script}.py"), "--help", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split("[OPTIONS]")[0].split("Usage: ")[1].startswith(f"{door}.py ")
+    assert result.stdout.split("[OPTIONS]")[0].split("Usage: ")[1].startswith(f"{script}.py ")
 
 
-def test_a_door_run_by_path_ends_with_2_and_one_line(tmp_path):
+def test_an_entry_point_run_by_path_exits_with_2_and_one_line(tmp_path):
     result = _python(str(ROOT / "dino" / "patch.py"), "data_dir=a", "output_dir=b", "model.outdim=3", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
@@ -31,15 +31,15 @@ def test_a_door_run_by_path_ends_with_2_and_one_line(tmp_path):
     assert "did you mean 'model.out_dim'?" in result.stderr
 
 
-@pytest.mark.parametrize("door", ["patch", "region", "extract_features"])
-def test_doors_leave_the_modules_of_the_package_out_of_the_top_level(door, tmp_path):
+@pytest.mark.parametrize("script", ["patch", "region", "extract_features"])
+def test_entry_points_keep_the_package_folder_off_the_path(script, tmp_path):
     """Also in a spawned worker, which runs the file again under another name with the parent's path list."""
     program = f"""
 import runpy, sys
 folder = {str(ROOT / "dino")!r}
 sys.path[0] = folder
 for name in ("__mp_main__", "__mp_main__"):
-    runpy.run_path(folder + "/{door}.py", run_name=name)
+    runpy.run_path(folder + "/{script}.py", run_name=name)
     assert folder not in sys.path, sys.path
     assert sys.path.count({str(ROOT)!r}) == 1, sys.path
 import dino.cli.main
