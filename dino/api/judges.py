@@ -1,6 +1,5 @@
 """What judges a run: kNN on labelled images while it trains, and one verdict at its end."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,7 @@ def final_verdict(run: Run, trainer: Trainer, folder: RunFolder, judge: Judge | 
         loss=last.get("loss_relative"),
         labelled=_labelled_score(judge),
     )
-    return {"verdict": dataclasses.asdict(judged), "floor": numbers, "last_metrics": last}
+    return {"verdict": judged.to_dict(), "floor": numbers, "last_metrics": last}
 
 
 def _paired(run: Run, backbone: Backbone) -> Tensor:

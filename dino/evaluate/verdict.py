@@ -1,28 +1,30 @@
-"""One verdict in words on a finished run: learning, flat, or collapsed."""
+"""The verdict on a finished run: learning, flat or collapsed, with the numbers it rests on."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-# Two standard errors of a difference: by chance alone a run exceeds them about once in forty.
-CLEAR_STANDARD_ERRORS = 2.0
-# DINO collapses in two ways (Caron et al. 2021, section 5.3): every picture gets one prototype (entropy and loss go to
-# 0) or all prototypes alike (both go to ln K). Healthy runs stay well inside; these bounds leave 1 % at either end.
+# By chance alone, a difference exceeds two of its standard errors in about one run of forty.
+SIGNIFICANT_STANDARD_ERRORS = 2.0
+# DINO collapses in two ways (Caron et al. 2021, section 5.3): every image is assigned to one prototype (entropy and
+# loss approach 0), or to all prototypes equally (both approach ln K). These bounds leave 1 % at either end.
 ONE_PROTOTYPE = 0.01
 ALL_PROTOTYPES = 0.99
-# Features that point one way to within this, or fill fewer directions than this, can tell almost nothing apart. Far
-# from normal: an untrained ViT-Ti on tissue has a mean cosine of 0.7 and fills 14 directions.
-ALIKE_COSINE = 0.9999
-FEW_DIRECTIONS = 1.5
-# Without a score there is only the loss: below this share of ln K the student does predict its teacher.
-MOVED_LOSS = 0.95
+# Features with a higher mean cosine, or a lower effective rank, distinguish almost nothing. An untrained ViT-Ti on tissue
+# has a mean cosine of 0.7 and an effective rank of 14.
+COLLAPSED_COSINE = 0.9999
+COLLAPSED_RANK = 1.5
+# Without a score only the loss is known: below this fraction of ln K the student does predict the teacher.
+REDUCED_LOSS = 0.95
 
 
 @dataclass(frozen=True)
 class Score:
-    """The teacher's score beside the floor.
+    """A score of the teacher and of the untrained network.
 
     Attributes:
-        name: What was measured, in words ("20-NN accuracy").
+        name: What was measured, such as "20-NN accuracy".
         teacher: The trained teacher's.
         untrained: That of the network before training.
         standard_error: Of the difference of the two.
@@ -38,18 +40,28 @@ class Score:
         """The difference in units of its standard error."""
         return (self.teacher - self.untrained) / max(self.standard_error, 1e-12)
 
+    @property
+    def is_higher(self) -> bool:
+        """Whether the teacher is significantly better than the untrained network."""
+        return self.standard_errors > SIGNIFICANT_STANDARD_ERRORS
+
+    @property
+    def is_lower(self) -> bool:
+        """Whether the teacher is significantly worse than the untrained network."""
+        return self.standard_errors < -SIGNIFICANT_STANDARD_ERRORS
+
 
 @dataclass(frozen=True)
 class Signs:
-    """What is known of a run; None where it was not measured.
+    """The measurements a verdict is based on; None where something was not measured.
 
     Attributes:
-        entropy: Mean entropy of the teacher's targets, as a share of ln K.
-        loss: The loss as a share of ln K.
-        effective_rank: How many directions the teacher's features fill.
-        cosine: Mean cosine similarity of two of the teacher's features.
-        embed_dim: Width D of the features.
-        score: Score beside its floor.
+        entropy: Mean entropy of the teacher's targets, as a fraction of ln K.
+        loss: The loss as a fraction of ln K.
+        effective_rank: Effective rank of the teacher's features.
+        cosine: Mean cosine similarity between two of the teacher's features.
+        embed_dim: Dimension D of the features.
+        score: Score of the teacher and of the untrained network.
     """
 
     entropy: float | None = None
@@ -59,101 +71,129 @@ class Signs:
     embed_dim: int | None = None
     score: Score | None = None
 
+    def is_finite(self) -> bool:
+        """Whether every measurement is a finite number."""
+        numbers = [self.entropy, self.loss, self.effective_rank, self.cosine]
+        numbers += [self.score.teacher, self.score.untrained] if self.score else []
+        return all(math.isfinite(number) for number in numbers if number is not None)
+
+    def facts(self) -> list[str]:
+        """The measurements in words, one string each."""
+        found = []
+        if self.score:
+            s = self.score
+            found.append(
+                f"{s.name} {s.teacher:.3f}, untrained {s.untrained:.3f}: {s.teacher - s.untrained:+.3f}, "
+                f"{s.standard_errors:+.1f} standard errors (significant above {SIGNIFICANT_STANDARD_ERRORS:g})"
+            )
+        if self.loss is not None:
+            found.append(f"loss {self.loss:.3f} of ln K")
+        if self.entropy is not None:
+            found.append(f"teacher entropy {self.entropy:.3f} of ln K")
+        if self.effective_rank is not None:
+            of = f" of {self.embed_dim}" if self.embed_dim else ""
+            found.append(f"effective rank of the features {self.effective_rank:.1f}{of}")
+        if self.cosine is not None:
+            found.append(f"mean cosine between features {self.cosine:.3f}")
+        return found
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judgement.
+    """The verdict on a run, as data; :attr:`text` makes a paragraph of it.
 
     Attributes:
         word: ``learning``, ``flat`` or ``collapsed``.
-        text: Two or three sentences for a reader who knows the lab, not the loss, with the numbers in them.
+        reason: One or two sentences.
+        facts: The measurements, one string each.
     """
 
     word: str
-    text: str
+    reason: str
+    facts: Sequence[str] = ()
+
+    @property
+    def text(self) -> str:
+        """Word, reason and measurements as one paragraph."""
+        parts = [f"{self.word.capitalize()}.", self.reason, self.numbers]
+        return " ".join(part for part in parts if part)
+
+    @property
+    def numbers(self) -> str:
+        """The measurements as one sentence; empty without any."""
+        joined = "; ".join(self.facts)
+        return f"{joined[0].upper()}{joined[1:]}." if joined else ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``status.json``."""
+        return {**asdict(self), "facts": list(self.facts), "text": self.text}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Verdict":
+        """The verdict that :meth:`to_dict` wrote, or that of version 0.1.0, which recorded only word and text."""
+        word = str(values["word"])
+        if "reason" in values:
+            return cls(word, str(values["reason"]), tuple(str(fact) for fact in values.get("facts", ())))
+        return cls(word, str(values["text"]).removeprefix(f"{word.capitalize()}. "))
 
 
 def difference_error(first: float, second: float, count: int) -> float:
     """Standard error of the difference of two accuracies over ``count`` queries.
 
-    Both are taken as independent binomial shares. They are measured on the same queries, so this is on the safe side.
+    Both are treated as independent binomial proportions. Both use the same queries, so this is conservative.
 
     Args:
         first: An accuracy in [0, 1].
         second: Another.
-        count: How many queries each was measured on.
+        count: Number of queries of each.
     """
     return math.sqrt((first * (1 - first) + second * (1 - second)) / max(count, 1))
 
 
 def verdict(signs: Signs) -> Verdict:
-    """Judge a run.
+    """The verdict that follows from the measurements.
 
     1. A number that is not finite: collapsed.
-    2. A score that beats the untrained floor by more than two standard errors: learning. It comes before the signs of
-       collapse because features that tell tissue apart have not collapsed, whatever the loss looks like.
-    3. Features all alike, or the targets of either collapse of DINO: collapsed.
-    4. No score at all, but a loss that has clearly left ln K: learning, and the text says what that rests on.
-    5. Anything else: flat.
+    2. A score that exceeds the untrained network's by more than two standard errors: learning. It takes precedence over
+       signs of collapse, because features that distinguish tissue have not collapsed, whatever the loss.
+    3. Features that are all alike, or targets of either collapse of DINO: collapsed.
+    4. No score, but a loss well below ln K: learning, and the reason names what it is based on.
+    5. Otherwise: flat.
 
     Args:
         signs: What was measured.
-
-    Returns:
-        The word and its reasons.
     """
-    numbers = [signs.entropy, signs.loss, signs.effective_rank, signs.cosine]
-    numbers += [signs.score.teacher, signs.score.untrained] if signs.score else []
-    if not all(math.isfinite(n) for n in numbers if n is not None):
-        return _spoken("collapsed", "A loss or feature is not a finite number.", signs)
-    reason = _collapse(signs)
-    score = signs.score
-    if score and score.standard_errors > CLEAR_STANDARD_ERRORS:
-        caution = f" Take care, though: {reason[0].lower()}{reason[1:]}" if reason else ""
-        return _spoken("learning", f"The features beat those of the untrained network clearly.{caution}", signs)
-    if reason:
-        return _spoken("collapsed", reason, signs)
+    word, reason = _decide(signs)
+    return Verdict(word, reason, tuple(signs.facts()))
+
+
+def _decide(signs: Signs) -> tuple[str, str]:
+    if not signs.is_finite():
+        return "collapsed", "A loss or feature is not a finite number."
+    collapse, score = _collapse(signs), signs.score
+    if score and score.is_higher:
+        warning = f" However: {collapse[0].lower()}{collapse[1:]}" if collapse else ""
+        return "learning", f"The features are significantly better than those of the untrained network.{warning}"
+    if collapse:
+        return "collapsed", collapse
     if score:
-        worse = score.standard_errors < -CLEAR_STANDARD_ERRORS
-        so_far = "are worse than" if worse else "cannot be told from"
-        return _spoken("flat", f"So far the features {so_far} those of the untrained network.", signs)
-    if signs.loss is not None and signs.loss < MOVED_LOSS:
-        text = "The loss has fallen; nothing was there to score the features with, so this rests on the loss alone."
-        return _spoken("learning", text, signs)
-    return _spoken("flat", "The loss has hardly moved, and nothing was there to score the features with.", signs)
+        relation = "significantly worse than" if score.is_lower else "indistinguishable from"
+        return "flat", f"So far the features are {relation} those of the untrained network."
+    if signs.loss is not None and signs.loss < REDUCED_LOSS:
+        return "learning", "The loss has decreased. No score of the features is available, only the loss."
+    return "flat", "The loss has hardly decreased, and no score of the features is available."
 
 
 def _collapse(signs: Signs) -> str:
-    """Which sign of collapse there is, as a sentence; empty without any."""
-    if signs.cosine is not None and signs.cosine > ALIKE_COSINE:
-        return "The network gives every picture the same features."
-    if signs.effective_rank is not None and signs.effective_rank < FEW_DIRECTIONS:
-        return "The features fill hardly more than one direction."
+    """The sign of collapse as a sentence; empty without any."""
+    if signs.cosine is not None and signs.cosine > COLLAPSED_COSINE:
+        return "The network maps all images to the same features."
+    if signs.effective_rank is not None and signs.effective_rank < COLLAPSED_RANK:
+        return "The features vary in hardly more than one direction."
     if signs.entropy is None or signs.loss is None:
         return ""
     if max(signs.entropy, signs.loss) < ONE_PROTOTYPE:
-        return "The teacher puts every picture into one and the same prototype."
+        return "The teacher assigns all images to the same prototype."
     if min(signs.entropy, signs.loss) > ALL_PROTOTYPES:
-        return "The teacher finds all prototypes equally fitting for every picture."
+        return "The teacher assigns all prototypes the same probability for every image."
     return ""
-
-
-def _spoken(word: str, reason: str, signs: Signs) -> Verdict:
-    facts = []
-    if signs.score:
-        s = signs.score
-        facts.append(
-            f"{s.name} {s.teacher:.3f}, untrained {s.untrained:.3f}: {s.teacher - s.untrained:+.3f}, "
-            f"{s.standard_errors:+.1f} standard errors (clear is more than {CLEAR_STANDARD_ERRORS:g})"
-        )
-    if signs.loss is not None:
-        facts.append(f"loss {signs.loss:.3f} of ln K")
-    if signs.entropy is not None:
-        facts.append(f"teacher entropy {signs.entropy:.3f} of ln K")
-    if signs.effective_rank is not None:
-        of = f" of {signs.embed_dim}" if signs.embed_dim else ""
-        facts.append(f"features fill about {signs.effective_rank:.1f}{of} directions")
-    if signs.cosine is not None:
-        facts.append(f"mean cosine of two features {signs.cosine:.3f}")
-    numbers = "; ".join(facts)
-    return Verdict(word, f"{word.capitalize()}. {reason}" + (f" {numbers[0].upper()}{numbers[1:]}." if facts else ""))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
+from dino.evaluate.verdict import Verdict
 from dino.report import style
 
 
@@ -52,26 +53,6 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Result of one run: a word (``learning``, ``flat``, ``collapsed``, or a state) and the reasons for it."""
-
-    subject: str
-    word: str
-    text: str
-    numbers: str = ""
-
-    @classmethod
-    def from_status(cls, subject: str, status: Mapping[str, Any]) -> "Verdict":
-        """The verdict in a ``status.json``, whose text is "Word. A sentence or two. The numbers.", or its state."""
-        verdict = status.get("verdict")
-        if not verdict:
-            steps = f"Step {status.get('step', 0):,} of {status.get('total_steps', 0):,}; not evaluated yet."
-            return cls(subject, str(status.get("state", "unknown")).replace("_", " "), steps)
-        reason, _, numbers = verdict["text"].removeprefix(f"{verdict['word'].capitalize()}. ").rpartition(". ")
-        return cls(subject, verdict["word"], f"{reason}." if reason else numbers, numbers if reason else "")
-
-
-@dataclass(frozen=True)
 class Page:
     """Contents of a report.
 
@@ -79,7 +60,7 @@ class Page:
         title: Heading of the page.
         subtitle: One line below it: the slide and the runs.
         notice: A paragraph at the top, or "".
-        verdicts: One per run.
+        verdicts: Name and verdict of each run.
         facts: Value and label of the main numbers, shown at the top.
         sections: The body.
         methods: The methods paragraph.
@@ -90,7 +71,7 @@ class Page:
     title: str
     subtitle: str
     notice: str = ""
-    verdicts: Sequence[Verdict] = ()
+    verdicts: Sequence[tuple[str, Verdict]] = ()
     facts: Sequence[tuple[str, str]] = ()
     sections: Sequence[Section] = ()
     methods: str = ""

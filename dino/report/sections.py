@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from dino.evaluate.verdict import Verdict
 from dino.report import figures, methods
 from dino.report.figures import MontageImage, Thumbnail
-from dino.report.page import Figure, Page, Section, Table, Verdict
+from dino.report.page import Figure, Page, Section, Table
 from dino.report.projection import farthest_points, nearest_neighbours, pca_rgb
 
 QUERIES = 4
@@ -162,13 +163,21 @@ def make_page(data: ReportData) -> Page:
         title="Pretraining" if data.runs else "Tiling",
         subtitle=" · ".join(subtitle),
         notice=data.notice,
-        verdicts=[Verdict.from_status(run.name, run.status) for run in data.runs if run.status],
+        verdicts=[(run.name, run_verdict(run.status)) for run in data.runs if run.status],
         facts=_facts(data),
         sections=make_sections(data),
         methods=methods.methods(_method_facts(data)),
         settings={**settings, "Versions": versions},
         footer=f"Written by histodino {versions.get('histodino', '')}. This file loads nothing from the network.",
     )
+
+
+def run_verdict(status: Mapping[str, Any]) -> Verdict:
+    """The verdict in a ``status.json``; its state where the run has not been evaluated yet."""
+    if status.get("verdict"):
+        return Verdict.from_dict(status["verdict"])
+    state = str(status.get("state", "unknown")).replace("_", " ")
+    return Verdict(state, f"Step {status.get('step', 0):,} of {status.get('total_steps', 0):,}; not evaluated yet.")
 
 
 def make_sections(data: ReportData) -> list[Section]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 
-from dino.evaluate.verdict import ALL_PROTOTYPES, FEW_DIRECTIONS, ONE_PROTOTYPE
+from dino.evaluate.verdict import ALL_PROTOTYPES, COLLAPSED_RANK, ONE_PROTOTYPE
 
 LINES = 10  # lines of the log in a row that must show a sign
 FEW_SAMPLES = 16  # fewer than these can fill few directions by chance
@@ -26,7 +26,7 @@ SIGNS: dict[str, Callable[[Line], bool]] = {
     "model.out_dim": lambda line: _entropy(line) <= ALL_PROTOTYPES < line["loss_relative"],
     "the teacher's features fill hardly more than one direction (feature_rank near 1), so they tell no samples apart: "
     "lower optim.lr, raise training.warmup_epochs or model.momentum_teacher, or train on samples that differ "
-    "more": lambda line: line.get("feature_rank", math.inf) < FEW_DIRECTIONS,
+    "more": lambda line: line.get("feature_rank", math.inf) < COLLAPSED_RANK,
 }
 
 

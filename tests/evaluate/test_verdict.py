@@ -1,8 +1,9 @@
+import json
 import math
 
 import pytest
 
-from dino.evaluate.verdict import Score, Signs, difference_error, verdict
+from dino.evaluate.verdict import Score, Signs, Verdict, difference_error, verdict
 
 HEALTHY = {"entropy": 0.6, "loss": 0.8, "effective_rank": 20.0, "cosine": 0.4, "embed_dim": 192}
 
@@ -32,7 +33,7 @@ def test_rules(signs, word):
     assert verdict(signs).word == word
 
 
-def test_the_text_holds_the_numbers():
+def test_the_text_contains_the_numbers():
     text = verdict(Signs(**HEALTHY, score=score(0.55))).text
     for part in (
         "Learning.",
@@ -45,8 +46,21 @@ def test_the_text_holds_the_numbers():
         assert part in text
 
 
-def test_a_good_score_beside_a_sign_of_collapse_is_said():
-    assert "Take care" in verdict(Signs(**{**HEALTHY, "effective_rank": 1.1}, score=score(0.55))).text
+def test_a_significant_score_with_a_sign_of_collapse_carries_a_warning():
+    assert "However" in verdict(Signs(**{**HEALTHY, "effective_rank": 1.1}, score=score(0.55))).reason
+
+
+def test_a_verdict_is_written_and_read_as_data():
+    found = verdict(Signs(**HEALTHY, score=score(0.55)))
+    written = json.loads(json.dumps(found.to_dict()))
+    assert Verdict.from_dict(written) == found
+    assert written["text"] == found.text == f"Learning. {found.reason} {found.numbers}"
+
+
+def test_a_verdict_of_version_0_1_0_is_read():
+    text = "Flat. So far so good. 20-NN accuracy 0.5, untrained 0.5."
+    found = Verdict.from_dict({"word": "flat", "text": text})
+    assert (found.word, found.text) == ("flat", text)
 
 
 def test_error_of_a_difference():

@@ -5,8 +5,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from dino.evaluate.verdict import Verdict
 from dino.report import style
-from dino.report.page import Figure, Page, Section, Table, Verdict, render
+from dino.report.page import Figure, Page, Section, Table, render
+from dino.report.sections import run_verdict
 
 MARKUP = '<script>alert("x")</script>'
 
@@ -22,7 +24,7 @@ def html():
             title=f"slide {MARKUP}",
             subtitle=MARKUP,
             notice=MARKUP,
-            verdicts=[Verdict(MARKUP, "learning", MARKUP)],
+            verdicts=[(MARKUP, Verdict("learning", MARKUP, (MARKUP,)))],
             facts=[(MARKUP, MARKUP)],
             sections=[section],
             methods=MARKUP,
@@ -70,15 +72,11 @@ def test_page_without_content():
     assert "Methods" not in html
 
 
-def test_verdict_is_split_into_reason_and_numbers():
-    status = {"verdict": {"word": "flat", "text": "Flat. Hardly moved. loss 0.999 of ln K; cosine 0.3."}}
-    verdict = Verdict.from_status("Patch level", status)
-    assert (verdict.word, verdict.text, verdict.numbers) == ("flat", "Hardly moved.", "loss 0.999 of ln K; cosine 0.3.")
-    status = {"verdict": {"word": "collapsed", "text": "Collapsed. A loss is not a finite number."}}
-    bare = Verdict.from_status("Patch level", status)
-    assert (bare.text, bare.numbers) == ("A loss is not a finite number.", "")
+def test_verdict_of_a_run():
+    verdict = Verdict("flat", "The loss has hardly decreased.", ("loss 0.999 of ln K",))
+    assert run_verdict({"verdict": verdict.to_dict()}) == verdict
 
 
 def test_state_of_a_run_without_a_verdict():
-    verdict = Verdict.from_status("Patch level", {"state": "early_stopped", "step": 1200, "total_steps": 5000})
-    assert (verdict.word, verdict.text) == ("early stopped", "Step 1,200 of 5,000; not evaluated yet.")
+    verdict = run_verdict({"state": "early_stopped", "step": 1200, "total_steps": 5000})
+    assert (verdict.word, verdict.reason) == ("early stopped", "Step 1,200 of 5,000; not evaluated yet.")
