@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 from torchvision.transforms.v2 import functional as v2
 
-from dino.crops.blur import blur_radius
+from dino.crops.colour import blur_radius
 from dino.crops.parameters import JITTER_ORDERS
 
 JITTERS = ("brightness", "contrast", "saturation", "hue")

@@ -1,1 +1,1 @@
-"""Crops: drawn as a few numbers by a data worker, applied to the whole batch on the training device."""
+"""Crops: a data worker draws their parameters, the training device applies them to the whole batch."""

@@ -1,4 +1,4 @@
-"""Crops of feature grids (level 2): whole cells, moved and never resampled."""
+"""Crops of feature grids (level 2): whole cells, which are copied and never resampled."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,24 +8,23 @@ import torch
 from torch import Tensor
 
 from dino.config.schema import RegionAugConfig
-from dino.crops.memory import Memory
-from dino.crops.orientation import fold_turns
+from dino.crops.memory import MemoryPool
 from dino.crops.parameters import GLOBAL_VIEWS, check_range
-from dino.crops.resample import to_device
+from dino.crops.resample import fold_rotation, to_device
 from dino.errors import ConfigError, DataError
 
-CELL_TISSUE = 0.25  # a cell holds tissue where `dino tile` would keep it as a tile by default
+CELL_TISSUE = 0.25  # minimum tissue fraction of a cell with tissue: the default of `dino tile` for tiles
 SMALLEST_GRID = 4
 
 
 def crop_side(cells: int, scale: float, least: int, most: int) -> int:
-    """Side of a crop in cells: ``round(scale cells)``, kept in ``least .. most``.
+    """Side of a crop in cells: ``round(scale cells)``, clamped to ``least .. most``.
 
     Args:
         cells: Side of the grid.
-        scale: Side of the crop as a share of it.
-        least: Smallest side allowed.
-        most: Largest side allowed.
+        scale: Side of the crop as a fraction of it.
+        least: Minimum side.
+        most: Maximum side.
 
     Returns:
         The side, in cells.
@@ -49,7 +48,7 @@ def check_region_aug(aug: RegionAugConfig) -> None:
 
 
 class GridCrops:
-    """The views of a feature grid: two global crops, then local ones, flipped and turned.
+    """The views of a feature grid: two global crops, then local ones, flipped and rotated.
 
     Attributes:
         groups: ``[2, local_number]``, or ``[2]`` without local crops.
@@ -59,13 +58,13 @@ class GridCrops:
     def __init__(
         self, grid_size: tuple[int, int], aug: RegionAugConfig | None = None, cells: Tensor | None = None
     ) -> None:
-        """Fix the sizes.
+        """Compute the sizes of the crops.
 
         Args:
             grid_size: Height and width of the grids, in cells.
             aug: Crops and augmentations; the defaults when None.
-            cells: (n, h * w, D) cells of all grids, memory-mapped or on the training device, so that a batch only
-                says which it takes; None where batches bring their own.
+            cells: (n, h * w, D) cells of all grids, memory-mapped or on the training device: a batch then holds row
+                numbers only; None if batches hold the cells themselves.
 
         Raises:
             ConfigError: The grid has fewer than 4 cells along an axis, or a setting is out of its range.
@@ -76,7 +75,7 @@ class GridCrops:
                 f"{grid_size[0]} x {grid_size[1]}: extract larger regions"
             )
         self.grid_size, self.cells = grid_size, cells
-        self._memory = Memory()
+        self._memory = MemoryPool()
         self.aug = aug or RegionAugConfig()
         check_region_aug(self.aug)
         turn_step = 1 if grid_size[0] == grid_size[1] else 2
@@ -91,10 +90,12 @@ class GridCrops:
         turns = [4 // self.turn_step if self.turn_step else 1] * views
         self._candidates = GLOBAL_VIEWS * (1 + self.aug.redraws)
         corners = np.repeat(self.sizes, [self._candidates, *self.groups[1:]], axis=0)  # (candidates + local views, 2)
-        self._counts = np.concatenate([turns, (np.add(grid_size, 1) - corners).flatten()])  # of each number's values
+        self._counts = np.concatenate(
+            [turns, (np.add(grid_size, 1) - corners).flatten()]
+        )  # number of values of each integer
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the cells: other processes draw, this one applies."""
+        """Without the cells: worker processes only draw."""
         return {**self.__dict__, "cells": None}
 
     def draw(
@@ -102,28 +103,28 @@ class GridCrops:
     ) -> dict[str, np.ndarray]:
         """Draw the parameters of all views of one grid.
 
-        A global crop is redrawn until enough of its cells hold tissue; when no draw has enough, the one with the most
-        is taken. A cell holds tissue where its tissue fraction is at least 0.25, the least at which `dino tile` keeps
-        a tile.
+        A global crop is redrawn until enough of its cells contain tissue; if no draw has enough, the one with the
+        most is used. A cell contains tissue if its tissue fraction is at least 0.25, at which `dino tile` keeps a tile
+        by default.
 
         Args:
             shape: Height and width of the grid in cells.
-            tissue: (h, w) tissue fraction of each cell, or None where it is not known: then nothing is redrawn.
-            rng: Where the numbers come from.
+            tissue: (h, w) tissue fraction of each cell, or None if unknown: then nothing is redrawn.
+            rng: Source of the random numbers.
 
         Returns:
             ``box`` (V, 4) int64: top, left, height, width in cells; ``flip_x``, ``flip_y`` (V,) bool; ``turns`` (V,)
-            int64, counter-clockwise quarter turns.
+            int64, counter-clockwise rotation in units of 90°.
 
         Raises:
-            DataError: The grid is not of the size these crops are made for.
+            DataError: The grid has another size than ``grid_size``.
         """
         if tuple(shape) != tuple(self.grid_size):
             raise DataError(
                 f"expected grids of {self.grid_size[0]} x {self.grid_size[1]} cells, found {shape[0]} x {shape[1]}: "
                 "train on regions of one size"
             )
-        # One call for all numbers of a sample, whatever comes of them: a call costs far more than its numbers.
+        # One call for all random numbers of a sample: a call costs far more than its numbers.
         views, flips = len(self._sides), len(self._chances)
         numbers = rng.random(flips + len(self._counts))
         flip_x, flip_y = (numbers[:flips] < self._chances).reshape(2, views)
@@ -137,50 +138,50 @@ class GridCrops:
         return {"box": box, "flip_x": flip_x, "flip_y": flip_y, "turns": whole[:views] * self.turn_step}
 
     def _with_tissue(self, candidates: np.ndarray, tissue: np.ndarray) -> list[np.ndarray]:
-        """The first corner of each view's candidates (V, n, 2) with enough tissue, else the one with the most."""
+        """The first of each view's candidate corners (V, n, 2) with enough tissue, else the one with the most."""
         (height, width), chosen = self.sizes[0], []
         for corners in candidates:
-            held = [(tissue[t : t + height, x : x + width] >= CELL_TISSUE).mean() for t, x in corners]
-            enough = [i for i, share in enumerate(held) if share >= self.aug.min_tissue]
-            chosen.append(corners[enough[0] if enough else int(np.argmax(held))])
+            fractions = [(tissue[t : t + height, x : x + width] >= CELL_TISSUE).mean() for t, x in corners]
+            enough = [i for i, fraction in enumerate(fractions) if fraction >= self.aug.min_tissue]
+            chosen.append(corners[enough[0] if enough else int(np.argmax(fractions))])
         return chosen
 
     @torch.no_grad()
     def apply(self, grids: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
-        """Make the views of a batch: exact copies of cells.
+        """Compute the views of a batch: exact copies of cells.
 
         Args:
-            grids: (B, h * w, D) cells, row-major; or (B,) int64, rows of the cells that these crops hold.
-            parameters: What :meth:`draw` gave, stacked to (B, V, ...), on the CPU.
+            grids: (B, h * w, D) cells, row-major; or (B,) int64, row numbers in ``cells``.
+            parameters: Results of :meth:`draw`, stacked to (B, V, ...), on the CPU.
 
         Returns:
-            One (V_g, B, D, s_h, s_w) tensor per group, of the dtype and on the device of the cells; D lies innermost
-            in memory, where the region ViT wants it.
+            One (V_g, B, D, s_h, s_w) tensor per group, of the dtype and on the device of the cells; D is the
+            innermost dimension in memory, as the region ViT reads it.
         """
         held = grids.ndim == 1
         cells = self.cells if held else grids  # (n, h * w, D)
         if cells is None:
-            raise DataError("expected (B, h * w, D) cells, found rows of cells that these crops do not hold")
+            raise DataError("expected (B, h * w, D) cells, found row numbers of cells that these crops do not hold")
         rows = grids if held else torch.arange(len(grids), device=grids.device)
         result = []
         first = 0
         for size, count in zip(self.sizes, self.groups, strict=True):
             group = {k: v[:, first : first + count].transpose(0, 1) for k, v in parameters.items()}  # (V_g, B, ..)
-            places = self._places(group, size, rows)  # (V_g, B, s_h, s_w)
-            result.append(self._memory.gather(cells.flatten(0, 1), places).movedim(-1, 2))  # (V_g, B, D, s_h, s_w)
+            index = self._cell_index(group, size, rows)  # (V_g, B, s_h, s_w)
+            result.append(self._memory.gather(cells.flatten(0, 1), index).movedim(-1, 2))  # (V_g, B, D, s_h, s_w)
             first += count
         return result
 
-    def _places(self, group: dict[str, Tensor], size: Sequence[int], rows: Tensor) -> Tensor:
-        """Which of all n * h * w cells each place of each crop shows, (V_g, B, s_h, s_w), on the device of ``rows``."""
-        flip_x, flip_y, transpose = fold_turns(group["flip_x"], group["flip_y"], group["turns"])
+    def _cell_index(self, group: dict[str, Tensor], size: Sequence[int], rows: Tensor) -> Tensor:
+        """Index of each crop's cells among all n * h * w, (V_g, B, s_h, s_w), on the device of ``rows``."""
+        flip_x, flip_y, transpose = fold_rotation(group["flip_x"], group["flip_y"], group["turns"])
         drawn = torch.stack([group["box"][..., 0], group["box"][..., 1], flip_y, flip_x, transpose])  # (5, V_g, B)
         top, left, flip_y, flip_x, transpose = to_device(drawn, rows.device)[..., None]  # each (V_g, B, 1)
         down, across = (torch.arange(s, device=rows.device) for s in size)
         down = top + torch.where(flip_y.bool(), size[0] - 1 - down, down)  # (V_g, B, s_h)
         across = left + torch.where(flip_x.bool(), size[1] - 1 - across, across)  # (V_g, B, s_w)
-        down = down + rows[:, None] * self.grid_size[0]  # the grids lie one below the other
-        places = down[..., :, None] * self.grid_size[1] + across[..., None, :]
+        down = down + rows[:, None] * self.grid_size[0]  # the grids are stacked vertically
+        index = down[..., :, None] * self.grid_size[1] + across[..., None, :]
         if self.turn_step != 1 or size[0] != size[1]:
-            return places
-        return torch.where(transpose[..., None].bool(), places.transpose(-1, -2), places)
+            return index
+        return torch.where(transpose[..., None].bool(), index.transpose(-1, -2), index)

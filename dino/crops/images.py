@@ -11,11 +11,9 @@ from torch import Tensor
 
 from dino.config.schema import PatchAugConfig
 from dino.crops import colour
-from dino.crops.blur import blur_radius, gaussian_blur
-from dino.crops.memory import Memory
-from dino.crops.orientation import fold_turns
+from dino.crops.memory import MemoryPool
 from dino.crops.parameters import JITTER_ORDERS, ViewDrawer
-from dino.crops.resample import resize_boxed, resize_dense, resize_one, to_device
+from dino.crops.resample import fold_rotation, resize_boxed, resize_dense, resize_one, to_device
 from dino.environment import run_threaded
 
 JITTERS = (
@@ -24,16 +22,22 @@ JITTERS = (
     ("saturation", colour.adjust_saturation),
     ("hue", colour.adjust_hue),
 )
-CACHED_VALUES = 2**19  # on a CPU, work on as many values at a time as its cache holds
-GATHERED_PX = 64  # on a CPU, images up to this side are gathered for each operation, larger ones go one by one
+CACHED_VALUES = 2**19  # on a CPU, the number of values to process at a time, so that they stay in its cache
+GATHERED_PX = 64  # on a CPU, images up to this size are processed in batches, larger ones one by one
 FACTORS = ("brightness", "contrast", "saturation", "hue", "sigma", "hed_scale", "hed_shift")
 
 
-class Step(NamedTuple):
-    """One operation of a batch: on which of the n images, (n,) bool, and which of their factors it takes."""
+class Operation(NamedTuple):
+    """One operation of a batch.
+
+    Attributes:
+        chosen: (n,) bool, the images that it applies to.
+        function: Overwrites the images.
+        names: Names of the factors that it takes.
+    """
 
     chosen: np.ndarray
-    operation: Callable[..., Tensor]
+    function: Callable[..., Tensor]
     names: Sequence[str] = ()
 
 
@@ -61,7 +65,7 @@ class ImageCrops:
         self.std = tuple(std)
         self._drawer = ViewDrawer(aug)
         self._largest_sigma = aug.blur_sigma[1]
-        self._memory = Memory()
+        self._memory = MemoryPool()
         self.view_sizes = self._drawer.sizes
         runs = [(size, len(list(run))) for size, run in groupby(self.view_sizes)]
         self.sizes = [size for size, _ in runs]
@@ -74,8 +78,8 @@ class ImageCrops:
 
         Args:
             shape: Height and width of the tile in px, without padding.
-            tissue: Ignored: a tile is all tissue.
-            rng: Where the numbers come from.
+            tissue: Ignored; it is used for feature grids only.
+            rng: Source of the random numbers.
 
         Returns:
             One array per parameter with leading dim V (see :class:`dino.crops.parameters.ViewDrawer`).
@@ -84,18 +88,18 @@ class ImageCrops:
 
     @torch.no_grad()
     def apply(self, pixels: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
-        """Make the views of a batch. A sample's views do not depend on the rest of its batch.
+        """Compute the views of a batch. The views of a sample do not depend on the rest of its batch.
 
         Args:
-            pixels: (B, 3, H, W) uint8; tiles of unequal size are padded at the bottom and right, which is never read.
-            parameters: What :meth:`draw` gave, stacked to (B, V, ...), on the CPU: which samples an operation
-                concerns is decided there, so that the host never waits for the device.
+            pixels: (B, 3, H, W) uint8; tiles of unequal size are padded at the bottom and right; padding is not read.
+            parameters: Results of :meth:`draw`, stacked to (B, V, ...), on the CPU: the samples of each operation are
+                selected there, so that the host never waits for the device.
 
         Returns:
             One (V_g, B, 3, s, s) float32 tensor per group, normalised, on the device of ``pixels``.
         """
         result, first = [], 0
-        with torch.autocast(pixels.device.type, enabled=False):  # bf16 would cost two grey levels
+        with torch.autocast(pixels.device.type, enabled=False):  # bf16 would round by two grey levels
             for size, count in zip(self.sizes, self.groups, strict=True):
                 group = {k: v[:, first : first + count].transpose(0, 1) for k, v in parameters.items()}  # (V_g, B, ..)
                 make = self._make_on_cpu if pixels.device.type == "cpu" else self._make
@@ -104,67 +108,67 @@ class ImageCrops:
         return result
 
     def _make(self, pixels: Tensor, group: dict[str, Tensor], size: int) -> Tensor:
-        """The views of one size, (V_g, B, 3, s, s): every operation on all images that it is for."""
+        """The views of one size, (V_g, B, 3, s, s), with one call of each operation for all its images."""
         resize = resize_boxed if pixels.device.type == "cpu" else resize_dense
         views = resize(pixels, group["box"], *_folded(group), size)
         drawn = {k: v.flatten(0, 1) for k, v in group.items()}
         images, factors = views.flatten(0, 1), _factors(drawn, pixels.device)
-        for chosen, operation, names in self._steps(drawn, size):
+        for chosen, function, names in self._operations(drawn, size):
             if chosen.all():
-                operation(images, *(factors[name] for name in names))
+                function(images, *(factors[name] for name in names))
             elif chosen.any():
                 where = to_device(torch.from_numpy(chosen.nonzero()[0]), images.device)
-                images[where] = operation(images[where], *(factors[name][where] for name in names))
+                images[where] = function(images[where], *(factors[name][where] for name in names))
         return views
 
     def _make_on_cpu(self, pixels: Tensor, group: dict[str, Tensor], size: int) -> Tensor:
-        """The same, with an image or a few on each core, so that they stay in its cache from first to last."""
+        """The same with a few images at a time on each core, so that they stay in its cache."""
         views = self._memory.empty((len(group["box"]), len(pixels), 3, size, size), torch.float32)
         if size > GATHERED_PX:
             run_threaded(self._tile_maker(pixels, group, views), range(len(pixels)))
             return views
-        share = max(1, CACHED_VALUES // views[:, :1].numel()) if len(pixels) else 1
-        share = min(share, math.ceil(len(pixels) / torch.get_num_threads())) or 1
+        chunk = max(1, CACHED_VALUES // views[:, :1].numel()) if len(pixels) else 1
+        chunk = min(chunk, math.ceil(len(pixels) / torch.get_num_threads())) or 1
 
         def work(start: int) -> None:
-            part = slice(start, start + share)
+            part = slice(start, start + chunk)
             views[:, part] = self._make(pixels[part], {k: v[:, part] for k, v in group.items()}, size)
 
-        run_threaded(work, range(0, len(pixels), share))
+        run_threaded(work, range(0, len(pixels), chunk))
         return views
 
     def _tile_maker(self, pixels: Tensor, group: dict[str, Tensor], views: Tensor) -> Callable[[int], None]:
-        """A function that makes the views of one tile in their place, each through all its steps alone."""
+        """A function that computes the views of one tile in place, image by image."""
         drawn = {k: v.flatten(0, 1) for k, v in group.items()}
         boxes, flags = drawn["box"].tolist(), torch.stack(_folded(drawn), dim=-1).tolist()
-        steps = [(step, step.chosen.tolist()) for step in self._steps(drawn, views.shape[-1])]
+        operations = [(operation, operation.chosen.tolist()) for operation in self._operations(drawn, views.shape[-1])]
         factors = {name: factor.split(1) for name, factor in _factors(drawn, pixels.device).items()}
         images = views.flatten(0, 1).split(1)
 
         def work(tile: int) -> None:
-            for row in range(tile, len(images), len(pixels)):  # view after view
+            for row in range(tile, len(images), len(pixels)):  # one view after another
                 images[row][0] = resize_one(pixels[tile], boxes[row], flags[row], views.shape[-1])
-                for step, chosen in steps:
+                for operation, chosen in operations:
                     if chosen[row]:
-                        step.operation(images[row], *(factors[name][row] for name in step.names))
+                        operation.function(images[row], *(factors[name][row] for name in operation.names))
 
         return work
 
-    def _steps(self, drawn: dict[str, Tensor], size: int) -> Iterator[Step]:
-        """What is done to images of one size, in order."""
+    def _operations(self, drawn: dict[str, Tensor], size: int) -> Iterator[Operation]:
+        """The operations on images of one size, in order."""
         everything = np.ones(len(drawn["sigma"]), bool)
-        yield Step(everything, _to_unit)
-        yield Step((drawn["hed_scale"].numpy() != 1).any(-1), colour.hed_jitter, ("hed_scale", "hed_shift"))
+        yield Operation(everything, _to_unit)
+        yield Operation((drawn["hed_scale"].numpy() != 1).any(-1), colour.hed_jitter, ("hed_scale", "hed_shift"))
         jitter = drawn["jitter_order"].numpy()
         orders = np.where(jitter[:, None] < 0, -1, JITTER_ORDERS[jitter])  # (n, 4)
-        for turn in range(len(JITTERS)):
-            for index, (name, operation) in enumerate(JITTERS):
-                yield Step(orders[:, turn] == index, operation, (name,))
-        yield Step(drawn["grayscale"].numpy(), colour.grayscale)
-        radius = blur_radius(self._largest_sigma, size)
-        yield Step(drawn["sigma"].numpy() > 0, lambda x, sigma: gaussian_blur(x, sigma, radius), ("sigma",))
-        yield Step(drawn["solarize"].numpy(), colour.solarize)
-        yield Step(everything, self._normalise)
+        for position in range(len(JITTERS)):
+            for index, (name, function) in enumerate(JITTERS):
+                yield Operation(orders[:, position] == index, function, (name,))
+        yield Operation(drawn["grayscale"].numpy(), colour.grayscale)
+        radius = colour.blur_radius(self._largest_sigma, size)
+        yield Operation(drawn["sigma"].numpy() > 0, lambda x, sigma: colour.gaussian_blur(x, sigma, radius), ("sigma",))
+        yield Operation(drawn["solarize"].numpy(), colour.solarize)
+        yield Operation(everything, self._normalise)
 
     def _normalise(self, images: Tensor) -> Tensor:
         mean, std = colour.constant((self.mean, self.std), images.device)[:, :, None, None]
@@ -172,15 +176,15 @@ class ImageCrops:
 
 
 def _to_unit(images: Tensor) -> Tensor:
-    return images.div_(255).clamp_(0, 1)  # bicubic overshoots
+    return images.div_(255).clamp_(0, 1)  # bicubic interpolation overshoots
 
 
 def _factors(drawn: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The factors of every operation, (n,) or (n, 3), on the device: all cross in one copy."""
+    """The factors of every operation, (n,) or (n, 3), on the device, transferred in one copy."""
     columns = [drawn[name].reshape(len(drawn[name]), -1) for name in FACTORS]
     moved = to_device(torch.cat(columns, dim=1), device).split([column.shape[1] for column in columns], dim=1)
     return {name: f[:, 0] if f.shape[1] == 1 else f for name, f in zip(FACTORS, moved, strict=True)}
 
 
 def _folded(drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return fold_turns(drawn["flip_x"], drawn["flip_y"], drawn["turns"])
+    return fold_rotation(drawn["flip_x"], drawn["flip_y"], drawn["turns"])

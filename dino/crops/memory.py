@@ -1,4 +1,4 @@
-"""Memory for views on a CPU, used again: to get fresh pages takes three times as long as to fill them."""
+"""Reused memory for views on a CPU: allocating fresh pages takes three times as long as filling them."""
 
 import math
 import weakref
@@ -8,44 +8,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
-KEPT = 4  # blocks: the views of two sizes, twice
+KEPT = 4  # blocks: the views of two sizes, for two batches
 
 
-class Memory:
-    """Blocks of memory, each lent again once no tensor of it is left."""
+class MemoryPool:
+    """Blocks of memory; a block is reused once no tensor that shares its memory exists any more."""
 
     def __init__(self) -> None:
-        self._blocks: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []  # each with the array that was lent last
+        self._blocks: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []  # with the array handed out last
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A CPU tensor of any values, in memory that may have been used before."""
+        """An uninitialised CPU tensor, in memory that may have been used before."""
         size = math.prod(shape) * dtype.itemsize
-        return self._lend(size).view(dtype).view(*shape) if size else torch.empty(*shape, dtype=dtype)
+        return self._allocate(size).view(dtype).view(*shape) if size else torch.empty(*shape, dtype=dtype)
 
-    def gather(self, table: Tensor, places: Tensor) -> Tensor:
+    def gather(self, table: Tensor, index: Tensor) -> Tensor:
         """Rows of a table.
 
         Args:
             table: (n, D) contiguous tensor.
-            places: (...) int64 row numbers, on the same device.
+            index: (...) int64 row numbers, on the same device.
 
         Returns:
-            (..., D) tensor; on a CPU in memory that may have been used before.
+            (..., D) tensor; on a CPU in reused memory.
         """
         if table.device.type != "cpu":
-            return table[places]
-        result = self.empty((places.numel(), table.shape[1]), table.dtype)
-        torch.index_select(table, 0, places.flatten(), out=result)
-        return result.view(*places.shape, table.shape[1])
+            return table[index]
+        result = self.empty((index.numel(), table.shape[1]), table.dtype)
+        torch.index_select(table, 0, index.flatten(), out=result)
+        return result.view(*index.shape, table.shape[1])
 
-    def _lend(self, size: int) -> Tensor:
-        """``size`` bytes; the array of the block lives as long as any tensor that shares its memory."""
-        fitting = [n for n, (block, lent) in enumerate(self._blocks) if block.size == size and lent() is None]
+    def _allocate(self, size: int) -> Tensor:
+        """``size`` bytes; the returned array lives as long as any tensor that shares its memory."""
+        fitting = [n for n, (block, user) in enumerate(self._blocks) if block.size == size and user() is None]
         block = self._blocks.pop(fitting[0])[0] if fitting else np.empty(size, np.uint8)
         array = block[:]
         self._blocks = [*self._blocks[1 - KEPT :], (block, weakref.ref(array))]
         return torch.from_numpy(array)
 
     def __getstate__(self) -> dict[str, list]:
-        """Blocks stay in their process."""
+        """Blocks are not sent to other processes."""
         return {"_blocks": []}

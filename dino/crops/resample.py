@@ -1,9 +1,9 @@
-"""Crop, antialiased bicubic resize, flip and quarter turn of a batch, each sample with a box of its own.
+"""Crop, antialiased bicubic resize, flip and 90° rotation of a batch, each sample with its own box.
 
 The resize is that of Pillow and torchvision (``antialias=True``): Keys' cubic kernel with a = -0.5, widened by the
-scale where the crop shrinks, and normalised inside the crop. It is linear and separable, so a sample is two matrices
-of weights. :func:`resize_dense` multiplies with them in full, which suits a GPU's matrix units;
-:func:`resize_boxed` goes crop by crop with torch's own banded kernel, which is faster on a CPU.
+scale when downsampling, and normalised inside the crop. It is linear and separable, so that each sample is resized by
+two weight matrices. :func:`resize_dense` multiplies with the full matrices, which is fast on a GPU;
+:func:`resize_boxed` resizes crop by crop with torch's own kernel, which is faster on a CPU.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DENSE_BYTES = 512 * 2**20  # bound on the largest intermediate of the dense form
+DENSE_BYTES = 512 * 2**20  # upper bound of the largest intermediate tensor of resize_dense
+
+
+def fold_rotation(flip_x: Tensor, flip_y: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Express "flip, then rotate counter-clockwise by ``turns`` times 90°" as "flip, then transpose".
+
+    Args:
+        flip_x: (...) bool, horizontal flip before the rotation.
+        flip_y: (...) bool, vertical flip before the rotation.
+        turns: (...) int64, 0 to 3, as in ``torch.rot90(x, turns, (-2, -1))``.
+
+    Returns:
+        Three (...) bool tensors: horizontal flip, vertical flip, and whether to transpose afterwards.
+    """
+    return flip_x ^ ((turns == 1) | (turns == 2)), flip_y ^ (turns >= 2), turns % 2 == 1
 
 
 def resize_weights(start: Tensor, length: Tensor, flip: Tensor, size: int, extent: int) -> Tensor:
@@ -20,10 +34,10 @@ def resize_weights(start: Tensor, length: Tensor, flip: Tensor, size: int, exten
 
     Args:
         start: (...) int64, first source pixel of the crop.
-        length: (...) int64, how many source pixels it takes.
+        length: (...) int64, size of the crop in source pixels.
         flip: (...) bool, reverse the result.
-        size: How many pixels the result has.
-        extent: How many pixels the source has, padding included; what lies outside the crop has weight 0.
+        size: Size of the result in px.
+        extent: Size of the source in px, with padding; pixels outside the crop have weight 0.
 
     Returns:
         (..., size, extent) float32; each row sums to 1.
@@ -32,8 +46,8 @@ def resize_weights(start: Tensor, length: Tensor, flip: Tensor, size: int, exten
     target = torch.where(flip[..., None], size - 1 - target, target)  # (..., size)
     source = torch.arange(extent, device=start.device) - start[..., None]  # (..., extent)
     length = length[..., None]
-    # Distance to the centre of the target pixel, in units of the kernel: all integers until the one division, so
-    # that float32 loses nothing.
+    # Distance to the centre of the target pixel, in units of the kernel: integers until the one division, so that
+    # float32 is exact.
     distance = ((2 * source + 1) * size)[..., None, :] - ((2 * target + 1) * length)[..., None]
     distance = distance.float() / (2 * length.clamp_min(size))[..., None]  # (..., size, extent)
     weights = _cubic(distance) * ((source >= 0) & (source < length))[..., None, :]
@@ -53,25 +67,25 @@ def resize_dense(pixels: Tensor, box: Tensor, flip_x: Tensor, flip_y: Tensor, tr
     Args:
         pixels: (B, 3, H, W) uint8 or float, padded at the bottom and right to a common size.
         box: (V, B, 4) int64 on the CPU: top, left, height, width.
-        flip_x: (V, B) bool on the CPU, left-right flip of the resized crop.
-        flip_y: (V, B) bool on the CPU, up-down flip.
-        transpose: (V, B) bool on the CPU, swap rows and columns after the flips.
-        size: Side of the result in px.
+        flip_x: (V, B) bool on the CPU, horizontal flip of the resized crop.
+        flip_y: (V, B) bool on the CPU, vertical flip.
+        transpose: (V, B) bool on the CPU, transpose after the flips.
+        size: Size of the result in px.
 
     Returns:
-        (V, B, 3, size, size) float32 on the device of ``pixels``, in the units of ``pixels``, not clamped.
+        (V, B, 3, size, size) float32 on the device of ``pixels``, in the same units, not clamped.
     """
     views, batch = box.shape[:2]
     _, channels, height, width = pixels.shape
     out = pixels.new_empty((views, batch, channels, size, size), dtype=torch.float32)
     geometry = torch.cat([box, flip_x[..., None], flip_y[..., None]], dim=-1)  # (V, B, 6)
     geometry = to_device(geometry, pixels.device)
-    share = max(1, DENSE_BYTES // (4 * channels * height * views * size))
-    for start in range(0, batch, share):
-        part = slice(start, start + share)
-        top, left, box_height, box_width, mirrored, flipped = geometry[:, part].transpose(0, 1).unbind(-1)  # (b, V)
-        across = resize_weights(left, box_width, mirrored.bool(), size, width)  # (b, V, s, W)
-        down = resize_weights(top, box_height, flipped.bool(), size, height)  # (b, V, s, H)
+    chunk = max(1, DENSE_BYTES // (4 * channels * height * views * size))
+    for start in range(0, batch, chunk):
+        part = slice(start, start + chunk)
+        top, left, box_height, box_width, reverse_x, reverse_y = geometry[:, part].transpose(0, 1).unbind(-1)  # (b, V)
+        across = resize_weights(left, box_width, reverse_x.bool(), size, width)  # (b, V, s, W)
+        down = resize_weights(top, box_height, reverse_y.bool(), size, height)  # (b, V, s, H)
         flat = pixels[part].float().flatten(1, 2)  # (b, 3H, W)
         columns = flat @ across.flatten(1, 2).transpose(1, 2)  # (b, 3H, Vs)
         columns = columns.unflatten(2, (views, size)).unflatten(1, (channels, height))  # (b, 3, H, V, s)
@@ -85,7 +99,7 @@ def resize_dense(pixels: Tensor, box: Tensor, flip_x: Tensor, flip_y: Tensor, tr
 
 
 def resize_boxed(pixels: Tensor, box: Tensor, flip_x: Tensor, flip_y: Tensor, transpose: Tensor, size: int) -> Tensor:
-    """Same as :func:`resize_dense`, crop by crop; arguments and result alike."""
+    """Same as :func:`resize_dense`, crop by crop."""
     views, batch = box.shape[:2]
     out = pixels.new_empty((views, batch, pixels.shape[1], size, size), dtype=torch.float32)
     boxes, flags = box.tolist(), torch.stack([flip_x, flip_y, transpose], dim=-1).tolist()
@@ -101,8 +115,8 @@ def resize_one(tile: Tensor, box: Sequence[int], flags: Sequence[bool], size: in
     Args:
         tile: (3, H, W) uint8 or float on the CPU.
         box: Top, left, height, width.
-        flags: Whether to flip left-right, to flip up-down, and to swap rows and columns after the flips.
-        size: Side of the result in px.
+        flags: Whether to flip horizontally, to flip vertically, and to transpose after the flips.
+        size: Size of the result in px.
 
     Returns:
         (3, size, size) float32.
@@ -117,7 +131,7 @@ def resize_one(tile: Tensor, box: Sequence[int], flags: Sequence[bool], size: in
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a small CPU tensor to ``device`` without making the host wait for the GPU."""
+    """Copy a small CPU tensor to ``device`` without synchronising with the GPU."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -23,7 +23,7 @@ def apply(crops: GridCrops, grids: torch.Tensor, tissue=None, seed: int = 0):
 @pytest.mark.parametrize(
     ("cells", "large", "small"), [(4, 3, 2), (5, 4, 2), (6, 5, 2), (8, 7, 3), (11, 10, 4), (16, 14, 6), (32, 28, 12)]
 )
-def test_sides(cells, large, small):
+def test_sizes(cells, large, small):
     assert GridCrops((cells, cells)).sizes == [(large, large), (small, small)]
 
 
@@ -42,7 +42,7 @@ def test_no_local_crops():
     assert len(apply(crops, torch.zeros(1, 2, 8, 8))[1]) == 1
 
 
-def test_crop_side_keeps_its_bounds():
+def test_crop_side_is_clamped():
     assert [crop_side(10, s, 2, 9) for s in (0.01, 0.5, 1.0)] == [2, 5, 9]
 
 
@@ -64,7 +64,7 @@ def test_cells_are_copied_exactly(size, turns, dtype):
     assert seen == (({0, 1, 2, 3} if size[0] == size[1] else {0, 2}) if turns else {0})
 
 
-def test_places_flips_and_turns_are_even():
+def test_positions_flips_and_rotations_are_uniform():
     crops = GridCrops((16, 16), RegionAugConfig(quarter_turns=True, horizontal_flip=0.5, vertical_flip=0.2))
     drawn = [crops.draw((16, 16), None, generator(0, d, "crops")) for d in range(600)]
     box = np.stack([d["box"] for d in drawn])
@@ -130,7 +130,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_crops_of_cells_that_are_held_are_those_of_cells_that_are_brought(dtype):
+def test_crops_of_row_numbers_equal_those_of_cells(dtype):
     held = torch.randn(9, 30, 4, generator=torch.Generator().manual_seed(0)).to(dtype)  # nine grids of 5 x 6
     rows = torch.tensor([7, 0, 7, 3])
     crops, holding = GridCrops((5, 6)), GridCrops((5, 6), cells=held)
@@ -142,13 +142,13 @@ def test_crops_of_cells_that_are_held_are_those_of_cells_that_are_brought(dtype)
     assert pickle.loads(pickle.dumps(holding)).cells is None  # what workers get, who only draw
 
 
-def test_cells_lie_in_memory_as_the_region_vit_reads_them():
+def test_the_memory_layout_is_that_which_the_region_vit_reads():
     _, groups = apply(GridCrops((8, 8)), torch.randn(3, 5, 8, 8))
     for views in groups:
         assert views.flatten(0, 1).permute(0, 2, 3, 1).is_contiguous()
 
 
-def test_views_keep_their_values_for_as_long_as_they_are_held():
+def test_views_keep_their_values_while_they_exist():
     crops, grids = GridCrops((8, 8)), torch.randn(8, 4, 5, 8, 8)
     held = [apply(crops, batch)[1][0][1] for batch in grids]  # of each batch one view of the larger size
     expected = [apply(GridCrops((8, 8)), batch)[1][0][1].clone() for batch in grids]

@@ -8,7 +8,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from dino.config.schema import PatchAugConfig
 from dino.crops import images as module
-from dino.crops.blur import blur_radius
+from dino.crops.colour import blur_radius
 from dino.crops.images import ImageCrops
 from dino.crops.parameters import JITTER_ORDERS
 from dino.crops.resample import resize_dense
@@ -111,9 +111,9 @@ def test_the_same_call_gives_the_same_bits_and_leaves_its_input(crops):
     assert all(torch.equal(parameters[k], before[1][k]) for k in parameters)
 
 
-def test_views_that_are_held_stay_what_they_are(crops):
+def test_views_keep_their_values_while_they_exist(crops):
     pixels, parameters = batch(crops)
-    held = [crops.apply(pixels + i, parameters) for i in range(6)]  # more than there are blocks of memory to use again
+    held = [crops.apply(pixels + i, parameters) for i in range(6)]  # more than the memory pool keeps
     before = [[group.clone() for group in views] for views in held]
     crops.apply(255 - pixels, parameters)
     for views, copies in zip(held, before, strict=True):
@@ -121,7 +121,7 @@ def test_views_that_are_held_stay_what_they_are(crops):
     assert not torch.equal(held[0][0], held[1][0])
 
 
-def test_the_forms_for_gpus_give_the_same_views(crops, monkeypatch):
+def test_the_gpu_code_path_gives_the_same_views(crops, monkeypatch):
     pixels, parameters = batch(crops)
     expected = crops.apply(pixels, parameters)
     monkeypatch.setattr(module, "resize_boxed", resize_dense)
@@ -130,7 +130,7 @@ def test_the_forms_for_gpus_give_the_same_views(crops, monkeypatch):
         assert ((a - b).abs() > 2e-4).float().mean() < 1e-3
 
 
-def test_images_gathered_or_where_they_lie_become_the_same(crops, monkeypatch):
+def test_batched_and_single_images_give_the_same_views(crops, monkeypatch):
     pixels, parameters = batch(crops)
     monkeypatch.setattr(module, "GATHERED_PX", 48)
     gathered = crops.apply(pixels, parameters)
@@ -139,7 +139,7 @@ def test_images_gathered_or_where_they_lie_become_the_same(crops, monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_and_shares_do_not_change_the_views(crops, monkeypatch, threads):
+def test_threads_and_chunk_sizes_do_not_change_the_views(crops, monkeypatch, threads):
     pixels, parameters = batch(crops)
     monkeypatch.setattr(module, "CACHED_VALUES", 2 * sum(side**2 * 3 for side in crops.view_sizes))
     before = torch.get_num_threads()

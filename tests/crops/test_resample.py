@@ -11,8 +11,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from dino.crops import resample
-from dino.crops.orientation import fold_turns
-from dino.crops.resample import resize_boxed, resize_dense, resize_weights
+from dino.crops.resample import fold_rotation, resize_boxed, resize_dense, resize_weights
 
 FORMS = [resize_boxed, resize_dense]
 BOXES = [(0, 0, 61, 70), (3, 5, 31, 40), (10, 0, 20, 21), (60, 69, 1, 1), (0, 30, 61, 3), (7, 9, 32, 32)]
@@ -58,7 +57,7 @@ def test_agrees_with_pillow_to_two_grey_levels(form, pixels, box, size):
 @pytest.mark.parametrize("flip_x", [False, True])
 @pytest.mark.parametrize("flip_y", [False, True])
 def test_flips_and_turns_equal_flipping_and_turning_the_crop(form, pixels, turns, flip_x, flip_y):
-    folded = fold_turns(torch.tensor([[flip_x]]), torch.tensor([[flip_y]]), torch.tensor([[turns]]))
+    folded = fold_rotation(torch.tensor([[flip_x]]), torch.tensor([[flip_y]]), torch.tensor([[turns]]))
     upright = one(form, pixels, BOXES[1], 24)
     expected = upright.flip([-1] * flip_x + [-2] * flip_y)
     expected = torch.rot90(expected, turns, (-2, -1))
