@@ -73,7 +73,7 @@ def test_the_sample_slide(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spacing_um", [0.5, 0.7, 1.0])
 @pytest.mark.parametrize("overlap", [0.0, 0.5])
-def test_files_hold_the_cells_whatever_the_storage(
+def test_files_contain_the_cells_for_every_storage(
     slides: Path, tmp_path: Path, spacing_um: float, overlap: float
 ) -> None:
     config = {"spacing_um": spacing_um, "overlap": overlap}
@@ -127,7 +127,7 @@ def test_one_bad_slide_does_not_stop_the_others(slides: Path, tmp_path: Path) ->
     assert again.exit_code == 0 and again.statuses[0].spacing_source == "user"
 
 
-def test_a_second_run_writes_nothing_and_repairs_what_is_lost(slides: Path, tmp_path: Path) -> None:
+def test_a_second_run_writes_nothing_and_restores_lost_files(slides: Path, tmp_path: Path) -> None:
     tile([slides], tmp_path, small(previews=True))
     before = contents(tmp_path)
     summary = tile([slides], tmp_path, small(previews=True))
@@ -143,7 +143,7 @@ def test_a_second_run_writes_nothing_and_repairs_what_is_lost(slides: Path, tmp_
     assert all(after[name] == before[name] for name in untouched)
 
 
-def test_an_interrupted_slide_leaves_no_tile_and_is_done_again(
+def test_an_interrupted_slide_leaves_no_tile_and_is_repeated(
     slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode, cut = storage.encode, []
@@ -179,7 +179,7 @@ def test_tables_are_rebuilt_from_the_parts(slides: Path, tmp_path: Path) -> None
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.csv")} == before
 
 
-def test_two_kinds_of_tiles_are_not_mixed(slides: Path, tmp_path: Path) -> None:
+def test_tiles_made_with_different_settings_are_not_mixed(slides: Path, tmp_path: Path) -> None:
     tile([slides / "one.tiff"], tmp_path, small())
     before = contents(tmp_path)
     with pytest.raises(DataError, match=r"min_tissue=0\.25 \(now 0\.5\)"):
@@ -239,7 +239,7 @@ def test_list_columns_masks_and_exclusion(slides: Path, tmp_path: Path) -> None:
     assert len(read_tiles(root)) == 4
 
 
-def test_another_slide_of_the_same_name_is_tiled_anew(slides: Path, tmp_path: Path) -> None:
+def test_another_slide_of_the_same_name_is_tiled_again(slides: Path, tmp_path: Path) -> None:
     path = tmp_path / "in/one.tiff"
     path.parent.mkdir()
     path.write_bytes((slides / "one.tiff").read_bytes())
@@ -253,7 +253,7 @@ def test_another_slide_of_the_same_name_is_tiled_anew(slides: Path, tmp_path: Pa
     assert read_tiles(root) == [] and not list(root.rglob("*.jpg"))
 
 
-def test_a_slide_smaller_than_a_region_still_gives_tiles(slides: Path, tmp_path: Path) -> None:
+def test_a_slide_smaller_than_a_region_still_has_tiles(slides: Path, tmp_path: Path) -> None:
     summary = tile([slides / "one.tiff"], tmp_path, small(region_size_px=1024))
     assert summary.regions == 0 and summary.tiles > 0 and summary.exit_code == 0
     assert "no region of 16 x 16 cells fits" in read_status(tmp_path)["one"].reason
@@ -292,7 +292,7 @@ def test_a_real_slide_without_spacing(real_tissue: Path, tmp_path: Path) -> None
     assert {(t.step_lv0, t.spacing_um) for t in tiles} == {(512, 0.500126)}  # its second level is 2.0005 x coarser
 
 
-def test_a_root_in_use_is_refused(slides: Path, tmp_path: Path) -> None:
+def test_a_root_in_use_is_rejected(slides: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     tile([slides / "one.tiff"], root, small())
     before = contents(root)

@@ -10,9 +10,11 @@ from dino.errors import ConfigError, DataError
 from dino.slides.lattice import Geometry, Lattice, Pyramid, cells_of_region, cells_per_side, plan_lattice
 
 
-def lattice(width: int, height: int, *, spacing: float = 0.5, levels: tuple[float, ...] = (1.0,), **wanted) -> Lattice:
+def lattice(
+    width: int, height: int, *, spacing: float = 0.5, levels: tuple[float, ...] = (1.0,), **geometry
+) -> Lattice:
     pyramid = Pyramid(spacing, [(int(width / d), int(height / d)) for d in levels], levels)
-    return plan_lattice(pyramid, Geometry(**wanted), "slide")
+    return plan_lattice(pyramid, Geometry(**geometry), "slide")
 
 
 def brute_force_origins(size: int, step: int, k: int) -> list[int]:
@@ -30,7 +32,7 @@ def test_tiles_are_all_positions_that_fit(size: tuple[int, int], overlap: float,
 
 
 @pytest.mark.parametrize(("n", "shared"), [(1, 0), (3, 0), (3, 1), (3, 2), (4, 3)])
-def test_regions_lie_inside_and_overlap_only_by_whole_cells_as_asked(n: int, shared: int) -> None:
+def test_regions_are_inside_and_overlap_by_the_requested_cells(n: int, shared: int) -> None:
     place = lattice(700, 500, tile_size_px=50, region_cells=n, region_overlap_cells=shared)
     regions = place.region_origins()
     counts = np.zeros((500, 700), dtype=int)  # how many regions cover each pixel
@@ -77,7 +79,7 @@ def test_level_size_and_spacing(spacing, levels, wanted, level, read, step, actu
     assert place.spacing_um == pytest.approx(actual)
 
 
-def test_reads_stay_inside_the_level_they_come_from() -> None:
+def test_reads_stay_inside_their_level() -> None:
     # A level that lost its last pixels to rounding: the last column fits at level 0 but not there.
     place = plan_lattice(
         Pyramid(0.25, [(256, 256), (127, 128)], [1.0, 2.0]), Geometry(tile_size_px=64, region_cells=1), "s"
@@ -85,13 +87,13 @@ def test_reads_stay_inside_the_level_they_come_from() -> None:
     assert (place.columns, place.rows) == (1, 2)
 
 
-def test_a_region_larger_than_the_slide_leaves_the_tiles() -> None:
+def test_a_slide_smaller_than_a_region_has_tiles_only() -> None:
     place = lattice(600, 600, region_cells=16)
     assert len(place.region_origins()) == 0
     assert len(place.tile_origins()) == 4
 
 
-def test_a_coarser_slide_is_refused_by_name() -> None:
+def test_a_coarser_slide_is_rejected_by_name() -> None:
     assert lattice(600, 600, spacing=0.52).step_lv0 == 256
     with pytest.raises(DataError, match=r"'slide'.*0\.53"):
         lattice(600, 600, spacing=0.53)
@@ -104,7 +106,7 @@ def test_a_coarser_slide_is_refused_by_name() -> None:
         {"region_cells": 4, "region_overlap_cells": 4}, {"region_overlap_cells": -1}, {"tolerance": 0.5},
     ],
 )  # fmt: skip
-def test_values_that_make_no_lattice(wrong: dict) -> None:
+def test_values_that_do_not_define_a_lattice(wrong: dict) -> None:
     with pytest.raises(ConfigError, match=list(wrong)[-1]):
         Geometry(**wrong)
 

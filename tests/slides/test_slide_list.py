@@ -1,4 +1,4 @@
-"""The slide list: what is read, and what each mistake is answered with."""
+"""The slide list: what is read, and the error message of each mistake."""
 
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def test_an_excluded_slide_need_not_exist(folder: Path) -> None:
         (HEADER + '"x,slides/b.svs\n', "CSV"),
     ],
 )
-def test_mistakes_are_answered_with_one_line(folder: Path, text: str, words: str) -> None:
+def test_mistakes_get_an_error_of_one_line(folder: Path, text: str, words: str) -> None:
     with pytest.raises(DataError, match=words) as caught:
         listed(folder, text)
     assert "\n" not in str(caught.value)
@@ -89,7 +89,7 @@ def test_a_file_that_is_not_text(folder: Path) -> None:
         read_slide_list([path])
 
 
-def test_unknown_columns_are_said_not_refused(folder: Path) -> None:
+def test_unknown_columns_are_noted_not_rejected(folder: Path) -> None:
     path = folder / "slides.csv"
     path.write_text("sample_id,image_path,patientid,grade\nx,slides/b.svs,p1,3\n")
     notes: list[str] = []
@@ -98,7 +98,7 @@ def test_unknown_columns_are_said_not_refused(folder: Path) -> None:
     assert "patient_id" in notes[0] and "grade" in notes[1]
 
 
-def test_the_same_stem_twice_and_nothing_at_all(folder: Path) -> None:
+def test_duplicate_stems_and_empty_inputs(folder: Path) -> None:
     (folder / "slides/deep/b.tif").write_bytes(b"x")
     with pytest.raises(DataError, match="'b'"):
         read_slide_list([folder / "slides"])

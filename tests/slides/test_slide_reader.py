@@ -1,4 +1,4 @@
-"""Pixels of cells: the same wherever they are read, and where they should be."""
+"""Pixels of cells: independent of how they are read, and at the right position."""
 
 import io
 from pathlib import Path
@@ -32,8 +32,8 @@ def test_a_regions_cells_are_the_tiles_cut_there(slide: Path, spacing_um: float)
         regions = reader.lattice.region_origins().tolist()
         assert regions
         for x, y in reversed(regions):
-            for place in reader.lattice.cells_of_region(x, y).tolist():
-                np.testing.assert_array_equal(reader.read_cell(*place), tiles[tuple(place)])
+            for position in reader.lattice.cells_of_region(x, y).tolist():
+                np.testing.assert_array_equal(reader.read_cell(*position), tiles[tuple(position)])
 
 
 def test_native_cells_are_the_slides_own_pixels() -> None:
@@ -48,7 +48,7 @@ def test_native_cells_are_the_slides_own_pixels() -> None:
 
 
 @pytest.mark.parametrize(("spacing_um", "read"), [(1.0, 513), (0.7, 359)])
-def test_resampled_cells_are_pillows(spacing_um: float, read: int) -> None:
+def test_resampled_cells_equal_pillows(spacing_um: float, read: int) -> None:
     with SlideReader(sample_slide(), Geometry(spacing_um=spacing_um, region_cells=2)) as reader:
         assert reader.lattice.step_lv0 == read
         x, y = reader.lattice.tile_origins()[-1]
@@ -57,13 +57,13 @@ def test_resampled_cells_are_pillows(spacing_um: float, read: int) -> None:
         np.testing.assert_array_equal(reader.read_cell(x, y), np.asarray(expected))
 
 
-def test_cells_come_in_rows_of_the_slide(tmp_path: Path) -> None:
-    """A slide painted with its own coordinates: the cells of a region, in file order, say (y, then x)."""
+def test_cells_are_in_row_major_order(tmp_path: Path) -> None:
+    """A slide painted with its own coordinates: the cells of a region, in file order, are row-major (y, then x)."""
     path = write_slide(tmp_path / "painted.tiff", [coordinates(640, 512, unit=64)], mpp=0.5)
     with SlideReader(path, Geometry(tile_size_px=64, region_cells=4)) as reader:
         assert reader.lattice.region_origins().tolist() == [[0, 0], [256, 0], [0, 256], [256, 256]]
         cells = np.stack(
-            [reader.read_cell(*place) for place in reader.lattice.cells_of_region(256, 256)]
+            [reader.read_cell(*position) for position in reader.lattice.cells_of_region(256, 256)]
         )  # (16, S, S, 3)
     corners = cells[:, 0, 0].reshape(4, 4, 3)  # (row, column, RGB)
     np.testing.assert_array_equal(corners[..., 0], np.tile(np.arange(4, 8), (4, 1)))  # red: x
@@ -79,7 +79,7 @@ def test_encoding_is_plain_pillow() -> None:
     assert encode(pixels, 90) == buffer.getvalue()
 
 
-def test_where_the_spacing_comes_from() -> None:
+def test_sources_of_the_spacing() -> None:
     mpp, power = {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.25"}, {"openslide.objective-power": "20"}
     assert spacing_of({**mpp, **power}, "s", fallback=1.0) == (0.25, "metadata")
     assert spacing_of(power, "s", fallback=1.0) == (0.5, "objective power")
@@ -92,13 +92,13 @@ def test_where_the_spacing_comes_from() -> None:
         spacing_of({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}, "s")
 
 
-def test_a_given_spacing_overrules_silently(slide: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_given_spacing_overrides_without_a_warning(slide: Path, recwarn: pytest.WarningsRecorder) -> None:
     with SlideReader(slide, Geometry(tile_size_px=32), spacing_at_level_0=0.5) as reader:
         assert (reader.spacing_um, reader.spacing_source, reader.lattice.step_lv0) == (0.5, "user", 32)
     assert not recwarn.list
 
 
-def test_what_is_no_slide(tmp_path: Path) -> None:
+def test_files_that_are_not_slides(tmp_path: Path) -> None:
     text = tmp_path / "notes.svs"
     text.write_text("not a slide")
     for path in (text, tmp_path / "absent.svs"):

@@ -1,4 +1,4 @@
-"""What is written under ROOT comes back, and what is damaged is named."""
+"""Tables under ROOT: reading back what was written, and errors that name damaged files."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_round_trip(root: Path) -> None:
     assert tables.tile_positions(root, "a_1,b") == [(256, 0)]
 
 
-def test_merging_leaves_alone_what_does_not_change(root: Path) -> None:
+def test_merging_does_not_write_unchanged_tables(root: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in root.glob("*.csv")}
     tables.merge(root)
     assert {path.name: path.stat().st_mtime_ns for path in root.glob("*.csv")} == before
@@ -65,7 +65,7 @@ def test_an_unfinished_slide_is_in_no_table(root: Path) -> None:
     assert list(tables.read_status(root)) == ["zz"]
 
 
-def test_a_slide_whose_lines_are_lost_is_unfinished(root: Path) -> None:
+def test_a_slide_with_missing_rows_is_unfinished(root: Path) -> None:
     (root / "coordinates/parts/a_1,b.regions.csv").unlink()
     assert tables.load_part(root, "a_1,b") is None
     tables.merge(root)
@@ -82,7 +82,7 @@ READERS = {"tiles.csv": tables.read_tiles, "regions.csv": tables.read_regions, "
 
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("damage", ["absent", "header", "cut", "binary", "word", "empty"])
-def test_damage_is_named(root: Path, name: str, damage: str) -> None:
+def test_errors_name_the_damaged_file(root: Path, name: str, damage: str) -> None:
     path = root / name
     text = path.read_text()
     header, row = text.split("\n", 1)

@@ -7,11 +7,11 @@ from dino.slides.tiling import run_each
 
 def work(item: int) -> tuple[int, int]:
     if item == 2:
-        os._exit(9)  # as a damaged file may do to a decoder
+        os._exit(9)  # as a decoder may crash on a damaged file
     return item, os.getpid()
 
 
-def test_a_process_that_dies_takes_only_its_own_slide() -> None:
+def test_a_crashed_process_loses_only_its_own_slide() -> None:
     results = dict(run_each(work, [1, 2, 3, 4], 2, lambda item: (item, -1)))
     assert set(results) == {1, 2, 3, 4}
     assert results[2] == -1

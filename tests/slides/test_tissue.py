@@ -1,4 +1,4 @@
-"""Tissue: found or given, counted over the whole mask."""
+"""Tissue: segmented or given, counted over the whole mask."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_fractions_are_means_of_the_whole_mask(reader: SlideReader) -> None:
 
 @pytest.mark.parametrize("value", [1, 255])
 @pytest.mark.parametrize("scale", [1, 4])
-def test_a_given_mask_is_taken_at_any_scale(reader: SlideReader, tmp_path: Path, value: int, scale: int) -> None:
+def test_a_given_mask_may_have_any_scale(reader: SlideReader, tmp_path: Path, value: int, scale: int) -> None:
     wanted = np.zeros((HEIGHT // 64, WIDTH // 64), np.uint8)  # by tile
     wanted[1:4, 2:9:3] = 1
     mask = np.kron(wanted, np.full((64 // scale, 64 // scale), value, np.uint8))
@@ -76,7 +76,7 @@ def test_a_mask_that_does_not_fit(reader: SlideReader, tmp_path: Path, mask: np.
         find_tissue(reader, path, TileConfig())
 
 
-def test_an_empty_mask_is_no_error(reader: SlideReader, tmp_path: Path) -> None:
+def test_an_empty_mask_is_not_an_error(reader: SlideReader, tmp_path: Path) -> None:
     path = save_mask(tmp_path / "empty.png", np.zeros((HEIGHT, WIDTH), np.uint8))
     assert not find_tissue(reader, path, TileConfig()).tissue_mask.any()
 
