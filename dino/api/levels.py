@@ -1,167 +1,390 @@
-"""The two levels. A level is a backbone, a dataset and a crop module; everything else is shared."""
+"""The levels: everything that differs between training on tiles and training on feature grids.
 
-from dataclasses import dataclass
+Code outside of this module does not compare level names or config types; it calls a level. A further level is one more
+class in :data:`LEVELS`. There are three ways to get one:
+
+- ``build_level(config)``: an instance with data, crops and backbone spec, for training.
+- ``level_named(name)``: the class, for a loaded backbone (``loaded.level``) or a run folder. Evaluators call its class
+  methods: ``labelled_reader`` and ``normaliser`` turn labelled files into inputs, ``baseline_features`` are the scores
+  to beat without a network, under the name ``baseline``.
+- ``level_of(config)``: the class, for settings.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from dino import progress
-from dino.api.grid_cache import grid_source
-from dino.config.schema import PatchConfig, PretrainConfig, RegionConfig
+from dino.config.schema import KnnConfig, PatchConfig, PretrainConfig, RegionConfig
 from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
-from dino.data.grid_files import GridEntry
-from dino.data.grid_folder import GridFolder
-from dino.data.images import list_names
-from dino.data.sources import ImageFolder, keep_partition, slide_of
+from dino.data.datasets import Dataset, GridDataset, SlideInfo, TileDataset, keep_partition, slide_of
+from dino.data.grids import GridEntry, open_grids, read_grid
+from dino.data.images import decode, list_names
+from dino.data.packed import GridFiles, grid_dtype, prepare_grids
+from dino.data.samplers import PermutationSampler, Sampler
 from dino.data.tile_cache import tile_cache
 from dino.errors import ConfigError, DataError
+from dino.evaluate.retrieval import pixel_features
+from dino.extraction.embed import Normalise, grids_as_they_are, normaliser
 from dino.models.backbone import BackboneSpec
 from dino.models.transforms import TRANSFORMS, Transform
-from dino.models.weights import LoadedBackbone, load_backbone_file
-from dino.slides.tables import OK, read_regions, read_status, read_tiling
+from dino.models.weights import load_backbone_file
+from dino.slides.tables import (
+    OK,
+    REGIONS_FOLDER,
+    REGIONS_TABLE,
+    STATUS_TABLE,
+    TILES_FOLDER,
+    TILES_TABLE,
+    TILING_FILE,
+    RegionRecord,
+    SlideStatus,
+    Tiling,
+    read_regions,
+    read_status,
+    read_tile_spacings,
+    read_tiling,
+)
 
-TILES = Path("patch_256_pretraining", "imgs")
-GRIDS = Path("region_4096_pretraining")
+DEFAULT_TILE_SIZE_PX = 256
+
+Read = Callable[[Path], Tensor]
 
 
-@dataclass(frozen=True)
-class Level:
-    """What distinguishes a run of one level from one of the other.
+class Level(ABC):
+    """What a run of one level is made of.
 
     Attributes:
-        name: ``patch`` or ``region``.
-        source: Its samples.
-        crops: Draws and applies its views.
-        spec: Its backbone.
-        transform: Normalisation of its images; None for feature grids.
-        geometry: Spacing and tile size of its samples, where known.
-        slides: ``slide_ids`` and ``patient_ids`` that it trains on, as far as they are known.
-        start: Start weights; None to start from nothing.
+        name: Name of the level in commands, checkpoints and records.
+        schema: Settings of its runs.
+        recipe: Recipe that its runs start from by default.
+        baseline: Name of the features that need no network, see :meth:`baseline_features`.
+        dataset: The samples.
+        crops: Draws and applies the views.
+        spec: The backbone.
+        transform: Normalization of images; None for feature grids.
+        geometry: What a checkpoint records of the samples: spacing and tile size where known, and the shape of grids.
+        slides: ``slide_ids`` and ``patient_ids`` of the samples, as far as they are known.
     """
 
-    name: str
-    source: ImageFolder | GridFolder
+    name: ClassVar[str]
+    schema: ClassVar[type[PretrainConfig]]
+    recipe: ClassVar[str]
+    baseline: ClassVar[str]
+
+    dataset: Dataset
     crops: ImageCrops | GridCrops
     spec: BackboneSpec
     transform: Transform | None
     geometry: dict[str, Any]
     slides: dict[str, list[str]]
-    start: LoadedBackbone | None
+
+    @abstractmethod
+    def __init__(self, config: Any) -> None: ...
+
+    def sampler(self, seed: int) -> Sampler:
+        """The order in which samples are drawn."""
+        return PermutationSampler(len(self.dataset), seed)
+
+    @property
+    def export_size_px(self) -> int:
+        """Input size that an export is made for: the tile size, rounded down to a multiple of the patch size."""
+        size, patch_size = self.geometry["tile_size_px"] or DEFAULT_TILE_SIZE_PX, self.spec.patch_size
+        return max(patch_size, size - size % patch_size)
+
+    @classmethod
+    @abstractmethod
+    def labelled_reader(
+        cls, paths: Sequence[Path], spec: BackboneSpec, config: PretrainConfig | KnnConfig, model: str
+    ) -> Read:
+        """How labelled items are read.
+
+        Args:
+            paths: All of them.
+            spec: The backbone that they are for.
+            config: Settings of the run or of the evaluation.
+            model: What to call the model in messages.
+
+        Returns:
+            A function of a path to ``(3, H, W)`` uint8 or ``(D, h, w)`` float32. It raises DataError if the file cannot
+            be used.
+
+        Raises:
+            DataError: If a path is an item of another level.
+        """
+
+    @classmethod
+    @abstractmethod
+    def normaliser(cls, transform: Transform | None, patch_size: int) -> Normalise:
+        """The step from a batch of labelled items to a backbone's input."""
+
+    @classmethod
+    @abstractmethod
+    def baseline_features(cls, batch: Tensor) -> Tensor:
+        """Features ``(B, d)`` of a batch of labelled items that need no network."""
+
+
+class PatchLevel(Level):
+    """Level 1: tiles of a folder of images, or those that ``dino tile`` cut under a ROOT."""
+
+    name = "patch"
+    schema = PatchConfig
+    recipe = "patch_pathology"
+    baseline = "pixels_8x8"
+
+    def __init__(self, config: PatchConfig) -> None:
+        root, aug, model = _Root(Path(config.data_dir)), config.aug, config.model
+        folder = _tile_folder(root)
+        names = keep_partition(list_names(folder, {TILING_FILE: TILES_FOLDER}), slide_of, root.partitions)
+        if not names:
+            raise DataError(
+                f"expected tiles with partition blank or pretrain under {folder}, found only held-out slides"
+            )
+        cache = tile_cache(len(names), config.speed.ram_cache)
+        self.dataset = TileDataset(folder, names, root.slide_infos(root.tile_spacings()), cache)
+        for name in ("global_crops_size", "local_crops_size"):
+            if getattr(aug, name) % model.patch_size:
+                raise ConfigError(
+                    f"expected aug.{name} to be a multiple of model.patch_size={model.patch_size}, "
+                    f"found {getattr(aug, name)}"
+                )
+        start = load_backbone_file(model.init, model.init_arch).transform if model.init else None
+        self.transform = start or TRANSFORMS["imagenet"]
+        self.crops = ImageCrops(aug, self.transform.mean, self.transform.std)
+        size = (aug.global_crops_size, aug.global_crops_size)
+        self.spec = BackboneSpec(model.arch, self.name, 3, size, model.patch_size, model.pos_resample)
+        self.geometry, self.slides = root.geometry(), root.slides(self.dataset.slide_ids)
+
+    @classmethod
+    def labelled_reader(
+        cls, paths: Sequence[Path], spec: BackboneSpec, config: PretrainConfig | KnnConfig, model: str
+    ) -> Read:
+        """Decode images."""
+        grid = next((path for path in paths if path.suffix == ".pt"), None)
+        if grid is not None:
+            raise DataError(f"expected images for the level-1 model {model}, found the feature grid {grid}")
+        return decode
+
+    @classmethod
+    def normaliser(cls, transform: Transform | None, patch_size: int) -> Normalise:
+        """Scale 8-bit images and resize them to a size that the backbone takes."""
+        transform = transform or TRANSFORMS["imagenet"]
+        size = transform.input_size_px
+        return normaliser(transform.mean, transform.std, patch_size, (size, size) if size else None)
+
+    @classmethod
+    def baseline_features(cls, batch: Tensor) -> Tensor:
+        """8 x 8 pixels less their mean."""
+        return pixel_features(batch)
+
+
+class RegionLevel(Level):
+    """Level 2: feature grids of a folder, or those that ``dino extract`` wrote under a ROOT."""
+
+    name = "region"
+    schema = RegionConfig
+    recipe = "region"
+    baseline = "mean_of_cells"
+
+    def __init__(self, config: RegionConfig) -> None:
+        root, model = _Root(Path(config.data_dir)), config.model
+        folder = root.path / REGIONS_FOLDER
+        if not folder.is_dir() and root.tiling is None:
+            folder = root.path
+        regions = root.regions()
+        entries = grid_entries(root.path, folder, regions, root.partitions)
+        files = GridFiles(folder, entries, config.grid_order, grid_dtype(config.speed))
+        survey, packed, cells = prepare_grids(
+            files, config.speed, config.training.max_bad_fraction, may_write=not config.dry_run
+        )
+        slides = root.slide_infos({region.slide_id: region.spacing_um for region in regions})
+        self.dataset = GridDataset(files, survey, packed, by_row=cells is not None, slides=slides)
+        self.crops = GridCrops((survey.height, survey.width), config.aug, cells)
+        height, width = self.crops.sizes[0]
+        self.spec = BackboneSpec(model.arch, self.name, survey.dim, (height, width), 1, model.pos_resample)
+        self.transform = None
+        self.geometry = {**root.geometry(), "region_cells": [survey.height, survey.width]}
+        self.slides = root.slides(self.dataset.slide_ids)
+
+    @classmethod
+    def labelled_reader(
+        cls, paths: Sequence[Path], spec: BackboneSpec, config: PretrainConfig | KnnConfig, model: str
+    ) -> Read:
+        """Read feature grids; shapes are those of a ``regions.csv`` beside or above them, else square."""
+        other = next((path for path in paths if path.suffix != ".pt"), None)
+        if other is not None:
+            raise DataError(f"expected .pt feature grids for the level-2 model {model}, found {other}")
+        roots = {root for path in paths for root in (path.parent, path.parent.parent)}
+        tables = [read_regions(root) for root in sorted(roots) if (root / REGIONS_TABLE).exists()]
+        shapes = {record.path.name: record.grid for table in tables for record in table}
+        order: str = getattr(config, "grid_order")  # noqa: B009 - of every config of this level
+
+        def read(path: Path) -> Tensor:
+            regions, _, dim = open_grids(path).shape
+            if regions != 1 or dim != spec.input_dim:
+                raise DataError(f"expected one region of D={spec.input_dim} in {path}, found {regions} of D={dim}")
+            return read_grid(path, order, shapes.get(path.name))
+
+        return read
+
+    @classmethod
+    def normaliser(cls, transform: Transform | None, patch_size: int) -> Normalise:
+        """Feature grids are the backbone's input."""
+        return grids_as_they_are
+
+    @classmethod
+    def baseline_features(cls, batch: Tensor) -> Tensor:
+        """Mean of the cells of each grid."""
+        return batch.mean((2, 3))
+
+
+LEVELS: Mapping[str, type[Level]] = {level.name: level for level in (PatchLevel, RegionLevel)}
+
+
+def level_named(name: str) -> type[Level]:
+    """The level of a name.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if name not in LEVELS:
+        raise ConfigError(f"expected a level {' or '.join(LEVELS)}, found '{name}'; was it written by a newer version?")
+    return LEVELS[name]
+
+
+def level_of(config: PretrainConfig) -> type[Level]:
+    """The level that settings are for."""
+    return next(level for level in LEVELS.values() if isinstance(config, level.schema))
 
 
 def build_level(config: PretrainConfig) -> Level:
-    """Find the data of a run and build its source, crops and backbone spec.
+    """Find the data of a run and build its dataset, crops and backbone spec.
 
     Args:
-        config: A :class:`PatchConfig` or a :class:`RegionConfig`; it decides the level.
+        config: Settings of a run; their type decides the level.
 
     Raises:
-        DataError: If the folder is missing, empty, or holds what cannot be trained on.
+        DataError: If the folder is missing, empty, or contains what cannot be trained on.
         ConfigError: If sizes do not fit.
     """
     if not config.data_dir:
         raise ConfigError("expected a data folder, found none; name ROOT (data_dir=…)")
     if not Path(config.data_dir).is_dir():
         raise DataError(f"expected a data folder at {config.data_dir}, found nothing; check the path")
-    return patch_level(config) if isinstance(config, PatchConfig) else region_level(config)  # type: ignore[arg-type]
+    return level_of(config)(config)
 
 
-def patch_level(config: PatchConfig) -> Level:
-    """Level 1: tiles of a folder, or those that ``dino tile`` cut under a root."""
-    root = Path(config.data_dir)
-    folder = next((root / inner for inner in (TILES, "imgs") if (root / inner).is_dir()), root)
-    names = keep_partition(list_names(folder), slide_of, _partitions(root))
-    if not names:
-        raise DataError(f"expected tiles with partition blank or pretrain under {folder}, found only held-out slides")
-    source = ImageFolder(folder, names, tile_cache(len(names), config.speed.ram_cache))
-    size, patch_size = config.aug.global_crops_size, config.model.patch_size
-    for name in ("global_crops_size", "local_crops_size"):
-        if getattr(config.aug, name) % patch_size:
-            raise ConfigError(
-                f"expected aug.{name} to be a multiple of model.patch_size={patch_size}, "
-                f"found {getattr(config.aug, name)}"
+class _Root:
+    """The tables of a data folder, as far as there are any.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        DataError: If a table is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tiling: Tiling | None = read_tiling(path) if (path / TILING_FILE).exists() else None
+        self.status: dict[str, SlideStatus] = read_status(path) if (path / STATUS_TABLE).exists() else {}
+
+    @property
+    def partitions(self) -> dict[str, str]:
+        """Partition of each slide; for a slide that failed or was excluded later, that word instead."""
+        return {slide: row.partition if row.status == OK else row.status for slide, row in self.status.items()}
+
+    def geometry(self) -> dict[str, Any]:
+        """Spacing (µm/px) and size (px) of the tiles, None where not recorded."""
+        known = self.tiling.geometry if self.tiling else None
+        return {
+            "spacing_um": known.spacing_um if known else None,
+            "tile_size_px": known.tile_size_px if known else None,
+        }
+
+    def slides(self, slide_ids: set[str]) -> dict[str, list[str]]:
+        """The slides, and their patients as far as they are recorded."""
+        patients = {self.status[slide].patient_id for slide in slide_ids if slide in self.status}
+        return {"slide_ids": sorted(slide_ids), "patient_ids": sorted(patient for patient in patients if patient)}
+
+    def regions(self) -> list[RegionRecord]:
+        """The regions that are recorded."""
+        return read_regions(self.path) if (self.path / REGIONS_TABLE).exists() else []
+
+    def tile_spacings(self) -> dict[str, float]:
+        """Actual spacing of the tiles of each slide, where recorded."""
+        return read_tile_spacings(self.path) if (self.path / TILES_TABLE).exists() else {}
+
+    def slide_infos(self, spacings: Mapping[str, float]) -> dict[str, SlideInfo]:
+        """What is recorded of each slide, with the actual spacing of its samples."""
+        infos = {}
+        for slide in {*self.status, *spacings}:
+            row, spacing = self.status.get(slide), spacings.get(slide)
+            infos[slide] = SlideInfo(
+                patient_id=(row.patient_id or None) if row else None,
+                centre=(row.centre or None) if row else None,
+                spacing_um=spacing if spacing is not None and isfinite(spacing) else None,
             )
-    start = _start(config)
-    transform = TRANSFORMS["imagenet"] if start is None or start.transform is None else start.transform
-    return Level(
-        "patch",
-        source,
-        ImageCrops(config.aug, transform.mean, transform.std),
-        BackboneSpec(config.model.arch, "patch", 3, (size, size), patch_size, config.model.pos_resample),
-        transform,
-        _geometry(root),
-        _slides(root, source.slide_ids),
-        start,
-    )
+        return infos
 
 
-def region_level(config: RegionConfig) -> Level:
-    """Level 2: feature grids of a folder, or those that ``dino extract`` wrote under a root."""
-    root = Path(config.data_dir)
-    folder = root / GRIDS if (root / GRIDS).is_dir() else root
-    source, cells = grid_source(folder, grid_entries(root, folder), config)
-    crops = GridCrops((source.height, source.width), config.aug, cells)
-    model = config.model
-    height, width = crops.sizes[0]
-    return Level(
-        "region",
-        source,
-        crops,
-        BackboneSpec(model.arch, "region", source.dim, (height, width), 1, model.pos_resample),
-        None,
-        {**_geometry(root), "region_cells": [source.height, source.width]},
-        _slides(root, source.slide_ids),
-        _start(config),
-    )
+def _tile_folder(root: _Root) -> Path:
+    """The folder whose images are the tiles.
+
+    Raises:
+        DataError: If ``dino tile`` wrote the folder, but no JPEG files into it.
+    """
+    tiles = root.path / TILES_FOLDER / "imgs"
+    if tiles.is_dir():
+        return tiles
+    if root.tiling is not None:  # other images under this folder are previews, not tiles
+        storage = root.tiling.storage
+        if storage == "jpeg":
+            what = "tile the same slides again to cut what is missing"
+        else:
+            what = (
+                f"it was tiled with storage={storage}, which cannot be trained on: tile the slides with storage=jpeg "
+                "into another ROOT"
+            )
+        raise DataError(f"expected tiles in {tiles}, found none; {what}")
+    return root.path / "imgs" if (root.path / "imgs").is_dir() else root.path
 
 
-def grid_entries(root: Path, folder: Path) -> list[GridEntry]:
-    """Grid files of ``folder`` in order, with slide, shape and tissue from ``root/regions.csv`` where it lists them.
+def grid_entries(root: Path, folder: Path, regions: Sequence[RegionRecord], partitions: Mapping[str, str]) -> list[GridEntry]:
+    """Grid files of a folder in order, with slide, shape and tissue where they are recorded.
+
+    Args:
+        root: The data folder, for messages.
+        folder: Where the grids are.
+        regions: What is recorded of them.
+        partitions: Partition of each slide.
 
     Raises:
         DataError: If there is no ``.pt`` file that may be trained on.
     """
-    known = {Path(r.path).name: r for r in read_regions(root)} if (root / "regions.csv").exists() else {}
+    known = {record.path.name: record for record in regions}
     paths = sorted(folder.glob("*.pt"))
     if not paths:
-        raise DataError(f"expected feature grids (*.pt) in {folder}, found none; run `dino extract` first")
-    partitions = _partitions(root)
+        raise DataError(
+            f"expected feature grids (*.pt) in {folder}, found none; run `dino extract MODEL {root}` first"
+        )
+
+    def slide(path: Path) -> str | None:
+        return known[path.name].slide_id if path.name in known else slide_of(path)
+
     entries = []
-    for path in keep_partition(paths, lambda p: known[p.name].slide_id if p.name in known else slide_of(p), partitions):
+    for path in keep_partition(paths, slide, partitions):
         region = known.get(path.name)
-        if region is None:
-            entries.append(GridEntry(path))
-        else:
-            entries.append(GridEntry(path, region.slide_id, region.grid, region.tissue))
+        entries.append(GridEntry(path, region.slide_id, region.grid, region.tissue) if region else GridEntry(path))
     if not entries:
         raise DataError(f"expected grids with partition blank or pretrain in {folder}, found only held-out slides")
     if not known:
         progress.say(
-            f"{folder}: no regions.csv; grids are taken as square, rows as row-major (grid_order=xy turns them)"
+            f"{folder}: no {REGIONS_TABLE}; grids are read as square and row-major (grid_order=xy: column-major)"
         )
     return entries
-
-
-def _partitions(root: Path) -> dict[str, str]:
-    """Partition of each slide under ``root``; for a slide that was excluded later or failed, that word instead."""
-    if not (root / "slides_status.csv").exists():
-        return {}
-    return {slide: row.partition if row.status == OK else row.status for slide, row in read_status(root).items()}
-
-
-def _start(config: PretrainConfig) -> LoadedBackbone | None:
-    return load_backbone_file(config.model.init, config.model.init_arch) if config.model.init else None
-
-
-def _geometry(root: Path) -> dict[str, Any]:
-    """Spacing and size of the tiles under ``root``, where ``dino tile`` recorded them."""
-    if not (root / "tiling.json").exists():
-        return {"spacing_um": None, "tile_size_px": None}
-    geometry = read_tiling(root).geometry
-    return {"spacing_um": geometry.spacing_um, "tile_size_px": geometry.tile_size_px}
-
-
-def _slides(root: Path, slide_ids: set[str]) -> dict[str, list[str]]:
-    status = read_status(root) if (root / "slides_status.csv").exists() else {}
-    patients = {status[slide].patient_id for slide in slide_ids if slide in status}
-    return {"slide_ids": sorted(slide_ids), "patient_ids": sorted(p for p in patients if p)}

@@ -1,1 +1,1 @@
-"""Samples and batches: where pixels and feature grids come from, as a function of the draw number."""
+"""Datasets, samplers and batches of tiles and feature grids."""

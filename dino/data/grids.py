@@ -1,13 +1,16 @@
-"""Feature grids: ``.pt`` files of level-1 features to ``(D, h, w)`` tensors.
+"""Feature grids: ``.pt`` files of level-1 features to ``(D, h, w)`` tensors, and checks of whole folders of them.
 
-A file of this project (and of the original system) holds one region, ``[npatch x D]``; HIPT keeps the regions of a
+A file of this package (and of the original system) contains one region, ``[npatch x D]``; HIPT stores the regions of a
 slide as ``[M x 256 x D]`` and slide2vec as ``(R, T, D)``. Rows are row-major (y, then x) unless ``order="xy"``.
 """
 
 import math
 import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,21 +22,21 @@ SMALLEST_SIDE = 4
 
 
 def open_grids(path: Path) -> Tensor:
-    """Map a ``.pt`` file and check its rank and type, without reading its values.
+    """Memory-map a ``.pt`` file and check its rank and type, without reading its values.
 
     Args:
-        path: File that holds one tensor.
+        path: File that contains one tensor.
 
     Returns:
         ``(M, T, D)`` memory-mapped tensor: M regions of T cells.
 
     Raises:
-        DataError: If the file is damaged, holds anything but one floating-point tensor, or has another rank.
+        DataError: If the file is damaged, contains anything but one floating-point tensor, or has another rank.
     """
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        raise DataError(f"expected one tensor in {printable(path)}, found objects that need running code") from None
+        raise DataError(f"expected one tensor in {printable(path)}, found objects whose loading would run code") from None
     except Exception as error:  # torch raises many types on damaged archives
         reason = f"{type(error).__name__}: {printable(error)[:200]}"
         raise DataError(f"cannot read {printable(path)}: {reason}") from None
@@ -43,7 +46,9 @@ def open_grids(path: Path) -> Tensor:
             f"expected a float tensor [cells x D] or [regions x cells x D] in {printable(path)}, found {found}"
         )
     if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise DataError(f"expected all of {tuple(tensor.shape)} to lie in {printable(path)}, found less; save it whole")
+        raise DataError(
+            f"expected {printable(path)} to contain all of its {tuple(tensor.shape)} values, found fewer; save it again"
+        )
     if 0 in tensor.shape:
         raise DataError(f"expected features in {printable(path)}, found an empty tensor {tuple(tensor.shape)}")
     return tensor if tensor.ndim == 3 else tensor[None]
@@ -54,11 +59,11 @@ def grid_shape(path: Path, cells: int, shape: tuple[int, int] | None) -> tuple[i
 
     Args:
         path: The file, for the message.
-        cells: Its row count.
+        cells: Its number of rows.
         shape: ``(h, w)`` from ``regions.csv``, or None for a square grid.
 
     Raises:
-        DataError: If the rows do not make up the grid, or a side is under 4 cells.
+        DataError: If the number of rows is not that of the grid, or a side is under 4 cells.
     """
     side = math.isqrt(cells)
     height, width = shape or (side, side)
@@ -81,13 +86,13 @@ def read_cells(path: Path, order: str = "yx", shape: tuple[int, int] | None = No
         path: ``.pt`` file.
         order: ``yx`` for row-major rows, ``xy`` for column-major ones.
         shape: ``(h, w)``, or None for a square grid.
-        region: Which region, where the file holds several.
+        region: Which region, where the file contains several.
 
     Returns:
-        ``(h * w, D)`` float32 tensor with its own memory.
+        ``(h * w, D)`` float32 tensor, a copy of the file's values.
 
     Raises:
-        DataError: If the file is not such a grid, or holds values that are not finite.
+        DataError: If the file is not such a grid, or contains values that are not finite.
         ConfigError: If ``order`` is unknown.
     """
     if order not in ORDERS:
@@ -106,6 +111,96 @@ def read_cells(path: Path, order: str = "yx", shape: tuple[int, int] | None = No
 
 
 def read_grid(path: Path, order: str = "yx", shape: tuple[int, int] | None = None, region: int = 0) -> Tensor:
-    """One feature grid as an image of D channels: what :func:`read_cells` gives, as ``(D, h, w)``."""
+    """One feature grid as an image of D channels: the result of :func:`read_cells` as ``(D, h, w)``."""
     cells = read_cells(path, order, shape, region)
     return cells.unflatten(0, grid_shape(path, len(cells), shape)).permute(2, 0, 1).contiguous()  # (D, h, w)
+
+
+@dataclass(frozen=True)
+class GridEntry:
+    """One file of feature grids and what ``regions.csv`` records of it."""
+
+    path: Path
+    slide_id: str | None = None
+    shape: tuple[int, int] | None = None
+    tissue: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Shapes of the grids in the files of a folder.
+
+    Attributes:
+        regions: Number of regions in each file; 1 for a file that is not a grid.
+        bad: Indices of the files that are not grids.
+        height: Rows of cells of every grid.
+        width: Columns of cells of every grid.
+        dim: D of every grid.
+    """
+
+    regions: list[int]
+    bad: list[int]
+    height: int
+    width: int
+    dim: int
+
+
+def survey(
+    root: Path, entries: Sequence[GridEntry], on_file: Callable[[], None] = lambda: None, max_bad_fraction: float = 0.0
+) -> Survey:
+    """Open every file, without reading its values.
+
+    Args:
+        root: The folder, for messages.
+        entries: Its files.
+        on_file: Called after each checked file, for a progress bar.
+        max_bad_fraction: Largest fraction of the files that may not be grids.
+
+    Raises:
+        DataError: If more files than that are not grids, or D or the shape differ within the folder.
+    """
+    kinds: dict[tuple[int, int, int], Path] = {}
+    regions, bad = [], []
+    for number, entry in enumerate(entries):
+        try:
+            count, dim, shape = _kind(entry)
+            kinds.setdefault((dim, *shape), entry.path)
+        except DataError:
+            count = 1
+            bad.append(number)
+        regions.append(count)
+        on_file()
+    check_bad_fraction(entries, bad, max_bad_fraction)
+    if len(kinds) != 1:
+        found = "; ".join(f"D={d}, {h} x {w} in {printable(path.name)}" for (d, h, w), path in list(kinds.items())[:3])
+        raise DataError(f"expected grids of one D and one shape in {root}, found {found or 'none'}; split the folder")
+    ((dim, height, width),) = kinds
+    return Survey(regions, bad, height, width, dim)
+
+
+def _kind(entry: GridEntry) -> tuple[int, int, tuple[int, int]]:
+    """Regions, D, and (h, w) of a file."""
+    regions, cells, dim = open_grids(entry.path).shape
+    return regions, dim, grid_shape(entry.path, cells, entry.shape)
+
+
+def check_bad_fraction(entries: Sequence[GridEntry], bad: Sequence[int], max_bad_fraction: float) -> None:
+    """Check that few enough files are not grids.
+
+    Raises:
+        DataError: If more than ``max_bad_fraction`` of the files are not; its message describes the first of them.
+    """
+    if len(bad) <= max_bad_fraction * len(entries):
+        return
+    more = f" (and {len(bad) - 1} more such files)" if len(bad) > 1 else ""
+    raise DataError(
+        f"{_reason(entries[bad[0]])}{more}; more than training.max_bad_fraction={max_bad_fraction:g} of the files"
+    )
+
+
+def _reason(entry: GridEntry) -> str:
+    try:
+        _kind(entry)
+    except DataError as error:
+        return str(error)
+    return f"expected a grid in {printable(entry.path)}, found a file that has changed meanwhile; start again"

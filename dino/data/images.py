@@ -1,9 +1,12 @@
 """Image files to pixels, and folders to lists of image files."""
 
+import hashlib
 import io
 import os
 import stat
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -14,64 +17,23 @@ from dino.errors import DataError
 from dino.files import printable
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
-LARGEST_PX = 64_000_000  # beyond this a file is no tile but a slide or a decompression bomb
-LARGEST_BYTES = 8 * LARGEST_PX  # 16-bit RGBA without compression: what is larger is not even read
-LEVEL = "\0"  # between folder and file while names are sorted: before every letter, as when paths are sorted
-JPEG_COLOURS = {"YCbCr", "RGB", "Gray"}  # those that the fast decoder converts; CMYK and YCCK are Pillow's
+LARGEST_PX = 64_000_000  # a larger image is a slide or a decompression bomb
+LARGEST_BYTES = 8 * LARGEST_PX  # uncompressed 16-bit RGBA: a larger file is not even read
+SEPARATOR = "\0"  # of folders while names are sorted: sorts before every letter, as in sorted paths
+JPEG_COLOURS = {"YCbCr", "RGB", "Gray"}  # those that simplejpeg converts; Pillow decodes CMYK and YCCK
+END = "\0"  # of a name; no file name contains it
 
 try:
     import simplejpeg
-except ImportError:  # Pillow decodes the same pixels, at 2.5 times the cost
+except ImportError:  # Pillow decodes the same pixels in 2.5 times the time
     simplejpeg = None
-
-
-def list_images(root: Path) -> list[Path]:
-    """Every image file under ``root``, as :func:`list_names` finds and orders them."""
-    return [root / name for name in list_names(root)]
-
-
-def list_names(root: Path) -> list[str]:
-    """Path within ``root`` of every image file under it, sorted; hidden files and folders are left out.
-
-    Args:
-        root: Folder, flat or nested. Linked folders are followed once, so that circles end.
-
-    Raises:
-        DataError: If the folder is missing or holds no image.
-    """
-    if not root.is_dir():
-        raise DataError(f"expected a folder of images at {root}, found {'a file' if root.exists() else 'nothing'}")
-    found, others, seen = [], 0, set()  # strings: a million paths take minutes and a gigabyte
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse_folder):
-        real = os.path.realpath(folder)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        shown = [] if real in seen else [name for name in files if not name.startswith(".")]
-        inner = folder[len(os.fspath(root)) :].strip(os.sep)
-        prefix = inner.replace(os.sep, LEVEL) + LEVEL if inner else ""
-        images = [prefix + name for name in shown if name[name.rfind(".") :].lower() in SUFFIXES]
-        found += images
-        others += len(shown) - len(images)
-        seen.add(real)
-    if not found:
-        kinds = " ".join(sorted(SUFFIXES))
-        raise DataError(
-            f"expected images ({kinds}) under {printable(root)}, found {others} other files; check the folder"
-        )
-    found.sort()
-    for index, name in enumerate(found):  # in place: a second list would be as large
-        found[index] = name.replace(LEVEL, os.sep)
-    return found
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise DataError(f"expected a readable folder at {printable(error.filename)}, found none: {error.strerror}")
 
 
 def decode(path: Path) -> Tensor:
     """Decode an image file to 8-bit RGB as it is stored (EXIF orientation is not applied).
 
-    Grey becomes RGB, 16-bit is scaled to 8, transparency is laid over white (glass), CMYK is converted, and of an
-    animation the first frame is taken. Floating-point images are refused.
+    Grey becomes RGB, 16 bits are scaled to 8, transparent pixels are blended with white (glass), CMYK is converted, and
+    of an animation the first frame is decoded. Floating-point images are not accepted.
 
     Args:
         path: JPEG, PNG, TIFF, BMP or WebP file.
@@ -80,7 +42,7 @@ def decode(path: Path) -> Tensor:
         ``(3, H, W)`` uint8 tensor.
 
     Raises:
-        DataError: If the file cannot be decoded, is no regular file, or has more than 64 million pixels or 512 MB.
+        DataError: If the file cannot be decoded, is not a regular file, or has more than 64 million pixels or 512 MB.
     """
     try:
         content = _read(path)
@@ -92,17 +54,17 @@ def decode(path: Path) -> Tensor:
         return _decode_with_pillow(content)
     except DataError as error:
         raise DataError(f"cannot use {printable(path)}: {error}") from None
-    except UnidentifiedImageError:  # its own message holds an address in memory, another one each time
+    except UnidentifiedImageError:  # its own message contains a memory address, which differs each time
         raise DataError(f"cannot decode {printable(path)}: found no image in it") from None
-    except Exception as error:  # the decoders raise many types; all of them mean a file that is not an image
+    except Exception as error:  # the decoders raise many types for a file that is not an image
         reason = f"{type(error).__name__}: {printable(error)[:200]}"
         raise DataError(f"cannot decode {printable(path)}: {reason}") from None
 
 
 def _read(path: Path) -> bytes:
     facts = path.stat()
-    if not stat.S_ISREG(facts.st_mode):  # reading a pipe or a device would wait for ever
-        raise DataError("expected a file, found a folder, pipe or device; take it out of the folder")
+    if not stat.S_ISREG(facts.st_mode):  # reading a pipe or a device would block
+        raise DataError("expected a file, found a folder, pipe or device; remove it from the folder")
     if facts.st_size > LARGEST_BYTES:
         raise DataError(f"expected a tile, found a file of {facts.st_size / 1e9:.1f} GB; cut slides with `dino tile`")
     return path.read_bytes()
@@ -125,3 +87,85 @@ def _decode_with_pillow(content: bytes) -> Tensor:
         else:
             image_rgb = image.convert("RGB")
     return torch.from_numpy(np.array(image_rgb)).permute(2, 0, 1).contiguous()  # (3, H, W)
+
+
+def list_images(root: Path) -> list[Path]:
+    """Path of every image file under ``root``, in the order of :func:`list_names`."""
+    return [root / name for name in list_names(root)]
+
+
+def list_names(root: Path, only: Mapping[str, str] | None = None) -> list[str]:
+    """Path within ``root`` of every image file under it, sorted; hidden files and folders are left out.
+
+    Args:
+        root: Folder, flat or nested. Each linked folder is followed once, so that cycles end.
+        only: For folders that contain a file of a given name, the one subfolder of them that is searched.
+
+    Raises:
+        DataError: If the folder is missing or contains no image.
+    """
+    if not root.is_dir():
+        raise DataError(f"expected a folder of images at {root}, found {'a file' if root.exists() else 'nothing'}")
+    found, others, seen = [], 0, set()  # strings: a million Paths would take minutes and a gigabyte
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise_unreadable):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        shown = [] if real in seen else [name for name in files if not name.startswith(".")]
+        for inner in (inner for marker, inner in (only or {}).items() if marker in shown):
+            folders[:], shown = [name for name in folders if name == inner], []
+        inner = folder[len(os.fspath(root)) :].strip(os.sep)
+        prefix = inner.replace(os.sep, SEPARATOR) + SEPARATOR if inner else ""
+        images = [prefix + name for name in shown if name[name.rfind(".") :].lower() in SUFFIXES]
+        found += images
+        others += len(shown) - len(images)
+        seen.add(real)
+    if not found:
+        kinds = " ".join(sorted(SUFFIXES))
+        raise DataError(
+            f"expected images ({kinds}) under {printable(root)}, found {others} other files; check the folder"
+        )
+    found.sort()
+    for index, name in enumerate(found):  # in place: a second list would double the memory
+        found[index] = name.replace(SEPARATOR, os.sep)
+    return found
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise DataError(f"expected a readable folder at {printable(error.filename)}, found none: {error.strerror}")
+
+
+class Names(Sequence[str]):
+    """A list of file names as one block of bytes, which takes half the memory of a list of strings.
+
+    Forked workers share the block with their parent. A list of strings would be copied page by page, because reading a
+    string changes its reference count.
+
+    Args:
+        names: The names, in order.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        joined = END.join(names)
+        self._block = os.fsencode(joined + END) if joined else b""
+        self._ends = np.flatnonzero(np.frombuffer(self._block, np.uint8) == 0) + 1
+
+    def __len__(self) -> int:
+        """Number of names."""
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        """The name at an index, or those of a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        end = int(self._ends[index])
+        start = int(self._ends[index - 1]) if index % len(self) else 0
+        return os.fsdecode(self._block[start : end - 1])
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the names in order."""
+        return hashlib.sha256(self._block).hexdigest()

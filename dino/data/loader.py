@@ -1,28 +1,79 @@
-"""From draw numbers to batches: workers decode and draw crop parameters, the device applies them later."""
+"""Batches by draw number: workers decode samples and draw crop parameters, which the device applies later."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from dino import randomness
-from dino.data.batch import Batch
-from dino.data.sources import BadSample, Sample, Source
+from dino.data.datasets import BadSample, Dataset, Sample
+from dino.data.samplers import Sampler
 from dino.errors import DataError
 from dino.signals import ignore_signals_in_worker
 
-ATTEMPTS = 20  # replacements of a bad sample before giving up
+ATTEMPTS = 20  # samples that are tried for one draw
+IN_MESSAGE = 2**16  # bytes of the largest tensor that is sent in the message of a worker itself
 
 Draw = Callable[[tuple[int, int], np.ndarray | None, np.random.Generator], Mapping[str, np.ndarray]]
 
 
+@dataclass
+class Batch:
+    """Samples of consecutive draws, with everything random about them.
+
+    Attributes:
+        inputs: ``(B, 3, H, W)`` uint8 tiles, padded at the right and bottom, ``(B, h * w, D)`` cells of feature grids,
+            or ``(B,)`` int64 rows of grids that the crops hold.
+        draws: ``(B,)`` int64 draw numbers.
+        parameters: Crop parameters by name, each ``(B, V, ...)``.
+        keep: ``(B, V, depth, 2)`` float32 multipliers of the residual branches (drop-path), or None.
+        names: Name of each sample.
+        slide_ids: Slide of each sample, where known.
+        bad: ``(name, reason)`` of samples that could not be used and were replaced.
+    """
+
+    inputs: Tensor
+    draws: Tensor
+    parameters: dict[str, Tensor]
+    keep: Tensor | None
+    names: list[str]
+    slide_ids: list[str | None]
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Small tensors as arrays, which are sent in a worker's message; each tensor would take shared memory."""
+        return {name: _to_arrays(value) for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({name: _to_tensors(value) for name, value in state.items()})
+
+    def pin_memory(self) -> "Batch":
+        """The same batch with its inputs in page-locked memory, for asynchronous copies."""
+        keep = self.keep.pin_memory() if self.keep is not None else None
+        return replace(self, inputs=self.inputs.pin_memory(), keep=keep)
+
+
+def _to_arrays(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _to_arrays(one) for name, one in value.items()}
+    return value.numpy() if isinstance(value, Tensor) and value.nbytes <= IN_MESSAGE else value
+
+
+def _to_tensors(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _to_tensors(one) for name, one in value.items()}
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
 @dataclass(frozen=True)
 class DropPath:
-    """Stochastic depth (Huang et al. 2016, arXiv 1603.09382), drawn outside of the model.
+    """Stochastic depth (Huang et al. 2016, arXiv 1603.09382), drawn outside the model.
 
     Attributes:
         rate: Rate of the last block; it rises linearly from 0 at the first.
@@ -41,19 +92,28 @@ class DropPath:
         return (kept / (1 - rates)).astype(np.float32)
 
 
-class DrawnBatches(Dataset):
+class DrawnBatches(TorchDataset):
     """Batches by their first draw number.
 
     Args:
-        source: Where samples come from.
+        dataset: The samples.
+        sampler: Which of them a draw takes.
         draw: Draws one sample's crop parameters from its shape, tissue and generator.
         drop_path: Draws the skipped branches; None for no stochastic depth.
         batch_size: Samples of a batch.
-        seed: The run's seed.
+        seed: Seed of crops and stochastic depth.
     """
 
-    def __init__(self, source: Source, draw: Draw, drop_path: DropPath | None, batch_size: int, seed: int) -> None:
-        self.source, self.draw, self.drop_path = source, draw, drop_path
+    def __init__(
+        self,
+        dataset: Dataset,
+        sampler: Sampler,
+        draw: Draw,
+        drop_path: DropPath | None,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.dataset, self.sampler, self.draw, self.drop_path = dataset, sampler, draw, drop_path
         self.batch_size, self.seed = batch_size, seed
         self._crops, self._drop_path = (randomness.Stream(seed, purpose) for purpose in ("crops", "drop_path"))
 
@@ -80,14 +140,13 @@ class DrawnBatches(Dataset):
     def _sample(self, draw: int, bad: list[tuple[str, str]]) -> Sample:
         for attempt in range(ATTEMPTS):
             try:
-                return self.source(self.seed, draw, attempt)
+                return self.dataset[self.sampler(draw, attempt)]
             except BadSample as error:
                 bad.append((error.name, str(error)))
         raise DataError(f"{ATTEMPTS} samples in a row could not be used; the last one: {bad[-1][1]}")
 
     def _parameters(self, draw: int, sample: Sample) -> Mapping[str, np.ndarray]:
-        height, width = sample.shape or sample.pixels.shape[-2:]
-        return self.draw((height, width), sample.tissue, self._crops.at(draw))
+        return self.draw(sample.shape, sample.tissue, self._crops.at(draw))
 
     def _keep(self, draws: Sequence[int]) -> Tensor | None:
         if self.drop_path is None:
@@ -97,7 +156,7 @@ class DrawnBatches(Dataset):
 
 
 def _stacked(arrays: Sequence[np.ndarray]) -> Tensor:
-    """``np.stack`` of arrays of one shape, without its look at each of them, which takes longer than the copy."""
+    """``np.stack`` of arrays of one shape, without its checks of each of them, which take longer than the copy."""
     return torch.from_numpy(np.concatenate(arrays).reshape(len(arrays), *arrays[0].shape))
 
 
@@ -112,13 +171,13 @@ def stack_padded(tensors: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the draws of a step are laid out over processes and micro-batches.
+    """How the draws of a step are distributed over processes and micro-batches.
 
     Attributes:
         batch_size: Samples per process and micro-batch.
         accumulation: Micro-batches per step.
-        processes: How many processes there are.
-        process: Which one this is.
+        processes: Number of processes.
+        process: Rank of this one.
     """
 
     batch_size: int
@@ -139,7 +198,7 @@ class Layout:
 
 
 class _FirstDraws:
-    """Sized, lazy sampler over :meth:`Layout.first_draws`: a run's batches are never listed in memory."""
+    """Sized, lazy iterable over :meth:`Layout.first_draws`, which lists no run's batches in memory."""
 
     def __init__(self, layout: Layout, first_step: int, last_step: int) -> None:
         self._layout, self._steps = layout, (first_step, last_step)
@@ -158,11 +217,11 @@ def load_batches(
 
     Args:
         batches: The batches by first draw number.
-        layout: Which draws are this process's.
+        layout: Which draws this process takes.
         steps: First step, and the step after the last one.
         workers: Worker processes; 0 loads in this process. The batches are the same for any number.
-        prefetch: Batches that each worker keeps ready.
-        pin: Put the batches into page-locked memory.
+        prefetch: Batches that each worker prepares ahead.
+        pin: Copy the batches into page-locked memory.
     """
     return _Loader(
         batches,
@@ -176,7 +235,7 @@ def load_batches(
 
 
 class _Loader(DataLoader):
-    """Without torch's advice against more workers than cores: here that is the user's choice."""
+    """DataLoader without torch's warning about more workers than cores, which the user has chosen."""
 
     def check_worker_number_rationality(self) -> None:
-        """Say nothing."""
+        """Print no warning."""

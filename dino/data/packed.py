@@ -1,13 +1,14 @@
-"""All feature grids of a folder in one memory-mapped file: a sample then costs no file, no unpacking and no copy.
+"""All feature grids of a folder in one memory-mapped file, so that reading a sample opens and copies nothing.
 
-``<place>/grids-<key>.bin`` holds the cells, ``grids.json`` what they are of. The key is made of names, sizes and
-modification times of the files, so that whatever changes is packed anew.
+``<cache>/grids-<key>.bin`` contains the cells, ``grids.json`` the key, dtype and shapes. The key is a hash of the names,
+sizes and modification times of the files, so that the grids are packed again after any change.
 """
 
 import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,19 +20,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino import progress
-from dino.data.grid_files import GridEntry, Survey, refuse_bad, survey
-from dino.data.grids import read_cells
-from dino.errors import DataError
-from dino.files import atomic_path, read_json, stamp, write_json
+from dino import distributed, progress
+from dino.config.schema import RegionSpeedConfig
+from dino.data.grids import GridEntry, Survey, check_bad_fraction, read_cells, survey
+from dino.errors import ConfigError, DataError
+from dino.files import atomic_path, printable, read_json, stamp, write_json
 
 FORMAT = 1
 INDEX, LOCK = "grids.json", "lock"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the first that holds every value exactly
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the first that represents every value exactly is used
+AUTO, NONE = "auto", "none"  # values of speed.cache_dir
+CACHE_FOLDER = ".histodino"  # beside the grids; hidden, so that lists of images and grids leave it out
+AUTO_FRACTION = 0.25  # of the free GPU memory that grids may take where speed.gpu_cache is not set
 
 
-class _Rounded(Exception):
-    """A value that half precision does not hold."""
+class _RoundedError(Exception):
+    """A value that half precision does not represent exactly."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class GridFiles:
         root: Their folder; names are relative to it.
         entries: The files, in a fixed order.
         order: Order of the rows in them, ``yx`` or ``xy``.
-        dtype: What the values are rounded to: float32 for none of them, bfloat16 for a network whose first layer would
-            do so anyway, which then reads half the bytes.
+        dtype: Type that the values are rounded to: float32 (no rounding), or bfloat16 for a network whose first layer
+            rounds to it anyway, which halves the bytes to read.
     """
 
     root: Path
@@ -53,7 +57,7 @@ class GridFiles:
 
     @cached_property
     def key(self) -> str:
-        """Hash of everything that decides what is packed, as it was when this was first asked for."""
+        """Hash of everything that the packed values depend on, as it was at the first access."""
         digest = hashlib.sha256(f"{FORMAT} {self.order} {self.dtype}".encode())
         for entry in self.entries:
             name = os.fsencode(entry.path.relative_to(self.root))
@@ -67,9 +71,9 @@ class PackedGrids:
 
     Attributes:
         path: The file.
-        dtype: Type of its values: half precision where that was asked for, or holds every one of them exactly.
-        survey: What was packed.
-        bad: Numbers of the regions that cannot be used; their cells are zeros.
+        dtype: Type of its values: half precision where that was requested, or represents each of them exactly.
+        survey: Shapes of the files that were packed.
+        bad: Rows of the regions that cannot be used; their cells are zeros.
     """
 
     path: Path
@@ -79,87 +83,192 @@ class PackedGrids:
 
     @cached_property
     def cells(self) -> Tensor:
-        """``(n, h * w, D)`` memory-mapped tensor: the cells of each region, row-major. Not to be written to."""
+        """``(n, h * w, D)`` memory-mapped tensor: the cells of each region, row-major; read only."""
         shape = (sum(self.survey.regions), self.survey.height * self.survey.width, self.survey.dim)
         return torch.from_file(str(self.path), shared=False, size=int(np.prod(shape)), dtype=self.dtype).view(shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the map: another process makes its own."""
+        """Without the memory map: another process maps the file itself."""
         return {name: value for name, value in self.__dict__.items() if name != "cells"}
 
 
-def find_packed(place: Path, files: GridFiles, max_bad_fraction: float) -> PackedGrids | None:
-    """Open the packed grids of a folder, where they are those of its files as they are now.
+def grid_dtype(speed: RegionSpeedConfig) -> torch.dtype:
+    """Type of the grids of a run: that to which autocast rounds the input of the first layer, at half the bytes."""
+    return torch.bfloat16 if speed.precision == "bf16" else torch.float32
+
+
+def prepare_grids(
+    files: GridFiles, speed: RegionSpeedConfig, max_bad_fraction: float, *, may_write: bool
+) -> tuple[Survey, PackedGrids | None, Tensor | None]:
+    """Make the grids of a run ready to be read.
 
     Args:
-        place: Cache folder of these grids alone.
-        files: What is wanted.
-        max_bad_fraction: Share of the files that may be no grids.
+        files: Their files.
+        speed: Where they are packed, and how much GPU memory they may take.
+        max_bad_fraction: Largest fraction of the files that may not be grids.
+        may_write: Whether grids may be packed; grids that are packed already are used in any case.
+
+    Returns:
+        The shapes; the packed grids, None where each file is read by itself; and the ``(n, h * w, D)`` cells for the
+        crops to hold, None where batches contain their cells.
 
     Raises:
-        DataError: If too many files are no grids.
+        DataError: If the grids cannot be trained on.
+        ConfigError: If there is not as much memory as ``speed.gpu_cache``.
     """
-    found = _read(place, files)
+    device = distributed.choose_device(speed.device)
+    packed = _find_or_pack(files, speed.cache_dir, max_bad_fraction, may_write)
+    if packed is None:
+        with progress.bar("check grids", len(files.entries)) as bar:
+            found = survey(files.root, files.entries, bar.advance, max_bad_fraction)
+        gpu_budget(device, speed.gpu_cache)
+        return found, None, None
+    return packed.survey, packed, _cells_on(device, packed.cells, speed.gpu_cache)
+
+
+def _find_or_pack(files: GridFiles, cache_dir: str, max_bad_fraction: float, may_write: bool) -> PackedGrids | None:
+    """The packed grids from the first cache folder that contains them, else from the first that can be written to."""
+    caches = _cache_folders(files.root, cache_dir)
+    for cache in caches:
+        found = find_packed(cache, files, max_bad_fraction)
+        if found is not None:
+            return found
+    for cache in caches if may_write else ():
+        try:
+            return pack(cache, files, max_bad_fraction)
+        except OSError as error:
+            progress.say(f"feature grids cannot be packed into {printable(cache)}: {printable(error)}")
+    if caches and may_write:
+        progress.warn("every feature grid is read from its own file, which is slow; speed.cache_dir=FOLDER packs them")
+    return None
+
+
+def _cache_folders(folder: Path, cache_dir: str) -> list[Path]:
+    """Cache folders for the grids of ``folder``, in order of preference."""
+    if cache_dir == NONE:
+        return []
+    own = f"{folder.resolve().name}-{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:12]}"
+    if cache_dir != AUTO:
+        return [Path(cache_dir) / own]
+    home = Path(os.environ.get("HOME") or tempfile.gettempdir())
+    user = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return [folder / CACHE_FOLDER, user / "histodino" / own]
+
+
+def _cells_on(device: torch.device, cells: Tensor, gpu_cache_gb: float | None) -> Tensor | None:
+    """The cells for crops on ``device`` to hold; None where its memory is too small."""
+    budget, needed = gpu_budget(device, gpu_cache_gb), cells.numel() * cells.element_size()
+    if device.type == "cpu":
+        return cells  # memory-mapped: the operating system keeps what fits in its page cache
+    if needed > budget:
+        progress.say(
+            f"the feature grids take {needed / 1e9:.1f} GB, more than the {budget / 1e9:.1f} GB of the GPU for them "
+            "(speed.gpu_cache): they are copied batch by batch"
+        )
+        return None
+    return cells.to(device)
+
+
+def gpu_budget(device: torch.device, gpu_cache_gb: float | None) -> float:
+    """Bytes of a GPU's memory that grids may take.
+
+    Args:
+        device: Where the run computes.
+        gpu_cache_gb: The setting ``speed.gpu_cache``; None for a fraction of the free memory.
+
+    Raises:
+        ConfigError: If that is more than is free, or the device is not a GPU.
+    """
+    if device.type == "cpu":
+        if gpu_cache_gb:
+            raise ConfigError(
+                f"expected a GPU for speed.gpu_cache={gpu_cache_gb:g}, found the CPU, where grids are mapped into "
+                "memory without it; leave it out"
+            )
+        return 0.0
+    free = torch.cuda.mem_get_info(device)[0]
+    if gpu_cache_gb is None:
+        return AUTO_FRACTION * free
+    if gpu_cache_gb < 0 or gpu_cache_gb * 1e9 > free:
+        raise ConfigError(
+            f"expected speed.gpu_cache of at most the {free / 1e9:.1f} GB that are free on {device}, "
+            f"found {gpu_cache_gb:g}; lower it, or leave it out"
+        )
+    return gpu_cache_gb * 1e9
+
+
+def find_packed(cache: Path, files: GridFiles, max_bad_fraction: float) -> PackedGrids | None:
+    """Open the packed grids of a folder; None if there are none of its files as they are now.
+
+    Args:
+        cache: Cache folder of these grids alone.
+        files: The files.
+        max_bad_fraction: Largest fraction of the files that may not be grids.
+
+    Raises:
+        DataError: If too many files are not grids.
+    """
+    found = _read(cache, files)
     if found is not None:
-        refuse_bad(files.entries, found.survey.bad, max_bad_fraction)
+        check_bad_fraction(files.entries, found.survey.bad, max_bad_fraction)
     return found
 
 
-def pack(place: Path, files: GridFiles, max_bad_fraction: float) -> PackedGrids:
-    """Pack the grids of a folder. Of several processes that want the same one packs, and the others wait for it.
+def pack(cache: Path, files: GridFiles, max_bad_fraction: float) -> PackedGrids:
+    """Pack the grids of a folder. Where several processes need the same grids, one packs and the others wait for it.
 
     Args:
-        place: Cache folder of these grids alone; what was packed there from other files is removed.
-        files: What is to be packed.
-        max_bad_fraction: Share of the files that may be no grids.
+        cache: Cache folder of these grids alone; what was packed there from other files is removed.
+        files: The files.
+        max_bad_fraction: Largest fraction of the files that may not be grids.
 
     Raises:
-        DataError: If too many files are no grids, or they differ in D or shape.
+        DataError: If too many files are not grids, or they differ in D or shape.
         OSError: If they cannot be packed there.
     """
-    with _locked(place) as alone:
-        found = find_packed(place, files, max_bad_fraction)
+    with _locked(cache) as locked:
+        found = find_packed(cache, files, max_bad_fraction)
         if found is None:
-            _remove_old(place, leftovers=alone)
-            found = _pack(place, files, max_bad_fraction)
+            _remove_old(cache, temporary=locked)
+            found = _pack(cache, files, max_bad_fraction)
         return found
 
 
-def _read(place: Path, files: GridFiles) -> PackedGrids | None:
-    """What was packed from exactly these files, if anything."""
+def _read(cache: Path, files: GridFiles) -> PackedGrids | None:
+    """The grids that were packed from exactly these files; None if there are none, or the index is damaged."""
     try:
-        facts = read_json(place / INDEX)
+        facts = read_json(cache / INDEX)
         if facts["key"] != files.key:
             return None
         found = PackedGrids(
-            _data(place, files.key),
+            _data(cache, files.key),
             getattr(torch, facts["dtype"]),
             Survey(**facts["survey"]),
             frozenset(facts["bad"]),
         )
-        return found if found.cells.shape[0] else None  # maps the file: it must be there, and as large as it says
+        return found if found.cells.shape[0] else None  # maps the file, which fails if it is too small
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
         return None
 
 
-def _data(place: Path, key: str) -> Path:
-    return place / f"grids-{key}.bin"
+def _data(cache: Path, key: str) -> Path:
+    return cache / f"grids-{key}.bin"
 
 
 @contextmanager
-def _locked(place: Path) -> Iterator[bool]:
-    """Let one process in at a time; the operating system frees the lock of a process that dies.
+def _locked(cache: Path) -> Iterator[bool]:
+    """Lock a cache folder; the operating system releases the lock of a process that dies.
 
     Yields:
-        Whether no other process can be in. Some cluster file systems know no locks: there each packs for itself, which
-        is safe, because files appear whole, and only costs time.
+        Whether the lock is held. Some cluster file systems do not support locks: there each process packs by itself,
+        which is safe, because files are written atomically, and only takes longer.
     """
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / LOCK).open("w") as file:
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            progress.say(f"another process is packing the feature grids into {place}; waiting for it")
+            progress.say(f"another process is packing the feature grids into {cache}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             yield False
@@ -167,35 +276,35 @@ def _locked(place: Path) -> Iterator[bool]:
         yield True
 
 
-def _remove_old(place: Path, *, leftovers: bool) -> None:
-    """Remove what was packed before (a run that has mapped it keeps it), and files that a killed process left."""
-    for old in (*place.glob("grids-*.bin"), *(place.glob(".grids*.tmp") if leftovers else ())):
+def _remove_old(cache: Path, *, temporary: bool) -> None:
+    """Remove grids packed before (a run that has mapped them can still read them) and files of killed processes."""
+    for old in (*cache.glob("grids-*.bin"), *(cache.glob(".grids*.tmp") if temporary else ())):
         with suppress(OSError):
             old.unlink()
 
 
-def _pack(place: Path, files: GridFiles, max_bad_fraction: float) -> PackedGrids:
-    path = _data(place, files.key)  # takes the dates before anything is read: what changes from here on is noticed
+def _pack(cache: Path, files: GridFiles, max_bad_fraction: float) -> PackedGrids:
+    path = _data(cache, files.key)  # computes the key first: a file that changes from here on invalidates it
     with progress.bar("check grids", len(files.entries)) as bar:
         found = survey(files.root, files.entries, bar.advance, max_bad_fraction)
     for dtype in DTYPES if files.dtype == torch.float32 else (files.dtype,):
-        with suppress(_Rounded):
+        with suppress(_RoundedError):
             bad = _write(path, files, found, dtype)
             break
     name = str(dtype).removeprefix("torch.")
-    write_json(place / INDEX, {"key": files.key, "dtype": name, "survey": vars(found), "bad": bad})
-    grids = _read(place, files)  # maps it now, before another run may take the place
+    write_json(cache / INDEX, {"key": files.key, "dtype": name, "survey": vars(found), "bad": bad})
+    grids = _read(cache, files)  # maps the file now, before another run may replace it
     if grids is None:
-        raise OSError("what was written cannot be read back")
+        raise OSError("the packed grids cannot be read back")
     return grids
 
 
 def _write(path: Path, files: GridFiles, found: Survey, dtype: torch.dtype) -> list[int]:
-    """Write the cells of all regions; the numbers of those that cannot be used.
+    """Write the cells of all regions; returns the rows of those that cannot be used.
 
     Raises:
-        _Rounded: If the type does not hold a value exactly.
-        OSError: If the disk does not take it.
+        _RoundedError: If the type does not represent a value exactly.
+        OSError: If they cannot be written.
     """
     shape, bad, number = (found.height, found.width), [], 0
     size = sum(found.regions) * found.height * found.width * found.dim * dtype.itemsize
@@ -229,8 +338,8 @@ def _usable(path: Path, order: str, shape: tuple[int, int], region: int, dim: in
 
 
 def _exactly(cells: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """The bytes of values in another type."""
+    """The bytes of values converted to a type that represents them exactly."""
     packed = cells.to(dtype)
     if not torch.equal(packed.to(cells.dtype), cells):
-        raise _Rounded
+        raise _RoundedError
     return packed.view(torch.uint8).numpy()

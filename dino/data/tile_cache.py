@@ -1,4 +1,4 @@
-"""Decoded tiles, kept in memory that a process and its workers share: each is decoded once."""
+"""A cache of decoded tiles in memory that a process shares with its workers."""
 
 import mmap
 import multiprocessing
@@ -15,29 +15,29 @@ from dino.data.images import decode
 from dino.errors import ConfigError
 from dino.files import stamp
 
-CGROUP = Path("/sys/fs/cgroup")  # where a container or a batch system limits memory
+CGROUP = Path("/sys/fs/cgroup")  # memory limits of a container or batch job
 MEMINFO = Path("/proc/meminfo")
 
 
 class TileCache:
-    """Tiles by number, decoded when they are first asked for; those beyond the budget are decoded each time.
+    """Tiles by index, decoded when they are first requested; those beyond the budget are decoded each time.
 
-    Forked workers fill and read the same memory. A worker that is started in another way keeps nothing.
+    Forked workers fill and read the same memory. In a worker that is started in another way nothing is cached.
 
     Args:
-        count: How many tiles there are.
-        budget: Bytes of pixels to keep at most.
+        count: Number of tiles.
+        budget: Largest number of bytes of pixels to keep.
     """
 
     def __init__(self, count: int, budget: int) -> None:
-        # Anonymous and shared: the pages are there once they are written to, for all processes.
+        # Anonymous and shared: a page takes memory once it is written to, and is visible in all processes.
         self._pixels = np.frombuffer(mmap.mmap(-1, budget), np.uint8)
         facts = np.frombuffer(mmap.mmap(-1, (count + 1) * 5 * 8), np.int64).reshape(count + 1, 5)
         self._facts, self._used = facts[:-1], facts[-1]  # of each tile: start, height, width, and the file's stamp
         self._lock = multiprocessing.Lock()
 
     def __call__(self, index: int, path: Path) -> Tensor:
-        """``(3, H, W)`` uint8 pixels of a tile, as :func:`dino.data.images.decode` gives them.
+        """``(3, H, W)`` uint8 pixels of a tile, as :func:`dino.data.images.decode` returns them.
 
         Raises:
             DataError: If the file cannot be decoded.
@@ -47,7 +47,7 @@ class TileCache:
         now = stamp(path)
         with self._lock:
             start, height, width, *then = self._facts[index].tolist()
-        if height and tuple(then) == now:  # a file that changed or vanished is looked at again
+        if height and tuple(then) == now:  # a file that changed or vanished is decoded again
             return torch.from_numpy(self._pixels[start : start + 3 * height * width]).view(3, height, width)
         pixels = decode(path)
         if not height:
@@ -61,11 +61,11 @@ class TileCache:
                 return
             self._used[0] += pixels.numel()
         self._pixels[start : start + pixels.numel()] = pixels.flatten().numpy()
-        with self._lock:  # only now can others find it
+        with self._lock:  # after the pixels: other processes may read them from now on
             self._facts[index] = start, *pixels.shape[1:], *now
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing that another process could not reach."""
+        """Nothing, since another process cannot access the memory."""
         return {"_pixels": None}
 
 
@@ -79,13 +79,13 @@ def tile_cache(count: int, gb: float) -> TileCache | None:
     if gb < 0 or gb * 1e9 > free:
         raise ConfigError(
             f"expected speed.ram_cache of at most the {free / 1e9:.1f} GB of memory that are free, found {gb:g}; "
-            "lower it (0 keeps nothing)"
+            "lower it (0 turns the cache off)"
         )
     return TileCache(count, int(gb * 1e9)) if gb * 1e9 >= 1 else None
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, and within the limit of its container or batch job."""
+    """Bytes that this process may still allocate: on the machine, and within the limit of its container or job."""
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError, LookupError, ValueError):  # not Linux
         lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())

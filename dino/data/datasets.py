@@ -1,0 +1,266 @@
+"""Datasets: the tiles or the feature grids of a folder, by index."""
+
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dino.data.grids import Survey, read_cells
+from dino.data.images import Names, decode
+from dino.data.packed import GridFiles, PackedGrids
+from dino.data.tile_cache import TileCache
+from dino.errors import DataError
+from dino.files import printable
+
+F = TypeVar("F", Path, str)
+TILE_NAME = re.compile(r"(?P<slide>.+)_(?P<x>\d+)_(?P<y>\d+)")
+
+
+@dataclass(frozen=True)
+class SlideInfo:
+    """What the tables of a ROOT record of a slide; None where they do not.
+
+    Attributes:
+        patient_id: Its patient.
+        centre: Where it was made.
+        spacing_um: Spacing of the pixels of its tiles in µm per px.
+    """
+
+    patient_id: str | None = None
+    centre: str | None = None
+    spacing_um: float | None = None
+
+
+UNKNOWN = SlideInfo()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample before cropping.
+
+    Attributes:
+        pixels: ``(3, H, W)`` uint8 tile, ``(h * w, D)`` cells of a feature grid, or ``()`` int64: the row of a grid
+            that the crops hold.
+        name: Path within the dataset's folder (with ``#m`` appended for the m-th region of a file).
+        shape: ``(H, W)`` of a tile in px, ``(h, w)`` of a grid in cells.
+        slide_id: Slide it was cut from, where known.
+        slide: What is recorded of that slide.
+        tissue: ``(h, w)`` tissue fraction of each cell of a grid, where known.
+    """
+
+    pixels: Tensor
+    name: str
+    shape: tuple[int, int]
+    slide_id: str | None = None
+    slide: SlideInfo = UNKNOWN
+    tissue: np.ndarray | None = None
+
+    @property
+    def patient_id(self) -> str | None:
+        """Patient of the slide, where known."""
+        return self.slide.patient_id
+
+    @property
+    def centre(self) -> str | None:
+        """Centre that made the slide, where known."""
+        return self.slide.centre
+
+    @property
+    def spacing_um(self) -> float | None:
+        """Spacing of the pixels (of a grid: of those that its cells were embedded from) in µm per px, where known."""
+        return self.slide.spacing_um
+
+
+class BadSample(DataError):
+    """A sample that cannot be used.
+
+    Attributes:
+        name: The sample's name.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.name = name
+
+
+class Dataset(Protocol):
+    """Samples by index; which of them is taken when is up to a :class:`~dino.data.samplers.Sampler`."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at an index in ``[0, len)``.
+
+        Raises:
+            BadSample: If the sample cannot be used.
+        """
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the sample names in order: equal for equal data, wherever its folder is."""
+        ...
+
+    @property
+    def slide_ids(self) -> set[str]:
+        """Slides of all samples, where known."""
+        ...
+
+
+def slide_of(path: Path | str) -> str | None:
+    """Slide id in a tile's or region's file name ``<slide>_<x>_<y>``, parsed from the right."""
+    name = os.fspath(path).rpartition(os.sep)[2]
+    match = TILE_NAME.fullmatch(name.rpartition(".")[0] or name)
+    return match["slide"] if match else None
+
+
+def keep_partition(
+    files: Sequence[F], slide_of_file: Callable[[F], str | None], partitions: Mapping[str, str]
+) -> list[F]:
+    """The files that may be pretrained on: those of slides whose partition is blank or ``pretrain``.
+
+    Args:
+        files: Names or paths.
+        slide_of_file: Returns the slide of a file.
+        partitions: Partition of each slide; slides that are not listed are kept.
+    """
+    held_out = {slide for slide, partition in partitions.items() if partition not in {"", "pretrain"}}
+    return [file for file in files if slide_of_file(file) not in held_out] if held_out else list(files)
+
+
+class TileDataset:
+    """Tiles of a folder (level 1).
+
+    What is known of a slide is looked up by its id when one of its tiles is read, so that a tile costs the memory of
+    its name only.
+
+    Args:
+        root: The folder.
+        names: Paths of image files in it, in a fixed order.
+        slides: What is known of each slide.
+        cache: Keeps decoded tiles in memory; None to decode a tile each time it is read. The pixels are the same.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        slides: Mapping[str, SlideInfo] | None = None,
+        cache: TileCache | None = None,
+    ) -> None:
+        self.root, self._names, self._slides, self._cache = root, Names(names), slides or {}, cache
+
+    def __len__(self) -> int:
+        """Number of tiles."""
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Decode a tile.
+
+        Raises:
+            BadSample: If the file cannot be decoded.
+        """
+        name = self._names[index]
+        path, slide_id = self.root / name, slide_of(name)
+        try:
+            pixels = decode(path) if self._cache is None else self._cache(index, path)  # (3, H, W)
+        except DataError as error:
+            raise BadSample(printable(name), str(error)) from None
+        height, width = pixels.shape[-2:]
+        return Sample(pixels, name, (height, width), slide_id, self._slides.get(slide_id or "", UNKNOWN))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the tile names in order."""
+        return self._names.fingerprint
+
+    @property
+    def slide_ids(self) -> set[str]:
+        """Slides in the names of the tiles."""
+        return {slide for name in self._names if (slide := slide_of(name))}
+
+
+class GridDataset:
+    """Feature grids of a folder (level 2); all of one D and one shape.
+
+    Args:
+        files: The files, with what is known of each, in a fixed order. Each region of a file is a sample.
+        survey: Their shapes.
+        packed: All of them in one file; None to read each file when a sample of it is read. The values are the same.
+            Files that change or vanish later are not read again: a run ends with the data that it began with.
+        by_row: Return a sample's row in the packed grids instead of its cells: for crops that hold all cells.
+        slides: What is known of each slide.
+    """
+
+    def __init__(
+        self,
+        files: GridFiles,
+        survey: Survey,
+        packed: PackedGrids | None = None,
+        *,
+        by_row: bool = False,
+        slides: Mapping[str, SlideInfo] | None = None,
+    ) -> None:
+        self._files, self._packed, self._by_row, self._slides = files, packed, by_row, slides or {}
+        self.height, self.width, self.dim = survey.height, survey.width, survey.dim
+        self._names = [str(entry.path.relative_to(files.root)) for entry in files.entries]
+        self._slide_ids = [entry.slide_id or slide_of(entry.path) for entry in files.entries]
+        self._ends = list(accumulate(survey.regions))  # of the rows of each file
+
+    def __len__(self) -> int:
+        """Number of regions."""
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read the grid of a region.
+
+        Raises:
+            BadSample: If the file cannot be read, or holds values that are not finite.
+        """
+        number = bisect_right(self._ends, index)
+        region = index - (self._ends[number - 1] if number else 0)
+        name, entry, slide_id = f"{self._names[number]}#{region}", self._files.entries[number], self._slide_ids[number]
+        try:
+            cells = self._read(number, region, index)
+        except DataError as error:
+            raise BadSample(printable(name), str(error)) from None
+        slide = self._slides.get(slide_id or "", UNKNOWN)
+        return Sample(cells, name, (self.height, self.width), slide_id, slide, entry.tissue)
+
+    def _read(self, number: int, region: int, row: int) -> Tensor:
+        packed, entry = self._packed, self._files.entries[number]
+        if packed is not None and row not in packed.bad:
+            return torch.tensor(row) if self._by_row else packed.cells[row]
+        cells = read_cells(entry.path, self._files.order, (self.height, self.width), region)
+        if cells.shape[1] != self.dim:
+            raise DataError(
+                f"expected D={self.dim} in {printable(entry.path)}, found {cells.shape[1]}; was it replaced?"
+            )
+        if packed is not None:
+            raise DataError(
+                f"expected {printable(entry.path)} as it was when the grids were packed, found another file; start the "
+                "command again"
+            )
+        return cells.to(self._files.dtype)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the region names in order."""
+        starts = [0, *self._ends[:-1]]
+        regions = zip(self._names, starts, self._ends, strict=True)
+        return Names(f"{name}#{region}" for name, start, end in regions for region in range(end - start)).fingerprint
+
+    @property
+    def slide_ids(self) -> set[str]:
+        """Slides of the regions, where known."""
+        return {slide for slide in self._slide_ids if slide}
