@@ -16,9 +16,9 @@ from benchmarks.reference.crops import PillowCrops
 from benchmarks.reference.data import TileViews, loader
 from benchmarks.reference.step import Step
 from dino.crops.images import ImageCrops
-from dino.data.batch import Batch
-from dino.data.loader import DrawnBatches, Layout, load_batches
-from dino.data.sources import ImageFolder
+from dino.data.datasets import TileDataset
+from dino.data.loader import Batch, DrawnBatches, Layout, load_batches
+from dino.data.samplers import PermutationSampler
 from dino.train.loop import Trainer
 
 TITLE = "from JPEG files"
@@ -69,8 +69,10 @@ class OurTurn:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        source = ImageFolder(plan.paths[0].parent, [path.name for path in plan.paths])
-        self.batches = DrawnBatches(source, plan.crops.draw, None, plan.task.batch, seed=0)
+        dataset = TileDataset(plan.paths[0].parent, [path.name for path in plan.paths])
+        self.batches = DrawnBatches(
+            dataset, PermutationSampler(len(dataset), 0), plan.crops.draw, None, plan.task.batch, seed=0
+        )
         self.trainer: Trainer = our_trainer(plan.task, plan.device, "bf16", plan.crops)
 
     def __call__(self) -> tuple[float, float]:

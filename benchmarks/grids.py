@@ -12,11 +12,11 @@ from benchmarks.measure import Row, Setting, drain, duel, expect_close
 from benchmarks.networks import Task, our_trainer, take_steps, their_step
 from benchmarks.reference.data import GridViews, loader
 from dino.crops.grids import GridCrops
-from dino.data.batch import Batch
-from dino.data.grid_files import GridEntry
-from dino.data.grid_folder import GridFolder
-from dino.data.loader import DrawnBatches, Layout, load_batches
+from dino.data.datasets import GridDataset
+from dino.data.grids import GridEntry
+from dino.data.loader import Batch, DrawnBatches, Layout, load_batches
 from dino.data.packed import GridFiles, pack
+from dino.data.samplers import PermutationSampler
 
 TITLE = "level-2 data path"
 WORKERS = 1
@@ -38,8 +38,8 @@ class Ours:
         files = GridFiles(folder, [GridEntry(path) for path in paths], dtype=torch.bfloat16)  # as for bf16 runs
         packed = pack(folder / "packed", files, 0.0)
         self.crops = GridCrops((GRID_SIDE, GRID_SIDE), cells=packed.cells.to(device))
-        self.source = GridFolder(files, packed.survey, packed, by_row=True)
-        self.batches = DrawnBatches(self.source, self.crops.draw, None, batch, seed=0)
+        dataset = GridDataset(files, packed.survey, packed, by_row=True)
+        self.batches = DrawnBatches(dataset, PermutationSampler(len(dataset), 0), self.crops.draw, None, batch, seed=0)
         self._feeds: dict[int, Iterator[Batch]] = {}
         self.layout, self.steps, self.device = Layout(batch), len(paths) // batch, device
 

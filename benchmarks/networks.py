@@ -12,7 +12,7 @@ from benchmarks.measure import expect_close, relative_error
 from benchmarks.reference.loss import PairwiseLoss
 from benchmarks.reference.network import Head, MultiCrop, VisionTransformer
 from benchmarks.reference.step import Step
-from dino.data.batch import Batch
+from dino.data.loader import Batch
 from dino.models.backbone import BackboneSpec, build_backbone
 from dino.models.head import DINOHead
 from dino.models.spec import shape_of

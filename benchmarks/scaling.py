@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.environment import ROOT
 from benchmarks.measure import Duel, Row, Setting
+from dino.data.datasets import TileDataset
 from dino.data.images import list_names
-from dino.data.sources import ImageFolder
 
 TITLE = "processes and files"
 FOLDERS = 100
@@ -93,12 +93,12 @@ def _fill(root: Path, count: int) -> None:
 
 
 def _open(root: Path) -> tuple[float, int, int]:
-    """Seconds to list a folder and make it a source; the bytes that the source keeps, and most on the way to it."""
+    """Seconds to list a folder and make it a dataset; the bytes that the dataset keeps, and most on the way to it."""
     started = time.perf_counter()
-    ImageFolder(root, list_names(root))
+    TileDataset(root, list_names(root))
     seconds = time.perf_counter() - started
     tracemalloc.start()
-    source = ImageFolder(root, list_names(root))
+    source = TileDataset(root, list_names(root))
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     del source

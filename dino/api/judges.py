@@ -127,9 +127,9 @@ def final_verdict(run: Run, trainer: Trainer, folder: RunFolder, judge: Judge | 
 
 def _paired(run: Run, backbone: Backbone) -> Tensor:
     level = run.level
-    count = min(JUDGED, len(level.source))
+    count, seed = min(JUDGED, len(level.dataset)), run.config.seed + 1
     size = min(JUDGED_BATCH, count)
-    drawn = DrawnBatches(level.source, level.crops.draw, None, size, run.config.seed + 1)
+    drawn = DrawnBatches(level.dataset, level.sampler(seed), level.crops.draw, None, size, seed)
     batches_of_pairs = (drawn[first] for first in range(0, count - size + 1, size))
     return paired_features(backbone, batches_of_pairs, level.crops, run.device)
 

@@ -259,7 +259,7 @@ def level_named(name: str) -> type[Level]:
 
 def level_of(config: PretrainConfig) -> type[Level]:
     """The level that settings are for."""
-    return next(level for level in LEVELS.values() if isinstance(config, level.schema))
+    return next(level for level in LEVELS.values() if level.schema is type(config))
 
 
 def build_level(config: PretrainConfig) -> Level:
@@ -355,7 +355,9 @@ def _tile_folder(root: _Root) -> Path:
     return root.path / "imgs" if (root.path / "imgs").is_dir() else root.path
 
 
-def grid_entries(root: Path, folder: Path, regions: Sequence[RegionRecord], partitions: Mapping[str, str]) -> list[GridEntry]:
+def grid_entries(
+    root: Path, folder: Path, regions: Sequence[RegionRecord], partitions: Mapping[str, str]
+) -> list[GridEntry]:
     """Grid files of a folder in order, with slide, shape and tissue where they are recorded.
 
     Args:
@@ -370,9 +372,7 @@ def grid_entries(root: Path, folder: Path, regions: Sequence[RegionRecord], part
     known = {record.path.name: record for record in regions}
     paths = sorted(folder.glob("*.pt"))
     if not paths:
-        raise DataError(
-            f"expected feature grids (*.pt) in {folder}, found none; run `dino extract MODEL {root}` first"
-        )
+        raise DataError(f"expected feature grids (*.pt) in {folder}, found none; run `dino extract MODEL {root}` first")
 
     def slide(path: Path) -> str | None:
         return known[path.name].slide_id if path.name in known else slide_of(path)

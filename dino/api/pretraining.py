@@ -31,7 +31,6 @@ from dino.train.profiling import DATA, StarvationWatch, Stopwatch, clock_of
 from dino.train.run_folder import RunFolder
 from dino.train.trackers import build_trackers
 
-DEFAULT_TILE_SIZE_PX = 256
 DRY_STEPS = 3  # the first warms up, the others are timed
 
 
@@ -183,8 +182,7 @@ def _finish(run: Run, trainer: Trainer, folder: RunFolder, judge: Judge | None) 
         # The checkpoint that RUN means to every command; a best one that the disk has damaged ends no run.
         best_is_whole = CheckpointFolder(folder.checkpoints).step_of(BEST) is not None
         loaded = load_backbone_file(folder.checkpoints / (BEST if best_is_whole else LAST))
-        size, side = run.level.geometry["tile_size_px"] or DEFAULT_TILE_SIZE_PX, run.level.spec.patch_size
-        export_backbone(loaded, folder.path / "backbone", max(side, size - size % side))
+        export_backbone(loaded, folder.path / "backbone", run.level.export_size_px)
     folder.update_status(state=state, step=trainer.step, eta_seconds=0, bad_files=len(trainer.quarantine), **judgement)
     progress.show(closing_screen(folder, run.config))
     distributed.barrier()
@@ -224,7 +222,7 @@ def _dry_run(run: Run) -> RunSummary:
     parameters = sum(p.numel() for p in trainer.model.student.parameters())
     numbers = {
         "level": run.level.name,
-        "samples": len(run.level.source),
+        "samples": len(run.level.dataset),
         "slides": len(run.level.slides["slide_ids"]),
         "steps": total,
         "global_batch": run.layout.global_batch,

@@ -93,7 +93,8 @@ def _if_readable(part: str, read: Callable[[], Result]) -> Result | None:
 def _first_crops(run: gather.LoadedRun) -> CropData:
     """Crops of the first training samples of a patch-level run, with the random numbers of the run."""
     level = build_level(run.config)
-    batch = DrawnBatches(level.source, level.crops.draw, None, SHOWN_CROPS, run.config.seed)[0]
+    seed = run.config.seed
+    batch = DrawnBatches(level.dataset, level.sampler(seed), level.crops.draw, None, SHOWN_CROPS, seed)[0]
     return gather.crop_data(batch, level.crops)  # type: ignore[arg-type]
 
 

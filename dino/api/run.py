@@ -13,8 +13,7 @@ from dino import distributed, progress
 from dino.api.levels import Level
 from dino.config.load import identity_of, to_dict
 from dino.config.schema import PretrainConfig
-from dino.data.batch import Batch
-from dino.data.loader import DrawnBatches, DropPath, Layout, load_batches
+from dino.data.loader import Batch, DrawnBatches, DropPath, Layout, load_batches
 from dino.environment import versions
 from dino.errors import CheckpointError, ConfigError
 from dino.models.backbone import build_backbone
@@ -57,18 +56,18 @@ class Run:
         self.layout = Layout(
             training.batch_size_per_gpu, training.gradient_accumulation, distributed.world_size(), distributed.rank()
         )
-        self.length = Length.of(len(level.source), self.layout.global_batch, training.nepochs, training.max_steps)
+        self.length = Length.of(len(level.dataset), self.layout.global_batch, training.nepochs, training.max_steps)
         self.peak_lr = config.optim.lr * self.layout.global_batch / REFERENCE_BATCH
 
     def identity(self) -> dict[str, Any]:
         """What the run computes: identity settings, the global batch, and the data."""
-        source = self.level.source
+        dataset = self.level.dataset
         return {
             "level": self.level.name,
             **identity_of(self.config),
             "global_batch": self.layout.global_batch,
-            "samples": len(source),
-            "data": source.fingerprint,
+            "samples": len(dataset),
+            "data": dataset.fingerprint,
         }
 
     def networks(self) -> SelfDistillation:
@@ -118,7 +117,8 @@ class Run:
         """This run's batches by draw number."""
         views, rate = sum(self.level.crops.groups), self.config.model.drop_path_rate
         drop_path = DropPath(rate, depth, views) if rate > 0 else None
-        return DrawnBatches(self.level.source, self.level.crops.draw, drop_path, self.layout.batch_size, seed)
+        level, size = self.level, self.layout.batch_size
+        return DrawnBatches(level.dataset, level.sampler(seed), level.crops.draw, drop_path, size, seed)
 
     def batches(self, depth: int, first: int, last: int) -> Iterable[Batch]:
         """This process's micro-batches of steps ``first ... last - 1``."""
@@ -148,7 +148,7 @@ class Run:
             precision=self.config.speed.precision,
             clip_grad=training.clip_grad,
             clip_mode=training.clip_mode,
-            largest_quarantine=math.floor(training.max_bad_fraction * len(self.level.source)),
+            largest_quarantine=math.floor(training.max_bad_fraction * len(self.level.dataset)),
         )
 
     def content(self, trainer: Trainer) -> dict[str, Any]:

@@ -36,7 +36,9 @@ def open_grids(path: Path) -> Tensor:
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        raise DataError(f"expected one tensor in {printable(path)}, found objects whose loading would run code") from None
+        raise DataError(
+            f"expected one tensor in {printable(path)}, found objects whose loading would run code"
+        ) from None
     except Exception as error:  # torch raises many types on damaged archives
         reason = f"{type(error).__name__}: {printable(error)[:200]}"
         raise DataError(f"cannot read {printable(path)}: {reason}") from None

@@ -1,7 +1,7 @@
 """All feature grids of a folder in one memory-mapped file, so that reading a sample opens and copies nothing.
 
-``<cache>/grids-<key>.bin`` contains the cells, ``grids.json`` the key, dtype and shapes. The key is a hash of the names,
-sizes and modification times of the files, so that the grids are packed again after any change.
+``<cache>/grids-<key>.bin`` contains the cells, ``grids.json`` the key, dtype and shapes. The key is a hash of the
+names, sizes and modification times of the files, so that the grids are packed again after any change.
 """
 
 import fcntl

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dino.data.datasets import TILE_NAME
 from dino.data.images import decode, list_images
-from dino.data.sources import TILE_NAME
 from dino.errors import DataError
 from dino.slides.lattice import Geometry
 from dino.slides.reader import SlideReader

@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from dino import files
+from dino.data.datasets import TILE_NAME
 from dino.data.grids import open_grids
-from dino.data.sources import TILE_NAME
 from dino.errors import DataError
 from dino.slides.tables import RegionRecord, SlideStatus
 

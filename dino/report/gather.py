@@ -11,7 +11,7 @@ from torch import Tensor
 from dino.config.load import flatten, to_dict
 from dino.config.schema import PretrainConfig
 from dino.crops.images import ImageCrops
-from dino.data.batch import Batch
+from dino.data.loader import Batch
 from dino.errors import ConfigError
 from dino.extraction.embed import Normalise, embed, normaliser
 from dino.models.weights import LoadedBackbone, load_backbone_file

@@ -162,6 +162,27 @@ def read_tiles(root: Path) -> list[TileRecord]:
     return _read_table(root / TILES_TABLE, TILE_COLUMNS, _tile)
 
 
+def read_tile_spacings(root: Path) -> dict[str, float]:
+    """Actual spacing in µm/px of the tiles of each slide that has any, in memory for slides only, not for tiles.
+
+    Raises:
+        DataError: If ROOT/tiles.csv is absent or damaged.
+    """
+    path = root / TILES_TABLE
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = csv.reader(file, strict=True)
+            header = next(lines, [])
+            slide, spacing = header.index("slide_id"), header.index("spacing_um")
+            first = {}  # the tiles of a slide have the same spacing
+            for cells in lines:
+                if cells[slide] not in first:
+                    first[cells[slide]] = float(cells[spacing])
+            return first
+    except (OSError, csv.Error, ValueError, IndexError) as error:
+        raise DataError(f"expected {path} as `dino tile` wrote it, could not read it: {error}") from None
+
+
 def read_regions(root: Path) -> list[RegionRecord]:
     """Every region of every slide that was tiled.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dino import distributed
-from dino.data.batch import Batch
+from dino.data.loader import Batch
 from dino.errors import CheckpointError
 from dino.files import atomic_path, read_json, write_json
 from dino.models.weights import read_checkpoint

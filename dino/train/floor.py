@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dino.data.batch import Batch
+from dino.data.loader import Batch
 from dino.evaluate.retrieval import effective_rank, mean_pairwise_cosine, own_place_accuracy
 from dino.evaluate.verdict import Score, Signs, Verdict, difference_error, verdict
 from dino.models.backbone import Backbone

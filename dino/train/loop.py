@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dino import distributed, progress
 from dino.crops.resample import to_device
-from dino.data.batch import Batch
+from dino.data.loader import Batch
 from dino.errors import DataError, Stopped, TrainingFault
 from dino.signals import StopSignal
 from dino.train.distill import SelfDistillation

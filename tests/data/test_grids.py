@@ -42,7 +42,7 @@ def test_one_region_of_several_is_read(tmp_path: Path) -> None:
         (torch.randn(16), "expected a float tensor"),
         (torch.zeros(16, 3, dtype=torch.long), "expected a float tensor"),
         ({"features": torch.randn(16, 3)}, "expected a float tensor"),
-        (argparse.Namespace(x=1), "running code"),
+        (argparse.Namespace(x=1), "would run code"),
         (torch.full((16, 3), float("nan")), "finite"),
         (torch.randn(0, 3), "empty"),
     ],

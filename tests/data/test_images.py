@@ -1,3 +1,5 @@
+import hashlib
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -92,3 +94,20 @@ def test_folders_without_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").write_text("x")
     with pytest.raises(DataError, match="found 1 other files"):
         images.list_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names", [[], ["a"], ["slide_0_0.jpg", "b/c d.png", "line\nbreak", "Gewebe_µ_組織.png", "not-\udcff.png"]]
+)
+def test_names_are_kept_as_they_are(names: list[str]) -> None:
+    kept = pickle.loads(pickle.dumps(images.Names(iter(names))))
+    assert list(kept) == names and len(kept) == len(names)
+    assert [kept[-i] for i in range(1, len(names) + 1)] == names[::-1] and kept[1:4] == names[1:4]
+    with pytest.raises(IndexError):
+        kept[len(names)]
+
+
+def test_the_fingerprint_knows_names_and_order() -> None:
+    digest = hashlib.sha256(b"a\0b\xff/c\0").hexdigest()
+    assert images.Names(["a", "b\udcff/c"]).fingerprint == digest
+    assert len({images.Names(n).fingerprint for n in (["ab"], ["a", "b"], ["b", "a"], [])}) == 4

@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from dino import randomness
-from dino.data.batch import IN_MESSAGE
-from dino.data.loader import DrawnBatches, DropPath, Layout, load_batches, stack_padded
-from dino.data.sources import BadSample, Sample
+from dino.data.datasets import BadSample, Sample
+from dino.data.loader import IN_MESSAGE, DrawnBatches, DropPath, Layout, load_batches, stack_padded
+from dino.data.samplers import PermutationSampler
 from dino.errors import DataError
 
 
 class Numbers:
-    """A source whose sample i is an image filled with i; the samples of ``bad`` cannot be used."""
+    """A dataset whose sample i is an image filled with i; the samples of ``bad`` cannot be used."""
 
     fingerprint = "numbers"
+    slide_ids: set[str] = set()  # noqa: RUF012
 
     def __init__(self, count: int, bad: frozenset[int] = frozenset()) -> None:
         self.count, self.bad = count, bad
@@ -24,11 +25,15 @@ class Numbers:
     def __len__(self) -> int:
         return self.count
 
-    def __call__(self, seed: int, draw: int, attempt: int = 0) -> Sample:
-        number = randomness.permuted(seed, draw, self.count) if attempt == 0 else (draw + attempt) % self.count
+    def __getitem__(self, number: int) -> Sample:
         if number in self.bad:
             raise BadSample(str(number), f"number {number} is bad")
-        return Sample(torch.full((3, 2 + number % 3, 4), number, dtype=torch.uint8), str(number))
+        shape = (2 + number % 3, 4)
+        return Sample(torch.full((3, *shape), number, dtype=torch.uint8), str(number), shape)
+
+
+def drawn(dataset: Numbers, drop_path: DropPath | None, size: int, seed: int) -> DrawnBatches:
+    return DrawnBatches(dataset, PermutationSampler(len(dataset), seed), draw_sides, drop_path, size, seed)
 
 
 def draw_sides(shape: tuple[int, int], tissue: np.ndarray | None, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -36,19 +41,19 @@ def draw_sides(shape: tuple[int, int], tissue: np.ndarray | None, rng: np.random
 
 
 def test_a_batch_is_a_function_of_its_draws() -> None:
-    batches = DrawnBatches(Numbers(10), draw_sides, DropPath(0.5, 3, 2), 4, seed=7)
+    batches = drawn(Numbers(10), DropPath(0.5, 3, 2), 4, seed=7)
     first, again = batches[8], batches[8]
     assert first.draws.tolist() == [8, 9, 10, 11]
     assert first.names == [str(randomness.permuted(7, d, 10)) for d in range(8, 12)]
     assert torch.equal(first.inputs, again.inputs) and torch.equal(first.keep, again.keep)
     assert first.parameters["box"].shape == (4, 2, 4) and first.keep.shape == (4, 2, 3, 2)
-    alone = DrawnBatches(Numbers(10), draw_sides, DropPath(0.5, 3, 2), 1, seed=7)[9]
+    alone = drawn(Numbers(10), DropPath(0.5, 3, 2), 1, seed=7)[9]
     assert torch.equal(alone.parameters["sigma"][0], first.parameters["sigma"][1])
     assert torch.equal(alone.keep[0], first.keep[1])
 
 
 def test_a_batch_is_sent_whole_and_small_tensors_in_the_message() -> None:
-    batch = DrawnBatches(Numbers(10), draw_sides, DropPath(0.5, 3, 2), 4, seed=7)[0]
+    batch = drawn(Numbers(10), DropPath(0.5, 3, 2), 4, seed=7)[0]
     batch.inputs = torch.zeros(IN_MESSAGE + 1, dtype=torch.uint8)
     state = batch.__getstate__()
     assert isinstance(state["inputs"], torch.Tensor)  # through shared memory
@@ -67,10 +72,10 @@ def test_unequal_samples_are_padded_at_the_end() -> None:
 
 
 def test_bad_samples_are_replaced_and_named() -> None:
-    batch = DrawnBatches(Numbers(10, frozenset({3})), draw_sides, None, 10, seed=0)[0]
+    batch = drawn(Numbers(10, frozenset({3})), None, 10, seed=0)[0]
     assert [name for name, _ in batch.bad] == ["3"] and "3" not in batch.names and len(batch.names) == 10
     with pytest.raises(DataError, match="in a row"):
-        DrawnBatches(Numbers(2, frozenset({0, 1})), draw_sides, None, 1, seed=0)[0]
+        drawn(Numbers(2, frozenset({0, 1})), None, 1, seed=0)[0]
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (2, 1), (2, 3), (4, 1)])
@@ -87,7 +92,7 @@ def test_processes_share_each_step_without_repetition(processes: int, accumulati
 
 
 def test_resuming_is_an_offset() -> None:
-    batches = DrawnBatches(Numbers(10), draw_sides, None, 2, seed=1)
+    batches = drawn(Numbers(10), None, 2, seed=1)
     layout = Layout(2, accumulation=2)
     whole = [b.names for b in load_batches(batches, layout, (0, 4), workers=0, prefetch=2, pin=False)]
     rest = [b.names for b in load_batches(batches, layout, (3, 4), workers=2, prefetch=2, pin=False)]

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from dino.config.load import load_config
+from dino.config.schema import RegionConfig
 from dino.data import packed
-from dino.data.grid_files import GridEntry, survey
-from dino.data.grid_folder import GridFolder
-from dino.data.packed import GridFiles, PackedGrids, find_packed, pack
-from dino.data.sources import BadSample
-from dino.errors import DataError
+from dino.data.datasets import BadSample, GridDataset
+from dino.data.grids import GridEntry, survey
+from dino.data.packed import GridFiles, PackedGrids, find_packed, gpu_budget, grid_dtype, pack, prepare_grids
+from dino.errors import ConfigError, DataError
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -34,16 +35,16 @@ def files_in(
     return GridFiles(folder, [GridEntry(path, shape=shape) for path in sorted(folder.glob("*.pt"))], order, dtype)
 
 
-def both(folder: Path, files: GridFiles, fraction: float = 0.0) -> tuple[GridFolder, GridFolder, PackedGrids]:
-    """The source that reads files, and the one that reads what was packed."""
+def both(folder: Path, files: GridFiles, fraction: float = 0.0) -> tuple[GridDataset, GridDataset, PackedGrids]:
+    """The dataset that reads files, and the one that reads what was packed."""
     grids = pack(folder / "cache", files, fraction)
-    plain = GridFolder(files, survey(folder, files.entries, max_bad_fraction=fraction))
-    return plain, GridFolder(files, grids.survey, grids), grids
+    plain = GridDataset(files, survey(folder, files.entries, max_bad_fraction=fraction))
+    return plain, GridDataset(files, grids.survey, grids), grids
 
 
-def outcome(source: GridFolder, draw: int) -> tuple:
+def outcome(dataset: GridDataset, index: int) -> tuple:
     try:
-        sample = source(0, draw)
+        sample = dataset[index]
     except BadSample as error:
         return error.name, str(error)
     return sample.name, sample.slide_id, sample.shape, sample.pixels.float().tolist()
@@ -59,15 +60,15 @@ def test_samples_are_those_of_the_files(tmp_path: Path, order: str) -> None:
     plain, fast, grids = both(tmp_path, files_in(tmp_path, order, (4, 6)))
     assert len(plain) == len(fast) == 8 and plain.fingerprint == fast.fingerprint and plain.slide_ids == fast.slide_ids
     assert [outcome(plain, d) for d in range(8)] == [outcome(fast, d) for d in range(8)]
-    rows = GridFolder(files_in(tmp_path, order, (4, 6)), grids.survey, grids, by_row=True)
-    assert all(torch.equal(grids.cells[rows(0, d).pixels], fast(0, d).pixels) for d in range(8))
+    rows = GridDataset(files_in(tmp_path, order, (4, 6)), grids.survey, grids, by_row=True)
+    assert all(torch.equal(grids.cells[rows[d].pixels], fast[d].pixels) for d in range(8))
 
 
 def test_files_of_several_regions_are_unfolded(tmp_path: Path) -> None:
     slide = numbers(3, 16, 5)
     save(tmp_path, slide)
     for source in both(tmp_path, files_in(tmp_path))[:2]:
-        found = {sample.name: sample.pixels for sample in (source(0, d) for d in range(3))}
+        found = {sample.name: sample.pixels for sample in (source[d] for d in range(3))}
         assert (source.dim, source.height, source.width) == (5, 4, 4)
         assert all(torch.equal(found[f"slide_0_0.pt#{m}"], slide[m]) for m in range(3))
 
@@ -96,7 +97,7 @@ def test_rounded_samples_are_the_same_packed_or_not_and_have_a_file_of_their_own
     save(tmp_path, *tensors)
     files = files_in(tmp_path, dtype=torch.bfloat16)
     plain, fast, grids = both(tmp_path, files)
-    assert grids.dtype == plain(0, 0).pixels.dtype == torch.bfloat16
+    assert grids.dtype == plain[0].pixels.dtype == torch.bfloat16
     assert [outcome(plain, d) for d in range(4)] == [outcome(fast, d) for d in range(4)]
     exact = torch.cat([t.float().view(-1, 16, 3) for t in tensors])
     assert torch.equal(grids.cells, exact.bfloat16()) and not torch.equal(grids.cells.float(), exact)
@@ -235,3 +236,74 @@ def test_a_damaged_index_is_no_index(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "cache" / "grids.json").write_bytes(content)
     assert find_packed(tmp_path / "cache", files_in(tmp_path), 0.0) is None
     assert np.isfinite(pack(tmp_path / "cache", files_in(tmp_path), 0.0).cells.numpy()).all()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "grids").mkdir()
+    for i in range(3):
+        torch.save(torch.randn(16, 3), tmp_path / "grids" / f"slide_{i}_0.pt")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    return tmp_path / "grids"
+
+
+def opened(folder: Path, **settings: object) -> tuple[bool, bool]:
+    """Whether samples are rows, and whether there are cells to be held."""
+    config = load_config(RegionConfig, overrides={"speed.device": "cpu", **settings})
+    files = files_in(folder, dtype=grid_dtype(config.speed))
+    survey, grids, cells = prepare_grids(files, config.speed, 0.0, may_write=not config.dry_run)
+    return GridDataset(files, survey, grids, by_row=cells is not None)[0].pixels.ndim == 0, cells is not None
+
+
+@pytest.mark.parametrize(("precision", "bytes_each"), [("bf16", 2), ("fp32", 4), ("fp64", 4)])
+def test_grids_are_as_exact_as_the_run(folder: Path, precision: str, bytes_each: int) -> None:
+    opened(folder, **{"speed.precision": precision})
+    assert [path.stat().st_size for path in folder.rglob("*.bin")] == [3 * 16 * 3 * bytes_each]
+
+
+def packed_files(root: Path) -> list[str]:
+    return [str(path.parent.relative_to(root)) for path in root.rglob("*.bin")]
+
+
+def test_grids_are_packed_beside_themselves(folder: Path) -> None:
+    assert opened(folder) == (True, True)
+    assert packed_files(folder.parent) == ["grids/.histodino"]
+
+
+def test_a_folder_that_takes_nothing_is_packed_into_the_users_cache(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / ".histodino").write_text("no folder can be made here, not even by root")
+    assert opened(folder) == (True, True)
+    assert "cannot be packed into" in capsys.readouterr().out
+    (where,) = packed_files(folder.parent)
+    assert where.startswith("user/histodino/grids-")
+    assert opened(folder) == (True, True) and capsys.readouterr().out == ""  # found at once the second time
+
+
+def test_without_any_place_files_are_read_one_by_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder.parent / "full").write_text("")
+    assert opened(folder, **{"speed.cache_dir": str(folder.parent / "full")}) == (False, False)
+    assert "speed.cache_dir=FOLDER" in capsys.readouterr().out
+    assert opened(folder, **{"speed.cache_dir": "none"}) == (False, False)
+    assert opened(folder, dry_run=True) == (False, False)
+    assert "warning" not in capsys.readouterr().out and packed_files(folder.parent) == []
+
+
+def test_a_named_folder_keeps_grids_of_several_folders_apart(folder: Path) -> None:
+    (folder / "more").mkdir()
+    torch.save(torch.randn(16, 3), folder / "more" / "a.pt")
+    for where in (folder, folder / "more"):
+        assert opened(where, **{"speed.cache_dir": str(folder.parent / "fast")}) == (True, True)
+    assert len(set(packed_files(folder.parent))) == 2
+
+
+def test_memory_that_is_not_there_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"expected a GPU for speed\.gpu_cache=4"):
+        opened(folder, **{"speed.gpu_cache": 4})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8_000_000_000, 80_000_000_000))
+    gpu = torch.device("cuda", 0)
+    with pytest.raises(ConfigError, match=r"at most the 8\.0 GB that are free on cuda:0, found 9"):
+        gpu_budget(gpu, 9)
+    assert (gpu_budget(gpu, 5), gpu_budget(gpu, None)) == (5e9, 2e9)
+    assert packed._cells_on(gpu, torch.zeros(1).expand(10**9), 3) is None  # 4 GB

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from dino.data import tile_cache as module
+from dino.data.datasets import TileDataset
 from dino.data.images import decode
 from dino.data.loader import DrawnBatches, Layout, load_batches
-from dino.data.sources import ImageFolder
+from dino.data.samplers import PermutationSampler
 from dino.data.tile_cache import TileCache, free_memory, tile_cache
 from dino.errors import ConfigError, DataError
 
@@ -56,16 +57,21 @@ def test_workers_share_what_they_decode(tiles: list[Path], decoded: Path) -> Non
         return {"box": np.array([[0, 0, *shape]])}
 
     root, names = tiles[0].parent, [path.name for path in tiles]
-    sources = ImageFolder(root, names), ImageFolder(root, names, TileCache(len(names), 10_000))
+    datasets = TileDataset(root, names), TileDataset(root, names, cache=TileCache(len(names), 10_000))
+    sampler = PermutationSampler(len(names), 0)
     plain, cached = (
-        list(load_batches(DrawnBatches(s, draw, None, 4, 0), Layout(4), (0, 6), workers=2, prefetch=1, pin=False))
-        for s in sources
+        list(
+            load_batches(
+                DrawnBatches(s, sampler, draw, None, 4, 0), Layout(4), (0, 6), workers=2, prefetch=1, pin=False
+            )
+        )
+        for s in datasets
     )
     assert all(torch.equal(a.inputs, b.inputs) and a.names == b.names for a, b in zip(plain, cached, strict=True))
     counts = Counter(decoded.read_text().split())  # two workers may begin with the same tile; none decodes it twice
     assert counts.keys() == set(names) and max(counts.values()) <= 2
     before = decoded.read_text()
-    assert sources[1](0, 0).pixels.shape[0] == 3 and decoded.read_text() == before  # the parent has them, too
+    assert datasets[1][0].pixels.shape[0] == 3 and decoded.read_text() == before  # the parent has them, too
 
 
 def test_what_does_not_fit_is_decoded_each_time(tiles: list[Path], decoded: Path) -> None:

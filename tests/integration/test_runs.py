@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import Crash, assert_same_bits, assert_same_numbers, command, config, crash_after, last, metrics
 
-from dino.api import grid_cache, pretrain
+from dino.api import levels, pretrain
 from dino.data.packed import GridFiles
 from dino.errors import ConfigError, DataError, TrainingFault
 
@@ -91,7 +91,7 @@ def test_grids_in_bf16_do_not_change_the_bits_of_a_bf16_run(
     grids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretrain(config(grids, tmp_path / "rounded", **{"speed.precision": "bf16"}))
-    monkeypatch.setattr(grid_cache, "GridFiles", lambda *values: GridFiles(*values[:3]))
+    monkeypatch.setattr(levels, "GridFiles", lambda *values: GridFiles(*values[:3]))
     pretrain(config(grids, tmp_path / "exact", **{"speed.precision": "bf16"}))
     names = {path.name for path in grids.glob(".histodino/*.bin")}
     assert len(names) == 1  # the second run has packed its own, of twice the size

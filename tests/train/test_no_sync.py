@@ -22,8 +22,7 @@ from dino.crops import images as image_crops
 from dino.crops import resample
 from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
-from dino.data.batch import Batch
-from dino.data.loader import DropPath
+from dino.data.loader import Batch, DropPath
 from dino.models.backbone import BackboneSpec, build_backbone
 from dino.models.head import DINOHead
 from dino.models.runners import BlockRunner, run_block, with_checkpoints
