@@ -26,7 +26,7 @@ def test_colours_are_the_first_components(features):
         assert abs(correlation) == pytest.approx(1.0, abs=1e-9)
 
 
-def test_colours_do_not_depend_on_the_sign_that_the_solver_finds(features):
+def test_colours_do_not_depend_on_the_signs_of_the_svd(features):
     turned = features @ np.linalg.qr(np.random.default_rng(0).normal(size=(12, 12)))[0]
     np.testing.assert_allclose(projection.pca_rgb(features), projection.pca_rgb(turned), atol=1e-8)
 
@@ -39,7 +39,7 @@ def test_fewer_dimensions_than_colours():
     assert projection.pca_rgb(np.random.default_rng(0).normal(size=(7, 2))).shape == (7, 3)
 
 
-def test_nearest_is_by_cosine_and_leaves_the_query_out(features):
+def test_neighbours_are_sorted_by_cosine_without_the_query(features):
     indices, similarity = projection.nearest_neighbours(features, 5, 4)
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     expected = sorted((i for i in range(60) if i != 5), key=lambda i: -(unit[i] @ unit[5]))[:4]
@@ -47,7 +47,7 @@ def test_nearest_is_by_cosine_and_leaves_the_query_out(features):
     assert (np.diff(similarity) <= 0).all()
 
 
-def test_spread_out_rows_are_distinct_and_far_apart():
+def test_farthest_points_are_distinct_and_dissimilar():
     groups = np.repeat(np.eye(4), 5, axis=0) + np.random.default_rng(0).normal(size=(20, 4)) * 0.01
     chosen = projection.farthest_points(groups, 4)
     assert sorted(index // 5 for index in chosen) == [0, 1, 2, 3]

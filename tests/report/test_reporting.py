@@ -37,7 +37,7 @@ def count_figures(html):
     return len(re.findall(r'src="data:image/(?:jpeg|png|svg)', html))
 
 
-def test_whole_report(chain, tmp_path):
+def test_complete_report(chain, tmp_path):
     own_place = {"tiles": 44, "teacher": 0.5, "untrained": 0.25, "pixels": 0.125}
     output = report(chain.root, chain.patch, chain.region, tmp_path / "r.html", own_place=own_place, notice="A notice.")
     html = output.read_text()
@@ -123,6 +123,18 @@ def test_a_large_slide_gets_a_coarser_map(slide, patch_run, monkeypatch):
     features = feature_data(slide, patch_run, CPU)
     assert 0 < len(features.trained) <= 20
     assert features.square >= 2 * slide.reader.lattice.step_lv0
+
+
+@pytest.mark.parametrize("limit", [3, 5, 20])
+def test_a_coarser_map_keeps_every_nth_row_and_column(slide, monkeypatch, limit):
+    monkeypatch.setattr(slides, "MAX_MAP_TILES", limit)
+    tiles, corners, square = slide.map_tiles()
+    stride = round(square / slide.reader.lattice.step_lv0)
+    kept = [t for t in slide.tiles if t.x % square == 0 and t.y % square == 0]
+    assert tiles == kept and 0 < len(kept) <= limit
+    assert (corners == [(t.x, t.y) for t in kept]).all()
+    coarse = square * (stride - 1) / stride  # the next finer map has too many tiles
+    assert sum(t.x % coarse == 0 and t.y % coarse == 0 for t in slide.tiles) > limit
 
 
 def test_attention_over_regions_has_one_weight_per_cell(chain, slide):
