@@ -8,15 +8,20 @@ one ROOT one after the other, each with its own slides.
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from dino import files
+from dino.config.load import identity_of
+from dino.config.schema import TileConfig
+from dino.environment import versions
 from dino.errors import DataError
 from dino.slides.lattice import Geometry
+from dino.slides.reader import BACKEND, RESAMPLER
+from dino.slides.tissue import filter_config, segmentation_config
 
 TILES_FOLDER = "patch_256_pretraining"
 REGIONS_FOLDER = "region_4096_pretraining"
@@ -217,6 +222,26 @@ def read_tiling(root: Path) -> Tiling:
         raise DataError(f"expected {path}, which `dino tile` writes, found none; is {root} its ROOT?") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"expected {path} as `dino tile` wrote it, could not read it: {error!r}") from None
+
+
+def write_tiling(root: Path, config: TileConfig) -> None:
+    """Write ROOT/tiling.json: the settings that must match, and, for information, how they were applied."""
+    import openslide
+
+    geometry = Geometry.of(config)
+    content = {
+        "format": "histodino-tiling/1",
+        "settings": identity_of(config),
+        "geometry": asdict(geometry),
+        "region_size_px": geometry.region_size_px,
+        "backend": BACKEND,
+        "resampler": RESAMPLER,
+        "jpeg": {"encoder": "PIL", "quality": config.jpeg_quality},
+        "segmentation": asdict(segmentation_config(config)),
+        "qc": asdict(filter_config(config)) if config.qc else None,
+        "versions": {**versions(), "openslide": openslide.__library_version__},
+    }
+    files.write_json(root / TILING_FILE, content)
 
 
 def _slide_id(text: str) -> str:

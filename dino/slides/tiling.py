@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,12 +16,9 @@ from typing import Any, TypeVar
 from dino import files, progress
 from dino.config.load import identity_of
 from dino.config.schema import TileConfig
-from dino.environment import versions
 from dino.errors import DataError
 from dino.lock import RunLock
 from dino.slides import storage, tables
-from dino.slides.lattice import Geometry
-from dino.slides.reader import BACKEND, RESAMPLER
 from dino.slides.slide import (
     Measure,
     columns_of,
@@ -33,7 +30,6 @@ from dino.slides.slide import (
 )
 from dino.slides.slide_list import SlideRecord
 from dino.slides.tables import SlideStatus
-from dino.slides.tissue import filter_config, segmentation_config
 
 LOCK = "tiling.lock.json"
 DIED = "the process that worked on it died; the file is damaged, or memory ran out (lower num_workers)"
@@ -118,7 +114,7 @@ def tile_slides(records: Sequence[SlideRecord], root: Path, config: TileConfig) 
         storage.tidy(root)
         tables.tidy(root)
         if not (root / tables.TILING_FILE).exists():
-            files.write_json(root / tables.TILING_FILE, _description(config))
+            tables.write_tiling(root, config)
         return _tile(records, root, config)
 
 
@@ -243,26 +239,6 @@ def _estimate(summary: TilingSummary, measures: Sequence[Measure], config: TileC
         files=image_files + other_files,
         hours=seconds / 3600 / max(1, min(config.num_workers, len(measures))),
     )
-
-
-def _description(config: TileConfig) -> dict[str, Any]:
-    """Content of tiling.json: the settings that must match, and, for information, how they were applied."""
-    import openslide
-
-    geometry = Geometry.of(config)
-
-    return {
-        "format": "histodino-tiling/1",
-        "settings": identity_of(config),
-        "geometry": asdict(geometry),
-        "region_size_px": geometry.region_size_px,
-        "backend": BACKEND,
-        "resampler": RESAMPLER,
-        "jpeg": {"encoder": "PIL", "quality": config.jpeg_quality},
-        "segmentation": asdict(segmentation_config(config)),
-        "qc": asdict(filter_config(config)) if config.qc else None,
-        "versions": {**versions(), "openslide": openslide.__library_version__},
-    }
 
 
 def run_each(work: Callable[[A], R], items: Sequence[A], workers: int, on_death: Callable[[A], R]) -> Iterator[R]:

@@ -76,4 +76,4 @@ def test_a_setting_written_as_an_option_is_answered_with_its_right_form(args, wo
 
 @pytest.mark.parametrize("args", [["a", "seed=1"], ["--config", "x"], ["--other", "1"], ["--", "--seed"], ["-"], []])
 def test_options_and_other_words_are_left_to_the_parser(args):
-    refuse_settings_as_options(args, {"seed", "config"}, {"--config"})
+    assert refuse_settings_as_options(args, {"seed", "config"}, {"--config"}) is None
