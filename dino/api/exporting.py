@@ -37,7 +37,7 @@ class ClsFeatures(nn.Module):
 
         Any size fits that the patch size divides. Raises ConfigError where the shape does not fit.
         """
-        return self.backbone(x).cls
+        return self.backbone(x, cls_only=True).cls
 
 
 def load_backbone(source: str | Path, arch: str | None = None, transform: str = "auto") -> ClsFeatures:

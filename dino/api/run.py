@@ -16,9 +16,8 @@ from dino.config.schema import PretrainConfig
 from dino.data.loader import Batch, DrawnBatches, DropPath, Layout, load_batches
 from dino.environment import versions
 from dino.errors import CheckpointError, ConfigError
-from dino.models.backbone import build_backbone
+from dino.models.backbone import build_backbone, compile_blocks, should_compile
 from dino.models.head import DINOHead
-from dino.models.runners import choose_runner
 from dino.models.weights import init_from
 from dino.train.distill import DINO, Network, SelfDistillation
 from dino.train.loop import DTYPES, Trainer
@@ -87,12 +86,11 @@ class Run:
         )
         student = Network(backbone, {DINO.head: head}).to(self.device, dtype)
         objective = DINO(model.out_dim, model.student_temp, model.center_momentum).to(self.device, dtype)
-        teacher, speed = copy.deepcopy(student), self.config.speed
-        run_block, compiles = choose_runner(speed.compile, speed.checkpointing, self.device, progress.warn)
-        student.backbone.run_block = teacher.backbone.run_block = run_block
-        if compiles:
+        student.backbone.checkpointing = self.config.speed.checkpointing
+        if should_compile(self.config.speed.compile, self.device):
+            compile_blocks(student.backbone, progress.warn)
             progress.say("compiling the blocks: the first step takes longer; speed.compile=false goes without")
-        return SelfDistillation(student, teacher, [objective], self.device)
+        return SelfDistillation(student, copy.deepcopy(student), [objective], self.device)
 
     def schedules(self) -> Schedules:
         """Learning rate, weight decay, momentum and temperature over the run's steps."""

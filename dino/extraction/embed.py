@@ -94,7 +94,7 @@ def embed_batches(
         def forward(batch: Tensor) -> Tensor:
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 inputs = normalise(batch.to(device, non_blocking=True)).to(number_format)
-                return backbone(inputs).cls.float().cpu()  # (B, D)
+                return backbone(inputs, cls_only=True).cls.float().cpu()  # (B, D)
 
         for batch in batches:
             shared = device.type == "cpu" and len(batch) >= torch.get_num_threads()

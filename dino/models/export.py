@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dino.errors import ConfigError
 from dino.files import atomic_path, write_json
+from dino.models.backbone import timm_arguments
 from dino.models.spec import BackboneSpec, shape_of
 from dino.models.transforms import TRANSFORMS
-from dino.models.vit import timm_arguments
 from dino.models.weights import FORMAT, SECTION, LoadedBackbone
 
 REGION_CELLS = (16, 16)  # of 256 px in a region of 4096 px, where the checkpoint does not say

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 WATCHED = "timm"
-REGISTERS = "dino.models.region_vit"  # importing it registers the architectures
+REGISTERS = "dino.models.inputs"  # importing it registers the architectures
 
 
 def register_with_timm() -> None:

@@ -3,10 +3,14 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from dino.errors import CheckpointError, ConfigError
-from dino.models.position import check_rule
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-LEVELS = ("patch", "region")
+from dino.errors import CheckpointError, ConfigError
+from dino.models.inputs import input_kind
+
+RULES = ("dino", "recomputed", "timm")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class BackboneSpec:
         input_dim: Channels of the input: 3, or the D of the grids.
         img_size: (height, width) in px that the position table is for; level 2: in cells.
         patch_size: Side of a token in px; level 2: 1.
-        pos_resample: Rule that resizes the position table, see ``position.RULES``.
+        pos_resample: Rule that resizes the position table, see ``RULES``.
     """
 
     arch: str
@@ -65,10 +69,7 @@ class BackboneSpec:
     def __post_init__(self) -> None:
         """Raise ConfigError where the values contradict each other."""
         check_rule(self.pos_resample)
-        if self.level not in LEVELS:
-            raise ConfigError(f"level: expected patch or region, found {self.level!r}")
-        if self.level == "region" and self.patch_size != 1:
-            raise ConfigError(f"model.patch_size: a token of level 2 is one cell: expected 1, found {self.patch_size}")
+        input_kind(self.level).check_patch_size(self.patch_size)
         if self.patch_size < 1 or min(self.img_size) < 1 or any(side % self.patch_size for side in self.img_size):
             raise ConfigError(
                 f"model.patch_size={self.patch_size} must divide the input's sides, found {self.img_size[0]} x "
@@ -108,10 +109,47 @@ def shape_of(arch: str) -> Shape | None:
 
 def arch_of(shape: Shape, level: str) -> str:
     """The name of ``shape``: a short one where there is one for this level, else ``vit:dim=...``."""
-    for name, known in SHAPES.items():
-        if known == shape and name.startswith("hvit") == (level == "region"):
+    for name in input_kind(level).short_names:
+        if SHAPES[name] == shape:
             return name
     first = Shape(shape.dim, shape.depth, shape.heads)
     extra = {key: value for key, value in asdict(shape).items() if value != getattr(first, key)}
     values = {"dim": shape.dim, "depth": shape.depth, "heads": shape.heads, **extra}
     return "vit:" + ",".join(f"{key}={int(value) if value is True else value}" for key, value in values.items())
+
+
+def check_rule(rule: str) -> None:
+    """Raise ConfigError when ``rule`` is none of ``RULES``."""
+    if rule not in RULES:
+        raise ConfigError(f"model.pos_resample: expected one of {', '.join(RULES)}, found {rule!r}")
+
+
+def resampling_matrix(old: tuple[int, int], new: tuple[int, int], rule: str) -> Tensor:
+    """Matrix that resizes a table of ``old`` (height, width) tokens to ``new``.
+
+    Every rule is linear in the table, so the matrix is what interpolation makes of the identity. The matrix can be
+    cached; its product with the table cannot, while the table trains.
+
+    Args:
+        old: Grid that the table was trained for.
+        new: Grid that is wanted.
+        rule: ``dino``: bicubic without antialias, the scale (n + 0.1) / n0 taken as given (facebookresearch/dino and
+            HIPT). ``recomputed``: the same with the scale n / n0 of the sizes. ``timm``: bicubic with antialias.
+
+    Returns:
+        float64 tensor (new tokens, old tokens) on the CPU, both row-major.
+
+    Raises:
+        ConfigError: The rule is unknown.
+    """
+    check_rule(rule)
+    tokens = old[0] * old[1]
+    identity = torch.eye(tokens, dtype=torch.float64).reshape(1, tokens, *old)
+    if tuple(old) == tuple(new):
+        return identity.reshape(tokens, tokens)
+    if rule == "dino":
+        scale = ((new[0] + 0.1) / old[0], (new[1] + 0.1) / old[1])
+        resized = F.interpolate(identity, scale_factor=scale, mode="bicubic", align_corners=False)
+    else:
+        resized = F.interpolate(identity, size=new, mode="bicubic", align_corners=False, antialias=rule == "timm")
+    return resized.reshape(tokens, new[0] * new[1]).T.contiguous()

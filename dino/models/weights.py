@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from dino.errors import CheckpointError, DinoError
 from dino.files import read_json
-from dino.models.backbone import Backbone, BackboneSpec
+from dino.models.backbone import Backbone, BackboneSpec, init_weights, make_timm
 from dino.models.foreign import backbone_tensors, infer_spec
 from dino.models.reading import fingerprint, read_checkpoint, read_safetensors, resolve_run
 from dino.models.transforms import TRANSFORMS, Transform, choose_transform, timm_transform
-from dino.models.vit import init_weights, make_timm
 from dino.progress import say
 
 FORMAT = "histodino/1"

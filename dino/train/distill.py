@@ -48,7 +48,7 @@ class Network(nn.Module):
             count, batch = views.shape[:2]
             # (B, V, depth, 2) -> (V_g * B, depth, 2), in the order of the flattened views
             kept = None if keep is None else keep[:, first : first + count].transpose(0, 1).flatten(0, 1)
-            tokens.append(self.backbone(views.flatten(0, 1), keep=kept).cls.unflatten(0, (count, batch)))
+            tokens.append(self.backbone(views.flatten(0, 1), keep=kept, cls_only=True).cls.unflatten(0, (count, batch)))
             first += count
         return torch.cat(tokens)  # (V, B, D)
 

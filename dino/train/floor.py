@@ -31,7 +31,7 @@ def paired_features(backbone: Backbone, batches: Iterable[Batch], crops: Crops, 
     found = []
     for batch in batches:
         views = crops.apply(batch.inputs.to(device), batch.parameters)[0][:2].to(dtype)  # (2, B, C, h, w)
-        found.append(backbone(views.flatten(0, 1)).cls.unflatten(0, views.shape[:2]).float().cpu())
+        found.append(backbone(views.flatten(0, 1), cls_only=True).cls.unflatten(0, views.shape[:2]).float().cpu())
     backbone.train(was_training)
     return torch.cat(found, dim=1)
 

@@ -115,9 +115,10 @@ def test_bf16_on_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def compiled_by(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     from functools import partial
 
-    from dino.models import runners
+    from dino.api import run
+    from dino.models.backbone import compile_blocks
 
-    monkeypatch.setattr(runners, "CompiledBlocks", partial(runners.CompiledBlocks, backend=backend))
+    monkeypatch.setattr(run, "compile_blocks", partial(compile_blocks, backend=backend))
 
 
 def test_a_run_goes_on_compiled_or_not(tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Compiled and checkpointed blocks compute what the blocks compute as they are written."""
+"""Compiled and checkpointed blocks compute what uncompiled blocks compute; forward hooks run in all of them."""
 
 import copy
 
@@ -7,8 +7,14 @@ import torch
 from torch._dynamo.utils import counters
 
 from dino.errors import ConfigError
-from dino.models.backbone import Backbone, BackboneSpec, build_backbone
-from dino.models.runners import CompiledBlocks, choose_runner, run_block, with_checkpoints
+from dino.models.backbone import (
+    Backbone,
+    BackboneSpec,
+    Block,
+    build_backbone,
+    compile_blocks,
+    should_compile,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DEPTH = 3
@@ -42,8 +48,8 @@ def masks() -> torch.Tensor:
 def train(network: Backbone) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients over views of two sizes, a teacher's pass beside them as in a step."""
     with torch.no_grad():
-        target = network(views(32)).cls
-    found = [network(views(size), keep=masks()).cls for size in (32, 16)]
+        target = network(views(32), cls_only=True).cls
+    found = [network(views(size), keep=masks(), cls_only=True).cls for size in (32, 16)]
     loss = torch.stack([(cls - target).square().mean() for cls in found]).sum()
     network.zero_grad()
     loss.backward()
@@ -51,16 +57,16 @@ def train(network: Backbone) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def assert_close(one: Backbone, other: Backbone, rtol: float) -> None:
-    (loss, gradients), (expected, as_written) = train(one), train(other)
+    (loss, gradients), (expected, uncompiled) = train(one), train(other)
     assert loss == pytest.approx(float(expected), rel=rtol)
-    assert gradients.keys() == as_written.keys()
+    assert gradients.keys() == uncompiled.keys()
     for name, gradient in gradients.items():
-        assert torch.allclose(gradient, as_written[name], rtol=rtol, atol=rtol * float(as_written[name].abs().max()))
+        assert torch.allclose(gradient, uncompiled[name], rtol=rtol, atol=rtol * float(uncompiled[name].abs().max()))
 
 
 def test_one_graph_serves_all_blocks_and_the_values_stay() -> None:
     compiled, plain = backbone(), backbone()
-    compiled.run_block = CompiledBlocks(no_warning, backend="aot_eager")
+    compile_blocks(compiled, no_warning, backend="aot_eager")
     assert_close(compiled, plain, rtol=1e-5)
     # Student: two sizes, with and without the end for the cls token alone; teacher: one size, likewise.
     assert counters["stats"]["unique_graphs"] == 6
@@ -69,57 +75,61 @@ def test_one_graph_serves_all_blocks_and_the_values_stay() -> None:
 
 
 @pytest.mark.slow
-def test_inductor_computes_what_the_block_computes() -> None:
-    block = backbone().vit.blocks[0]
-    runs = [CompiledBlocks(no_warning), run_block]
+def test_inductor_computes_what_an_uncompiled_block_computes() -> None:
+    compiled = backbone()
+    compile_blocks(compiled, no_warning)
+    blocks: list[Block] = [compiled.vit.blocks[0], backbone().vit.blocks[0]]
     tokens, keep = torch.randn(4, 7, 32, generator=torch.Generator().manual_seed(0)), masks()[:, 1]
     found = []
-    for run in runs:
+    for block in blocks:
         given = tokens.clone().requires_grad_()
-        out = run(block, given, keep, 1)
+        out = block(given, keep, 1)
         found.append((out.detach(), *torch.autograd.grad(out.square().sum(), [given, *block.parameters()])))
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
 
-def test_names_and_copies_of_the_weights_do_not_change() -> None:
+def test_compiling_changes_no_name_in_the_state_dict() -> None:
     network = backbone()
     names = list(network.state_dict())
-    network.run_block = with_checkpoints(CompiledBlocks(no_warning, backend="aot_eager"))
+    compile_blocks(network, no_warning, backend="aot_eager")
+    network.checkpointing = True
     train(network)
     assert list(network.state_dict()) == names
     backbone().load_state_dict(network.state_dict())
 
 
-def test_judging_is_not_compiled() -> None:
+def test_inference_mode_is_not_compiled() -> None:
     network = backbone()
-    network.run_block = CompiledBlocks(no_warning, backend="aot_eager")
+    compile_blocks(network, no_warning, backend="aot_eager")
     with torch.inference_mode():
         found = network(views(48)).cls
     assert not counters["stats"]["unique_graphs"]
     assert torch.equal(found, backbone()(views(48)).cls)
 
 
-def test_what_cannot_be_compiled_is_run_as_written_with_one_warning(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_blocks_that_cannot_be_compiled_run_uncompiled_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
     """A machine without a C++ compiler, as torch itself meets it."""
     from torch._inductor import config
 
     monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # or it would find what it compiled earlier
-    said: list[str] = []
+    warnings: list[str] = []
     network, plain = backbone(), backbone()
-    network.run_block = CompiledBlocks(said.append)
-    (loss, gradients), (expected, as_written) = train(network), train(plain)
-    assert torch.equal(loss, expected) and all(torch.equal(gradients[name], as_written[name]) for name in as_written)
-    assert len(said) == 1 and "no-such-compiler" in said[0] and "speed.compile=false" in said[0]
+    compile_blocks(network, warnings.append)
+    (loss, gradients), (expected, uncompiled) = train(network), train(plain)
+    assert torch.equal(loss, expected) and all(torch.equal(gradients[name], uncompiled[name]) for name in uncompiled)
+    assert len(warnings) == 1 and "no-such-compiler" in warnings[0] and "speed.compile=false" in warnings[0]
 
 
 def test_checkpointed_blocks_give_the_same_bits_and_keep_less() -> None:
     network, plain = backbone(), backbone()
-    network.run_block = with_checkpoints(run_block)
-    (loss, gradients), (expected, as_written) = train(network), train(plain)
-    assert torch.equal(loss, expected) and gradients.keys() == as_written.keys()
-    assert all(torch.equal(gradients[name], as_written[name]) for name in as_written)
+    network.checkpointing = True
+    (loss, gradients), (expected, uncompiled) = train(network), train(plain)
+    assert torch.equal(loss, expected) and gradients.keys() == uncompiled.keys()
+    assert all(torch.equal(gradients[name], uncompiled[name]) for name in uncompiled)
     assert kept(network) < kept(plain) / 3
 
 
@@ -140,22 +150,45 @@ def kept(network: Backbone) -> int:
 
 def test_compiled_blocks_can_be_checkpointed() -> None:
     network = backbone()
-    network.run_block = with_checkpoints(CompiledBlocks(no_warning, backend="aot_eager"))
+    compile_blocks(network, no_warning, backend="aot_eager")
+    network.checkpointing = True
     assert_close(network, backbone(), rtol=1e-5)
 
 
 def test_the_choice_follows_the_device() -> None:
-    assert choose_runner("auto", False, CPU, no_warning) == (run_block, False)
-    assert choose_runner("False", False, GPU, no_warning) == (run_block, False)
-    for word, device in (("auto", GPU), ("true", CPU), ("True", GPU)):
-        run, compiles = choose_runner(word, False, device, no_warning)
-        assert isinstance(run, CompiledBlocks) and compiles
-    assert choose_runner("auto", True, CPU, no_warning)[0] is not run_block
+    assert not should_compile("auto", CPU) and not should_compile("False", GPU)
+    assert should_compile("auto", GPU) and should_compile("true", CPU) and should_compile("True", GPU)
     with pytest.raises(ConfigError, match=r"speed\.compile auto, true or false, found 'always'"):
-        choose_runner("always", False, CPU, no_warning)
+        should_compile("always", CPU)
 
 
-def test_a_network_is_copied_with_its_runner() -> None:
+def test_a_copy_of_a_compiled_backbone_is_compiled_and_has_its_own_weights() -> None:
     network = backbone()
-    network.run_block = CompiledBlocks(no_warning, backend="aot_eager")
-    assert torch.allclose(copy.copy(network)(views(32)).cls, backbone()(views(32)).cls, rtol=1e-5)
+    compile_blocks(network, no_warning, backend="aot_eager")
+    teacher = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in network.vit.blocks.parameters():
+            parameter.zero_()
+    assert torch.allclose(teacher(views(32)).cls, backbone()(views(32)).cls, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_forward_hooks_on_blocks_run(compiled: bool, checkpointing: bool) -> None:
+    network, plain = backbone(), backbone()
+    if compiled:
+        compile_blocks(network, no_warning, backend="aot_eager")
+    network.checkpointing = checkpointing
+    seen = []
+    for index, block in enumerate(network.vit.blocks):
+        block.register_forward_pre_hook(lambda block, args, index=index: seen.append(("before", index)))
+        block.register_forward_hook(lambda block, args, out, index=index: seen.append(("after", tuple(out.shape))))
+    network.vit.blocks[1].register_forward_hook(lambda block, args, out: out * 2)
+    plain.vit.blocks[1].register_forward_hook(lambda block, args, out: out * 2)
+    found = network(views(32), cls_only=True).cls
+    shapes = [(4, 7, 32), (4, 7, 32), (4, 1, 32)]
+    assert seen == [entry for i, shape in enumerate(shapes) for entry in (("before", i), ("after", shape))]
+    assert torch.allclose(found, plain(views(32)).cls, rtol=1e-5, atol=1e-6)
+    found.sum().backward()
+    assert all(p.grad is not None for p in network.vit.blocks.parameters())

@@ -1,4 +1,4 @@
-"""The position rules against a bicubic kernel written out by hand, and against the calls they stand for."""
+"""Names and shapes of architectures; rules for positions against a bicubic kernel by hand and against known calls."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from dino.errors import ConfigError
 from dino.models.backbone import BackboneSpec, build_backbone
-from dino.models.position import resampling_matrix
+from dino.models.spec import SHAPES, arch_of, resampling_matrix, shape_of
 
 
 def cubic(distance: float, a: float = -0.75) -> float:
@@ -92,3 +92,34 @@ def test_positions_stay_exact_under_autocast() -> None:
     plain = model.positions((16, 16))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.positions((16, 16)), plain)
+
+
+NARROW = "vit:dim=24,depth=3,heads=2"
+VARIANTS = [
+    NARROW,
+    NARROW + ",registers=3",
+    NARROW + ",layer_scale=0.3",
+    NARROW + ",registers=2,layer_scale=0.5,no_embed_class=1,mlp_ratio=2.0",
+]
+
+
+@pytest.mark.parametrize(
+    ("arch", "dim", "depth", "heads"),
+    [("vit_tiny", 192, 12, 3), ("vit_small", 384, 12, 6), ("vit_base", 768, 12, 12), ("vit_large", 1024, 24, 16)],
+)
+def test_named_shapes(arch: str, dim: int, depth: int, heads: int) -> None:
+    shape = SHAPES[arch]
+    assert (shape.dim, shape.depth, shape.heads) == (dim, depth, heads)
+    assert arch_of(shape, "patch") == arch
+
+
+@pytest.mark.parametrize("arch", VARIANTS)
+def test_a_shape_is_found_again_from_its_name(arch: str) -> None:
+    shape = shape_of(arch)
+    assert shape is not None
+    assert shape_of(arch_of(shape, "patch")) == shape
+
+
+def test_spec_survives_plain_values() -> None:
+    spec = BackboneSpec("vit_tiny", "patch", 3, (224, 96), 16, "timm")
+    assert BackboneSpec.from_dict(spec.to_dict()) == spec
