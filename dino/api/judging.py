@@ -24,7 +24,7 @@ from dino.models.backbone import Backbone, build_backbone
 from dino.models.weights import LoadedBackbone, load_backbone_file
 from dino.slides.tables import REGIONS_TABLE, read_regions
 
-REPORT = "knn.json"
+SCORES_FILE = "knn_{labels}.json"  # one file per table of labels
 
 
 def evaluate_knn(model: str, labels: str | Path, config: KnnConfig) -> dict[str, Any]:
@@ -40,9 +40,9 @@ def evaluate_knn(model: str, labels: str | Path, config: KnnConfig) -> dict[str,
 
     Returns:
         ``model``, ``untrained`` and ``pixels_8x8`` (or ``mean_of_cells``), each with ``knn_<k>_accuracy``,
-        ``knn_<k>_balanced_accuracy`` and ``knn_<k>_auc``; ``standard_error`` of the model's accuracy by k; ``about``
-        with counts, settings and what was compared against leakage. Written as JSON to ``config.output``, else to
-        ``RUN/knn.json`` for a run.
+        ``knn_<k>_balanced_accuracy`` and ``knn_<k>_auc``; ``standard_errors`` of the accuracies of each of them, and
+        ``standard_error`` of the model's alone; ``about`` with counts, settings and the leakage check. Written as JSON
+        to ``config.output``, else to ``RUN/knn_<name of the table>.json`` for a run.
 
     Raises:
         DataError: If the labels are wrong, name files of the other level, or test on slides the model was trained on;
@@ -69,9 +69,10 @@ def evaluate_knn(model: str, labels: str | Path, config: KnnConfig) -> dict[str,
         name: _scores(features, table, k, config.temperature)
         for name, features in {"model": trained, "untrained": untrained, floor: torch.cat(plain)}.items()
     }
-    result = {**scores, "standard_error": _errors(scores["model"], len(table.rows("test")))}
+    errors = {name: _standard_errors(found, len(table.rows("test"))) for name, found in scores.items()}
+    result: dict[str, Any] = {**scores, "standard_error": errors["model"], "standard_errors": errors}
     result["about"] = _about(loaded, table, labels, config, leakage)
-    output = _output(model, config)
+    output = _output(model, Path(labels), config)
     if output is not None and distributed.is_main():
         with files.oserror_to_data_error(output.parent):
             files.write_json(output, result)
@@ -170,7 +171,8 @@ def _scores(features: Tensor, table: LabelTable, k: list[int], temperature: floa
     return knn_scores(features[train], known, features[test], truth, k, temperature)
 
 
-def _errors(scores: dict[str, float | None], queries: int) -> dict[str, float]:
+def _standard_errors(scores: dict[str, float | None], queries: int) -> dict[str, float]:
+    """Binomial standard error of each accuracy; not of balanced accuracies and areas, which are no proportions."""
     shares = {name: value for name, value in scores.items() if name.endswith("_accuracy") and value is not None}
     plain = {name: value for name, value in shares.items() if not name.endswith("_balanced_accuracy")}
     return {name: math.sqrt(value * (1 - value) / queries) for name, value in plain.items()}
@@ -195,7 +197,8 @@ def _about(
     }
 
 
-def _output(model: str, config: KnnConfig) -> Path | None:
+def _output(model: str, labels: Path, config: KnnConfig) -> Path | None:
     if config.output:
         return Path(config.output)
-    return Path(model) / REPORT if (Path(model) / "checkpoints").is_dir() else None
+    name = SCORES_FILE.format(labels=labels.stem)
+    return Path(model) / name if (Path(model) / "checkpoints").is_dir() else None

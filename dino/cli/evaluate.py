@@ -1,7 +1,8 @@
 """``dino evaluate knn``."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,11 +15,12 @@ Words = Annotated[list[str] | None, typer.Argument(metavar="RUN LABELS [KEY=VALU
 
 
 def knn(words: Words = None, config: ConfigFile = None) -> None:
-    """Judge frozen features by the votes of their nearest neighbours.
+    """Evaluate frozen features by weighted k-nearest-neighbour classification.
 
-    RUN is a run, a checkpoint file or timm:NAME. LABELS is a CSV with the columns image_path, label and partition
-    (train or test), and perhaps slide_id and patient_id. Slides and patients that the model was pretrained on are
-    refused as test data. Relative paths resolve from the CSV.
+    RUN is a run folder, a checkpoint file or timm:NAME. LABELS is a CSV (commas, semicolons or tabs) with the columns
+    image_path, label and partition (train or test), and optionally slide_id and patient_id. Test slides and patients
+    that the model was pretrained on are an error. Relative paths resolve from the CSV. The scores of a run are written
+    to RUN/knn_LABELS.json, named after the CSV; output=FILE writes them elsewhere.
 
     For example:
 
@@ -30,10 +32,24 @@ def knn(words: Words = None, config: ConfigFile = None) -> None:
     from dino import api, progress
 
     result = api.evaluate_knn(model, Path(labels), settings)
-    scored = [name for name in result if name not in ("about", "standard_error")]
-    rows = [[metric, *(f"{result[name][metric]:.4f}" for name in scored)] for metric in result[scored[0]]]
-    rows += [[f"standard error, k = {k}", f"{error:.4f}"] for k, error in result["standard_error"].items()]
-    progress.table(rows, ["", *scored])
+    progress.table(*_table(result))
+
+
+def _table(result: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
+    """Rows and header of the scores: one column per network or baseline, one row per metric and standard error."""
+    errors = result["standard_errors"]
+    columns = list(errors)
+    rows = []
+    for metric in result[columns[0]]:
+        rows.append([metric, *(_number(result[name][metric]) for name in columns)])
+        if metric in errors[columns[0]]:
+            k = metric.removeprefix("knn_").removesuffix("_accuracy")
+            rows.append([f"{k}-NN accuracy, standard error", *(_number(errors[name].get(metric)) for name in columns)])
+    return rows, ["", *columns]
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
 
 
 command = with_settings(KnnConfig)

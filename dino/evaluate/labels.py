@@ -1,4 +1,4 @@
-"""The table of labels that judges a model, and whether the model has seen its test slides."""
+"""Tables of labelled images, and whether a model was pretrained on their test slides."""
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from dino.errors import DataError
+from dino.files import printable
 
 COLUMNS = ("image_path", "label", "partition")
 PARTITIONS = {"train": "train", "reference": "train", "test": "test", "query": "test"}
 MISSING = {"", "nan", "<na>"}
-NAMED = 3  # how many offenders an error names
+DELIMITERS = ",;\t"  # spreadsheets write semicolons where the comma is the decimal separator
+NAMED = 3  # examples listed in an error
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,18 @@ class LabelTable:
 def read_labels(path: Path) -> LabelTable:
     """Read ``image_path,label,partition[,slide_id,patient_id]``.
 
-    Labels are of any kind: text, whole numbers (1 and 1.0 are one class), booleans. The partition is train or test
-    (also spelt reference or query). Relative paths are taken from the table's own folder.
+    Labels may be text, numbers (1 and 1.0 are one class) or booleans. The partition is train or test, or equivalently
+    reference or query. Relative paths resolve from the table's folder.
 
     Args:
-        path: A CSV file.
+        path: A text file of columns separated by commas, semicolons or tabs, whichever the header line contains.
 
     Returns:
         The table.
 
     Raises:
-        DataError: For a missing file or column, an unknown partition, a blank label, labels that name missing files,
-            a partition without rows, or a single class.
+        DataError: If the table, a column or a labelled file is missing, a partition is unknown or has no rows, a label
+            is blank, or there is only one class.
     """
     rows = _read_csv(path)
     labels = _canonical([row["label"] for row in rows])
@@ -68,7 +70,7 @@ def read_labels(path: Path) -> LabelTable:
     if absent:
         raise DataError(
             f"{path}: expected every image_path to exist, found {len(absent)} of {len(paths)} missing "
-            f"({_first(absent)}); relative paths are taken from {path.parent}"
+            f"({_first(absent)}); relative paths resolve from {path.parent}"
         )
     for wanted in ("train", "test"):
         if wanted not in partition:
@@ -79,21 +81,21 @@ def read_labels(path: Path) -> LabelTable:
 
 
 def check_leakage(table: LabelTable, training_slides: Mapping[str, Any] | None, allow: bool) -> dict[str, Any]:
-    """Refuse to judge a model on slides or patients that it was pretrained on.
+    """Check that a model was not pretrained on the slides or patients of the test rows.
 
-    Without a ``slide_id`` column the slide is read from the file names (``<slide>_<x>_<y>``, from the right); a name
-    that is not of this form is compared as a whole.
+    Without a ``slide_id`` column the slide is parsed from the file name (``<slide>_<x>_<y>``, from the right); a name
+    of any other form is compared as a whole.
 
     Args:
         table: The labels.
-        training_slides: ``slide_ids`` and ``patient_ids`` that the checkpoint carries; None or empty if it has none.
-        allow: Go on with the seen ones, which are then part of what is returned.
+        training_slides: ``slide_ids`` and ``patient_ids`` of the checkpoint; None or empty if it records none.
+        allow: Accept slides and patients of the pretraining; they are listed in the result.
 
     Returns:
-        Facts for the report: ``compared`` (in words), ``seen_slides``, ``seen_patients`` and ``allowed``.
+        ``compared`` (a description), ``seen_slides``, ``seen_patients`` and ``allowed``.
 
     Raises:
-        DataError: If test rows are from slides or patients of the pretraining, and ``allow`` is off.
+        DataError: If test rows are from slides or patients of the pretraining, and ``allow`` is False.
     """
     trained = {key: {str(i) for i in (training_slides or {}).get(key) or []} for key in ("slide_ids", "patient_ids")}
     test = table.rows("test")
@@ -112,7 +114,7 @@ def check_leakage(table: LabelTable, training_slides: Mapping[str, Any] | None, 
         kind, seen = ("slides", seen_slides) if seen_slides else ("patients", seen_patients)
         raise DataError(
             f"expected test {kind} that the model has not been pretrained on, found {len(seen)} that it has "
-            f"({_first(seen)}); take them out, or accept an optimistic score with allow_leakage=true"
+            f"({_first(seen)}); remove them, or accept an optimistic score with allow_leakage=true"
         )
     return facts
 
@@ -126,7 +128,7 @@ def slide_of_name(name: str) -> str:
 
 def _compared(table: LabelTable, trained: Mapping[str, set[str]]) -> str:
     if not trained["slide_ids"] and not trained["patient_ids"]:
-        return "nothing: the model does not say which slides it was pretrained on"
+        return "nothing: the model has no record of the slides it was pretrained on"
     what = []
     if trained["slide_ids"]:
         what.append("slides by slide_id" if table.slide_ids else "slides by file name")
@@ -138,7 +140,9 @@ def _compared(table: LabelTable, trained: Mapping[str, set[str]]) -> str:
 def _read_csv(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+            header = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=max(DELIMITERS, key=header.count))
             rows = [{k: (v or "").strip() for k, v in row.items() if isinstance(k, str)} for row in reader]
             columns = reader.fieldnames or []
     except FileNotFoundError:
@@ -147,14 +151,15 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
         raise DataError(f"expected a CSV of labels at {path}, could not read it: {error}") from None
     lacking = [name for name in COLUMNS if name not in columns]
     if lacking:
-        raise DataError(f"{path}: expected columns {', '.join(COLUMNS)}; missing {', '.join(lacking)}")
+        found = ", ".join(printable(name) for name in columns) or "an empty file"
+        raise DataError(f"{path}: expected columns {', '.join(COLUMNS)}; missing {', '.join(lacking)}; found {found}")
     if not rows:
         raise DataError(f"{path}: expected labelled images, found no row")
     return rows
 
 
 def _canonical(labels: Sequence[str]) -> list[str]:
-    """One spelling per class: 1 and 1.0, True and true, as tables written by different programs mix them."""
+    """One spelling per class: programs differ in how they write numbers and booleans (1 or 1.0, True or true)."""
     if {label.lower() for label in labels} <= {"true", "false"}:
         return [label.lower() for label in labels]
     try:

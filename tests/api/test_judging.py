@@ -38,7 +38,7 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def test_scores_stand_beside_their_floors(labelled, run):
+def test_scores_are_returned_with_their_baselines(labelled, run):
     result = evaluate_knn(str(run), labelled, CONFIG)
     assert {"model", "untrained", "pixels_8x8"} <= result.keys()
     for name in ("model", "untrained", "pixels_8x8"):
@@ -47,7 +47,29 @@ def test_scores_stand_beside_their_floors(labelled, run):
         )
     assert result["model"] != result["untrained"]  # another seed
     assert result["about"]["queries"] == 8 and result["about"]["references"] == 16
-    assert json.loads((run / "knn.json").read_text())["model"] == result["model"]
+    assert json.loads((run / "knn_labels.json").read_text())["model"] == result["model"]
+
+
+def test_every_accuracy_has_its_standard_error(labelled, run):
+    result = evaluate_knn(str(run), labelled, CONFIG)
+    assert result["standard_errors"].keys() == {"model", "untrained", "pixels_8x8"}
+    for name, errors in result["standard_errors"].items():
+        assert errors.keys() == {f"knn_{k}_accuracy" for k in (1, 5, 16)}
+        for metric, error in errors.items():
+            right = round(8 * result[name][metric])  # of 8 queries
+            outcomes = np.repeat([1.0, 0.0], [right, 8 - right])
+            assert error == pytest.approx(outcomes.std() / np.sqrt(8))
+    assert result["standard_error"] == result["standard_errors"]["model"]
+
+
+def test_scores_on_other_labels_are_kept(labelled, run):
+    evaluate_knn(str(run), labelled, CONFIG)
+    before = (run / "knn_labels.json").read_bytes()
+    other = labelled.with_name("grades.v2.csv")
+    other.write_text(labelled.read_text().replace("red", "high"))
+    evaluate_knn(str(run), other, CONFIG)
+    assert (run / "knn_labels.json").read_bytes() == before
+    assert json.loads((run / "knn_grades.v2.json").read_text())["about"]["labels"] == str(other)
 
 
 def test_scores_are_those_of_the_features(labelled, run):

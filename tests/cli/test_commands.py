@@ -37,9 +37,10 @@ def calls(monkeypatch):
         "extract": SimpleNamespace(exit_code=0),
         "export": None,
         "evaluate_knn": {
-            "model": {"knn_20_accuracy": 0.51234},
-            "untrained": {"knn_20_accuracy": 0.4},
-            "standard_error": {"20": 0.01},
+            "model": {"knn_20_accuracy": 0.51234, "knn_20_auc": None},
+            "untrained": {"knn_20_accuracy": 0.4, "knn_20_auc": 0.5},
+            "standard_error": {"knn_20_accuracy": 0.01},
+            "standard_errors": {"model": {"knn_20_accuracy": 0.01}, "untrained": {"knn_20_accuracy": 0.02}},
             "about": {"tiles": 12},
         },
         "info": {"arch": "vit_tiny", "transform": {"name": "imagenet"}},
@@ -96,7 +97,8 @@ def test_extract_evaluate_export_info(run, calls):
     lines = [line.split() for line in result.stdout.splitlines()]
     assert lines[0] == ["model", "untrained"]
     assert lines[1] == ["knn_20_accuracy", "0.5123", "0.4000"]
-    assert lines[2][-1] == "0.0100"
+    assert lines[2] == ["20-NN", "accuracy,", "standard", "error", "0.0100", "0.0200"]
+    assert lines[3] == ["knn_20_auc", "undefined", "0.5000"]
     assert run("export", "run", "folder").exit_code == 0
     assert "transform.name" in run("info", "run").stdout
     plain = [(name, *(a for a in args if isinstance(a, str | Path))) for name, *args in calls]

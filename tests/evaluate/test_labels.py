@@ -29,6 +29,27 @@ def test_reads_any_labels_and_resolves_paths_from_the_table(write, tmp_path, mon
     assert table.slide_ids is None and table.patient_ids is None
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_columns_are_separated_by_commas_semicolons_or_tabs(tmp_path, delimiter):
+    for name in ("a.png", "b,1;2.png"):
+        (tmp_path / name).touch()
+    rows = [
+        ["\ufeffimage_path", "label", "partition", "slide_id"],  # spreadsheets begin the file with a byte-order mark
+        ["a.png", "x", "train", "s1"],
+        ['"b,1;2.png"', "y", "test", "s2"],
+    ]
+    path = tmp_path / "labels.csv"
+    path.write_text("".join(delimiter.join(row) + "\n" for row in rows))
+    table = read_labels(path)
+    assert table.paths == [tmp_path / "a.png", tmp_path / "b,1;2.png"]
+    assert (table.labels, table.slide_ids) == (["x", "y"], ["s1", "s2"])
+
+
+def test_a_missing_column_is_reported_with_the_columns_found(write):
+    with pytest.raises(DataError, match=r"missing label, partition; found image_path, class$"):
+        read_labels(write("image_path;class\na;x\n", files=False))
+
+
 @pytest.mark.parametrize(
     ("first", "second", "third", "classes"),
     [("1", "1.0", "2", ["1", "2"]), ("True", "true", "False", ["false", "true"]), ("a", "b", "1", ["1", "a", "b"])],
