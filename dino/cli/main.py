@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from dino import __version__
-from dino.cli import commands, config, evaluate, export, extract, info, pretrain, replay
+from dino.cli import commands
 from dino.cli.command import Command, ConfigFile
 
 
@@ -53,17 +53,17 @@ def _options(
 
 app.command(cls=commands.tile_command)(commands.tile)
 app.add_typer(pretraining, name="pretrain")
-pretraining.command(cls=pretrain.patch_command)(pretrain.patch)
-pretraining.command(cls=pretrain.region_command)(pretrain.region)
-app.command(cls=extract.command)(extract.extract)
+pretraining.command(cls=commands.patch_command)(commands.patch)
+pretraining.command(cls=commands.region_command)(commands.region)
+app.command(cls=commands.extract_command)(commands.extract)
 app.add_typer(evaluation, name="evaluate")
-evaluation.command(cls=evaluate.command)(evaluate.knn)
-app.command(cls=export.command)(export.export)
-app.command(cls=info.command)(info.info)
-app.command(cls=replay.command)(replay.replay)
+evaluation.command(cls=commands.knn_command)(commands.knn)
+app.command(cls=commands.export_command)(commands.export)
+app.command(cls=commands.info_command)(commands.info)
+app.command(cls=Command)(commands.replay)
 app.add_typer(launching, name="launch")
 launching.command(cls=commands.slurm_command)(commands.slurm)
-app.command(cls=config.command)(config.config)
+app.command(cls=Command)(commands.config)
 app.command(cls=commands.demo_command)(commands.demo)
 
 
@@ -90,24 +90,24 @@ def main() -> None:
 
 def patch_entry_point() -> None:
     """``python3 dino/patch.py``: level 1 with the original's recipe."""
-    _run_single(_original_patch, pretrain.original_patch_command)
+    _run_single(_original_patch, commands.original_patch_command)
 
 
 def region_entry_point() -> None:
     """``python3 dino/region.py``: level 2."""
-    _run_single(pretrain.region, pretrain.region_command)
+    _run_single(commands.region, commands.region_command)
 
 
 def extract_entry_point() -> None:
     """``python3 dino/extract_features.py``."""
-    _run_single(extract.extract, extract.command)
+    _run_single(commands.extract, commands.extract_command)
 
 
 def _original_patch(
-    words: pretrain.Words = None, config: ConfigFile = None, recipe: pretrain.PatchRecipe = "patch"
+    words: commands.PretrainWords = None, config: ConfigFile = None, recipe: commands.PatchRecipe = "patch"
 ) -> None:
     """Level 1 with the original's recipe: data_dir=ROOT output_dir=RUN and other settings as KEY=VALUE."""
-    pretrain.pretrain("patch", words or [], config, recipe)
+    commands.pretrain_level("patch", words or [], config, recipe)
 
 
 def _run_single(function: Callable[..., None], command: type[Command]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dino.cli.config import COMMANDS
+from dino.cli.commands import SCHEMAS
 from dino.cli.main import app
 from dino.config.load import RECIPES, load_config
 
@@ -14,9 +14,9 @@ def run(*words: str):
     return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["config", *words])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", SCHEMAS)
 def test_the_output_can_be_passed_as_a_config_file(tmp_path: Path, command):
-    kind = COMMANDS[command]
+    kind = SCHEMAS[command]
     result = run(command.split()[-1])
     assert result.exit_code == 0, result.output
     assert run(*command.split()).stdout == result.stdout
