@@ -17,8 +17,7 @@ from benchmarks.material import IMAGENET, TILE_PX, sample_slide, tile_files, til
 from benchmarks.measure import Duel, Row, Setting, expect_close, flops, in_turn, relative_error
 from benchmarks.reference.data import WholeTiles, loader, open_rgb
 from dino.data.images import decode
-from dino.extraction.embed import embed, normaliser
-from dino.extraction.stream import batches, read_ahead
+from dino.extraction.embed import batches, embed, normaliser, read_ahead
 from dino.models.backbone import Backbone, BackboneSpec, build_backbone
 
 TITLE = "extraction"

@@ -8,7 +8,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dino.errors import ConfigError, ProcessesLost
+from dino.errors import ConfigError, DinoError, ProcessesLost
 
 T = TypeVar("T")
 PARENT = os.getppid()  # the launcher, unless it has ended already
@@ -181,6 +181,20 @@ def broadcast(value: T) -> T:
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def run_on_main(function: Callable[[], T]) -> T:
+    """Call ``function`` on the main process; its result, or its :class:`DinoError`, on every process."""
+    outcome: Any = None
+    if is_main():
+        try:
+            outcome = function()
+        except DinoError as error:
+            outcome = error
+    outcome = broadcast(outcome)
+    if isinstance(outcome, DinoError):
+        raise outcome
+    return outcome
 
 
 def gather(value: T) -> list[T]:

@@ -14,8 +14,7 @@ from dino.errors import DataError
 from dino.evaluate.knn import knn_scores
 from dino.evaluate.labels import LabelTable, check_leakage, read_labels
 from dino.evaluate.verdict import Score, difference_error
-from dino.extraction.embed import embed, grids_as_they_are, normaliser
-from dino.extraction.stream import batches, read_ahead
+from dino.extraction.embed import batches, embed, identity, normaliser, read_ahead
 from dino.models.backbone import Backbone
 from dino.models.weights import load_backbone_file
 from dino.train.callbacks import Checkpoints
@@ -59,7 +58,7 @@ class _KnnScorer:
     def __init__(self, run: Run, table: LabelTable) -> None:
         self.run, self.table = run, table
         transform, spec = run.level.transform, run.level.spec
-        self.normalise = normaliser(transform.mean, transform.std, spec.patch_size) if transform else grids_as_they_are
+        self.normalise = normaliser(transform.mean, transform.std, spec.patch_size) if transform else identity
 
     def __call__(self, backbone: Backbone) -> Scores:
         table, settings = self.table, self.run.config.evaluate

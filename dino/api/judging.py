@@ -18,8 +18,7 @@ from dino.errors import ConfigError, DataError
 from dino.evaluate.knn import knn_scores
 from dino.evaluate.labels import LabelTable, check_leakage, read_labels
 from dino.evaluate.retrieval import pixel_features
-from dino.extraction.embed import PRECISIONS, Normalise, embed, grids_as_they_are, normaliser
-from dino.extraction.stream import batches, read_ahead
+from dino.extraction.embed import PRECISIONS, Normalise, batches, embed, identity, normaliser, read_ahead
 from dino.models.backbone import Backbone, build_backbone
 from dino.models.weights import LoadedBackbone, load_backbone_file
 from dino.slides.tables import REGIONS_TABLE, read_regions
@@ -142,7 +141,7 @@ def _shapes(paths: list[Path]) -> dict[str, tuple[int, int]]:
 def _normalise(loaded: LoadedBackbone) -> Normalise:
     transform = loaded.transform
     if transform is None:
-        return grids_as_they_are
+        return identity
     size = transform.input_size_px
     patch_size = loaded.backbone.spec.patch_size
     return normaliser(transform.mean, transform.std, patch_size, (size, size) if size else None)

@@ -30,7 +30,7 @@ from dino.data.samplers import PermutationSampler, Sampler
 from dino.data.tile_cache import tile_cache
 from dino.errors import ConfigError, DataError
 from dino.evaluate.retrieval import pixel_features
-from dino.extraction.embed import Normalise, grids_as_they_are, normaliser
+from dino.extraction.embed import Normalise, identity, normaliser
 from dino.models.backbone import BackboneSpec
 from dino.models.transforms import TRANSFORMS, Transform
 from dino.models.weights import load_backbone_file
@@ -235,7 +235,7 @@ class RegionLevel(Level):
     @classmethod
     def normaliser(cls, transform: Transform | None, patch_size: int) -> Normalise:
         """Feature grids are the backbone's input."""
-        return grids_as_they_are
+        return identity
 
     @classmethod
     def baseline_features(cls, batch: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ SIGNIFICANT_STANDARD_ERRORS = 2.0
 # loss approach 0), or to all prototypes equally (both approach ln K). These bounds leave 1 % at either end.
 ONE_PROTOTYPE = 0.01
 ALL_PROTOTYPES = 0.99
-# Features with a higher mean cosine, or a lower effective rank, distinguish almost nothing. An untrained ViT-Ti on tissue
-# has a mean cosine of 0.7 and an effective rank of 14.
+# Features with a higher mean cosine, or a lower effective rank, distinguish almost nothing. An untrained ViT-Ti on
+# tissue has a mean cosine of 0.7 and an effective rank of 14.
 COLLAPSED_COSINE = 0.9999
 COLLAPSED_RANK = 1.5
 # Without a score only the loss is known: below this fraction of ln K the student does predict the teacher.

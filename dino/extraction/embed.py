@@ -1,8 +1,12 @@
-"""The one way in which pixels and grids become features: for extraction, kNN, reports and the demo alike."""
+"""Features of tiles and grids: the one implementation, for extraction, evaluation, reports and the demo."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +15,27 @@ from torch.nn import functional as F
 from dino.environment import run_threaded
 from dino.errors import ConfigError, DataError
 from dino.models.backbone import Backbone
-
-__all__ = ["Normalise", "embed", "embed_batches", "grids_as_they_are", "normaliser"]
+from dino.models.weights import LoadedBackbone
 
 PRECISIONS = ("bf16", "fp32", "fp64")
-CACHED_VALUES = 2**19  # on a CPU, of the tokens that a core takes through the network at a time
+CACHED_VALUES = 2**19  # token values that a CPU core processes at a time: they fit into its cache
 
 Normalise = Callable[[Tensor], Tensor]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def normaliser(
     mean: Sequence[float], std: Sequence[float], patch_size: int, size_px: tuple[int, int] | None = None
 ) -> Normalise:
-    """Make the step from 8-bit tiles to what a network takes. It sees the whole tile, never a centre crop.
+    """A function that normalises 8-bit tiles for a network, which sees the whole tile, never a centre crop.
 
     Args:
         mean: Mean of each channel, for values in [0, 1].
         std: Standard deviation of each channel.
-        patch_size: Side of a token; tiles whose sides are no multiple of it are resized to the nearest one.
-        size_px: ``(height, width)`` that every tile is resized to (timm models: what they were trained at); None
-            leaves the size as it is.
+        patch_size: Patch size in px; tiles whose sides are not multiples of it are resized to the nearest multiple.
+        size_px: ``(height, width)`` that every tile is resized to (timm models: their training size); None keeps
+            the size.
 
     Returns:
         A function of uint8 ``(B, 3, H, W)`` to normalised float ``(B, 3, h, w)``, on the device of its input. Resizing
@@ -49,8 +54,18 @@ def normaliser(
     return normalise
 
 
-def grids_as_they_are(grids: Tensor) -> Tensor:
-    """The ``normalise`` of feature grids: none."""
+def normaliser_of(loaded: LoadedBackbone) -> Normalise:
+    """The normalisation that a loaded model expects: that of its transform, or none for feature grids."""
+    transform = loaded.transform
+    if transform is None:
+        return identity
+    size = transform.input_size_px
+    patch_size = loaded.backbone.spec.patch_size
+    return normaliser(transform.mean, transform.std, patch_size, (size, size) if size else None)
+
+
+def identity(grids: Tensor) -> Tensor:
+    """The normalisation of feature grids: none."""
     return grids
 
 
@@ -62,7 +77,7 @@ def embed(
     Args:
         backbone: Patch or region backbone.
         batches: uint8 ``(B, 3, H, W)`` or float ``(B, D, h, w)`` tensors on the CPU; batches may differ in size.
-        normalise: :func:`normaliser`, or :func:`grids_as_they_are`.
+        normalise: :func:`normaliser`, or :func:`identity`.
         device: Where to compute; the backbone is moved there.
         precision: ``bf16`` (autocast), ``fp32`` or ``fp64``.
 
@@ -80,68 +95,68 @@ def embed(
 def embed_batches(
     backbone: Backbone, batches: Iterable[Tensor], normalise: Normalise, device: torch.device, precision: str
 ) -> Generator[Tensor, None, None]:
-    """:func:`embed`, batch by batch, for who writes while it computes.
+    """:func:`embed` batch by batch, for callers that write features while others are computed.
 
-    The backbone gets its train or eval mode and its number format back when the iteration ends, or is closed.
+    The backbone's training mode and dtype are restored when the iteration ends or the generator is closed.
 
     Yields:
         ``(B, D)`` float32 on the CPU for each batch.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"expected precision bf16, fp32 or fp64, found '{precision}'")
-    with _at_rest(backbone, device, precision) as number_format:
+    with _inference(backbone, device, precision) as dtype:
 
         def forward(batch: Tensor) -> Tensor:
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                inputs = normalise(batch.to(device, non_blocking=True)).to(number_format)
+                inputs = normalise(batch.to(device, non_blocking=True)).to(dtype)
                 return backbone(inputs, cls_only=True).cls.float().cpu()  # (B, D)
 
         for batch in batches:
-            shared = device.type == "cpu" and len(batch) >= torch.get_num_threads()
-            features = _in_shares(forward, batch, _share(backbone, batch)) if shared else forward(batch)
+            threaded = device.type == "cpu" and len(batch) >= torch.get_num_threads()
+            features = _threaded(forward, batch, _chunk_size(backbone, batch)) if threaded else forward(batch)
             if not features.isfinite().all():
-                raise DataError("expected finite features, found NaN or infinity; the model or a grid has broken down")
-            yield features.clone()  # an ordinary tensor: one made in inference mode could not be trained on later
+                raise DataError("expected finite features, found NaN or infinity; check the model and the grids")
+            yield features.clone()  # tensors created in inference mode cannot be used for training
 
 
-def _share(backbone: Backbone, batch: Tensor) -> int:
-    """How many items a core takes at a time: few enough for its cache, and no more than keep every core at work."""
+def _chunk_size(backbone: Backbone, batch: Tensor) -> int:
+    """Number of items that a CPU core processes at a time: they fit into its cache, and every core has work."""
     tokens = batch.shape[-2] * batch.shape[-1] // backbone.spec.patch_size**2
     fitting = max(1, CACHED_VALUES // max(1, tokens * backbone.embed_dim))
     return min(fitting, math.ceil(len(batch) / torch.get_num_threads()))
 
 
-def _in_shares(forward: Callable[[Tensor], Tensor], batch: Tensor, size: int) -> Tensor:
-    """``forward(batch)``, so many items at a time on each core: cores do not wait for each other in every operation."""
-    shares = list(enumerate(batch.split(size)))
+def _threaded(forward: Callable[[Tensor], Tensor], batch: Tensor, size: int) -> Tensor:
+    """``forward(batch)`` in chunks, one at a time on each core, so that cores do not synchronise in every operation."""
+    chunks = list(enumerate(batch.split(size)))
     features: dict[int, Tensor] = {}
 
-    def work(share: tuple[int, Tensor]) -> None:
-        number, items = share
+    def work(chunk: tuple[int, Tensor]) -> None:
+        number, items = chunk
         features[number] = forward(items)
 
-    run_threaded(work, shares)
-    return torch.cat([features[number] for number, _ in shares])
+    run_threaded(work, chunks)
+    return torch.cat([features[number] for number, _ in chunks])
 
 
 @contextmanager
-def _at_rest(backbone: Backbone, device: torch.device, precision: str) -> Iterator[torch.dtype]:
-    """The backbone on ``device`` in eval mode and in the precision asked for; all put back afterwards."""
+def _inference(backbone: Backbone, device: torch.device, precision: str) -> Iterator[torch.dtype]:
+    """The backbone on ``device`` in eval mode and with the dtype of ``precision``; both are restored afterwards."""
     modes = {module: module.training for module in backbone.modules()}
     before = next(backbone.parameters()).dtype
     backbone.to(device).eval()
     if precision == "fp64":
         backbone.double()
     exact = {p: p.data for p in _cast_by_autocast(backbone)} if precision == "bf16" else {}
-    number_format = next(backbone.parameters()).dtype
+    dtype = next(backbone.parameters()).dtype
     for parameter, values in exact.items():
-        parameter.data = values.bfloat16()  # as autocast would for every batch anew
+        parameter.data = values.bfloat16()  # once, as autocast would for every batch
     try:
-        yield number_format
+        yield dtype
     finally:
         for parameter, values in exact.items():
             parameter.data = values
-        backbone.to(before)  # exact: every float32 is a float64
+        backbone.to(before)  # exact: float64 represents every float32
         for module, training in modes.items():
             module.training = training
 
@@ -150,3 +165,52 @@ def _cast_by_autocast(backbone: Backbone) -> list[nn.Parameter]:
     """Weights and biases of the layers that compute in bf16 under autocast."""
     layers = (layer for layer in backbone.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
     return [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+
+
+def read_ahead(
+    read: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int = 64
+) -> Generator[Result, None, None]:
+    """``map(read, items)`` in order, with up to ``ahead`` results read in advance by threads.
+
+    Image decoders and openslide release the GIL, so threads are as fast as processes and need not copy pixels.
+
+    Args:
+        read: Reads one item; an exception is raised in place of the result.
+        items: What to read.
+        workers: Number of threads; 0 reads in the calling thread.
+        ahead: Maximum number of results in memory in addition to the one yielded.
+    """
+    if workers < 1:
+        yield from map(read, items)
+        return
+    rest = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[Result]] = deque(pool.submit(read, item) for item in islice(rest, max(ahead, workers)))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(read, item) for item in islice(rest, 1))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def batches(tensors: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Stack consecutive tensors of one shape: at most ``size``, fewer where the shape changes.
+
+    Args:
+        tensors: Images ``(3, H, W)`` or grids ``(D, h, w)``.
+        size: Batch size.
+
+    Yields:
+        ``(B, ...)`` in the order of ``tensors``.
+    """
+    pending: list[Tensor] = []
+    for tensor in tensors:
+        if pending and (len(pending) == size or tensor.shape != pending[0].shape):
+            yield torch.stack(pending)
+            pending = []
+        pending.append(tensor)
+    if pending:
+        yield torch.stack(pending)

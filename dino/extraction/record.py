@@ -1,4 +1,4 @@
-"""``extract.json``: what made the features of a folder, so that nothing made otherwise is ever mixed in."""
+"""``extract.json``: which model and settings made the features of a folder, so that different ones are never mixed."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -11,11 +11,12 @@ from dino.environment import versions
 from dino.errors import DataError
 from dino.models.weights import LoadedBackbone
 
+RECORD = "extract.json"
 COMPARED = ("level", "fingerprint", "transform", "precision", "geometry", "grids")
 
 
 def model_record(loaded: LoadedBackbone, precision: str) -> dict[str, Any]:
-    """What is recorded of the model that makes features, and of how it is run."""
+    """What is recorded about the model and its precision."""
     return {
         "level": loaded.level,
         "model": loaded.source,
@@ -30,28 +31,28 @@ def model_record(loaded: LoadedBackbone, precision: str) -> dict[str, Any]:
 
 
 def check_folder(path: Path, record: Mapping[str, Any], folder: Path, suffix: str) -> dict[str, Any]:
-    """Refuse to write into ``folder`` when something else has written there.
+    """Refuse to write into ``folder`` if it contains features made with different settings.
 
     Args:
         path: The ``extract.json``.
-        record: What is about to write: model, transform, precision, geometry and what else is worth knowing.
-        folder: Where the features go.
-        suffix: What they end in.
+        record: The present model, transform, precision, geometry and other facts.
+        folder: Folder of the features.
+        suffix: Suffix of their files.
 
     Returns:
-        What was recorded before, empty at the first time.
+        What was recorded before; empty the first time.
 
     Raises:
-        DataError: If the folder holds features made with another model, transform, precision or geometry, or features
-            of which nothing is known.
+        DataError: If the folder contains features made with another model, transform, precision or geometry, or
+            features without a record.
     """
     if not folder.is_dir() or not any(p.suffix == suffix and p.name[0] != "." for p in folder.iterdir()):
         return {}
     before = read_record(path)
     if not before:
         raise DataError(
-            f"expected {path} to say what made the features in {folder}, found none; they may be another model's: "
-            "move them away, or take another ROOT"
+            f"expected a record of the features in {folder} at {path}, found none; they may be of another model: "
+            "move them, or use another ROOT"
         )
     differences = [
         f"{key} {_text(key, before)}, now {_text(key, record)}"
@@ -60,17 +61,18 @@ def check_folder(path: Path, record: Mapping[str, Any], folder: Path, suffix: st
     ]
     if differences:
         raise DataError(
-            f"expected to go on with {folder}, found features there that were made otherwise: "
-            f"{'; '.join(differences)}; take another ROOT, or delete {folder} to make them anew"
+            f"expected features of the same model and settings in {folder}, found features made with different "
+            "settings: "
+            f"{'; '.join(differences)}; use another ROOT, or delete {folder} to compute them again"
         )
     return before
 
 
 def make_tidy_folders(folders: Iterable[Path], record: Path) -> None:
-    """Make the folders that features go to, and take away what a killed process left half-written.
+    """Create the folders of the features, and remove partial files of a killed process.
 
     Args:
-        folders: Where the features go.
+        folders: Folders of the features.
         record: The ``extract.json``.
     """
     for folder in folders:
@@ -80,7 +82,7 @@ def make_tidy_folders(folders: Iterable[Path], record: Path) -> None:
 
 
 def write_record(path: Path, record: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Write ``extract.json``; where the pixels of slides done before came from is kept."""
+    """Write ``extract.json``; the sources of pixels of earlier slides are kept."""
     pixels = {**before.get("pixels", {}), **record.get("pixels", {})}
     files.write_json(path, {**record, "pixels": pixels} if pixels else dict(record))
 
@@ -98,7 +100,7 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"expected {path} as `dino extract` wrote it, could not read it: {error}") from None
     if not isinstance(content, dict):
-        raise DataError(f"expected {path} as `dino extract` wrote it, found no table of keys; delete it and its folder")
+        raise DataError(f"expected {path} as `dino extract` wrote it, found no JSON object; delete it and its folder")
     return content
 
 

@@ -356,7 +356,7 @@ def test_the_wrong_folder_is_refused(tmp_path):
     region, patch = save_checkpoint(tmp_path / "r.pt", "region", 8), save_checkpoint(tmp_path / "p.pt")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(DataError, match="level-1 model makes them"):
+    with pytest.raises(DataError, match="with a level-1 model"):
         extract(str(region), empty, CONFIG)
     with pytest.raises(DataError, match="images"):
         extract(str(patch), empty, CONFIG)

@@ -1,8 +1,10 @@
+import threading
+
 import pytest
 import torch
 
 from dino.errors import ConfigError, DataError
-from dino.extraction.embed import embed, grids_as_they_are, normaliser
+from dino.extraction.embed import batches, embed, identity, normaliser, read_ahead
 from dino.models.backbone import BackboneSpec, build_backbone
 
 CPU = torch.device("cpu")
@@ -71,7 +73,7 @@ def test_weights_cast_once_give_autocasts_features_and_come_back_exactly(backbon
 def test_modes_are_restored_after_an_error(backbone):
     backbone.train()
     with pytest.raises(ConfigError):
-        embed(backbone, [torch.zeros(1, 5, 32, 32, dtype=torch.uint8)], grids_as_they_are, CPU, "fp32")
+        embed(backbone, [torch.zeros(1, 5, 32, 32, dtype=torch.uint8)], identity, CPU, "fp32")
     assert backbone.training
 
 
@@ -89,18 +91,59 @@ def test_grids_are_embedded_as_they_are():
     grids = torch.randn(3, 8, 4, 6, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = backbone(grids).cls
-    torch.testing.assert_close(embed(backbone, [grids], grids_as_they_are, CPU, "fp32"), wanted)
+    torch.testing.assert_close(embed(backbone, [grids], identity, CPU, "fp32"), wanted)
 
 
 def test_broken_features_are_refused(backbone):
     with pytest.raises(DataError, match="finite"):
-        embed(backbone, [torch.full((1, 3, 32, 32), torch.nan)], grids_as_they_are, CPU, "fp32")
+        embed(backbone, [torch.full((1, 3, 32, 32), torch.nan)], identity, CPU, "fp32")
 
 
 def test_no_batches_make_no_features(backbone):
-    assert embed(backbone, [], grids_as_they_are, CPU, "fp32").shape == (0, 32)
+    assert embed(backbone, [], identity, CPU, "fp32").shape == (0, 32)
 
 
 def test_unknown_names_are_refused(backbone, tiles):
     with pytest.raises(ConfigError, match="fp16"):
         embed(backbone, [tiles], normaliser(MEAN, STD, 16), CPU, "fp16")
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_order_is_kept(workers):
+    assert list(read_ahead(lambda i: i * i, range(50), workers, ahead=4)) == [i * i for i in range(50)]
+
+
+def test_reading_stays_a_bounded_number_of_items_ahead():
+    read = []
+    stream = read_ahead(lambda i: read.append(i) or i, range(100), 2, ahead=5)
+    for _ in range(10):
+        next(stream)
+    assert len(read) <= 10 + 5
+    stream.close()
+    assert len(read) < 20
+
+
+def test_reading_happens_in_other_threads():
+    assert threading.main_thread() not in set(read_ahead(lambda _: threading.current_thread(), range(4), 2))
+
+
+def test_an_error_surfaces_in_its_place():
+    def read(i):
+        if i == 3:
+            raise ValueError("third")
+        return i
+
+    stream = read_ahead(read, range(10), 2)
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="third"):
+        next(stream)
+
+
+def test_batches_break_where_the_shape_changes():
+    shapes = [(1, 2), (1, 2), (1, 2), (1, 3), (1, 2)]
+    assert [tuple(b.shape) for b in batches([torch.zeros(s) for s in shapes], 2)] == [
+        (2, 1, 2),
+        (1, 1, 2),
+        (1, 1, 3),
+        (1, 1, 2),
+    ]

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from dino.extraction.extractor import assign
 from dino.extraction.pixels import RegionImage, read_region_image
 from dino.extraction.regions import Reading, is_written, plan_cells, plan_images, write_features, write_regions
-from dino.extraction.together import shares
 from dino.slides.tables import RegionRecord, region_path
 
 
@@ -23,18 +23,18 @@ def test_shared_cells_are_planned_once():
 def test_regions_are_written_as_soon_as_their_cells_are_there(tmp_path):
     plan = plan_cells([region(0, 0, (1, 2)), region(10, 0, (1, 2)), region(90, 0, (1, 2))])
     paths = [tmp_path / f"{i}.pt" for i in range(3)]
-    standing = []
+    existing = []
 
     def embedder(batches):
         for batch in batches:
-            standing.append([p.exists() for p in paths])
+            existing.append([p.exists() for p in paths])
             yield batch[:, :, 0, 0].float()
 
     def read(cell):
         return torch.full((1, 3, 4, 4), cell[0], dtype=torch.uint8)
 
     write_regions(plan, paths, read, embedder, Reading(1, 0, 1))
-    assert standing == [[0, 0, 0], [0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 0]]
+    assert existing == [[0, 0, 0], [0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 0]]
     assert [torch.load(p)[:, 0].tolist() for p in paths] == [[0, 10], [10, 20], [90, 100]]
 
 
@@ -80,9 +80,9 @@ def test_views_are_written_with_their_own_memory(tmp_path):
     assert not is_written(tmp_path / "a.pt", 4, 8)
 
 
-def test_shares_take_everything_once_and_evenly():
+def test_items_are_assigned_once_and_evenly():
     sizes = [5, 1, 9, 3, 3, 0, 7]
-    taken = shares(sizes, 3)
+    taken = assign(sizes, 3)
     assert sorted(i for share in taken for i in share) == list(range(7))
     assert [sum(sizes[i] for i in share) for share in taken] == [9, 10, 9]
-    assert shares([], 2) == [[], []]
+    assert assign([], 2) == [[], []]

@@ -12,7 +12,8 @@ from tiny_models import save_checkpoint
 from typer.testing import CliRunner
 
 from dino.cli.main import app
-from dino.extraction import regions, slide_files
+from dino.extraction import regions
+from dino.extraction import slides as slide_files
 from dino.slides import storage
 
 TILING = ["tile_size_px=64", "region_size_px=256", "num_workers=1", "previews=false"]

@@ -1,0 +1,295 @@
+"""Level 2: feature grids to slide files. One HDF5 file per slide, in the layout that CLAM and TRIDENT read."""
+
+import io
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dino import files, progress
+from dino.data.datasets import TILE_NAME
+from dino.data.grids import open_grids, read_grid
+from dino.errors import DataError
+from dino.extraction.embed import Normalise, batches, identity, read_ahead
+from dino.extraction.extractor import Extractor, ExtractSummary
+from dino.extraction.record import RECORD, check_folder, make_tidy_folders, model_record, read_record, write_record
+from dino.slides.tables import (
+    REGIONS_FOLDER,
+    REGIONS_TABLE,
+    STATUS_TABLE,
+    TILING_FILE,
+    RegionRecord,
+    SlideStatus,
+    read_regions,
+    read_status,
+    read_tiling,
+)
+
+FOLDER = "slide_features"
+OBJECTIVES = (1.25, 2, 4, 5, 10, 20, 40, 60, 80)
+UNKNOWN = -1  # coordinates of a region whose position is not recorded
+
+
+@dataclass(frozen=True)
+class GridFile:
+    """One region's features.
+
+    Attributes:
+        path: The ``.pt``.
+        region: Index of the region in the file.
+        shape: ``(h, w)``, None for a square grid.
+        coords: Level-0 ``(x, y)``.
+    """
+
+    path: Path
+    region: int = 0
+    shape: tuple[int, int] | None = None
+    coords: tuple[int, int] = (UNKNOWN, UNKNOWN)
+
+
+@dataclass(frozen=True)
+class SlideGrids:
+    """The regions of one slide.
+
+    Attributes:
+        slide_id: Name of the slide.
+        grids: Its regions.
+        about: Attributes of the coordinates in the slide file.
+    """
+
+    slide_id: str
+    grids: list[GridFile]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def slides_of_tables(
+    root: Path, records: Sequence[RegionRecord], status: Mapping[str, SlideStatus], tile_size_px: int, spacing_um: float
+) -> list[SlideGrids]:
+    """The slides of a ROOT that ``dino tile`` wrote.
+
+    Args:
+        root: ROOT.
+        records: Its regions.
+        status: Its slides.
+        tile_size_px: Size of a cell.
+        spacing_um: Requested spacing.
+    """
+    by_slide: dict[str, list[RegionRecord]] = defaultdict(list)
+    for record in records:
+        by_slide[record.slide_id].append(record)
+    slides = []
+    for slide_id, regions in by_slide.items():
+        about = coordinate_attributes(regions[0], status.get(slide_id), tile_size_px, spacing_um)
+        grids = [GridFile(root / r.path, 0, r.grid, (r.x, r.y)) for r in regions]
+        slides.append(SlideGrids(slide_id, grids, {"name": slide_id, **about}))
+    return slides
+
+
+def slides_of_folder(folder: Path) -> list[SlideGrids]:
+    """The slides of a folder of ``.pt`` files: one region each (``<slide>_<x>_<y>.pt``), or all regions of a slide.
+
+    Raises:
+        DataError: If there are none, or two files have the same name.
+    """
+    paths = sorted(p for p in folder.rglob("*.pt") if not p.name.startswith("."))
+    if not paths:
+        raise DataError(f"expected feature grids (.pt) under {folder}, found none; extract them with a level-1 model")
+    by_slide: dict[str, list[GridFile]] = defaultdict(list)
+    names: dict[str, Path] = {}
+    for path in paths:
+        if names.setdefault(path.stem, path) != path:
+            raise DataError(f"expected unique file names, found {names[path.stem]} and {path}; rename one")
+        regions = open_grids(path).shape[0]
+        match = TILE_NAME.fullmatch(path.stem)
+        if match and regions == 1:
+            by_slide[match["slide"]].append(GridFile(path, coords=(int(match["x"]), int(match["y"]))))
+        else:
+            by_slide[path.stem] += [GridFile(path, region) for region in range(regions)]
+    return [SlideGrids(slide_id, grids, {"name": slide_id}) for slide_id, grids in sorted(by_slide.items())]
+
+
+def coordinate_attributes(
+    region: RegionRecord, status: SlideStatus | None, tile_size_px: int, spacing_um: float
+) -> dict[str, Any]:
+    """The attributes that CLAM and TRIDENT store with coordinates; their "patch" is a region here.
+
+    ``patch_size`` is its width at the requested spacing and ``patch_size_level0`` at level 0; magnifications are those
+    of the objective nearest to 10 / spacing.
+    """
+    about: dict[str, Any] = {
+        "patch_size": region.grid[1] * tile_size_px,
+        "patch_size_level0": region.grid[1] * region.step_lv0,
+        "patch_height": region.grid[0] * tile_size_px,
+        "patch_height_level0": region.grid[0] * region.step_lv0,
+    }
+    if np.isfinite(spacing_um):
+        about |= {"target_magnification": objective(spacing_um), "spacing_um": region.spacing_um}
+    if status is not None:
+        about |= {"level0_width": status.width, "level0_height": status.height, "slide_path": str(status.image_path)}
+        if status.spacing_um:
+            about |= {"level0_magnification": objective(status.spacing_um), "level0_spacing_um": status.spacing_um}
+    return about
+
+
+def objective(spacing_um: float) -> float:
+    """Magnification of the objective nearest to a spacing: 0.25 µm/px is 40, 0.5 is 20."""
+    nearest = min(OBJECTIVES, key=lambda power: abs(np.log(power * spacing_um / 10)))
+    return int(nearest) if nearest == int(nearest) else nearest
+
+
+def write_slide(path: Path, slide: SlideGrids, features: Tensor, model: Mapping[str, Any]) -> None:
+    """Write ``features`` (R, D), ``coords`` (R, 2) and the mean ``slide_embedding`` (D,) atomically.
+
+    Args:
+        path: The ``.h5``; its folder must exist.
+        slide: The slide.
+        features: ``(R, D)`` float32.
+        model: Attributes that identify the model.
+    """
+    import h5py
+
+    content = io.BytesIO()  # in memory first: HDF5 does not report a full disk as an OSError
+    with h5py.File(content, "w") as file:
+        stored = file.create_dataset("features", data=features.numpy())
+        stored.attrs.update({"name": slide.slide_id, **model})
+        coords = file.create_dataset("coords", data=np.array([g.coords for g in slide.grids], np.int64).reshape(-1, 2))
+        coords.attrs.update(slide.about)
+        mean = file.create_dataset("slide_embedding", data=features.double().mean(0).float().numpy())
+        mean.attrs["made_of"] = "mean of features"
+        file.attrs.update(model)
+    files.write_bytes(path, content.getvalue(), make_folder=False)
+
+
+def is_written(path: Path, slide: SlideGrids, dim: int) -> bool:
+    """Whether ``path`` contains the features of all regions of ``slide``."""
+    import h5py
+
+    if not path.is_file():
+        return False
+    wanted = np.array([g.coords for g in slide.grids], np.int64).reshape(-1, 2)
+    try:
+        with h5py.File(path, "r") as file:
+            return file["features"].shape == (len(wanted), dim) and np.array_equal(file["coords"][:], wanted)  # type: ignore[union-attr, index]
+    except (OSError, KeyError, AttributeError):  # damaged: it is written again
+        return False
+
+
+def check_dim(grids: Sequence[GridFile], dim: int) -> None:
+    """Check that all grids exist and have the dimension that the model takes.
+
+    Raises:
+        DataError: If a file is missing, is not a grid, or has features of another dimension.
+    """
+    absent = [g.path for g in grids if not g.path.is_file()]
+    if absent:
+        raise DataError(
+            f"expected the features of every region, found {len(absent)} of {len(grids)} missing (the first is "
+            f"{absent[0]}); complete `dino extract` with the level-1 model first"
+        )
+    for path in dict.fromkeys(g.path for g in grids):
+        found = open_grids(path).shape[-1]
+        if found != dim:
+            raise DataError(f"expected grids of D={dim}, which the model was trained on, found D={found} in {path}")
+
+
+class SlideExtractor(Extractor):
+    """Writes ``ROOT/slide_features/<slide>.h5`` with a level-2 model."""
+
+    title = "embed regions"
+    plan: tuple[list[SlideGrids], int]  # slides without a file, and the number of the others
+
+    def prepare(self) -> tuple[list[SlideGrids], int]:
+        """See :class:`Extractor`."""
+        root, folder, expected = self.root, self.root / FOLDER, self.loaded.backbone.spec.input_dim
+        level_1 = read_record(root / RECORD)
+        slides, geometry = self._find()
+        first = next((g for s in slides for g in s.grids if g.path.is_file()), None)
+        if first is not None:  # a whole folder of another dimension is one error, not one per slide
+            check_dim([first], expected)
+        if level_1.get("embed_dim", expected) != expected:
+            raise DataError(
+                f"expected grids of D={expected}, which {self.loaded.source} was trained on, found "
+                f"D={level_1['embed_dim']} of {level_1.get('model')} in {root}; extract with its level-1 model"
+            )
+        record = {
+            **model_record(self.loaded, self.config.precision),
+            "geometry": geometry,
+            "grids": {key: level_1.get(key) for key in ("fingerprint", "transform", "precision")} if level_1 else None,
+            "grid_order": self.config.grid_order,
+        }
+        before = check_folder(folder / RECORD, record, folder, ".h5")
+        if not self.config.dry_run:
+            with files.oserror_to_data_error(root):  # here, so that every process receives the error
+                make_tidy_folders([folder], folder / RECORD)
+                write_record(folder / RECORD, record, before)
+        missing = [s for s in slides if not is_written(self._path(s), s, self.embed_dim)]
+        return missing, len(slides) - len(missing)
+
+    def slides(self) -> Sequence[SlideGrids]:
+        """See :class:`Extractor`."""
+        return self.plan[0]
+
+    def size(self, slide: SlideGrids) -> int:
+        """Number of regions."""
+        return len(slide.grids)
+
+    def example(self) -> Tensor | None:
+        """See :class:`Extractor`."""
+        return self._read(self.slides()[0].grids[0])[None] if self.slides() else None
+
+    def normalise(self) -> Normalise:
+        """See :class:`Extractor`."""
+        return identity
+
+    def process(self, slide: SlideGrids, advance: Callable[[int], None]) -> None:
+        """See :class:`Extractor`."""
+        loaded, config = self.loaded, self.config
+        check_dim(slide.grids, loaded.backbone.spec.input_dim)
+        grids = read_ahead(self._read, slide.grids, config.num_workers, config.batch_size)
+        parts = []
+        for part in self.embedder(batches(grids, config.batch_size)):
+            parts.append(part)
+            advance(len(part))
+        model = {"model": loaded.source, "encoder": loaded.backbone.spec.arch, "fingerprint": loaded.fingerprint}
+        write_slide(self._path(slide), slide, torch.cat(parts), model)
+
+    def summary(self, slides: Sequence[SlideGrids], **fields: Any) -> ExtractSummary:
+        """See :class:`Extractor`."""
+        regions = sum(len(slide.grids) for slide in slides)
+        size = (regions + len(slides)) * self.embed_dim * 4 / 1e9
+        return ExtractSummary(self.root / FOLDER, len(slides), self.plan[1], embedded=regions, gigabytes=size, **fields)
+
+    def _path(self, slide: SlideGrids) -> Path:
+        return self.root / FOLDER / f"{slide.slide_id}.h5"
+
+    def _read(self, grid: GridFile) -> Tensor:
+        return read_grid(grid.path, self.config.grid_order, grid.shape, grid.region)
+
+    def _find(self) -> tuple[list[SlideGrids], dict[str, Any] | None]:
+        """All slides, and the geometry of their tiles where it is recorded."""
+        root = self.root
+        if not (root / REGIONS_TABLE).exists():
+            folder = root / REGIONS_FOLDER if (root / REGIONS_FOLDER).is_dir() else root
+            progress.say(f"{folder}: no {REGIONS_TABLE}; assuming square grids with row-major rows (see grid_order)")
+            return slides_of_folder(folder), None
+        records = read_regions(root)
+        if not records:
+            raise DataError(
+                f"expected regions in {root / REGIONS_TABLE}, found none; tile with a smaller region_size_px"
+            )
+        status = read_status(root) if (root / STATUS_TABLE).exists() else {}
+        if (root / TILING_FILE).exists():
+            geometry = read_tiling(root).geometry
+            tile_size, spacing = geometry.tile_size_px, geometry.spacing_um
+        else:  # region images, whose cells are assumed to have their own size at level 0
+            tile_size, spacing = records[0].step_lv0, records[0].spacing_um
+        return slides_of_tables(root, records, status, tile_size, spacing), {
+            "tile_size_px": tile_size,
+            "spacing_um": spacing if math.isfinite(spacing) else None,
+        }
