@@ -1,4 +1,4 @@
-"""Rules of the house that no linter knows."""
+"""Conventions of this project that no linter checks."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(ROOT.glob("dino/**/*.py"))
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
-# What slides, reports, curves and labels need, and training does not.
+# Packages that slides, reports, curves and labels need, and training does not.
 LAZY = ["hs2p", "openslide", "cv2", "matplotlib", "tensorboard", "h5py", "sklearn", "jinja2", "wandb", "mlflow"]
 
 
@@ -42,7 +42,7 @@ def _name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def test_one_module_talks_to_torch_distributed():
+def test_only_one_module_imports_torch_distributed():
     importers = {
         _name(path)
         for path in MODULES
@@ -52,7 +52,7 @@ def test_one_module_talks_to_torch_distributed():
     assert importers == {"dino/distributed.py"}
 
 
-def test_training_imports_without_what_it_does_not_need():
+def test_training_imports_without_optional_packages():
     program = "\n".join(
         [
             "import sys",
@@ -65,13 +65,13 @@ def test_training_imports_without_what_it_does_not_need():
     assert result.returncode == 0, result.stderr
 
 
-def test_no_module_bears_the_name_of_a_standard_library_module():
-    """`python3 dino/patch.py` would otherwise import it in place of the real one."""
+def test_no_module_is_named_like_a_standard_library_module():
+    """`python3 dino/patch.py` would otherwise import it instead of the real one."""
     assert not {path.stem for path in (ROOT / "dino").iterdir()} & set(sys.stdlib_module_names) - {"__init__"}
 
 
-def test_files_are_written_in_one_place():
-    """Everything on disk appears whole or not at all, so nothing but dino.files writes text or bytes by itself."""
+def test_files_are_written_by_one_module():
+    """Files are written atomically, so only dino.files writes text or bytes."""
     found = [
         f"{_name(path)}:{call.lineno} {name}"
         for path in MODULES
@@ -94,7 +94,7 @@ def test_nothing_unpickles_code():
 
 
 def test_randomness_comes_from_draw_numbers():
-    """No global generator: neither numpy's, nor Python's."""
+    """No global random generator is used, neither NumPy's nor Python's."""
     found = [
         f"{_name(path)}:{call.lineno} {name}"
         for path in MODULES
@@ -105,13 +105,27 @@ def test_randomness_comes_from_draw_numbers():
     assert found == []
 
 
+def _internal_imports(tree: ast.AST) -> set[str]:
+    """Modules of this package that a module imports, at any depth."""
+    names = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in MODULES}
+    found = set()
+    for name in _imports(tree):
+        if name.startswith("dino."):
+            found |= {name, name.rpartition(".")[0]} & names
+    return found
+
+
 def test_modules_and_functions_stay_small():
+    """The limits of CONTRIBUTING.md."""
     found = []
     for path in MODULES:
         text = path.read_text(encoding="utf-8")
         if len(text.splitlines()) > 500:
             found.append(f"{_name(path)}: {len(text.splitlines())} lines")
-        for node in ast.walk(ast.parse(text)):
+        tree = ast.parse(text)
+        if len(_internal_imports(tree)) > 12:
+            found.append(f"{_name(path)}: {len(_internal_imports(tree))} internal imports")
+        for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 docstring = node.body[0] if ast.get_docstring(node) else None
                 lines = node.end_lineno - node.lineno + 1  # type: ignore[operator]
@@ -121,8 +135,22 @@ def test_modules_and_functions_stay_small():
     assert found == []
 
 
+def test_only_the_level_objects_depend_on_the_level():
+    """What differs between tiles and grids is in api/levels.py and models/inputs.py, not in branches elsewhere."""
+    branch = re.compile(
+        r"""(==|!=|\bin\b)\s*[\(\{\[]?\s*["'](patch|region|slide)["']|isinstance\([^)]*(PatchConfig|RegionConfig)"""
+    )
+    found = [
+        f"{_name(path)}:{number}"
+        for path in MODULES
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if branch.search(line)
+    ]
+    assert len(found) <= 3, found
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_pages_lead_somewhere(page):
+def test_links_between_pages_exist(page):
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'(?:src|href)="([^"#]+)"', text)
     local = [link for link in links if not link.startswith(("http:", "https:", "mailto:"))]
