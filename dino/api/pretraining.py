@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from dino import distributed, progress
-from dino.api.closing import closing_screen
 from dino.api.judges import build_judge, final_verdict
 from dino.api.levels import build_level
 from dino.api.memory import memory_explained
@@ -21,6 +20,7 @@ from dino.errors import ConfigError, DinoError, ProcessesLost, Stopped
 from dino.files import oserror_to_data_error
 from dino.models.export import export_backbone
 from dino.models.weights import load_backbone_file
+from dino.report.terminal import run_panel
 from dino.train.callbacks import Checkpoints, MetricsLog, SaveClock
 from dino.train.checkpoint import BEST, LAST, START, CheckpointFolder
 from dino.train.collapse import CollapseWatch
@@ -84,7 +84,7 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
         folder.check(run.identity())
         if folder.is_over():
             progress.say(f"{folder.path}: this run is {folder.status()['state']}; nothing to do")
-            progress.show(closing_screen(folder, config))
+            progress.show(run_panel(folder, config))
             return _report_end(folder)
         trainer = run.trainer()  # before the folder is claimed: what cannot be built leaves nothing behind
         with oserror_to_data_error(folder.path), folder.lock.held(), _losses(folder):
@@ -184,7 +184,7 @@ def _finish(run: Run, trainer: Trainer, folder: RunFolder, judge: Judge | None) 
         loaded = load_backbone_file(folder.checkpoints / (BEST if best_is_whole else LAST))
         export_backbone(loaded, folder.path / "backbone", run.level.export_size_px)
     folder.update_status(state=state, step=trainer.step, eta_seconds=0, bad_files=len(trainer.quarantine), **judgement)
-    progress.show(closing_screen(folder, run.config))
+    progress.show(run_panel(folder, run.config))
     distributed.barrier()
     return RunSummary(folder.path, state, trainer.step, folder.status())
 

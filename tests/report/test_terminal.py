@@ -1,13 +1,14 @@
 import io
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from dino.api.closing import closing_screen
 from dino.config.schema import EvaluateConfig, PatchConfig, RegionConfig
-from dino.train.run_folder import RunFolder
+from dino.report.terminal import run_panel
+from dino.train.run_folder import RunReader
 
 VERDICT = {"word": "learning", "text": "Learning. The features beat those of the untrained network clearly."}
 STATUS = {"state": "finished", "step": 1200, "total_steps": 1200, "bad_files": 0, "warnings": [], "verdict": VERDICT}
@@ -40,12 +41,12 @@ def run(tmp_path: Path) -> Path:
 def shown(run: Path, config: PatchConfig | RegionConfig, encoding: str = "utf-8", **status: object) -> str:
     (run / "status.json").write_text(json.dumps({**STATUS, **status}))
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    Console(file=file, width=80, highlight=False).print(closing_screen(RunFolder(run), config))
+    Console(file=file, width=80, highlight=False).print(run_panel(RunReader(run), config))
     file.flush()
     return file.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
 
 
-def test_one_screen_of_80_columns_says_it_all(run: Path, tmp_path: Path) -> None:
+def test_panel_fits_80_columns_and_24_rows(run: Path, tmp_path: Path) -> None:
     (run / "checkpoints" / "best.pt").touch()
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "regions.csv").touch()
@@ -66,7 +67,7 @@ def test_one_screen_of_80_columns_says_it_all(run: Path, tmp_path: Path) -> None
     assert text.count("none") == 2 and "dino extract" in text and "dino evaluate knn" in text
 
 
-def test_trouble_is_shown_and_names_are_no_markup(run: Path) -> None:
+def test_warnings_are_shown_and_are_no_markup(run: Path) -> None:
     warnings = ["[red]first[/red] \x1b[31m", "second", "third", "fourth"]
     text = shown(
         run, RegionConfig(evaluate=EvaluateConfig(k=[5])), state="early_stopped", bad_files=3, warnings=warnings
@@ -76,12 +77,35 @@ def test_trouble_is_shown_and_names_are_no_markup(run: Path) -> None:
     assert "pretrain region: stopped early" in text and "5-NN" not in text
 
 
-def test_a_run_without_labels_shows_the_floor_it_has(run: Path) -> None:
+def test_self_retrieval_is_shown_without_labels(run: Path) -> None:
     floor = {"own_place_teacher": 0.9, "own_place_untrained": 0.25}
     (run / "metrics.jsonl").write_text(json.dumps(line(1200, 6.0)) + "\n")
     text = shown(run, PatchConfig(), floor=floor)
-    assert "found for 90.0% of the samples, untrained 25.0%" in text and "last.pt" in text
+    assert "90.0% of the samples, untrained 25.0%" in text and "last.pt" in text
 
 
-def test_a_terminal_that_knows_ascii_alone_gets_ascii(run: Path) -> None:
+def test_losses_of_any_names_are_shown(run: Path) -> None:
+    first = {k: v for k, v in line(600, 8.0).items() if k != "loss_relative"} | {"loss/dino": 7.0, "loss/masked": 1.0}
+    last = {**first, "step": 1200, "loss": 5.0, "loss/dino": 4.5, "loss/masked": 0.5}
+    (run / "metrics.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(last) + "\n")
+    text = shown(run, PatchConfig())
+    assert "8.000 -> 5.000" in text and "7.000 -> 4.500" in text and "1.000 -> 0.500" in text and "ln K" not in text
+
+
+def test_commands_are_quoted_for_the_shell(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    root = Path("my slides")
+    root.mkdir()
+    (root / "regions.csv").touch()
+    folder = Path("it's a run")
+    (folder / "checkpoints").mkdir(parents=True)
+    rows = [row.strip("│ ") for row in shown(folder, PatchConfig(data_dir=str(root))).splitlines()]
+    commands = [row.removeprefix("next").strip() for row in rows if "dino e" in row]
+    assert [shlex.split(command) for command in commands] == [
+        ["dino", "extract", "it's a run", "my slides"],
+        ["dino", "evaluate", "knn", "it's a run", "labels.csv"],
+    ]
+
+
+def test_a_terminal_of_ascii_only_gets_ascii(run: Path) -> None:
     assert "steps" in shown(run, PatchConfig(), encoding="ascii")

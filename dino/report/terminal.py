@@ -1,0 +1,121 @@
+"""The summary of a completed run for the terminal, made from the files in its folder."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from dino.config.schema import PretrainConfig, RegionConfig
+from dino.files import printable
+from dino.slides.tables import REGIONS_TABLE
+from dino.train.checkpoint import BEST, LAST
+from dino.train.run_folder import RunReader
+
+WARNINGS_SHOWN = 2  # status.json has all
+TITLES = {"finished": "finished", "early_stopped": "stopped early: the score has not improved"}
+COLOURS = {"learning": "green", "flat": "yellow", "collapsed": "red"}
+
+Rows = list[tuple[str, str]]
+
+
+def run_panel(run: RunReader, config: PretrainConfig) -> RenderableType:
+    """Steps, time, losses, scores, warnings, verdict and next commands, for a terminal of 60 columns or more.
+
+    Args:
+        run: The run folder.
+        config: The run's settings.
+    """
+    status, lines = run.status(), run.log_lines()
+    losses = [line for line in lines if "loss" in line]
+    verdict: Mapping[str, str] = status.get("verdict") or {"word": "", "text": "none"}
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True, style="bold")
+    grid.add_column(overflow="fold")
+    parts = [
+        [*_progress(status, losses), *_scores(status, lines, config.evaluate.k), *_problems(status)],
+        [("verdict", verdict["text"])],
+        _next_steps(run.path, config),
+    ]
+    for i, rows in enumerate(parts):
+        if i:
+            grid.add_row()
+        for name, text in rows:
+            shown = Text(text)
+            if name == "verdict":
+                shown.stylize(f"bold {COLOURS.get(verdict['word'], '')}", 0, len(verdict["word"]))
+            grid.add_row(Text(name), shown)
+    level = "region" if isinstance(config, RegionConfig) else "patch"
+    title = f"pretrain {level}: {TITLES.get(status.get('state', ''), status.get('state', ''))}"
+    return Panel(grid, title=Text(title, "bold"), title_align="left", padding=(0, 2))
+
+
+def _progress(status: Mapping[str, Any], losses: Sequence[Mapping[str, float]]) -> Rows:
+    """Steps, time and losses."""
+    rows = [("steps", f"{status.get('step', 0):,} of {status.get('total_steps', 0):,}")]
+    if not losses:
+        return rows
+    first, last = losses[0], losses[-1]
+    rows[0] = ("steps", f"{rows[0][1]}, {last['epoch']:.4g} passes over the data")
+    seconds = sum(line["seconds"] for line in losses)
+    samples = sum(line["seconds"] * line["samples_per_second"] for line in losses)
+    rows.append(("time", f"{timedelta(seconds=round(seconds))}, {samples / max(seconds, 1e-9):,.1f} img/s"))
+    names = [name for name in last if name == "loss" or name.startswith("loss/")]
+    if len(names) == 2:  # a single objective: its loss is the sum
+        names = ["loss"]
+    for name in names:
+        if name not in first:  # an objective that was not logged at the first step
+            continue
+        text = f"{first[name]:.3f} -> {last[name]:.3f}"
+        relative = f"{name}_relative"
+        if relative in first and relative in last:
+            text += f" ({first[relative]:.3f} -> {last[relative]:.3f} of ln K)"
+        rows.append((name, text))
+    return rows
+
+
+def _scores(status: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], k: Sequence[int]) -> Rows:
+    """The best and the last score, and that of the untrained network."""
+    tracked = f"knn_{k[0]}_accuracy" if k else ""
+    evaluations = [(line["step"], line["evaluation"]) for line in lines if "evaluation" in line]
+    scores = [(step, found["teacher"][tracked]) for step, found in evaluations if tracked in found.get("teacher", {})]
+    if scores:
+        step, best = max(scores, key=lambda score: score[1])  # the first of equal ones, as for best.pt
+        baseline = next((f["untrained"][tracked] for _, f in evaluations if tracked in f.get("untrained", {})), None)
+        untrained = "" if baseline is None else f", untrained {baseline:.3f}"
+        return [(f"{k[0]}-NN", f"best {best:.3f} at step {step:,}, last {scores[-1][1]:.3f}{untrained}")]
+    numbers = status.get("floor")
+    if not numbers:
+        return []
+    teacher, initial = numbers["own_place_teacher"], numbers["own_place_untrained"]
+    return [("self-retrieval", f"{teacher:.1%} of the samples, untrained {initial:.1%}")]
+
+
+def _problems(status: Mapping[str, Any]) -> Rows:
+    """Unreadable files and warnings."""
+    bad, warnings = status.get("bad_files", 0), [printable(text) for text in status.get("warnings", [])]
+    rows = [("bad files", f"{bad:,}, listed in quarantine.csv" if bad else "none")]
+    if not warnings:
+        return [*rows, ("warnings", "none")]
+    more = len(warnings) - WARNINGS_SHOWN
+    shown = warnings[:WARNINGS_SHOWN] + ([f"and {more} more in status.json"] if more > 0 else [])
+    return [*rows, *[("warnings" if i == 0 else "", text) for i, text in enumerate(shown)]]
+
+
+def _next_steps(run: Path, config: PretrainConfig) -> Rows:
+    """Paths of checkpoint and export, and commands that use them."""
+    name = printable(run)
+    best = (run / "checkpoints" / BEST).exists()
+    rows = [("checkpoint", f"{name}/checkpoints/{BEST if best else LAST}")]
+    if (run / "backbone" / "config.json").exists():
+        rows.append(("export", f"{name}/backbone (of that checkpoint, for timm)"))
+    quoted = shlex.quote(name)
+    commands = [f"dino evaluate knn {quoted} labels.csv"]
+    if (Path(config.data_dir) / REGIONS_TABLE).exists():
+        commands.insert(0, f"dino extract {quoted} {shlex.quote(printable(config.data_dir))}")
+    return [*rows, *[("next" if i == 0 else "", text) for i, text in enumerate(commands)]]
