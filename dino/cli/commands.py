@@ -391,7 +391,7 @@ def config(words: ConfigWords = None, config: ConfigFile = None, recipe: StartRe
     For example:
 
         dino config patch > my.yaml
-        dino config patch --recipe patch model.out_dim=4096
+        dino config patch --recipe patch model.arch=vit_base
     """
     positional, overrides = split(words or [])
     typer.echo(resolved_yaml(" ".join(positional), overrides, config, recipe), nl=False)

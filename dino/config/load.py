@@ -21,25 +21,25 @@ C = TypeVar("C")
 # Recipes of each schema (files NAME.yaml beside this module); the commands start from the first one.
 RECIPES: dict[type, tuple[str, ...]] = {PatchConfig: ("patch_pathology", "patch"), RegionConfig: ("region",)}
 
-# Keys of the original system that no longer exist, and what replaces them.
+# Keys of the original system that no longer exist, and what to do instead.
 REPLACED = {
-    "speed.use_fp16": "speed.precision (bf16, fp32 or fp64)",
-    "model.input_size": "aug.global_crops_size (level 2 reads its size from the grids)",
-    "model.patch_size_region": "nothing: one cell is one token",
-    "start_from_checkpoint": "model.init",
-    "resume": "nothing: the same command again resumes",
-    "resume_from_checkpoint": "nothing: the same command again resumes; model.init starts a new run from old weights",
-    "experiment_name": "output_dir",
-    "fold": "the slide list's partition column",
-    "training.pct": "the slide list's partition column, or training.max_steps",
-    "optim.wd": "optim.lr_scheduler.weight_decay",
-    "optim.lr_scheduler.name": "nothing: the schedule is a cosine",
-    "logging.save_snapshot_every": "logging.save_every_steps and logging.keep_every_steps",
-    "training.save_every": "logging.save_every_steps and logging.keep_every_steps",
-    "early_stopping.enable": "evaluate.early_stopping_patience",
-    "early_stopping.patience": "evaluate.early_stopping_patience",
-    "tuning.tune_every": "evaluate.every_steps",
-    "wandb.enable": "logging.wandb",
+    "speed.use_fp16": "use speed.precision (bf16, fp32 or fp64)",
+    "model.input_size": "use aug.global_crops_size (level 2 reads the size from the grids)",
+    "model.patch_size_region": "leave it out: one cell is one token",
+    "start_from_checkpoint": "use model.init",
+    "resume": "leave it out: the same command again resumes",
+    "resume_from_checkpoint": "leave it out: the same command again resumes; model.init starts a new run from weights",
+    "experiment_name": "use output_dir",
+    "fold": "use the partition column of the slide list",
+    "training.pct": "use the partition column of the slide list, or training.max_steps",
+    "optim.wd": "use optim.lr_scheduler.weight_decay",
+    "optim.lr_scheduler.name": "leave it out: the schedule is a cosine",
+    "logging.save_snapshot_every": "use logging.save_every_steps and logging.keep_every_steps",
+    "training.save_every": "use logging.save_every_steps and logging.keep_every_steps",
+    "early_stopping.enable": "use evaluate.early_stopping_patience",
+    "early_stopping.patience": "use evaluate.early_stopping_patience",
+    "tuning.tune_every": "use evaluate.every_steps",
+    "wandb.enable": "use logging.wandb",
 }
 
 
@@ -48,7 +48,7 @@ class Setting:
     """One leaf of a schema.
 
     Attributes:
-        key: Dotted key, such as ``model.out_dim``.
+        key: Dotted key, such as ``model.arch``.
         type: Its type as written in Python, such as ``int`` or ``list[float]``.
         default: The schema's default.
         help: One line of help.
@@ -267,7 +267,7 @@ def _check_keys(schema: type, layer: Any, origin: str) -> None:
         if key in known or key in groups:
             continue
         if key in REPLACED:
-            raise ConfigError(f"{origin}: '{key}' no longer exists; use {REPLACED[key]}")
+            raise ConfigError(f"{origin}: '{key}' no longer exists; {REPLACED[key]}")
         close = [k for k in sorted(known) if k.endswith(f".{key}")] or difflib.get_close_matches(key, known, 1, 0.5)
         hint = f"did you mean '{close[0]}'?" if close else "`--help` lists every key"
         raise ConfigError(f"{origin}: there is no setting '{key}'; {hint}")

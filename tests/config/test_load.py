@@ -25,7 +25,7 @@ def _write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_words_win_over_the_file_over_the_recipe_over_the_defaults(tmp_path):
+def test_overrides_precede_the_file_the_recipe_and_the_defaults(tmp_path):
     file = _write(tmp_path, "seed: 3\nmodel:\n  out_dim: 512\n  norm_last_layer: true\n")
     config = load_config(schema.PatchConfig, recipe="patch", file=file, overrides=["model.out_dim=1024"])
     assert config.model.out_dim == 1024
@@ -34,13 +34,13 @@ def test_words_win_over_the_file_over_the_recipe_over_the_defaults(tmp_path):
     assert config.aug.color_jitter == 0.8
 
 
-def test_a_mapping_of_dotted_keys_does_the_same_as_words():
+def test_a_mapping_of_dotted_keys_equals_key_value_strings():
     words = load_config(schema.PatchConfig, overrides=["optim.lr_scheduler.min_lr=1e-5", "evaluate.k=[5,10]"])
     mapping = load_config(schema.PatchConfig, overrides={"optim.lr_scheduler.min_lr": 1e-5, "evaluate.k": [5, 10]})
     assert words == mapping
 
 
-def test_one_value_is_a_list_of_one_where_that_makes_sense():
+def test_one_value_is_accepted_for_a_list_of_any_length():
     assert load_config(schema.KnnConfig, overrides=["k=5"]).k == [5]
     assert load_config(schema.PatchConfig, overrides={"evaluate.k": 5}).evaluate.k == [5]
     assert load_config(schema.LaunchConfig, overrides=["slurm.setup=module load cuda"]).slurm.setup == [
@@ -48,7 +48,7 @@ def test_one_value_is_a_list_of_one_where_that_makes_sense():
     ]
 
 
-def test_one_value_in_a_file_is_a_list_of_one_too(tmp_path):
+def test_one_value_in_a_file_is_accepted_too(tmp_path):
     assert load_config(schema.KnnConfig, file=_write(tmp_path, "k: 5\n")).k == [5]
 
 
@@ -77,7 +77,7 @@ def test_resolved_yaml_loads_again_to_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         ("model.out_dims=3", "did you mean 'model.out_dim'?"),
         ("out_dim=3", "did you mean 'model.out_dim'?"),
@@ -99,16 +99,16 @@ def test_resolved_yaml_loads_again_to_the_same(tmp_path):
         ("--model.out_dim=3", "expected key=value"),
     ],
 )
-def test_a_wrong_word_gets_one_clear_line(word, said):
+def test_a_wrong_override_gets_one_clear_line(word, message):
     with pytest.raises(ConfigError) as caught:
         load_config(schema.PatchConfig, overrides=[word])
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert not re.search(r"\n|AnyNode|ListConfig|Integer|'str'", str(caught.value))
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("model:\n  outdim: 3\n", "did you mean 'model.out_dim'?"),
         ("- a\n- b\n", "found a list"),
@@ -118,11 +118,11 @@ def test_a_wrong_word_gets_one_clear_line(word, said):
         ("training: 3\n", "training"),
     ],
 )
-def test_a_wrong_file_gets_one_clear_line_with_its_name(tmp_path, text, said):
+def test_a_wrong_file_gets_one_clear_line_with_its_name(tmp_path, text, message):
     file = _write(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         load_config(schema.PatchConfig, file=file)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "my.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -136,19 +136,19 @@ def test_an_empty_file_changes_nothing(tmp_path):
     assert load_config(schema.TileConfig, file=_write(tmp_path, "")) == schema.TileConfig()
 
 
-def test_settings_reach_every_leaf_and_say_something_about_it():
+def test_every_setting_has_help():
     for kind in (schema.PatchConfig, schema.RegionConfig, schema.TileConfig, schema.ExtractConfig, schema.KnnConfig):
         listed = {item.key: item for item in settings(kind)}
         assert set(listed) == set(flatten(to_dict(kind())))
         assert all(len(item.help) >= 8 for item in listed.values())
 
 
-def test_only_settings_that_decide_what_is_computed_are_identity():
+def test_only_settings_that_determine_the_result_are_identity():
     keys = identity_of(schema.PatchConfig())
     assert {"seed", "model.arch", "training.nepochs", "optim.lr", "aug.solarize"} <= set(keys)
     assert not {"output_dir", "speed.num_workers", "speed.device", "logging.wandb", "dry_run"} & set(keys)
 
 
-def test_no_key_is_both_known_and_gone():
+def test_replaced_keys_do_not_exist():
     known = {item.key for kind in (schema.PatchConfig, schema.RegionConfig) for item in settings(kind)}
     assert not known & set(REPLACED)
