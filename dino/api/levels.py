@@ -18,22 +18,32 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dino import progress
 from dino.config.schema import KnnConfig, PatchConfig, PretrainConfig, RegionConfig
 from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
-from dino.data.datasets import Dataset, GridDataset, SlideInfo, TileDataset, keep_partition, slide_of
-from dino.data.grids import GridEntry, open_grids, read_grid
-from dino.data.images import decode, list_names
-from dino.data.packed import GridFiles, grid_dtype, prepare_grids
-from dino.data.samplers import PermutationSampler, Sampler
-from dino.data.tile_cache import tile_cache
+from dino.data import (
+    Dataset,
+    GridDataset,
+    GridEntry,
+    GridFiles,
+    PermutationSampler,
+    Sampler,
+    SlideInfo,
+    TileDataset,
+    decode,
+    grid_dtype,
+    keep_partition,
+    list_names,
+    open_grids,
+    prepare_grids,
+    read_grid,
+    slide_of,
+)
 from dino.errors import ConfigError, DataError
 from dino.evaluate.retrieval import pixel_features
 from dino.extraction.embed import Normalise, identity, normaliser
 from dino.models.backbone import BackboneSpec
-from dino.models.transforms import TRANSFORMS, Transform
-from dino.models.weights import load_backbone_file
+from dino.models.weights import TRANSFORMS, Transform, load_backbone_file
 from dino.slides.tables import (
     OK,
     REGIONS_FOLDER,
@@ -62,7 +72,6 @@ class Level(ABC):
     Attributes:
         name: Name of the level in commands, checkpoints and records.
         schema: Settings of its runs.
-        recipe: Recipe that its runs start from by default.
         baseline: Name of the features that need no network, see :meth:`baseline_features`.
         dataset: The samples.
         crops: Draws and applies the views.
@@ -74,7 +83,6 @@ class Level(ABC):
 
     name: ClassVar[str]
     schema: ClassVar[type[PretrainConfig]]
-    recipe: ClassVar[str]
     baseline: ClassVar[str]
 
     dataset: Dataset
@@ -134,7 +142,6 @@ class PatchLevel(Level):
 
     name = "patch"
     schema = PatchConfig
-    recipe = "patch_pathology"
     baseline = "pixels_8x8"
 
     def __init__(self, config: PatchConfig) -> None:
@@ -145,8 +152,7 @@ class PatchLevel(Level):
             raise DataError(
                 f"expected tiles with partition blank or pretrain under {folder}, found only held-out slides"
             )
-        cache = tile_cache(len(names), config.speed.ram_cache)
-        self.dataset = TileDataset(folder, names, root.slide_infos(root.tile_spacings()), cache)
+        self.dataset = TileDataset(folder, names, root.slide_infos(root.tile_spacings()), config.speed.ram_cache)
         for name in ("global_crops_size", "local_crops_size"):
             if getattr(aug, name) % model.patch_size:
                 raise ConfigError(
@@ -188,7 +194,6 @@ class RegionLevel(Level):
 
     name = "region"
     schema = RegionConfig
-    recipe = "region"
     baseline = "mean_of_cells"
 
     def __init__(self, config: RegionConfig) -> None:
@@ -383,8 +388,4 @@ def grid_entries(
         entries.append(GridEntry(path, region.slide_id, region.grid, region.tissue) if region else GridEntry(path))
     if not entries:
         raise DataError(f"expected grids with partition blank or pretrain in {folder}, found only held-out slides")
-    if not known:
-        progress.say(
-            f"{folder}: no {REGIONS_TABLE}; grids are read as square and row-major (grid_order=xy: column-major)"
-        )
     return entries

@@ -14,6 +14,7 @@ from dino.cli.grammar import UsageError, expect, expect_many, named_or_positiona
 from dino.config.load import RECIPES, flatten, load_config, recipe_comment, to_commented_yaml, to_dict
 from dino.config.load import settings as all_settings
 from dino.config.schema import (
+    LEVEL_CONFIGS,
     DemoConfig,
     ExportConfig,
     ExtractConfig,
@@ -108,8 +109,7 @@ def pretrain_settings(level: str, words: list[str], file: Path | None, recipe: s
         UsageError: If one of the two folders is not given.
     """
     folders, overrides = named_or_positional(words, {"data_dir": "ROOT", "output_dir": "RUN"})
-    schema: type[PatchConfig] | type[RegionConfig] = PatchConfig if level == "patch" else RegionConfig
-    settings = load_config(schema, recipe=recipe, file=file, overrides=overrides)
+    settings = load_config(LEVEL_CONFIGS[level], recipe=recipe, file=file, overrides=overrides)
     settings = dataclasses.replace(settings, **folders)
     needed = ("data_dir",) if settings.dry_run or settings.profile else ("data_dir", "output_dir")
     missing = [key for key in needed if not getattr(settings, key)]

@@ -237,6 +237,10 @@ class RegionConfig(PretrainConfig):
     aug: RegionAugConfig = group(RegionAugConfig)
 
 
+# Settings of each level's runs, by the level's name; the rest of a level is in dino.api.levels.
+LEVEL_CONFIGS: dict[str, type[PatchConfig] | type[RegionConfig]] = {"patch": PatchConfig, "region": RegionConfig}
+
+
 # ------------------------------------------------------------------------------------------- other commands
 
 

@@ -1,1 +1,35 @@
 """Datasets, samplers and batches of tiles and feature grids."""
+
+from dino.data.datasets import BadSample, Dataset, GridDataset, Sample, SlideInfo, TileDataset, keep_partition, slide_of
+from dino.data.grids import GridEntry, open_grids, read_grid
+from dino.data.images import decode, list_images, list_names
+from dino.data.loader import Batch, DrawnBatches, DropPath, Layout, load_batches
+from dino.data.packed import GridFiles, grid_dtype, prepare_grids
+from dino.data.samplers import PermutationSampler, Sampler
+
+__all__ = [
+    "BadSample",
+    "Batch",
+    "Dataset",
+    "DrawnBatches",
+    "DropPath",
+    "GridDataset",
+    "GridEntry",
+    "GridFiles",
+    "Layout",
+    "PermutationSampler",
+    "Sample",
+    "Sampler",
+    "SlideInfo",
+    "TileDataset",
+    "decode",
+    "grid_dtype",
+    "keep_partition",
+    "list_images",
+    "list_names",
+    "load_batches",
+    "open_grids",
+    "prepare_grids",
+    "read_grid",
+    "slide_of",
+]

@@ -16,7 +16,7 @@ from torch import Tensor
 from dino.data.grids import Survey, read_cells
 from dino.data.images import Names, decode
 from dino.data.packed import GridFiles, PackedGrids
-from dino.data.tile_cache import TileCache
+from dino.data.tile_cache import tile_cache
 from dino.errors import DataError
 from dino.files import printable
 
@@ -148,7 +148,10 @@ class TileDataset:
         root: The folder.
         names: Paths of image files in it, in a fixed order.
         slides: What is known of each slide.
-        cache: Keeps decoded tiles in memory; None to decode a tile each time it is read. The pixels are the same.
+        ram_cache_gb: GB of memory for decoded tiles; 0 to decode a tile each time it is read. The pixels are the same.
+
+    Raises:
+        ConfigError: If there is not as much memory.
     """
 
     def __init__(
@@ -156,9 +159,10 @@ class TileDataset:
         root: Path,
         names: Sequence[str],
         slides: Mapping[str, SlideInfo] | None = None,
-        cache: TileCache | None = None,
+        ram_cache_gb: float = 0.0,
     ) -> None:
-        self.root, self._names, self._slides, self._cache = root, Names(names), slides or {}, cache
+        self.root, self._names, self._slides = root, Names(names), slides or {}
+        self._cache = tile_cache(len(names), ram_cache_gb)
 
     def __len__(self) -> int:
         """Number of tiles."""

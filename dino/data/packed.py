@@ -117,6 +117,10 @@ def prepare_grids(
         ConfigError: If there is not as much memory as ``speed.gpu_cache``.
     """
     device = distributed.choose_device(speed.device)
+    if all(entry.shape is None for entry in files.entries):
+        progress.say(
+            f"{files.root}: no regions.csv; grids are read as square, rows in the order {files.order} (grid_order)"
+        )
     packed = _find_or_pack(files, speed.cache_dir, max_bad_fraction, may_write)
     if packed is None:
         with progress.bar("check grids", len(files.entries)) as bar:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dino import distributed, progress
 from dino.config.load import load_config
-from dino.config.schema import PatchConfig, RegionConfig
+from dino.config.schema import LEVEL_CONFIGS, PatchConfig, RegionConfig
 from dino.errors import CheckpointError, ConfigError
 from dino.files import append_text, csv_text, leftovers, read_json, read_json_lines, sync, write_json, write_text
 from dino.lock import LOCK, RunLock
@@ -19,7 +19,6 @@ from dino.train.checkpoint import START
 
 COMPLETE = {"finished", "early_stopped"}
 FINAL_STATES = COMPLETE | {"stopped", "failed"}
-SCHEMAS: dict[str, type[PatchConfig] | type[RegionConfig]] = {"patch": PatchConfig, "region": RegionConfig}
 
 # Keys of status.json that are there from the first write on.
 DEFAULT_STATUS: dict[str, Any] = {
@@ -93,8 +92,8 @@ class RunReader:
             ConfigError: If the folder holds no run, or one of neither level.
         """
         level = self.identity().get("level")
-        if level not in SCHEMAS:
-            raise ConfigError(f"{self.path}: expected a run of level {' or '.join(SCHEMAS)}, found {level!r}")
+        if level not in LEVEL_CONFIGS:
+            raise ConfigError(f"{self.path}: expected a run of level {' or '.join(LEVEL_CONFIGS)}, found {level!r}")
         return str(level)
 
     def config(self, overrides: Sequence[str] | Mapping[str, Any] = ()) -> PatchConfig | RegionConfig:
@@ -106,7 +105,7 @@ class RunReader:
         Raises:
             ConfigError: If the folder holds no run, or its ``config.yaml`` is missing or damaged.
         """
-        return load_config(SCHEMAS[self.level()], file=self.path / "config.yaml", overrides=overrides)
+        return load_config(LEVEL_CONFIGS[self.level()], file=self.path / "config.yaml", overrides=overrides)
 
     def checkpoint(self) -> Path:
         """The checkpoint that RUN means in every command: ``best.pt`` if there is one, else ``last.pt``; printed.

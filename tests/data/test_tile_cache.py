@@ -57,7 +57,7 @@ def test_workers_share_what_they_decode(tiles: list[Path], decoded: Path) -> Non
         return {"box": np.array([[0, 0, *shape]])}
 
     root, names = tiles[0].parent, [path.name for path in tiles]
-    datasets = TileDataset(root, names), TileDataset(root, names, cache=TileCache(len(names), 10_000))
+    datasets = TileDataset(root, names), TileDataset(root, names, ram_cache_gb=1e-5)
     sampler = PermutationSampler(len(names), 0)
     plain, cached = (
         list(
