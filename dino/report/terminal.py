@@ -11,7 +11,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dino.api.levels import level_of
 from dino.config.schema import PretrainConfig
 from dino.files import printable
 from dino.slides.tables import REGIONS_TABLE
@@ -51,7 +50,7 @@ def run_panel(run: RunReader, config: PretrainConfig) -> RenderableType:
             if name == "verdict":
                 shown.stylize(f"bold {COLOURS.get(verdict['word'], '')}", 0, len(verdict["word"]))
             grid.add_row(Text(name), shown)
-    title = f"pretrain {level_of(config).name}: {TITLES.get(status.get('state', ''), status.get('state', ''))}"
+    title = f"pretrain {run.level()}: {TITLES.get(status.get('state', ''), status.get('state', ''))}"
     return Panel(grid, title=Text(title, "bold"), title_align="left", padding=(0, 2))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dino.config.schema import EvaluateConfig, PatchConfig, RegionConfig
+from dino.config.schema import LEVEL_CONFIGS, EvaluateConfig, PatchConfig, RegionConfig
 from dino.report.terminal import run_panel
 from dino.train.run_folder import RunReader
 
@@ -40,6 +40,8 @@ def run(tmp_path: Path) -> Path:
 
 def shown(run: Path, config: PatchConfig | RegionConfig, encoding: str = "utf-8", **status: object) -> str:
     (run / "status.json").write_text(json.dumps({**STATUS, **status}))
+    level = next(name for name, schema in LEVEL_CONFIGS.items() if isinstance(config, schema))
+    (run / "identity.json").write_text(json.dumps({"level": level}))
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     Console(file=file, width=80, highlight=False).print(run_panel(RunReader(run), config))
     file.flush()
