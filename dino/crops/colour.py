@@ -33,7 +33,9 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean grey of each image."""
     weights = constant(GRAY_WEIGHTS, images.device)
-    return _blend(images, (images.mean((2, 3)) @ weights).view(-1, 1, 1, 1), factor)  # the mean is linear
+    # The mean is linear. Not a matrix product: MKL rounds those differently for different numbers of images.
+    means = (images.mean((2, 3)) * weights).sum(1)  # (n,)
+    return _blend(images, means.view(-1, 1, 1, 1), factor)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
@@ -94,8 +96,10 @@ def hed_jitter(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """
     stains = constant(_unit_stains(), images.device)  # (3, 3) row: stain
     unmix = constant(_unmixing(), images.device)
-    mix = torch.einsum("ij,nj,jk->nki", unmix, scale, stains)  # (n, 3, 3), row: channel of the result
-    moved = (shift @ stains) * -math.log(10)  # (n, 3)
+    # Sums over the stain, not matrix products: MKL rounds those differently for different numbers of images.
+    of_stains = unmix.T[:, None, :] * stains[:, :, None]  # (stain, channel of the result, channel)
+    mix = (scale[:, :, None, None] * of_stains).sum(1)  # (n, 3, 3), row: channel of the result
+    moved = (shift[:, :, None] * stains).sum(1) * -math.log(10)  # (n, 3)
     density = images.clamp_(min=DARKEST).log_().flatten(2)  # (n, 3, ss), natural and negative: the signs cancel
     mixed = torch.baddbmm(moved[:, :, None], mix, density).view_as(images)
     return torch.exp(mixed, out=images).clamp_(0, 1)

@@ -38,6 +38,30 @@ def test_jitters_equal_torchvision_to_1e_5(images, ours, theirs, factors):
     assert (ours(images.clone(), factors) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("operation", "factors"),
+    [
+        (colour.adjust_contrast, lambda n, rng: [torch.rand(n, generator=rng) * 2]),
+        (colour.adjust_saturation, lambda n, rng: [torch.rand(n, generator=rng) * 2]),
+        (colour.adjust_hue, lambda n, rng: [torch.rand(n, generator=rng) - 0.5]),
+        (
+            colour.hed_jitter,
+            lambda n, rng: [1 + 0.1 * torch.rand(n, 3, generator=rng), torch.rand(n, 3, generator=rng)],
+        ),
+        (lambda x, sigma: colour.gaussian_blur(x, sigma, 4), lambda n, rng: [0.1 + torch.rand(n, generator=rng)]),
+    ],
+    ids=["contrast", "saturation", "hue", "hed", "blur"],
+)
+@pytest.mark.parametrize("count", [2, 3, 5, 8, 16])
+def test_an_image_does_not_depend_on_the_others(operation, factors, count):
+    """To the bit: workers, processes and threads see the same views, however many are computed together."""
+    rng = torch.Generator().manual_seed(count)
+    images, drawn = torch.rand(count, 3, 24, 24, generator=rng), factors(count, rng)
+    together = operation(images.clone(), *drawn)
+    alone = [operation(images[i : i + 1].clone(), *(f[i : i + 1] for f in drawn)) for i in range(count)]
+    assert torch.equal(together, torch.cat(alone))
+
+
 def test_grey_equals_torchvision(images):
     assert (colour.grayscale(images.clone()) - tv.rgb_to_grayscale(images, 3)).abs().max() < 1e-6
 
