@@ -12,14 +12,14 @@ from benchmarks.measure import expect_close, relative_error
 from benchmarks.reference.loss import PairwiseLoss
 from benchmarks.reference.network import Head, MultiCrop, VisionTransformer
 from benchmarks.reference.step import Step
+from dino.config.schema import ModelConfig
 from dino.data.loader import Batch
 from dino.models.backbone import BackboneSpec, build_backbone
-from dino.models.head import DINOHead
 from dino.models.spec import shape_of
-from dino.train.distill import DINO, Network, SelfDistillation
+from dino.objectives.dino import DINO
+from dino.train.distill import Network, SelfDistillation
 from dino.train.loop import Crops, Trainer
-from dino.train.optimizer import build_optimizer
-from dino.train.schedules import Cosine, Length, Ramp, Schedules
+from dino.train.optimizer import Cosine, Length, Schedules, build_optimizer
 
 LR, WEIGHT_DECAY, MOMENTUM, TEACHER_TEMP = 1e-4, 0.04, 0.996, 0.04
 Groups = Sequence[tuple[int, int]]  # (number of views, their side) of each size
@@ -83,9 +83,9 @@ def our_trainer(
 ) -> Trainer:
     """This package's trainer; :func:`take_steps` runs it."""
     backbone = build_backbone(task.spec, seed=0)
-    head = DINOHead(backbone.embed_dim, task.out_dim, norm_last_layer=False, seed=1)
-    student = Network(backbone, {DINO.head: head}).to(device)
-    model = SelfDistillation(student, copy.deepcopy(student), [DINO(task.out_dim, 0.1, 0.9).to(device)], device)
+    objective = DINO(ModelConfig(out_dim=task.out_dim, norm_last_layer=False), lambda step: TEACHER_TEMP, seed=1)
+    student = Network(backbone, [objective]).to(device)
+    model = SelfDistillation(student, copy.deepcopy(student), [objective.to(device)], device)
     lr, decay, momentum = (Cosine(value, value, 1) for value in (LR, WEIGHT_DECAY, MOMENTUM))
     return Trainer(
         model=model,
@@ -93,7 +93,7 @@ def our_trainer(
         crops=crops,
         batches=batches or ready_batches(task.batch),
         accumulation=1,
-        schedules=Schedules(lr, decay, momentum, Ramp(TEACHER_TEMP, TEACHER_TEMP, 0), 0),
+        schedules=Schedules(lr, decay, momentum, 0),
         length=Length(task.batch, task.batch, 0),
         device=device,
         precision=precision,

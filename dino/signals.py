@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: schedulers send them to every process of a job."""
+"""Signals that stop a run: from schedulers, which send them to every process of a job, and from the keyboard."""
 
 import os
 import signal
@@ -6,17 +6,19 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dino.distributed import launched
+from dino.distributed import is_main, launched
 from dino.errors import Stopped
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # USR2 is submitit's
+SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # USR2 is submitit's
+STOP_SIGNALS = (*SCHEDULER_SIGNALS, signal.SIGINT)
+INTERRUPTED = "\ninterrupted: saving after this step; ctrl-C again ends at once\n"
 
 
 class StopSignal:
-    """Remembers what asks a run to stop for the length of a block; the step in progress is finished first.
+    """Remembers the signal that asks a run to stop, so that the step in progress can be completed.
 
     Attributes:
-        received: Number of the signal that came, None before one has.
+        received: Number of the signal, None before any.
     """
 
     def __init__(self) -> None:
@@ -24,10 +26,10 @@ class StopSignal:
 
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:
-        """Catch the signals while the block runs; outside of the main thread signals cannot be caught.
+        """Catch the signals during the block; outside of the main thread signals cannot be caught.
 
-        SIGTERM stays caught where an error ends one of several processes: when one is lost, torchrun sends it to the
-        others, which should still come to say why they end.
+        SIGTERM stays caught after an error in one of several processes: when one fails, torchrun sends it to the
+        others, which must still print why they end.
         """
         if threading.current_thread() is not threading.main_thread():
             yield self
@@ -44,23 +46,29 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT:
+            if self.received is not None:
+                raise KeyboardInterrupt
+            if is_main():
+                os.write(2, INTERRUPTED.encode())  # print is not reentrant
         self.received = number
 
 
 def ignore_signals_in_worker(worker: int) -> None:
-    """Let no signal but the training process's own SIGTERM end this worker.
+    """Make a data-loader worker ignore all stop signals but SIGTERM from the training process.
 
-    A scheduler sends its signals to every process of a job. The training process finishes its step then, and needs its
-    workers for that.
+    Schedulers and terminals signal every process of a job. The training process completes its step then, for which it
+    needs its workers.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS, which has no such schedulers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, where no scheduler sends the others
         return
 
     def listen() -> None:
         while True:
-            received = signal.sigwaitinfo(STOP_SIGNALS)
+            received = signal.sigwaitinfo(SCHEDULER_SIGNALS)
             if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
                 os._exit(0)
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SCHEDULER_SIGNALS)
     threading.Thread(target=listen, daemon=True).start()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dino.api.judging import evaluate_knn
     from dino.api.launching import launch_slurm
     from dino.api.pretraining import pretrain
-    from dino.api.replaying import replay
+    from dino.api.rehearsal import replay
     from dino.api.reporting import report
     from dino.api.tiling import tile
 
@@ -38,7 +38,7 @@ _MODULES = {
     "launch_slurm": "launching",
     "load_backbone": "exporting",
     "pretrain": "pretraining",
-    "replay": "replaying",
+    "replay": "rehearsal",
     "report": "reporting",
     "tile": "tiling",
 }

@@ -1,48 +1,37 @@
 """``pretrain``: one run of self-distillation, of either level."""
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dino import distributed, progress
-from dino.api.judges import build_judge, final_verdict
-from dino.api.levels import build_level
-from dino.api.memory import memory_explained
-from dino.api.profiling import data_advice, profile
-from dino.api.run import Run, restore
-from dino.config.load import to_dict, to_yaml
-from dino.config.schema import PatchConfig, RegionConfig
-from dino.errors import ConfigError, DinoError, ProcessesLost, Stopped
+from dino.api.judges import JUDGED, build_judge, final_verdict
+from dino.api.rehearsal import dry_run, profile
+from dino.api.run import Run
+from dino.config.schema import PatchConfig, PretrainConfig, RegionConfig
+from dino.errors import ConfigError, DinoError, OutOfMemory, ProcessesLost, Stopped
 from dino.files import oserror_to_data_error
-from dino.models.export import export_backbone
-from dino.models.weights import load_backbone_file
 from dino.report.terminal import run_panel
-from dino.train.callbacks import Checkpoints, MetricsLog, SaveClock
-from dino.train.checkpoint import BEST, LAST, START, CheckpointFolder
-from dino.train.collapse import CollapseWatch
 from dino.train.failure import record_failure
 from dino.train.judge import Judge
-from dino.train.loop import Callback, NonFiniteStep, NoState, StepReport, Trainer
-from dino.train.profiling import DATA, StarvationWatch, Stopwatch, clock_of
+from dino.train.loop import NonFiniteStep, Trainer
 from dino.train.run_folder import RunFolder
-from dino.train.trackers import build_trackers
-
-DRY_STEPS = 3  # the first warms up, the others are timed
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:
-    """What a run came to.
+    """Results of a run.
 
     Attributes:
         output_dir: The run folder.
         state: ``finished``, ``early_stopped``, ``dry_run`` or ``profile``.
-        steps: Steps done (dry run: steps that would be done).
-        numbers: Last metrics and verdict, or what the dry run or the profile found.
+        steps: Steps done (dry run: steps that the run would take).
+        numbers: Last metrics and verdict, or the numbers of the dry run or the profile.
     """
 
     output_dir: Path
@@ -52,21 +41,21 @@ class RunSummary:
 
 
 def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
-    """Train one level, or go on with a run that was interrupted.
+    """Train one level, or resume a run that was interrupted.
 
     Args:
         config: Settings of the level: :class:`PatchConfig` (level 1) or :class:`RegionConfig` (level 2).
 
     Returns:
-        The run's summary. A run that is over already is reported as such and left alone.
+        The run's summary. A run that is complete is reported as such and not changed.
 
     Raises:
         ConfigError: If settings contradict each other, or the folder belongs to another run or is in use.
         DataError: If the data cannot be trained on.
         Stopped: If a signal asked for it; the state is saved.
-        TrainingFault: If the loss broke down.
+        TrainingFault: If a loss or gradient was not finite.
         OutOfMemory: If the GPU's memory does not suffice.
-        ProcessesLost: If another process of the job ended or fell silent.
+        ProcessesLost: If another process of the job ended or does not answer.
     """
     rehearsal = config.dry_run or config.profile
     if config.speed.timeout_minutes <= 0:
@@ -74,36 +63,37 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
     if not config.output_dir and not rehearsal:
         raise ConfigError("expected a run folder, found none; name RUN (output_dir=…)")
     device = distributed.choose_device(config.speed.device)
-    with distributed.process_group(device, config.speed.timeout_minutes), memory_explained(config):
+    with distributed.process_group(device, config.speed.timeout_minutes), _memory_advised(config):
         if rehearsal:
-            return _rehearse(Run(config, build_level(config), device))
+            return _rehearse(Run(config, device))
         folder = RunFolder(Path(config.output_dir))
         if folder.was_ended_by_this_launch():
             return _report_end(folder)
-        run = Run(config, build_level(config), device)
+        run = Run(config, device)
         folder.check(run.identity())
         if folder.is_over():
             progress.say(f"{folder.path}: this run is {folder.status()['state']}; nothing to do")
             progress.show(run_panel(folder, config))
             return _report_end(folder)
-        trainer = run.trainer()  # before the folder is claimed: what cannot be built leaves nothing behind
-        with oserror_to_data_error(folder.path), folder.lock.held(), _losses(folder):
-            folder.check(run.identity())  # once more: another run may have come and gone since
-            folder.claim(run.identity(), to_yaml(config))
-            return _train(run, trainer, folder)
+        trainer = run.trainer()  # before the folder is claimed, so that a failure here leaves no files
+        with oserror_to_data_error(folder.path), folder.lock.held():
+            run.claim(folder)  # checks once more: another run may have started and ended since
+            with _end_recorded(run, trainer, folder):
+                checkpoints = run.checkpoints(folder)
+                judge = build_judge(run, folder, checkpoints)
+                metrics = run.connect(trainer, folder, checkpoints, judge)
+                folder.update_status(state="running", step=trainer.step, total_steps=run.length.total, error=None)
+                with progress.bar(f"pretrain {run.level.name}", run.length.total, trainer.step) as metrics.bar:
+                    trainer.fit()
+                return _finish(run, trainer, folder, judge)
 
 
-@contextmanager
-def _losses(folder: RunFolder) -> Iterator[None]:
-    """Turn the loss of other processes into one line that says where a restart goes on, here and in ``status.json``."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not distributed.process_lost(error):
-            raise
-        message = f"{distributed.process_lost_message(error)}: it goes on after step {folder.safe_step()}"
-        folder.update_status(state="crashed", error=message)
-        raise ProcessesLost(message) from error
+def _rehearse(run: Run) -> RunSummary:
+    """Train some steps without a run folder: to find out what the run would take, or where a step's time goes."""
+    numbers = profile(run) if run.config.profile else dry_run(run)
+    return RunSummary(
+        Path(run.config.output_dir), "profile" if run.config.profile else "dry_run", numbers["steps"], numbers
+    )
 
 
 def _report_end(folder: RunFolder) -> RunSummary:
@@ -115,123 +105,95 @@ def _report_end(folder: RunFolder) -> RunSummary:
     return RunSummary(folder.path, status["state"], status.get("step", 0), status)
 
 
-def _train(run: Run, trainer: Trainer, folder: RunFolder) -> RunSummary:
-    config, log = run.config, run.config.logging
-    files = CheckpointFolder(folder.checkpoints)
-    checkpoints = Checkpoints(files, run.content, folder, log.save_every_steps, log.keep_every_steps)
-    judge = build_judge(run, folder, checkpoints)
-    saved = files.load()
-    if saved is None and distributed.is_main():
-        files.save({**run.description(trainer), "teacher": trainer.model.teacher.published_state()}, START)
-    trackers = build_trackers(
-        folder.path, to_dict(config), tensorboard=log.tensorboard, wandb=log.wandb, mlflow=log.mlflow
-    )
-    with ExitStack() as stack:
-        done = saved["step"] if saved else 0
-        bar = stack.enter_context(progress.bar(f"pretrain {run.level.name}", run.length.total, done))
-        stopwatch = Stopwatch(clock_of(run.device), {DATA})
-        trainer.span = stopwatch.span
-        metrics = MetricsLog(
-            folder, log.every_steps, config.model.out_dim, bar, trackers, _watches(run), stopwatch.take
-        )
-        callbacks: list[Callback] = [metrics, checkpoints] if judge is None else [metrics, judge, checkpoints]
-        trainer.callbacks, trainer.save_clock = callbacks, SaveClock(log.save_every_minutes)
-        if saved is not None:
-            restore(trainer, saved)
-        _fit(run, trainer, folder)
-    return _finish(run, trainer, folder, judge)
+@contextmanager
+def _end_recorded(run: Run, trainer: Trainer, folder: RunFolder) -> Iterator[None]:
+    """Record in ``status.json`` how the block ends where it does not complete the run."""
 
+    def record(state: str, error: object) -> None:
+        folder.update_status(state=state, step=trainer.step, error=str(error))
 
-def _watches(run: Run) -> Callable[[Mapping[str, float]], list[str]]:
-    """What looks at every line of the log for something to warn of."""
-    watches = [CollapseWatch(run.settled_after(), run.layout.global_batch), StarvationWatch(partial(data_advice, run))]
-    return lambda line: [sign for watch in watches for sign in watch(line)]
-
-
-def _fit(run: Run, trainer: Trainer, folder: RunFolder) -> None:
-    """Train, and leave the truth in ``status.json`` whatever happens."""
-    folder.update_status(state="running", step=trainer.step, total_steps=trainer.length.total, error=None)
     try:
-        with memory_explained(run.config):
-            trainer.fit()
+        yield
     except Stopped as error:
-        folder.update_status(state="stopped", step=trainer.step, error=str(error))
+        record("stopped", error)
         raise
     except NonFiniteStep as error:
         with folder.tolerate_write_errors(folder.failure.name):
             record_failure(folder.failure, error.report, folder.last_metrics())
-            progress.say(f"the step is described in {folder.failure}; `dino replay {folder.failure}` does it again")
+            command = f"dino replay {shlex.quote(str(folder.failure))}"
+            progress.say(f"the step is described in {folder.failure}; `{command}` repeats it")
         folder.update_status(state="failed", step=error.report.step, error=str(error))
         raise
+    except torch.OutOfMemoryError as error:
+        record("failed", _out_of_memory(error, run.config))
+        raise
     except DinoError as error:
-        folder.update_status(state="failed", step=trainer.step, error=str(error))
+        record("failed", error)
         raise
     except (RuntimeError, OSError) as error:
-        # No final state: a process that lost its peers is started again by torchrun, and then has to go on.
-        folder.update_status(state="crashed", step=trainer.step, error=str(error))
+        # "crashed" is no final state: torchrun restarts a process that lost others, and then it has to go on.
+        if not distributed.process_lost(error):
+            record("crashed", error)
+            raise
+        message = f"{distributed.process_lost_message(error)}: it goes on after step {folder.safe_step()}"
+        record("crashed", message)
+        raise ProcessesLost(message) from error
+    except KeyboardInterrupt:
+        record("crashed", f"interrupted; the same command goes on after step {folder.safe_step()}")
         raise
     finally:
         folder.write_quarantine(trainer.quarantine)
 
 
 def _finish(run: Run, trainer: Trainer, folder: RunFolder, judge: Judge | None) -> RunSummary:
-    """Judge the run, export its backbone, and say what it came to."""
+    """Evaluate the run, export its backbone, and show its results."""
+    folder.write_quarantine(trainer.quarantine)
     state = "early_stopped" if trainer.stop_early else "finished"
-    judgement = final_verdict(run, trainer, folder, judge)
+    samples = min(JUDGED, len(run.level.dataset))
+    progress.say(f"evaluating: trained and untrained backbone on two views of {samples} samples …")
+    evaluation = final_verdict(run, trainer, folder, judge)
     if distributed.is_main():
-        # The checkpoint that RUN means to every command; a best one that the disk has damaged ends no run.
-        best_is_whole = CheckpointFolder(folder.checkpoints).step_of(BEST) is not None
-        loaded = load_backbone_file(folder.checkpoints / (BEST if best_is_whole else LAST))
-        export_backbone(loaded, folder.path / "backbone", run.level.export_size_px)
-    folder.update_status(state=state, step=trainer.step, eta_seconds=0, bad_files=len(trainer.quarantine), **judgement)
+        run.export(folder)
+    folder.update_status(state=state, step=trainer.step, eta_seconds=0, bad_files=len(trainer.quarantine), **evaluation)
     progress.show(run_panel(folder, run.config))
     distributed.barrier()
     return RunSummary(folder.path, state, trainer.step, folder.status())
 
 
-class _StepTimer(NoState):
-    """Callback of the dry run: notes when each step ended."""
+@contextmanager
+def _memory_advised(config: PretrainConfig) -> Iterator[None]:
+    """Turn a lack of GPU memory in the block into one line that names the settings to change.
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Note the time once the device is done."""
-        report.loss.item()
-        self.times.append(time.monotonic())
-
-
-def _rehearse(run: Run) -> RunSummary:
-    """Train some steps without a run folder: to see what the run would take, or where a step's time goes."""
-    if not run.config.profile:
-        return _dry_run(run)
-    if run.config.profile_steps < 1:
-        raise ConfigError(f"expected profile_steps of at least 1, found {run.config.profile_steps}")
-    numbers = profile(run, run.config.profile_steps)
-    return RunSummary(Path(run.config.output_dir), "profile", numbers["steps"], numbers)
+    Raises:
+        OutOfMemory: If the memory did not suffice.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(error, config) from error
 
 
-def _dry_run(run: Run) -> RunSummary:
-    """Train a few steps without writing anything, and say what the whole run would take."""
-    total = run.length.total
-    run.length = dataclasses.replace(run.length, total=min(DRY_STEPS, total))
-    trainer, timer = run.trainer(), _StepTimer()
-    trainer.callbacks = [timer]
-    trainer.fit()
-    seconds = (timer.times[-1] - timer.times[0]) / max(1, len(timer.times) - 1) if len(timer.times) > 1 else 0.0
-    parameters = sum(p.numel() for p in trainer.model.student.parameters())
-    numbers = {
-        "level": run.level.name,
-        "samples": len(run.level.dataset),
-        "slides": len(run.level.slides["slide_ids"]),
-        "steps": total,
-        "global_batch": run.layout.global_batch,
-        "effective_lr": run.peak_lr,
-        "student_parameters": parameters,
-        "checkpoint_gb": round(parameters * 4 * 4 / 1e9, 3),  # student, teacher and two Adam moments in fp32
-        "hours": round(total * seconds / 3600, 3),
-        "device": str(run.device),
-    }
-    for name, value in numbers.items():
-        progress.say(f"{name:>20}  {value}")
-    return RunSummary(Path(run.config.output_dir), "dry_run", total, numbers)
+def _out_of_memory(error: torch.OutOfMemoryError, config: PretrainConfig) -> OutOfMemory:
+    reason = str(error).partition(". ")[0]
+    return OutOfMemory(
+        f"expected training.batch_size_per_gpu={config.training.batch_size_per_gpu} to fit into the memory of the "
+        f"GPU, found that it does not ({reason}); {memory_advice(config)}"
+    )
+
+
+def memory_advice(config: PretrainConfig) -> str:
+    """Settings that need less memory, as words to type; first those that do not change the run."""
+    training, changes = config.training, []
+    size = training.batch_size_per_gpu
+    if size > 1:
+        # Halves; an odd batch is divided by its smallest factor, so that the global batch stays the same.
+        divisor = next(n for n in range(2, size + 1) if size % n == 0)
+        changes.append(
+            f"training.batch_size_per_gpu={size // divisor} "
+            f"training.gradient_accumulation={training.gradient_accumulation * divisor} (the same global batch)"
+        )
+    if not config.speed.checkpointing:
+        changes.append("speed.checkpointing=true (slower steps)")
+    if not changes:
+        return "only a smaller model needs less: model.arch, model.out_dim, or fewer aug.local_crops_number; a new run"
+    return f"set {' or '.join(changes)}, and run the same command again: it goes on from its last checkpoint"

@@ -1,15 +1,101 @@
-"""Self-distillation with no labels: the loss and its centre (Caron et al. 2021, arXiv 2104.14294)."""
+"""Self-distillation with no labels: objective, loss and centre (Caron et al. 2021, arXiv 2104.14294)."""
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from dino.config.schema import ModelConfig
 from dino.distributed import mean_over_ranks
 from dino.errors import ConfigError
+from dino.evaluate.verdict import ALL_PROTOTYPES, ONE_PROTOTYPE
+from dino.models.backbone import Tokens
+from dino.models.head import DINOHead
+from dino.objectives import Condition, Objective, Outputs, Terms
 from dino.objectives.pieces import in_pieces, piece_size
+
+
+class DINO(Objective):
+    """Cross-entropy between centred, sharpened teacher and student (Caron et al. 2021, arXiv 2104.14294, eq. 1-3).
+
+    Args:
+        settings: Number of prototypes K, temperature of the student, momentum of the centre, and the head.
+        teacher_temp: Temperature of the teacher at a step, counted from 0.
+        seed: Seed of the head's initial weights.
+
+    Raises:
+        ConfigError: If there are less than two prototypes.
+    """
+
+    head = "head"
+    # DINO collapses in two ways, and centring and sharpening each prevent one (Caron et al. 2021, section 5.3).
+    warnings: ClassVar[Mapping[str, Condition]] = {
+        "the teacher assigns every sample to one prototype (entropy near 0): raise model.teacher_temp, or lower "
+        "model.center_momentum or optim.lr": lambda line: line["teacher_entropy_relative"] < ONE_PROTOTYPE,
+        "the teacher gives all prototypes the same probability (entropy near ln K): lower model.warmup_teacher_temp "
+        "and model.teacher_temp": lambda line: line["teacher_entropy_relative"] > ALL_PROTOTYPES,
+        "the loss stays at ln K, so the student learns nothing: raise optim.lr or training.batch_size_per_gpu, or "
+        "lower model.out_dim": lambda line: line["teacher_entropy_relative"] <= ALL_PROTOTYPES < line["loss_relative"],
+    }
+
+    def __init__(self, settings: ModelConfig, teacher_temp: Callable[[int], float], seed: int) -> None:
+        super().__init__()
+        if settings.out_dim < 2:
+            raise ConfigError(f"expected model.out_dim of at least 2, found {settings.out_dim}")
+        self.settings, self.teacher_temp, self.seed = settings, teacher_temp, seed
+        self.centre = Centre(settings.out_dim, settings.center_momentum)
+
+    def build_head(self, embed_dim: int) -> nn.Module:
+        """The projection head, with initial weights; it maps (N, D) tokens to (N, K) logits."""
+        settings = self.settings
+        return DINOHead(
+            embed_dim,
+            settings.out_dim,
+            settings.hidden_dim,
+            settings.bottleneck_dim,
+            settings.use_bn_in_head,
+            settings.norm_last_layer,
+            self.seed,
+        )
+
+    @staticmethod
+    def head_inputs(tokens: Sequence[Tokens]) -> Tensor:
+        """The cls token of every view: (V, B, D)."""
+        return torch.cat([group.cls for group in tokens])
+
+    def scheduled(self, step: int) -> dict[str, float]:
+        """The teacher's temperature."""
+        return {"teacher_temp": self.teacher_temp(step)}
+
+    def forward(self, student: Outputs, teacher: Outputs, values: Mapping[str, float]) -> Terms:
+        """Loss and teacher entropy of a micro-batch, both in nats; the logits are overwritten.
+
+        Args:
+            student: With (V, B, K) logits.
+            teacher: With (G, B, K) logits of the first G views.
+            values: ``teacher_temp``.
+        """
+        logits = teacher.logits[self.head]
+        self.centre.observe(logits)
+        # Nothing else reads these logits: their memory takes the targets, and the student's the gradient.
+        targets, entropy = self.centre.targets(logits, values["teacher_temp"], overwrite=True)
+        loss = dino_loss(student.logits[self.head], targets, self.settings.student_temp, overwrite=True)
+        return Terms({"dino": loss}, {"teacher_entropy": entropy})
+
+    def step(self, finite: Tensor) -> None:
+        """Move the centre by what was observed since the last step, if the step was ``finite``."""
+        self.centre.step(finite)
+
+    def log_values(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Loss and entropy relative to ln K, which a uniform distribution over the prototypes has."""
+        uniform = math.log(self.settings.out_dim)
+        return {
+            "loss_relative": numbers["loss/dino"] / uniform,
+            "teacher_entropy_relative": numbers["teacher_entropy"] / uniform,
+        }
 
 
 def dino_loss(student: Tensor, targets: Tensor, student_temp: float, *, overwrite: bool = False) -> Tensor:
@@ -47,7 +133,7 @@ def dino_loss(student: Tensor, targets: Tensor, student_temp: float, *, overwrit
 
 
 class _DinoLoss(torch.autograd.Function):
-    """The gradient is written down, because autograd would keep three more tensors of the student's size."""
+    """The gradient is explicit, because autograd would keep three more tensors of the student's size."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, targets: Tensor, temp: float, overwrite: bool) -> Tensor:
@@ -140,7 +226,7 @@ class Centre(nn.Module):
 
         Args:
             out_dim: Number of prototypes K.
-            momentum: Share of the old centre that each step keeps.
+            momentum: Weight of the old centre in each step.
         """
         super().__init__()
         self.momentum = momentum

@@ -1,8 +1,11 @@
-"""What watches a run: the log and the checkpoints."""
+"""Callbacks of the training loop: the log with its warnings and trackers, and the checkpoints."""
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,61 +14,68 @@ from torch import Tensor
 from dino import distributed, progress
 from dino.errors import CheckpointError, ConfigError
 from dino.evaluate.retrieval import effective_rank
+from dino.evaluate.verdict import COLLAPSED_RANK
+from dino.objectives import Condition
 from dino.train.checkpoint import LAST, CheckpointFolder
-from dino.train.loop import RANKED, NoState, StepReport, Trainer
-from dino.train.profiling import DATA, share
+from dino.train.loop import RANKED, Callback, StepReport, Trainer
+from dino.train.profiling import DATA, STARVING, Stopwatch, clock_of, data_advice, fraction
 from dino.train.run_folder import RunFolder
 
-TAKEN_OVER = "another process has taken the folder over"
+TAKEN_OVER = "another process uses the folder now"
+LINES = 10  # consecutive lines of the log in which a sign of collapse must show
+WARMUP_LINES = 1  # lines before data_wait counts: workers start, and their prefetched batches are used up
+FEW_SAMPLES = 16  # fewer samples may have a low rank by chance
+
+Line = Mapping[str, Any]
+Tracker = Callable[[int, Line], None]
+Watch = Callable[[Line], Sequence[str]]
 
 
-class MetricsLog(NoState):
-    """Writes ``metrics.jsonl``, TensorBoard curves, ``status.json`` and moves the progress bar.
+class MetricsLog(Callback):
+    """Writes ``metrics.jsonl``, TensorBoard curves and ``status.json``, and advances the progress bar.
 
     Args:
         folder: The run folder.
         every_steps: Steps between lines.
-        out_dim: Number of prototypes K: loss and entropy are also given relative to ln K.
-        bar: The progress bar.
         trackers: Further receivers of ``(step, numbers)``, such as TensorBoard.
-        watch: Sees every line; what it gives back is shown as a warning.
-        parts: What the time since it was last asked was spent on, in seconds.
+        watches: Each gets every line; what it returns is shown as warnings.
+
+    Attributes:
+        bar: Advanced at every step; set before the first one.
     """
 
     def __init__(
         self,
         folder: RunFolder,
         every_steps: int,
-        out_dim: int,
-        bar: progress.Bar,
-        trackers: Sequence[Callable[[int, Mapping[str, float]], None]] = (),
-        watch: Callable[[Mapping[str, float]], Sequence[str]] = lambda line: (),
-        parts: Callable[[], Mapping[str, float]] = dict,
+        trackers: Sequence[Tracker] = (),
+        watches: Sequence[Watch] = (),
     ) -> None:
-        self.folder, self.every_steps, self.bar = folder, every_steps, bar
-        self.trackers, self.watch, self.parts = list(trackers), watch, parts
-        self.log_k = math.log(out_dim)
+        self.folder, self.every_steps = folder, every_steps
+        self.trackers, self.watches = list(trackers), list(watches)
+        self.bar: progress.Bar | None = None
         self._since = (time.monotonic(), 0)
 
     def start(self, trainer: Trainer) -> None:
-        """Cut the log and the quarantine back to where the run goes on, and recall what the log has shown so far."""
+        """Cut log and quarantine back to the step where the run resumes, and show the watches the lines kept."""
         for line in self.folder.cut_log(trainer.step):
-            self.watch(line)
+            self._warnings(line)
         self.folder.write_quarantine(trainer.quarantine)
         self._since = (time.monotonic(), trainer.step)
-        self.parts()
+        self._stopwatch = Stopwatch(clock_of(trainer.device), {DATA})
+        trainer.span = self._stopwatch.span
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Write a line when one is due."""
-        self.bar.advance()
+        self._advance(1)
         self.folder.write_quarantine(trainer.quarantine)
         if report.step % self.every_steps and report.step != trainer.length.total:
             return
         line = {"step": report.step, "epoch": trainer.length.epoch(report.step), **self._numbers(trainer, report)}
         self.folder.log(line)
         self._track(report.step, line)
-        for sign in self.watch(line):
-            self.folder.warn(sign)
+        for warning in self._warnings(line):
+            self.folder.warn(warning)
         left = trainer.length.total - report.step
         seconds = trainer.length.global_batch / line["samples_per_second"]
         self.folder.update_status(
@@ -77,36 +87,44 @@ class MetricsLog(NoState):
             samples_per_second=round(line["samples_per_second"], 1),
             data_wait=round(line["data_wait"], 3),
         )
-        self.bar.advance(0, f"loss {line['loss']:.3f} ({line['samples_per_second']:.1f} img/s)")
+        self._advance(0, _note(line, memory_gb(trainer.device)))
 
-    def _track(self, step: int, line: Mapping[str, float]) -> None:
+    def _advance(self, count: int, note: str = "") -> None:
+        if self.bar is not None:
+            self.bar.advance(count, note)
+
+    def _warnings(self, line: Line) -> list[str]:
+        return [warning for watch in self.watches for warning in watch(line)]
+
+    def _track(self, step: int, line: Line) -> None:
         for tracker in tuple(self.trackers):
             try:
                 tracker(step, line)
-            except Exception as error:  # a full disk or a lost connection: curves are no reason to lose a run
+            except Exception as error:  # a full disk or a lost connection must not end a run
                 self.trackers.remove(tracker)
                 self.folder.warn(
                     f"curves are no longer sent: {type(error).__name__}: {error}; metrics.jsonl has them all"
                 )
 
     def _numbers(self, trainer: Trainer, report: StepReport) -> dict[str, float]:
-        own = torch.stack([report.loss, report.teacher_entropy, report.grad_norm.to(report.loss.dtype)])
-        loss, entropy, grad_norm = distributed.mean_over_ranks(own).tolist()
-        # Read once the device has come this far anyway. The process that waits longest holds up all others.
-        waiting = distributed.agree(torch.tensor([share(self.parts(), DATA)]).to(trainer.device))
+        own = report.numbers()
+        means = distributed.mean_over_ranks(torch.stack(list(own.values()))).tolist()
+        numbers: dict[str, float] = dict(zip(own, means, strict=True))
+        for objective in trainer.model.objectives:
+            numbers |= objective.log_values(numbers)
+        if len(report.losses) == 1:  # then it is the loss
+            numbers = {name: number for name, number in numbers.items() if not name.startswith("loss/")}
+        # Read only now that the device has finished the step. The process that waits longest delays all others.
+        waiting = distributed.agree(torch.tensor([fraction(self._stopwatch.take(), DATA)]).to(trainer.device))
         then, step = self._since
         self._since = (time.monotonic(), report.step)
         seconds = self._since[0] - then
         return {
-            "loss": loss,
-            "loss_relative": loss / self.log_k,
-            "teacher_entropy": entropy,
-            "teacher_entropy_relative": entropy / self.log_k,
+            **numbers,
             "lr": report.values.lr,
             "weight_decay": report.values.weight_decay,
             "momentum": report.values.momentum,
-            "teacher_temp": report.values.teacher_temp,
-            "grad_norm": grad_norm,
+            **report.scheduled,
             "feature_rank": feature_rank(report.features),
             "samples_per_second": (report.step - step) * trainer.length.global_batch / max(seconds, 1e-9),
             "data_wait": waiting.item(),
@@ -114,23 +132,98 @@ class MetricsLog(NoState):
         }
 
 
+def _note(line: Line, memory: float) -> str:
+    """A line of the log in short, for the progress bar."""
+    losses = ", ".join(
+        f"{name.partition('/')[2]} {value:.3f}" for name, value in line.items() if name.startswith("loss/")
+    )
+    return (
+        f"loss {line['loss']:.3f}{f' ({losses})' if losses else ''}, lr {line['lr']:.2e}, "
+        f"{line['samples_per_second']:.1f} img/s, data wait {line['data_wait']:.0%}, memory {memory:.1f} GB"
+    )
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory so far in GB: of torch's tensors on a GPU, of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
 def feature_rank(features: Tensor) -> float:
-    """How many directions the teacher's features of a step's first samples fill, the same on every process.
+    """Effective rank of the teacher's features of a step's first samples, the same on every process.
 
     Args:
-        features: ``(micro-batches, n, D)`` of this process.
+        features: (micro-batches, n, D) of this process.
     """
-    # (micro-batches, processes, n, D): in the order of the draws, so that it does not matter who drew which
+    # (micro-batches, processes, n, D): in the order of the draws, whichever process drew them
     everyone = torch.stack(distributed.gather(features.float().cpu()), dim=1)
     return effective_rank(everyone.flatten(0, 2)[:RANKED])
 
 
-class Checkpoints(NoState):
+class CollapseWatch:
+    """Returns a warning once a sign of collapse has lasted for :data:`LINES` lines; a run is never stopped for it.
+
+    Args:
+        signs: Warnings of the objectives, by text.
+        warmup: Steps of all warm-ups, in which such signs are normal.
+        samples: Samples of a step; with few of them the rank of the features is ignored.
+    """
+
+    def __init__(self, signs: Mapping[str, Condition], warmup: int, samples: int = FEW_SAMPLES) -> None:
+        self.signs, self.warmup = dict(signs), warmup
+        if samples >= FEW_SAMPLES:
+            # Features can lose rank while prototypes are still distinguished (Jing et al. 2022, arXiv 2110.09348).
+            self.signs[
+                "the teacher's features have an effective rank near 1 (feature_rank), so they hardly distinguish "
+                "samples: lower optim.lr, raise training.warmup_epochs or model.momentum_teacher, or train on samples "
+                "that differ more"
+            ] = lambda line: line.get("feature_rank", math.inf) < COLLAPSED_RANK
+        self._lasting = dict.fromkeys(self.signs, 0)
+
+    def __call__(self, line: Line) -> list[str]:
+        """Warnings after a line of the log; most often none.
+
+        Args:
+            line: ``step``, ``feature_rank``, and what the objectives' conditions read.
+        """
+        if line["step"] <= self.warmup:
+            return []
+        for sign, shows in self.signs.items():
+            self._lasting[sign] = self._lasting[sign] + 1 if shows(line) else 0
+        return [sign for sign, lines in self._lasting.items() if lines == LINES]
+
+
+class StarvationWatch:
+    """Returns a warning, once, when a run waits for data.
+
+    Args:
+        workers: ``speed.num_workers``.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._lines, self._warned = 0, False
+
+    def __call__(self, line: Line) -> list[str]:
+        """Warnings after a line of the log; most often none.
+
+        Args:
+            line: ``data_wait``, the fraction of the time since the previous line that was spent waiting for data.
+        """
+        self._lines += 1
+        if self._warned or self._lines <= WARMUP_LINES or line["data_wait"] <= STARVING:
+            return []
+        self._warned = True
+        return [data_advice(line["data_wait"], self.workers)]
+
+
+class Checkpoints(Callback):
     """Saves the run every so many steps or minutes, when it is stopped, and at its end.
 
     Args:
         files: The checkpoint folder.
-        content: Builds what a checkpoint holds; called on every process.
+        content: Returns the content of a checkpoint; called on every process.
         folder: The run folder.
         every_steps: Steps between checkpoints, 0 for by time alone.
         keep_every_steps: Steps between checkpoints that are kept as ``step_*.pt``, 0 for never.
@@ -149,7 +242,7 @@ class Checkpoints(NoState):
         self.saved_step = 0
 
     def start(self, trainer: Trainer) -> None:
-        """Note where the run is safe, and finish what a process that was killed did not come to."""
+        """Record which step is saved, and write the ``step_*.pt`` that a killed process may have left out."""
         self.saved_step = trainer.step
         if trainer.step == 0:
             return
@@ -164,7 +257,7 @@ class Checkpoints(NoState):
         if not (by_steps or kept or report.save_due or trainer.stop_early):
             return
         trainer.settle(report)
-        saved = self.saved_step == report.step or self.save(trainer)  # the judge may have saved this step
+        saved = self.saved_step == report.step or self.save(trainer)  # an earlier callback may have saved this step
         if not saved and (report.final or trainer.stop_early):
             raise CheckpointError(
                 f"expected to write the last checkpoint of this run, {self.files.folder / LAST}, found that the disk "
@@ -174,15 +267,15 @@ class Checkpoints(NoState):
             self.name(f"step_{report.step}.pt")
 
     def save(self, trainer: Trainer) -> bool:
-        """Write ``last.pt`` now; on every process, whether that went well.
+        """Write ``last.pt``; on every process, whether it was written.
 
         Raises:
-            ConfigError: If another process has taken the folder over.
+            ConfigError: If another process uses the folder now.
         """
         content = self.content(trainer)
 
         def write() -> None:
-            self.folder.sync_log()  # first: a resumed run counts on the lines up to its checkpoint
+            self.folder.sync_log()  # first: a resumed run expects the lines up to its checkpoint
             self.files.save(content)
 
         if not self._write(LAST, write):
@@ -192,10 +285,10 @@ class Checkpoints(NoState):
         return True
 
     def name(self, name: str) -> bool:
-        """Let the newest checkpoint bear a further name; on every process, whether that went well.
+        """Give the newest checkpoint a further name; on every process, whether that succeeded.
 
         Raises:
-            ConfigError: If another process has taken the folder over.
+            ConfigError: If another process uses the folder now.
         """
         return self._write(name, lambda: self.files.keep_last_as(name))
 
@@ -210,12 +303,12 @@ class Checkpoints(NoState):
             )
         if problem:
             self.folder.warn(
-                f"cannot write {self.files.folder / name}: {problem}; the one before is kept, the run goes on"
+                f"cannot write {self.files.folder / name}: {problem}; the previous one is kept, the run goes on"
             )
         return not problem
 
     def _attempt(self, write: Callable[[], None]) -> str:
-        """Do ``write``; a reason where that was not possible, else an empty string."""
+        """Call ``write``; the reason where it failed, else an empty string."""
         lock = self.folder.lock
         if not lock.is_mine():
             return TAKEN_OVER if lock.is_taken_over() else "the folder has vanished"
@@ -227,7 +320,7 @@ class Checkpoints(NoState):
 
 
 class SaveClock:
-    """Tells when a checkpoint is due by time; asked on every process, the first to say yes decides.
+    """Returns whether a checkpoint is due by time; True on one process suffices.
 
     Args:
         minutes: Minutes between checkpoints, 0 for never.
@@ -243,3 +336,60 @@ class SaveClock:
             return False
         self._next = time.monotonic() + self.seconds
         return True
+
+
+def build_trackers(
+    folder: Path, config: dict[str, Any], *, tensorboard: bool, wandb: bool, mlflow: bool
+) -> tuple[Tracker, ...]:
+    """Where curves go besides ``metrics.jsonl``: the trackers asked for, on the main process only.
+
+    Args:
+        folder: The run folder.
+        config: The resolved settings, which are recorded with the curves.
+        tensorboard: Write event files to ``RUN/tensorboard``.
+        wandb: Log to Weights & Biases.
+        mlflow: Log to MLflow.
+
+    Raises:
+        ConfigError: If a wanted tracker is not installed.
+    """
+    if not distributed.is_main():
+        return ()
+    wanted = [(tensorboard, _tensorboard), (wandb, _wandb), (mlflow, _mlflow)]
+    return tuple(build(folder, config) for chosen, build in wanted if chosen)
+
+
+def _tensorboard(folder: Path, config: dict[str, Any]) -> Tracker:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "logging.tensorboard=true needs tensorboard: pip install tensorboard, or set logging.tensorboard=false"
+        ) from None
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def track(step: int, numbers: Line) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return track
+
+
+def _wandb(folder: Path, config: dict[str, Any]) -> Tracker:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("logging.wandb=true needs an extra: pip install 'histodino[wandb]'") from None
+    run = wandb.init(dir=str(folder), id=folder.name, resume="allow", config=config)
+    return lambda step, numbers: run.log(dict(numbers), step=step)
+
+
+def _mlflow(folder: Path, config: dict[str, Any]) -> Tracker:
+    try:
+        import mlflow  # type: ignore[import-not-found]
+    except ImportError:
+        raise ConfigError("logging.mlflow=true needs an extra: pip install 'histodino[mlflow]'") from None
+    mlflow.start_run(run_name=folder.name)
+    mlflow.log_dict(config, "config.json")
+    return lambda step, numbers: mlflow.log_metrics(dict(numbers), step=step)

@@ -1,8 +1,9 @@
-"""Checkpoints that survive: written aside, synced, checked, renamed; the one before stays until the new one stands."""
+"""Checkpoints of a run: their content, and files that are synced, verified and renamed before they replace another."""
 
 import os
 import shutil
 import zipfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,80 @@ from typing import Any
 import torch
 
 from dino import distributed, progress
+from dino.environment import versions
 from dino.errors import CheckpointError
 from dino.files import atomic_path
-from dino.models.weights import read_checkpoint
+from dino.models.export import export_backbone
+from dino.models.weights import FORMAT, load_backbone_file, read_checkpoint
+from dino.train.loop import Trainer
 
 LAST, PREVIOUS, BEST, START = "last.pt", "previous.pt", "best.pt", "start.pt"
 
 
-def check_archive(path: Path) -> None:
-    """Read a written checkpoint back and compare its checksums.
+def initial_content(trainer: Trainer, description: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of ``start.pt``: the description and the teacher.
+
+    Args:
+        trainer: The run.
+        description: ``level``, ``transform``, ``geometry``, ``config`` and ``training_slides``.
+    """
+    return {
+        **description,
+        "format": FORMAT,
+        "step": trainer.step,
+        "total_steps": trainer.length.total,
+        "spec": trainer.model.teacher.backbone.spec.to_dict(),
+        "versions": versions(),
+        "teacher": trainer.model.teacher.published_state(),
+    }
+
+
+def checkpoint_content(trainer: Trainer, description: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of every other checkpoint: that of :func:`initial_content`, and what resuming needs.
+
+    Nothing random is part of it, because all randomness follows from the draw number, and so from ``step``.
+    """
+    return {
+        **initial_content(trainer, description),
+        "student": trainer.model.student.published_state(),
+        "objectives": [objective.state_dict() for objective in trainer.model.objectives],
+        "optimizer": trainer.optimizer.state_dict(),
+        "state": {
+            "quarantine": dict(trainer.quarantine),
+            "callbacks": {type(callback).__name__: callback.state_dict() for callback in trainer.callbacks},
+        },
+    }
+
+
+def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
+    """Load a checkpoint into a new trainer, whose callbacks are set.
+
+    Args:
+        trainer: Freshly built.
+        saved: What :func:`checkpoint_content` returned.
 
     Raises:
-        CheckpointError: If it is no archive, or an entry does not have the CRC it was written with.
+        CheckpointError: If it is no checkpoint of this version.
+    """
+    if saved.get("format") != FORMAT or "optimizer" not in saved:
+        raise CheckpointError(f"expected a checkpoint of this version to resume from, found {saved.get('format')!r}")
+    trainer.model.teacher.load_published(saved["teacher"])
+    trainer.model.student.load_published(saved["student"])
+    for objective, state in zip(trainer.model.objectives, saved["objectives"], strict=True):
+        objective.load_state_dict(state)
+    trainer.optimizer.load_state_dict(saved["optimizer"])
+    trainer.step = saved["step"]
+    trainer.quarantine.update(saved["state"]["quarantine"])
+    for callback in trainer.callbacks:
+        callback.load_state_dict(saved["state"]["callbacks"].get(type(callback).__name__, {}))
+    progress.say(f"resuming after step {trainer.step} of {trainer.length.total}")
+
+
+def check_archive(path: Path) -> None:
+    """Read a written checkpoint and compare its checksums.
+
+    Raises:
+        CheckpointError: If it is no archive, or the checksum of an entry differs.
         OSError: If it cannot be read at all.
     """
     try:
@@ -29,7 +92,7 @@ def check_archive(path: Path) -> None:
             damaged = archive.testzip()
     except OSError:
         raise
-    except Exception as error:  # flipped bits also look like passwords and unknown compressions, each with its error
+    except Exception as error:  # flipped bits may look like encryption or an unknown compression
         raise CheckpointError(f"expected a whole archive in {path}, found a damaged one: {error}") from None
     if damaged is not None:
         raise CheckpointError(f"expected {path} to read back as written, found '{damaged}' damaged; check the disk")
@@ -44,17 +107,17 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.newest = LAST  # the newest that is whole: not always that, until a damaged one is replaced
+        self.newest = LAST  # the newest that can be read; another one while LAST is damaged
 
     def save(self, content: dict[str, Any], name: str = LAST) -> Path:
-        """Write ``content`` as ``name``; the file it replaces is kept as ``previous.pt`` when it is the last one.
+        """Write ``content`` as ``name``; a ``last.pt`` that it replaces is kept as ``previous.pt``.
 
         Args:
-            content: What ``torch.load(weights_only=True)`` can read back.
+            content: What ``torch.load(weights_only=True)`` can read.
             name: File name.
 
         Returns:
-            Path of the checkpoint, which stands whole on disk.
+            Path of the checkpoint, which is complete and synced.
         """
         path = self.folder / name
 
@@ -63,7 +126,7 @@ class CheckpointFolder:
             if name == LAST and path.exists() and self.newest == LAST:
                 self._link(path, PREVIOUS)
 
-        # A file of Python's, because torch's own reports a full disk as a fault of the program.
+        # Python's own file: torch's writer reports a full disk as an internal error.
         with atomic_path(path, check=check) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
             file.flush()
@@ -72,11 +135,11 @@ class CheckpointFolder:
         return path
 
     def keep_last_as(self, name: str) -> None:
-        """Let ``name`` be the checkpoint that is the newest now, at no cost in space where the disk has hard links."""
+        """Save the newest checkpoint as ``name`` too; takes no space where the file system has hard links."""
         self._link(self.folder / self.newest, name)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint that is whole, on the CPU; None when there is none. The main process chooses it.
+        """The newest checkpoint that can be read, on the CPU; None without any. The main process chooses it.
 
         Raises:
             CheckpointError: If there are checkpoints but none can be read.
@@ -88,7 +151,7 @@ class CheckpointFolder:
         return read_checkpoint(self.folder / self.newest) if exists and content is None else content
 
     def _newest(self) -> tuple[dict[str, Any] | None, str]:
-        """The newest checkpoint that is whole, and what is wrong with those that are not."""
+        """The newest checkpoint that can be read, and why others cannot."""
         reasons = []
         for name in (LAST, PREVIOUS):
             path = self.folder / name
@@ -105,7 +168,7 @@ class CheckpointFolder:
         return None, "; ".join(reasons)
 
     def step_of(self, name: str) -> int | None:
-        """The step that a checkpoint was saved after; None when there is none of that name, or it is damaged."""
+        """Step after which a checkpoint was saved; None when it is missing or damaged."""
         try:
             return read_checkpoint(self.folder / name, mmap=True).get("step")
         except (CheckpointError, OSError):
@@ -117,3 +180,16 @@ class CheckpointFolder:
                 os.link(source, temporary)
                 return
             shutil.copyfile(source, temporary)
+
+
+def export_teacher(files: CheckpointFolder, directory: Path, size_px: int) -> None:
+    """Export the teacher's backbone of the checkpoint that RUN means: ``best.pt`` if it can be read, else ``last.pt``.
+
+    Args:
+        files: The checkpoints of a run.
+        directory: Folder to write.
+        size_px: Input size that the position table is resampled for.
+    """
+    best_is_whole = files.step_of(BEST) is not None  # a damaged one must not end the run
+    loaded = load_backbone_file(files.folder / (BEST if best_is_whole else LAST))
+    export_backbone(loaded, directory, size_px)

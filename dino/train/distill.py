@@ -1,67 +1,70 @@
-"""Student, teacher and objectives: one optimizer step of self-distillation with no labels, for both levels."""
+"""Self-distillation: student, teacher and objectives, and what one micro-batch and one optimizer step do to them."""
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dino import distributed
-from dino.models.backbone import Backbone
-from dino.objectives.dino import Centre, dino_loss
+from dino import distributed, progress
+from dino.config.schema import ModelConfig, PretrainConfig
+from dino.models.backbone import Backbone, BackboneSpec, Tokens, build_backbone, compile_blocks, should_compile
+from dino.models.weights import init_from
+from dino.objectives import Objective, Outputs
+from dino.objectives.dino import DINO
+from dino.train.optimizer import Length, Ramp
 from dino.train.profiling import BACKWARD, LOSS, STUDENT, TEACHER, Span, no_span
 
-TEACHER_VIEWS = 2  # the teacher sees the two global views
+DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of weights; bf16 is autocast
+TEACHER_VIEWS = 2  # the teacher's input is the two global views
 
 
 class Network(nn.Module):
-    """A backbone with the head of each objective; its state names equal facebookresearch/dino's.
+    """A backbone with the head of each objective.
 
     Args:
         backbone: The backbone.
-        heads: Head of each objective by name; the DINO objective's is called ``head``.
+        objectives: They build the heads.
     """
 
-    def __init__(self, backbone: Backbone, heads: Mapping[str, nn.Module]) -> None:
+    def __init__(self, backbone: Backbone, objectives: Sequence[Objective]) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head_names = list(heads)
-        for name, head in heads.items():
-            self.add_module(name, head)
+        self.cls_only = all(objective.cls_only for objective in objectives)
+        self.head_inputs = {objective.head: objective.head_inputs for objective in objectives}
+        for objective in objectives:
+            self.add_module(objective.head, objective.build_head(backbone.embed_dim))
 
-    def forward(self, groups: Sequence[Tensor], keep: Tensor | None = None) -> dict[str, Tensor]:
-        """Logits of every view, by objective: :meth:`logits` of :meth:`features`."""
-        return self.logits(self.features(groups, keep))
-
-    def features(self, groups: Sequence[Tensor], keep: Tensor | None = None) -> Tensor:
-        """The cls token of every view.
+    def forward(self, groups: Sequence[Tensor], keep: Tensor | None = None) -> Outputs:
+        """Tokens and logits of every view.
 
         Args:
-            groups: Views of one size each, ``(V_g, B, C, h, w)``.
-            keep: ``(B, V, depth, 2)`` multipliers of the residual branches, or None.
+            groups: Views of one size each, (V_g, B, C, h, w).
+            keep: (B, V, depth, 2) multipliers of the residual branches, or None.
 
         Returns:
-            ``(V, B, D)`` features, views in the order of the groups.
+            Tokens of each group, (V_g, B, ...), and the logits of each head, fp32 or fp64.
         """
         tokens, first = [], 0
         for views in groups:
             count, batch = views.shape[:2]
             # (B, V, depth, 2) -> (V_g * B, depth, 2), in the order of the flattened views
             kept = None if keep is None else keep[:, first : first + count].transpose(0, 1).flatten(0, 1)
-            tokens.append(self.backbone(views.flatten(0, 1), keep=kept, cls_only=True).cls.unflatten(0, (count, batch)))
+            tokens.append(_by_view(self.backbone(views.flatten(0, 1), keep=kept, cls_only=self.cls_only), count, batch))
             first += count
-        return torch.cat(tokens)  # (V, B, D)
-
-    def logits(self, cls: Tensor) -> dict[str, Tensor]:
-        """``(V, B, K)`` logits in fp32 of ``(V, B, D)`` features, by head name."""
-        return {name: getattr(self, name)(cls.flatten(0, 1)).unflatten(0, cls.shape[:2]) for name in self.head_names}
+        logits = {}
+        for name, head_inputs in self.head_inputs.items():
+            inputs = head_inputs(tokens)  # (..., D)
+            logits[name] = getattr(self, name)(inputs.flatten(0, -2)).unflatten(0, inputs.shape[:-1])
+        return Outputs(tokens, logits)
 
     def published_state(self) -> dict[str, Tensor]:
-        """The weights under facebookresearch/dino's names for them (``backbone.cls_token``, ``head.mlp.0…``)."""
+        """The weights by facebookresearch/dino's names (``backbone.cls_token``, ``head.mlp.0…``)."""
         return {_published(name): tensor for name, tensor in self.state_dict().items()}
 
     def load_published(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what :meth:`published_state` gave; every name must fit."""
+        """Load what :meth:`published_state` returned; every name must match."""
         own = {_published(name): name for name in self.state_dict()}
         self.load_state_dict({own.get(name, name): tensor for name, tensor in state.items()})
 
@@ -70,144 +73,146 @@ def _published(name: str) -> str:
     return name.replace("backbone.vit.", "backbone.", 1)
 
 
-class Objective(Protocol):
-    """What is learned: how a head's logits become a loss, and what is remembered from step to step.
+def _by_view(tokens: Tokens, count: int, batch: int) -> Tokens:
+    """Tokens of (V_g * B, ...) inputs with leading dimensions (V_g, B)."""
+    rest = (part if part is None else part.unflatten(0, (count, batch)) for part in (tokens.registers, tokens.patches))
+    return Tokens(tokens.cls.unflatten(0, (count, batch)), *rest)
+
+
+@dataclass
+class Accumulated:
+    """Results of one micro-batch, each scalar times its fraction of the step, without gradient.
 
     Attributes:
-        head: Name of its head in :class:`Network`.
-        needs: Tokens it reads from the backbone.
+        loss: Weighted sum of the losses.
+        losses: Losses by name, unweighted.
+        diagnostics: Further numbers by name.
+        features: (B, D) cls tokens of the teacher, of the first view.
     """
 
-    head: str
-    needs: frozenset[str]
-
-    def loss(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> tuple[Tensor, Tensor]:
-        """Loss and teacher entropy (nats) of ``(V, B, K)`` student and ``(G, B, K)`` teacher logits."""
-        ...
-
-    def step(self, finite: Tensor) -> None:
-        """Close an optimizer step; a step that is not ``finite`` leaves the objective as it was."""
-        ...
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What is remembered."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up what was remembered."""
-        ...
-
-
-class DINO(nn.Module):
-    """Cross-entropy between centred, sharpened teacher and student (Caron et al. 2021, arXiv 2104.14294, eq. 1-3).
-
-    Args:
-        out_dim: Number of prototypes K.
-        student_temp: Temperature of the student.
-        center_momentum: Momentum of the centre.
-    """
-
-    head = "head"
-    needs = frozenset({"cls"})
-
-    def __init__(self, out_dim: int, student_temp: float, center_momentum: float) -> None:
-        super().__init__()
-        self.student_temp = student_temp
-        self.centre = Centre(out_dim, center_momentum)
-
-    def loss(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> tuple[Tensor, Tensor]:
-        """Loss and teacher entropy of ``(V, B, K)`` student and ``(G, B, K)`` teacher logits, first G views shared.
-
-        Both are overwritten.
-        """
-        # Nothing else reads these logits: the teacher's memory takes the targets, the student's the gradient.
-        self.centre.observe(teacher)
-        targets, entropy = self.centre.targets(teacher, teacher_temp, overwrite=True)
-        return dino_loss(student, targets, self.student_temp, overwrite=True), entropy
-
-    def sample_losses(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
-        """``(B,)`` loss of each sample alone, of the logits that :meth:`loss` takes; nothing is remembered."""
-        targets, _ = self.centre.targets(teacher, teacher_temp)
-        alone = zip(student.split(1, 1), targets.split(1, 1), strict=True)
-        return torch.stack([dino_loss(z, q, self.student_temp) for z, q in alone])
-
-    def step(self, finite: Tensor) -> None:
-        """Move the centre by what was observed since the last step."""
-        self.centre.step(finite)
+    loss: Tensor
+    losses: dict[str, Tensor]
+    diagnostics: dict[str, Tensor]
+    features: Tensor
 
 
 class SelfDistillation(nn.Module):
-    """A student that learns, and a teacher that is its moving average.
+    """A student that is trained, and a teacher that is its moving average.
 
     Args:
         student: Network that is trained.
-        teacher: Network of the same shape; it takes the student's weights here and never gets a gradient.
-        objectives: What is learned, each with a head of its name in both networks.
-        device: Where both live.
+        teacher: Network of the same shape; it gets the student's weights here and never a gradient.
+        objectives: Those that built the heads of both.
+        device: Where all of them are.
     """
 
-    def __init__(self, student: Network, teacher: Network, objectives: Sequence[DINO], device: torch.device) -> None:
+    def __init__(
+        self, student: Network, teacher: Network, objectives: Sequence[Objective], device: torch.device
+    ) -> None:
         super().__init__()
         self.student, self.teacher = student, teacher
-        self.objectives = nn.ModuleList(objectives)
+        self.objectives: Sequence[Objective] = nn.ModuleList(objectives)  # type: ignore[assignment]
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self._parallel = [distributed.parallelize(self.student, device)]  # in a list: no second entry in state_dict
+
+    def scheduled(self, step: int) -> dict[str, float]:
+        """Scheduled values of all objectives at ``step``, counted from 0."""
+        return {name: value for objective in self.objectives for name, value in objective.scheduled(step).items()}
 
     def accumulate(
         self,
         groups: Sequence[Tensor],
         keep: Tensor | None,
-        teacher_temp: float,
+        values: Mapping[str, float],
         *,
-        share: float,
+        fraction: float,
         last: bool,
         span: Span = no_span,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Accumulated:
         """Forward and backward of one micro-batch; gradients add up.
 
         Args:
-            groups: Views by size, ``(V_g, B, C, h, w)``; the first two views are the global ones.
-            keep: ``(B, V, depth, 2)`` multipliers of the student's residual branches, or None.
-            teacher_temp: Temperature of the teacher.
-            share: Share of this micro-batch in the step (1 / accumulation).
+            groups: Views by size, (V_g, B, C, h, w); the first two views are the global ones.
+            keep: (B, V, depth, 2) multipliers of the student's residual branches, or None.
+            values: Scheduled values of the objectives.
+            fraction: Weight of this micro-batch in the step (1 / accumulation).
             last: Whether it is the step's last: only then are gradients averaged over processes.
-            span: Told what each stretch of the work is spent on.
-
-        Returns:
-            Loss and teacher entropy in nats, both times ``share``, as scalars without gradient; and the teacher's
-            ``(B, D)`` features of the first view.
+            span: Measures each part of the work.
         """
         with span(TEACHER), torch.no_grad():
-            features = self.teacher.features([groups[0][:TEACHER_VIEWS]])
-            teacher = self.teacher.logits(features)
+            teacher = self.teacher([groups[0][:TEACHER_VIEWS]])
         parallel = self._parallel[0]
         with distributed.without_gradient_sync(parallel, not last):
             with span(STUDENT):
                 student = parallel(groups, keep)
             with span(LOSS):
-                results = [o.loss(student[o.head], teacher[o.head], teacher_temp) for o in self.objectives]  # type: ignore[operator,index]
-                loss = torch.stack([loss for loss, _ in results]).sum() * share
+                terms = [objective(student, teacher, values) for objective in self.objectives]
+                pairs = zip(self.objectives, terms, strict=True)
+                weighted = [o.weight * loss for o, t in pairs for loss in t.losses.values()]
+                loss = torch.stack(weighted).sum() * fraction
             with span(BACKWARD), torch.autocast(loss.device.type, enabled=False):
                 loss.backward()
-        return loss.detach(), torch.stack([bits for _, bits in results]).mean().detach() * share, features[0]
+        losses = {name: x.detach() * fraction for t in terms for name, x in t.losses.items()}
+        diagnostics = {name: x.detach() * fraction for t in terms for name, x in t.diagnostics.items()}
+        return Accumulated(loss.detach(), losses, diagnostics, teacher.tokens[0].cls[0])
+
+    def freeze_last_layer(self) -> None:
+        """Drop the gradients of the heads' last layers, so that the optimizer does not update them (as in DINO)."""
+        for name, parameter in self.student.named_parameters():
+            if ".last_layer." in name:
+                parameter.grad = None
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, finite: Tensor) -> None:
-        """Teacher = momentum * teacher + (1 - momentum) * student; unchanged unless ``finite``. Centres move too."""
+        """Teacher = momentum * teacher + (1 - momentum) * student, and the objectives' state; only if ``finite``."""
         teacher: list[Tensor] = list(self.teacher.parameters())
         student = [parameter.detach() for parameter in self.student.parameters()]
         pull = torch.where(finite, 1.0 - momentum, 0.0).to(teacher[0].dtype)
-        if pull.device.type == "cpu":  # reading it makes nobody wait, and saves a copy of all weights
+        if pull.device.type == "cpu":  # reading it costs nothing here, and saves a copy of all weights
             torch._foreach_lerp_(teacher, student, float(pull))
         else:
             torch._foreach_mul_(teacher, 1.0 - pull)
             torch._foreach_add_(teacher, torch._foreach_mul(student, pull))
         for objective in self.objectives:
-            objective.step(finite)  # type: ignore[operator]
+            objective.step(finite)
 
-    def freeze_last_layer(self) -> None:
-        """Drop the gradients of the heads' last layers, so that the optimizer leaves them alone (as DINO)."""
-        for name, parameter in self.student.named_parameters():
-            if ".last_layer." in name:
-                parameter.grad = None
+
+def build_objectives(model: ModelConfig, length: Length, seed: int) -> list[Objective]:
+    """The objectives of a run; the only place that lists them.
+
+    Args:
+        model: Their settings.
+        length: Converts epochs to steps.
+        seed: Seed of the heads' initial weights.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+    """
+    warmup = length.steps(model.warmup_teacher_temp_epochs)
+    return [DINO(model, Ramp(model.warmup_teacher_temp, model.teacher_temp, warmup), seed)]
+
+
+def build(config: PretrainConfig, spec: BackboneSpec, length: Length, device: torch.device) -> SelfDistillation:
+    """Student, teacher and objectives with their initial weights, on the device.
+
+    Args:
+        config: Settings of the run.
+        spec: The backbone.
+        length: Length of the run.
+        device: Where to compute.
+
+    Raises:
+        ConfigError: If a setting is out of range, or the architecture is unknown.
+    """
+    model, speed, dtype = config.model, config.speed, DTYPES[config.speed.precision]
+    backbone = build_backbone(spec, config.seed)
+    if model.init:
+        init_from(backbone, model.init, model.init_arch)
+    objectives = build_objectives(model, length, config.seed + 1)
+    student = Network(backbone, objectives).to(device, dtype)
+    student.backbone.checkpointing = speed.checkpointing
+    if should_compile(speed.compile, device):
+        compile_blocks(student.backbone, progress.warn)
+        progress.say("compiling the blocks: the first step takes longer; speed.compile=false does not compile")
+    return SelfDistillation(student, copy.deepcopy(student), [o.to(device, dtype) for o in objectives], device)

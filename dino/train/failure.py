@@ -1,5 +1,6 @@
-"""What is kept of a step that was not finite, and what a replay of it finds."""
+"""The record of a step that was not finite, and the examination of its samples in a replay."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,9 @@ from dino import distributed
 from dino.data.loader import Batch
 from dino.errors import CheckpointError
 from dino.files import atomic_path, read_json, write_json
+from dino.models.backbone import Tokens
 from dino.models.weights import read_checkpoint
+from dino.objectives import Outputs
 from dino.train.distill import TEACHER_VIEWS
 from dino.train.loop import StepReport, Trainer
 
@@ -22,14 +25,14 @@ RECORD = "failure.json"
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A step that was not finite, as ``RUN/failure`` holds it.
+    """Content of ``RUN/failure``: a step that was not finite.
 
     Attributes:
-        step: Steps done with it, so that it is the ``step``-th of the run.
+        step: Number of the step, counted from 1.
         facts: Content of ``failure.json``.
         draws: Draw number of each of the step's samples, over all processes.
         names: Name of each, in the same order.
-        parameters: Crop parameters of each by name, ``(n, V, ...)``.
+        parameters: Crop parameters of each by name, (n, V, ...).
     """
 
     step: int
@@ -41,15 +44,16 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class SampleFinding:
-    """What one sample did to the step.
+    """What a replay finds about one sample.
 
     Attributes:
         name: The sample.
         draw: Its draw number.
-        loss: Its loss alone.
+        loss: Weighted sum of its losses, computed without the other samples.
         teacher_views: Views whose teacher logits are not finite, counted from 0.
         student_views: Views whose student logits are not finite.
-        largest_input: Largest absolute value that the networks saw of it.
+        largest_input: Largest absolute value in its views.
+        losses: Each of its losses by name.
     """
 
     name: str
@@ -58,10 +62,11 @@ class SampleFinding:
     teacher_views: list[int]
     student_views: list[int]
     largest_input: float
+    losses: dict[str, float]
 
     @property
     def is_finite(self) -> bool:
-        """True when nothing about the sample is wrong."""
+        """True when its loss and all its logits are finite."""
         return math.isfinite(self.loss) and not self.teacher_views and not self.student_views
 
 
@@ -76,17 +81,17 @@ def record_failure(folder: Path, report: StepReport, last_metrics: Mapping[str, 
     Raises:
         OSError: If the disk does not take it.
     """
-    own = {"loss": float(report.loss), "grad_norm": float(report.grad_norm)}
+    own = {name: float(number) for name, number in report.numbers().items()}
     try:
         with atomic_path(folder / f"rank_{distributed.rank()}.pt") as temporary, temporary.open("wb") as file:
             torch.save(_drawn(report.batches), file)
     finally:
-        everyone = distributed.gather(own)  # also where the disk is full: the others wait; and all files come first
+        everyone = distributed.gather(own)  # even if the disk is full, because the others wait; and after all files
     if distributed.is_main():
         facts = {
             "step": report.step,
             "processes": everyone,
-            "values": dataclasses.asdict(report.values),
+            "values": {**dataclasses.asdict(report.values), **report.scheduled},
             "last_metrics": dict(last_metrics),
         }
         write_json(folder / RECORD, facts)
@@ -126,38 +131,52 @@ def read_failure(folder: Path) -> Failure:
 
 
 @torch.no_grad()
-def examine(trainer: Trainer, batch: Batch, teacher_temp: float) -> list[SampleFinding]:
-    """Look at every sample of a batch alone, with the networks as they are; nothing changes.
+def examine(trainer: Trainer, batch: Batch, step: int) -> list[SampleFinding]:
+    """Compute the losses of every sample of a batch by itself; nothing changes.
 
     Args:
-        trainer: Holds the networks, the crops and the precision.
+        trainer: Holds networks, objectives, crops and precision.
         batch: The samples.
-        teacher_temp: Temperature of the teacher at that step.
+        step: Step whose scheduled values to use, counted from 0.
     """
-    model = trainer.model
+    model, values = trainer.model, trainer.model.scheduled(step)
     groups, keep = trainer.views(batch)
     with trainer.autocast():
         teacher = model.teacher([groups[0][:TEACHER_VIEWS]])
         student = model.student(groups, keep)
-    losses = torch.zeros(len(batch.names), device=trainer.device, dtype=next(iter(student.values())).dtype)
-    for objective in model.objectives:
-        logits = student[objective.head], teacher[objective.head]  # type: ignore[index]
-        losses = losses + objective.sample_losses(*logits, teacher_temp)  # type: ignore[operator]
     teacher_broken, student_broken = _broken_views(teacher), _broken_views(student)  # each (V, B)
     largest = torch.stack([views.abs().amax((0, 2, 3, 4)) for views in groups]).amax(0)  # (B,)
-    return [
-        SampleFinding(
-            name,
-            int(batch.draws[i]),
-            float(losses[i]),
-            teacher_broken[:, i].nonzero().flatten().tolist(),
-            student_broken[:, i].nonzero().flatten().tolist(),
-            float(largest[i]),
+    findings = []
+    for i, name in enumerate(batch.names):
+        total, losses = 0.0, {}
+        for objective in copy.deepcopy(model.objectives):  # copies, because an objective may update its state
+            own = objective(_sample(student, i), _sample(teacher, i), values).losses
+            losses |= {key: float(loss) for key, loss in own.items()}
+            total += objective.weight * sum(float(loss) for loss in own.values())
+        findings.append(
+            SampleFinding(
+                name,
+                int(batch.draws[i]),
+                total,
+                teacher_broken[:, i].nonzero().flatten().tolist(),
+                student_broken[:, i].nonzero().flatten().tolist(),
+                float(largest[i]),
+                losses,
+            )
         )
-        for i, name in enumerate(batch.names)
-    ]
+    return findings
 
 
-def _broken_views(logits: Mapping[str, Tensor]) -> Tensor:
-    """``(V, B)``: whether any of a view's logits is not finite, under any head."""
-    return torch.stack([~torch.isfinite(values).all(-1) for values in logits.values()]).any(0)
+def _sample(outputs: Outputs, index: int) -> Outputs:
+    """A copy of the outputs of one sample, with a batch dimension of 1."""
+    part = slice(index, index + 1)
+    tokens = []
+    for group in outputs.tokens:
+        rest = (t if t is None else t[:, part].clone() for t in (group.registers, group.patches))
+        tokens.append(Tokens(group.cls[:, part].clone(), *rest))
+    return Outputs(tokens, {name: logits[:, part].clone() for name, logits in outputs.logits.items()})
+
+
+def _broken_views(outputs: Outputs) -> Tensor:
+    """(V, B): whether any of a view's logits is not finite, of any head."""
+    return torch.stack([~torch.isfinite(logits).all(-1) for logits in outputs.logits.values()]).any(0)

@@ -1,4 +1,4 @@
-"""The only training loop: draws to batches, batches to views, views to one optimizer step after another."""
+"""The only training loop: batches to views, views to gradients, one optimizer step after another."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,46 +13,48 @@ from dino.crops.resample import to_device
 from dino.data.loader import Batch
 from dino.errors import DataError, Stopped, TrainingFault
 from dino.signals import StopSignal
-from dino.train.distill import SelfDistillation
-from dino.train.optimizer import clip_gradients, gated_step
+from dino.train.distill import DTYPES, SelfDistillation
+from dino.train.optimizer import Length, Schedules, StepValues, clip_gradients, gated_step
 from dino.train.profiling import AVERAGE, CLIP, COPY, CROPS, DATA, OPTIMIZER, Span, no_span
-from dino.train.schedules import Length, Schedules, StepValues
 
-DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of weights; bf16 is autocast
-RANKED = 64  # samples of a step whose features tell how many directions they fill
+RANKED = 64  # samples of a step whose features are used for the effective rank
 
 
 class Crops(Protocol):
     """What turns a batch into views."""
 
     def apply(self, pixels: Tensor, /, parameters: dict[str, Tensor]) -> list[Tensor]:
-        """Views by size, ``(V_g, B, C, h, w)`` on the device of ``pixels``."""
+        """Views by size, (V_g, B, C, h, w) on the device of ``pixels``."""
         ...
 
 
 @dataclass
 class StepReport:
-    """One finished step, as callbacks see it.
+    """One completed step, as callbacks get it. Tensors are of this process; reading one waits for the device.
 
     Attributes:
         step: Steps done so far, this one included.
-        values: Its scheduled values.
-        loss: Scalar tensor of this process; reading it waits for the device.
-        teacher_entropy: Scalar tensor in nats, of this process.
-        grad_norm: Norm over all gradients before clipping.
-        features: ``(micro-batches, n, D)`` of the teacher, of the first view of the first samples of each of them.
-        batches: Its micro-batches on this process.
-        flags: What processes agree on, ``(broken, stop, save, bad)``; None once :meth:`Trainer.settle` has read it.
-        stopping: A process was asked to stop (known once settled).
-        save_wanted: The clock asks for a checkpoint (known once settled).
+        values: Scheduled values.
+        scheduled: Scheduled values of the objectives, by name.
+        loss: Weighted sum of the losses, scalar.
+        losses: Losses by name, scalars.
+        diagnostics: Further numbers of the objectives by name, scalars.
+        grad_norm: Norm of all gradients before clipping, scalar.
+        features: (micro-batches, n, D) cls tokens of the teacher, first view of the first samples of each micro-batch.
+        batches: Micro-batches of this process.
+        flags: (4,) what processes agree on: broken, stop, save, bad; None once :meth:`Trainer.settle` has read it.
+        stopping: A process was asked to stop (set when settled).
+        save_wanted: A checkpoint is due by time (set when settled).
         final: True on every process when no step follows, unless a callback ends the run.
         save_due: True on every process when this step is to be saved.
     """
 
     step: int
     values: StepValues
+    scheduled: dict[str, float]
     loss: Tensor
-    teacher_entropy: Tensor
+    losses: dict[str, Tensor]
+    diagnostics: dict[str, Tensor]
     grad_norm: Tensor
     features: Tensor
     batches: list[Batch]
@@ -61,6 +63,11 @@ class StepReport:
     save_wanted: bool = False
     final: bool = False
     save_due: bool = False
+
+    def numbers(self) -> dict[str, Tensor]:
+        """All scalars of the step under their names in the log."""
+        losses = {f"loss/{name}": loss for name, loss in self.losses.items()}
+        return {"loss": self.loss, **losses, **self.diagnostics, "grad_norm": self.grad_norm.to(self.loss.dtype)}
 
 
 class NonFiniteStep(TrainingFault):
@@ -79,46 +86,32 @@ class NonFiniteStep(TrainingFault):
 
 
 class Callback(Protocol):
-    """Something that watches the run. Every process runs every callback at the same steps."""
+    """What follows a run, and the base of those that leave methods out.
+
+    Every process calls every callback at the same steps.
+    """
 
     def start(self, trainer: "Trainer") -> None:
         """Called before the first step."""
-        ...
 
     def after_step(self, trainer: "Trainer", report: StepReport) -> None:
         """Called after every step."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint."""
-        ...
-
-
-class NoState:
-    """Base of callbacks that remember nothing and do nothing before the first step."""
-
-    def start(self, trainer: "Trainer") -> None:
-        """Nothing to prepare."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to remember."""
+        """State that checkpoints save."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing was remembered."""
+        """Load the state of a checkpoint."""
 
 
 @dataclass
 class Trainer:
-    """Everything that the loop drives, and the little that it remembers.
+    """What the loop works on, and its state.
 
     Attributes:
         model: Student, teacher and objectives.
-        optimizer: Over the student's parameters.
+        optimizer: Of the student's parameters.
         crops: Turns a batch into views on the device.
         batches: This process's micro-batches of steps ``first ... last - 1``, in order.
         accumulation: Micro-batches per step.
@@ -126,14 +119,14 @@ class Trainer:
         length: Steps of the run.
         device: Where to compute.
         precision: ``bf16``, ``fp32`` or ``fp64``.
-        clip_grad: Largest gradient norm, 0 for none.
+        clip_grad: Largest gradient norm, 0 for no clipping.
         clip_mode: ``per_parameter`` or ``global``.
-        largest_quarantine: How many samples may turn out bad before the run stops.
-        callbacks: Run after every step, in this order.
-        save_clock: Asked on rank 0 after every step whether a checkpoint is due by time.
-        span: Told what each stretch of a step is spent on.
+        largest_quarantine: Largest number of bad samples with which the run goes on.
+        callbacks: Called after every step, in this order.
+        save_clock: Called after every step; returns True on rank 0 when a checkpoint is due by time.
+        span: Measures each part of a step.
         step: Steps done.
-        quarantine: Reason by name of the samples that could not be used.
+        quarantine: Samples that could not be used: reason by name.
         stop_early: Set by a callback, on every process at the same step, to end the run.
     """
 
@@ -160,40 +153,38 @@ class Trainer:
         """Train from ``step`` to the end.
 
         Raises:
-            Stopped: If SIGTERM, SIGUSR1 or SIGUSR2 came, or torchrun is gone; callbacks have saved.
+            Stopped: If a signal asked for it, or torchrun is gone; callbacks have saved.
             NonFiniteStep: If a loss or gradient was not finite on any process; that step changed nothing.
             DataError: If too many samples are bad.
+            KeyboardInterrupt: At a second ctrl-C.
         """
         for callback in self.callbacks:
             callback.start(self)
         with StopSignal().listening() as stop:
-            self._run(stop)
-
-    def _run(self, stop: StopSignal) -> None:
-        batches = iter(self.batches(self.step, self.length.total))
-        earlier: StepReport | None = None
-        while self.step < self.length.total and not self.stop_early:
-            report = self._step(batches, stop)
+            batches = iter(self.batches(self.step, self.length.total))
+            earlier: StepReport | None = None
+            while self.step < self.length.total and not self.stop_early:
+                report = self._step(batches, stop)
+                if earlier is not None:
+                    self.settle(earlier)  # one step late, so that the device never waits for the host
+                stopping = earlier is not None and earlier.stopping
+                report.final = stopping or self.step == self.length.total
+                report.save_due = report.final or (earlier is not None and earlier.save_wanted)
+                for callback in self.callbacks:
+                    callback.after_step(self, report)
+                if stopping:
+                    message = f"stopped by a signal after step {self.step}; run the same command again to go on"
+                    raise Stopped(message, stop.received)
+                earlier = report
             if earlier is not None:
-                self.settle(earlier)  # a step late, so that the device never waits for the host
-            stopping = earlier is not None and earlier.stopping
-            report.final = stopping or self.step == self.length.total
-            report.save_due = report.final or (earlier is not None and earlier.save_wanted)
-            for callback in self.callbacks:
-                callback.after_step(self, report)
-            if stopping:
-                message = f"stopped by a signal after step {self.step}; run the same command again to go on"
-                raise Stopped(message, stop.received)
-            earlier = report
-        if earlier is not None:
-            self.settle(earlier)
+                self.settle(earlier)
 
     def settle(self, report: StepReport) -> None:
-        """Read what all processes agreed on about a step, once; to be called before anything of it is saved.
+        """Read what all processes agreed on about a step, once; must be called before anything of it is saved.
 
         Raises:
             NonFiniteStep: If the step was not finite; it changed nothing.
-            DataError: If too many samples are bad by now.
+            DataError: If there are too many bad samples by now.
         """
         if report.flags is None:
             return
@@ -205,22 +196,24 @@ class Trainer:
             raise NonFiniteStep(report)
 
     def _step(self, batches: Iterator[Batch], stop: StopSignal) -> StepReport:
-        values = self.schedules.at(self.step)
+        """One optimizer step; nothing in it makes the host wait for the device."""
+        values, scheduled = self.schedules.at(self.step), self.model.scheduled(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        used, losses, entropies, features = [], [], [], []
+        used, parts = [], []
         for micro in range(self.accumulation):
             with self.span(DATA):
                 batch = next(batches)
-            loss, teacher_entropy, seen = self._accumulate(batch, values, last=micro == self.accumulation - 1)
+            views, keep = self.views(batch)
+            last, fraction = micro == self.accumulation - 1, 1 / self.accumulation
+            with self.autocast():
+                part = self.model.accumulate(views, keep, scheduled, fraction=fraction, last=last, span=self.span)
             used.append(batch)
-            losses.append(loss)
-            entropies.append(teacher_entropy)
-            features.append(seen[:RANKED])
+            parts.append(part)
         if values.freeze_last_layer:
             self.model.freeze_last_layer()
         with self.span(CLIP):
             norm, finite = clip_gradients(self.model.student.parameters(), self.clip_grad, self.clip_mode)
-        loss = torch.stack(losses).sum()
+        loss = torch.stack([part.loss for part in parts]).sum()
         flags = self._flags(~(finite & torch.isfinite(loss)), stop, any(batch.bad for batch in used))
         finite = flags[0] == 0  # agreed by all processes, still on the device
         with self.span(OPTIMIZER):
@@ -228,28 +221,23 @@ class Trainer:
         with self.span(AVERAGE):
             self.model.update_teacher(values.momentum, finite)
         self.step += 1
-        entropy, shown = torch.stack(entropies).sum(), torch.stack(features)
-        return StepReport(self.step, values, loss, entropy, norm, shown, used, flags)
-
-    def _accumulate(self, batch: Batch, values: StepValues, *, last: bool) -> tuple[Tensor, Tensor, Tensor]:
-        views, keep = self.views(batch)
-        with self.autocast():
-            share = 1 / self.accumulation
-            return self.model.accumulate(views, keep, values.teacher_temp, share=share, last=last, span=self.span)
+        losses, diagnostics = _sums([part.losses for part in parts]), _sums([part.diagnostics for part in parts])
+        features = torch.stack([part.features[:RANKED] for part in parts])
+        return StepReport(self.step, values, scheduled, loss, losses, diagnostics, norm, features, used, flags)
 
     def views(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
-        """What the networks see of a batch: views by size, and the multipliers of the residual branches."""
+        """Inputs of the networks for a batch: views by size, and the multipliers of the residual branches."""
         dtype, keep = DTYPES[self.precision], batch.keep
         with self.span(COPY):
             inputs = batch.inputs.to(self.device, non_blocking=True)
             keep = None if keep is None else keep.to(self.device, dtype, non_blocking=True)
         with self.span(CROPS):
             views = self.crops.apply(inputs, batch.parameters)
-            # Autocast takes any type; bf16 views would only be copied there and back.
+            # Autocast accepts any dtype; bf16 views would only be copied to fp32 and back.
             return views if self.precision == "bf16" else [view.to(dtype) for view in views], keep
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of forward passes."""
+        """Precision of forward passes."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     def _flags(self, broken: Tensor, stop: StopSignal, bad: bool) -> Tensor:
@@ -263,7 +251,7 @@ class Trainer:
         for bad in distributed.gather([pair for batch in batches for pair in batch.bad]):
             for name, reason in bad:
                 if name not in self.quarantine:
-                    progress.warn(f"{reason}; another sample takes its place")
+                    progress.warn(f"{reason}; another sample is used instead")
                 self.quarantine[name] = reason
         if len(self.quarantine) > self.largest_quarantine:
             names = "; ".join(list(self.quarantine.values())[:3])
@@ -271,3 +259,8 @@ class Trainer:
                 f"expected at most {self.largest_quarantine} samples that cannot be used "
                 f"(training.max_bad_fraction), found {len(self.quarantine)}: {names}"
             )
+
+
+def _sums(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum of each name's scalars over the micro-batches."""
+    return {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: named spans of the loop, measured on the device's own clock."""
+"""Time spent in each part of a step: named spans of the loop, measured by the device's clock."""
 
 import os
 import time
@@ -22,23 +22,22 @@ AVERAGE = "teacher average"
 REST = "rest"
 PARTS = (DATA, COPY, CROPS, TEACHER, STUDENT, LOSS, BACKWARD, CLIP, OPTIMIZER, AVERAGE, REST)
 
-STARVING = 0.1  # share of the time spent waiting for data that is worth a word
-WARMUP_LINES = 1  # lines of the log before the waiting counts: workers start, and what they prepared ahead is used up
+STARVING = 0.1  # fraction of the time spent waiting for data from which there is a warning
 
 Span = Callable[[str], AbstractContextManager[None]]
 _NOTHING = nullcontext()
 
 
 def no_span(name: str) -> AbstractContextManager[None]:
-    """The span of a run that nobody measures."""
+    """A span that measures nothing."""
     return _NOTHING
 
 
 class Clock(Protocol):
-    """Marks moments, and tells the time between two of them."""
+    """Records points in time, and the seconds between two of them."""
 
     def mark(self) -> Any:
-        """This moment."""
+        """The current time."""
         ...
 
     def between(self, first: Any, second: Any) -> float:
@@ -50,7 +49,7 @@ class HostClock:
     """The clock of this process, for a CPU."""
 
     def mark(self) -> float:
-        """Seconds since some moment."""
+        """Seconds since an arbitrary start."""
         return time.perf_counter()
 
     def between(self, first: float, second: float) -> float:
@@ -59,10 +58,10 @@ class HostClock:
 
 
 class CudaClock:
-    """The clock of a GPU: events in its queue of work, which the host does not wait for until the times are read.
+    """The clock of a GPU: CUDA events, for which the host does not wait until the times are read.
 
-    The time between two events is the time the *device* spent between them: while it still has work queued, the host
-    may wait for data without any loss, and no time is counted.
+    The time between two events is that of the *device*: while it still has work queued, time that the host waits for
+    data is not counted, because none is lost.
 
     Args:
         device: The GPU, which need not be torch's current one.
@@ -72,26 +71,26 @@ class CudaClock:
         self.device = device
 
     def mark(self) -> torch.cuda.Event:
-        """An event behind all work that is queued by now."""
+        """An event after all work that is queued by now."""
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
 
     def between(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:
-        """Seconds from one mark to the next; waits until the device has come to the second."""
+        """Seconds from one mark to the next; waits until the device has reached the second."""
         second.synchronize()
         return first.elapsed_time(second) / 1000
 
 
 def clock_of(device: torch.device) -> Clock:
-    """The clock by which work on ``device`` is measured."""
+    """The clock of ``device``."""
     return CudaClock(device) if device.type == "cuda" else HostClock()
 
 
 class Stopwatch:
     """Splits time into named parts that add up to the whole.
 
-    Every moment belongs to one part: that of the innermost span that is open, or ``rest``.
+    Time belongs to the innermost open span, or to ``rest``.
 
     Args:
         clock: Measures.
@@ -101,10 +100,10 @@ class Stopwatch:
     def __init__(self, clock: Clock, only: Collection[str] | None = None) -> None:
         self.clock, self.only = clock, only
         self._open = [REST]
-        self._marks = [(REST, clock.mark())]  # what the time up to each mark was spent on
+        self._marks = [(REST, clock.mark())]  # the part that each mark ends
 
     def span(self, name: str) -> AbstractContextManager[None]:
-        """Count the time of the block as ``name``."""
+        """Measure the time of the block as ``name``."""
         return self._measured(name) if self.only is None or name in self.only else _NOTHING
 
     @contextmanager
@@ -121,7 +120,7 @@ class Stopwatch:
         self._marks.append((self._open[-1], self.clock.mark()))
 
     def take(self) -> dict[str, float]:
-        """Seconds of every part since the last take, or since the beginning; counts anew from here."""
+        """Seconds of every part since the last call, or since the beginning."""
         self._mark()
         parts: dict[str, float] = {}
         for (_, first), (name, second) in pairwise(self._marks):
@@ -130,21 +129,26 @@ class Stopwatch:
         return parts
 
 
-def share(parts: Mapping[str, float], name: str) -> float:
-    """Share of a part in all of them; 0 when no time has passed."""
+def fraction(parts: Mapping[str, float], name: str) -> float:
+    """Fraction of all time that a part took; 0 when no time has passed."""
     return parts.get(name, 0.0) / max(sum(parts.values()), 1e-9)
 
 
 def cores() -> int:
-    """How many processor cores this process may use."""
+    """Number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def data_advice(waiting: float, workers: int) -> str:
+    """What to change when the device waits for data; see :func:`feeding_advice`."""
+    return feeding_advice(waiting, workers, cores(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def feeding_advice(waiting: float, workers: int, available: int, processes: int = 1) -> str:
     """What to change when the device waits for data.
 
     Args:
-        waiting: Share of the time that it waits.
+        waiting: Fraction of the time that it waits.
         workers: ``speed.num_workers``, of each process.
         available: Cores of the machine.
         processes: Training processes on this machine.
@@ -152,36 +156,12 @@ def feeding_advice(waiting: float, workers: int, available: int, processes: int 
     Returns:
         A sentence.
     """
-    told = f"the device waited {waiting:.0%} of each step for data: "
+    found = f"the device waited {waiting:.0%} of each step for data: "
     among = f" for {processes} processes" if processes > 1 else ""
     if workers and workers * processes >= available:
         return (
-            f"{told}the {workers} workers (speed.num_workers) of each process have no more cores to run on "
+            f"{found}the {workers} workers (speed.num_workers) of each process have no more cores to run on "
             f"({available}{among}): speed.ram_cache=GB (level 1), data on a local disk, or a machine with more cores"
         )
     more = f"more speed.num_workers ({workers} now, {available} cores{among})"
-    return f"{told}{more}, speed.ram_cache=GB (level 1), or data on a local disk"
-
-
-class StarvationWatch:
-    """Tells, once, when a run waits for data.
-
-    Args:
-        advice: What to say of a share of waiting.
-    """
-
-    def __init__(self, advice: Callable[[float], str]) -> None:
-        self.advice = advice
-        self._lines, self._said = 0, False
-
-    def __call__(self, line: Mapping[str, float]) -> list[str]:
-        """What to say after a line of the log; nothing as long as all is well.
-
-        Args:
-            line: ``data_wait``, share of the time since the line before spent waiting for data.
-        """
-        self._lines += 1
-        if self._said or self._lines <= WARMUP_LINES or line["data_wait"] <= STARVING:
-            return []
-        self._said = True
-        return [self.advice(line["data_wait"])]
+    return f"{found}{more}, speed.ram_cache=GB (level 1), or data on a local disk"

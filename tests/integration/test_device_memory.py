@@ -10,7 +10,7 @@ from tiny_runs import assert_same_bits, command, config, last, metrics
 
 from dino import distributed
 from dino.api import pretrain
-from dino.api.memory import ways_out
+from dino.api.pretraining import memory_advice
 from dino.errors import ConfigError, OutOfMemory
 
 REASON = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
@@ -31,7 +31,7 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     monkeypatch.setattr(Backbone, "embed", embed)
 
 
-def test_out_of_memory_names_the_ways_out_and_loses_nothing(
+def test_out_of_memory_prints_advice_and_loses_nothing(
     tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretrain(config(tiles, tmp_path / "whole", **{"speed.precision": "fp64"}))
@@ -78,7 +78,7 @@ def test_a_rehearsal_finds_it_out_first(
         (1, 64, True, "only a smaller model needs less"),
     ],
 )
-def test_the_ways_out_keep_the_global_batch(
+def test_advice_keeps_the_global_batch(
     size: int, accumulation: int, checkpointing: bool, said: str, tmp_path: Path
 ) -> None:
     changes = {
@@ -86,7 +86,7 @@ def test_the_ways_out_keep_the_global_batch(
         "training.gradient_accumulation": accumulation,
         "speed.checkpointing": checkpointing,
     }
-    assert said in ways_out(config(tmp_path, tmp_path / "run", **changes))
+    assert said in memory_advice(config(tmp_path, tmp_path / "run", **changes))
 
 
 @pytest.mark.parametrize("level", ["tiles", "grids"])
@@ -115,10 +115,10 @@ def test_bf16_on_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def compiled_by(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     from functools import partial
 
-    from dino.api import run
     from dino.models.backbone import compile_blocks
+    from dino.train import distill
 
-    monkeypatch.setattr(run, "compile_blocks", partial(compile_blocks, backend=backend))
+    monkeypatch.setattr(distill, "compile_blocks", partial(compile_blocks, backend=backend))
 
 
 def test_a_run_goes_on_compiled_or_not(tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

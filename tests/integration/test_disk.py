@@ -118,11 +118,11 @@ def test_the_writer_survives_each_of_its_system_calls(
 def test_a_tracker_that_fails_does_not_end_the_run(
     tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dino.api import pretraining
+    from dino.api import run
 
     def broken(step: int, numbers: object) -> None:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(pretraining, "build_trackers", lambda *_, **__: (broken,))
+    monkeypatch.setattr(run, "build_trackers", lambda *_, **__: (broken,))
     assert pretrain(config(tiles, tmp_path / "run")).state == "finished"
     assert [w for w in status(tmp_path / "run")["warnings"] if "no route" in w]

@@ -53,9 +53,9 @@ def test_a_fault_that_does_not_come_back_is_said_to(
     tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loss that only breaks once, as by a fault of the hardware, in a run on micro-batches."""
-    from dino.train import distill
+    from dino.objectives import dino as objective
 
-    calls, honest = [], distill.dino_loss
+    calls, honest = [], objective.dino_loss
 
     def broken(*args: object, **options: object) -> torch.Tensor:
         calls.append(1)
@@ -63,7 +63,7 @@ def test_a_fault_that_does_not_come_back_is_said_to(
 
     halves = {"training.batch_size_per_gpu": 2, "training.gradient_accumulation": 2}
     with monkeypatch.context() as patch, pytest.raises(TrainingFault, match="step 5"):
-        patch.setattr(distill, "dino_loss", broken)
+        patch.setattr(objective, "dino_loss", broken)
         pretrain(config(tiles, tmp_path / "run", **halves))
     found = replay(tmp_path / "run" / "failure")
     assert not found.again and not found.suspects and len(found.samples) == 4

@@ -176,16 +176,16 @@ def test_bad_images_are_named_replaced_counted_and_bounded(
 def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(
     tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dino.train import distill
+    from dino.objectives import dino as objective
 
     calls = []
-    honest = distill.dino_loss
+    honest = objective.dino_loss
 
     def broken(*args: object, **options: object) -> torch.Tensor:
         calls.append(1)
         return honest(*args, **options) * (float("nan") if len(calls) == 6 else 1.0)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(distill, "dino_loss", broken)
+    monkeypatch.setattr(objective, "dino_loss", broken)
     with pytest.raises(TrainingFault, match="step 6"):
         pretrain(config(tiles, tmp_path / "run"))
     saved = last(tmp_path / "run")

@@ -16,7 +16,7 @@ from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dino.config.schema import PatchAugConfig
+from dino.config.schema import ModelConfig, PatchAugConfig
 from dino.crops import grids as grid_crops
 from dino.crops import images as image_crops
 from dino.crops import resample
@@ -24,13 +24,12 @@ from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
 from dino.data.loader import Batch, DropPath
 from dino.models.backbone import BackboneSpec, build_backbone
-from dino.models.head import DINOHead
+from dino.objectives.dino import DINO
 from dino.signals import StopSignal
 from dino.train import loop
-from dino.train.distill import DINO, Network, SelfDistillation
+from dino.train.distill import Network, SelfDistillation
 from dino.train.loop import Trainer
-from dino.train.optimizer import build_optimizer
-from dino.train.schedules import Cosine, Length, Ramp, Schedules
+from dino.train.optimizer import Cosine, Length, Ramp, Schedules, build_optimizer
 
 DEVICE = torch.device("meta")
 K, DIM, DEPTH, BATCH = 16, 32, 2, 5
@@ -121,16 +120,18 @@ def trainer(make: Callable[[], tuple[Any, Batch]], checkpointing: bool) -> Train
     def network() -> Network:
         backbone = build_backbone(spec, seed=0)
         backbone.checkpointing = checkpointing
-        return Network(backbone, {DINO.head: DINOHead(DIM, K, 24, 8)}).to(DEVICE)
+        return Network(backbone, [objective]).to(DEVICE)
 
-    model = SelfDistillation(network(), network(), [DINO(K, 0.1, 0.9).to(DEVICE)], DEVICE)
+    settings = ModelConfig(out_dim=K, hidden_dim=24, bottleneck_dim=8)
+    objective = DINO(settings, Ramp(0.04, 0.07, 3), seed=0)
+    model = SelfDistillation(network(), network(), [objective.to(DEVICE)], DEVICE)
     return Trainer(
         model=model,
         optimizer=build_optimizer("adamw", model.student),
         crops=crops,
         batches=lambda first, last: [one] * 2 * (last - first),
         accumulation=2,
-        schedules=Schedules(Cosine(1, 0, 8), Cosine(0, 1, 8), Cosine(1, 1, 8), Ramp(0.04, 0.07, 3), 1),
+        schedules=Schedules(Cosine(1, 0, 8), Cosine(0, 1, 8), Cosine(1, 1, 8), 1),
         length=Length(8, 2 * BATCH, 4),
         device=DEVICE,
         precision="fp32",

@@ -1,4 +1,4 @@
-"""Named spans: the parts add up, waiting is found where it is, and a run that is not measured pays nothing."""
+"""Named spans: the parts add up, and spans cost nothing unless measured."""
 
 import pytest
 import torch
@@ -7,19 +7,17 @@ from dino.train.profiling import (
     DATA,
     PARTS,
     REST,
-    STARVING,
     HostClock,
-    StarvationWatch,
     Stopwatch,
     clock_of,
     feeding_advice,
+    fraction,
     no_span,
-    share,
 )
 
 
 class FakeClock:
-    """A clock that moves when it is told to."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now, self.marks = 0, 0
@@ -32,7 +30,7 @@ class FakeClock:
         return float(second - first)
 
 
-def test_the_parts_are_what_was_spent_on_them_and_add_up_to_the_whole() -> None:
+def test_parts_add_up_to_the_whole() -> None:
     clock = FakeClock()
     watch = Stopwatch(clock)
     for _ in range(3):
@@ -61,7 +59,7 @@ def test_a_span_ends_where_its_block_fails() -> None:
     assert watch.take() == {"data": 5, REST: 3}
 
 
-def test_spans_that_are_not_asked_for_are_rest_and_never_look_at_the_clock() -> None:
+def test_spans_that_are_not_measured_are_rest_and_never_read_the_clock() -> None:
     clock = FakeClock()
     watch = Stopwatch(clock, {"data"})
     with watch.span("data"):
@@ -74,9 +72,9 @@ def test_spans_that_are_not_asked_for_are_rest_and_never_look_at_the_clock() -> 
     assert no_span("data") is no_span("forward") is watch.span("forward")  # one object for all: nothing is made
 
 
-def test_shares() -> None:
-    assert share({"data": 1.0, REST: 3.0}, "data") == 0.25
-    assert share({}, "data") == 0 and share({REST: 0.0}, "data") == 0
+def test_fractions() -> None:
+    assert fraction({"data": 1.0, REST: 3.0}, "data") == 0.25
+    assert fraction({}, "data") == 0 and fraction({REST: 0.0}, "data") == 0
     assert len(set(PARTS)) == len(PARTS) and PARTS[0] == DATA and PARTS[-1] == REST
 
 
@@ -117,7 +115,7 @@ def test_a_gpu_is_timed_by_events_of_its_own_queue_and_waited_for_only_when_read
 
 
 @pytest.mark.parametrize(
-    ("workers", "available", "processes", "told"),
+    ("workers", "available", "processes", "expected"),
     [
         (4, 16, 1, ["waited 31%", "more speed.num_workers (4 now, 16 cores)", "local disk"]),
         (0, 2, 1, ["more speed.num_workers (0 now, 2 cores)"]),
@@ -125,15 +123,7 @@ def test_a_gpu_is_timed_by_events_of_its_own_queue_and_waited_for_only_when_read
         (8, 16, 2, ["no more cores to run on (16 for 2 processes)", "local disk"]),
     ],
 )
-def test_advice_names_what_to_change(workers: int, available: int, processes: int, told: list[str]) -> None:
-    said = feeding_advice(0.31, workers, available, processes)
-    assert all(words in said for words in told)
-    assert ("more speed.num_workers" in said) == (workers * processes < available)
-
-
-def test_starvation_is_said_once_and_not_while_the_workers_start() -> None:
-    watch = StarvationWatch(lambda waiting: f"waited {waiting}")
-    assert watch({"data_wait": 0.9}) == []
-    assert watch({"data_wait": STARVING}) == []
-    assert watch({"data_wait": 0.3}) == ["waited 0.3"]
-    assert watch({"data_wait": 0.5}) == []
+def test_advice_names_what_to_change(workers: int, available: int, processes: int, expected: list[str]) -> None:
+    advice = feeding_advice(0.31, workers, available, processes)
+    assert all(words in advice for words in expected)
+    assert ("more speed.num_workers" in advice) == (workers * processes < available)
