@@ -1,4 +1,4 @@
-"""Which signals are caught while a run goes on, and which after it."""
+"""Signals that are caught during a run, and after it."""
 
 import signal
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import pytest
 
 from dino.errors import DataError, Stopped
-from dino.signals import STOP_SIGNALS, StopSignal
+from dino.signals import STOP_SIGNALS, StopSignal, ignore_signals_in_worker
 
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[dict]:
-    """What was there before, and is put back."""
+    """The handlers before the test, which are restored."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield before
     for number, handler in before.items():
@@ -25,6 +25,21 @@ def test_a_signal_is_remembered_during_the_block_alone(number: signal.Signals, h
         signal.raise_signal(number)
         assert stop.received == number
     assert {n: signal.getsignal(n) for n in STOP_SIGNALS} == handlers
+
+
+def test_a_second_interrupt_is_raised() -> None:
+    with StopSignal().listening() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_workers_ignore_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "sigwaitinfo", raising=False)  # else the other signals stay blocked in this process
+    ignore_signals_in_worker(0)
+    signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from dino.errors import ConfigError, DinoError, OutOfMemory, ProcessesLost, Stop
 from dino.files import oserror_to_data_error
 from dino.report.terminal import run_panel
 from dino.train.failure import record_failure
-from dino.train.judge import Judge
 from dino.train.loop import NonFiniteStep, Trainer
 from dino.train.run_folder import RunFolder
 
@@ -85,7 +84,9 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
                 folder.update_status(state="running", step=trainer.step, total_steps=run.length.total, error=None)
                 with progress.bar(f"pretrain {run.level.name}", run.length.total, trainer.step) as metrics.bar:
                     trainer.fit()
-                return _finish(run, trainer, folder, judge)
+                samples = min(JUDGED, len(run.level.dataset))
+                progress.say(f"evaluating: features of two views of {samples} samples, trained and untrained …")
+                return _finish(run, trainer, folder, final_verdict(run, trainer, folder, judge))
 
 
 def _rehearse(run: Run) -> RunSummary:
@@ -145,13 +146,10 @@ def _end_recorded(run: Run, trainer: Trainer, folder: RunFolder) -> Iterator[Non
         folder.write_quarantine(trainer.quarantine)
 
 
-def _finish(run: Run, trainer: Trainer, folder: RunFolder, judge: Judge | None) -> RunSummary:
-    """Evaluate the run, export its backbone, and show its results."""
+def _finish(run: Run, trainer: Trainer, folder: RunFolder, evaluation: Mapping[str, Any]) -> RunSummary:
+    """Export the run's backbone, record its end with the evaluation, and show its results."""
     folder.write_quarantine(trainer.quarantine)
     state = "early_stopped" if trainer.stop_early else "finished"
-    samples = min(JUDGED, len(run.level.dataset))
-    progress.say(f"evaluating: trained and untrained backbone on two views of {samples} samples …")
-    evaluation = final_verdict(run, trainer, folder, judge)
     if distributed.is_main():
         run.export(folder)
     folder.update_status(state=state, step=trainer.step, eta_seconds=0, bad_files=len(trainer.quarantine), **evaluation)

@@ -283,6 +283,8 @@ def replay(words: ReplayWords = None) -> None:
     from dino import api, progress
 
     found = api.replay(Path(folder), changes)
+    names = list(found.samples[0].losses) if found.samples else []
+    names = names if len(names) > 1 else []  # a single loss is the loss
     rows = [
         (
             s.name,
@@ -291,10 +293,11 @@ def replay(words: ReplayWords = None) -> None:
             f"{s.largest_input:.4g}",
             _format_views(s.teacher_views),
             _format_views(s.student_views),
+            *(f"{s.losses[name]:.4g}" for name in names),
         )
         for s in found.samples
     ]
-    progress.table(rows, REPLAY_HEADER)
+    progress.table(rows, (*REPLAY_HEADER, *(f"loss/{name}" for name in names)))
     typer.echo(_conclusion(found.step, found.again, [sample.name for sample in found.suspects]))
 
 

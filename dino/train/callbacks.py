@@ -18,7 +18,7 @@ from dino.evaluate.verdict import COLLAPSED_RANK
 from dino.objectives import Condition
 from dino.train.checkpoint import LAST, CheckpointFolder
 from dino.train.loop import RANKED, Callback, StepReport, Trainer
-from dino.train.profiling import DATA, STARVING, Stopwatch, clock_of, data_advice, fraction
+from dino.train.profiling import DATA, STARVING, Stopwatch, busy_cores_warning, clock_of, data_advice, fraction
 from dino.train.run_folder import RunFolder
 
 TAKEN_OVER = "another process uses the folder now"
@@ -64,6 +64,9 @@ class MetricsLog(Callback):
         self._since = (time.monotonic(), trainer.step)
         self._stopwatch = Stopwatch(clock_of(trainer.device), {DATA})
         trainer.span = self._stopwatch.span
+        warning = busy_cores_warning(trainer.device)
+        if warning:
+            progress.warn(warning)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Write a line when one is due."""

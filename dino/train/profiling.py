@@ -22,6 +22,7 @@ AVERAGE = "teacher average"
 REST = "rest"
 PARTS = (DATA, COPY, CROPS, TEACHER, STUDENT, LOSS, BACKWARD, CLIP, OPTIMIZER, AVERAGE, REST)
 
+BUSY = 0.75  # fraction of the cores in use before a run from which there is a warning
 STARVING = 0.1  # fraction of the time spent waiting for data from which there is a warning
 
 Span = Callable[[str], AbstractContextManager[None]]
@@ -137,6 +138,23 @@ def fraction(parts: Mapping[str, float], name: str) -> float:
 def cores() -> int:
     """Number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def busy_cores_warning(device: torch.device) -> str:
+    """A warning where other processes compete for the CPU that is to train; empty where they do not.
+
+    Args:
+        device: Where to train.
+    """
+    if device.type != "cpu" or not hasattr(os, "getloadavg"):
+        return ""
+    load, available = os.getloadavg()[0], cores()
+    if load <= BUSY * available:
+        return ""
+    return (
+        f"about {load:.1f} of {available} cores were in use during the last minute; runs that share cores slow each "
+        f"other down: run one at a time, or each with fewer threads (OMP_NUM_THREADS={max(1, available // 2)})"
+    )
 
 
 def data_advice(waiting: float, workers: int) -> str:

@@ -15,6 +15,7 @@ from tiny_runs import Crash, assert_same_bits, assert_same_numbers, command, con
 from dino.api import levels, pretrain
 from dino.data.packed import GridFiles
 from dino.errors import ConfigError, DataError, TrainingFault
+from dino.train.loop import Trainer
 
 
 @pytest.mark.parametrize("level", ["tiles", "grids"])
@@ -45,21 +46,48 @@ def test_a_killed_process_goes_on_with_the_same_bits(tiles: Path, tmp_path: Path
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_ends_with_75(tiles: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """Sent to the workers as well, as schedulers do."""
+    """Sent to the workers as well, as schedulers and terminals do."""
     long = {"training.max_steps": 100_000, "logging.save_every_steps": 0, "speed.num_workers": 1}
-    process = subprocess.Popen(command(config(tiles, tmp_path / "run", **long), tmp_path), start_new_session=True)
+    process = subprocess.Popen(
+        command(config(tiles, tmp_path / "run", **long), tmp_path),
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     log = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
         time.sleep(0.01)
     os.killpg(process.pid, number)
-    assert process.wait(timeout=25) == 75
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75 and "run the same command again to go on" in errors and "Traceback" not in errors
+    assert ("ctrl-C again ends at once" in errors) == (number == signal.SIGINT)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (
         status["state"] == "stopped"
         and last(tmp_path / "run")["step"] == status["step"] == metrics(tmp_path / "run")[-1]["step"]
     )
+
+
+def test_a_second_interrupt_ends_at_once(tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrain(config(tiles, tmp_path / "whole"))
+
+    def step(self: Trainer, *arguments: object) -> object:
+        if self.step == 5:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return honest(self, *arguments)  # type: ignore[arg-type]
+
+    honest = Trainer._step
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_step", step)
+        pretrain(config(tiles, tmp_path / "run"))
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "crashed" and status["step"] == 5 and "after step 3" in status["error"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    pretrain(config(tiles, tmp_path / "run"))
+    assert_same_bits(tmp_path / "whole", tmp_path / "run")
 
 
 def test_workers_do_not_change_the_bits(tiles: Path, tmp_path: Path) -> None:

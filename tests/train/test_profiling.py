@@ -9,6 +9,7 @@ from dino.train.profiling import (
     REST,
     HostClock,
     Stopwatch,
+    busy_cores_warning,
     clock_of,
     feeding_advice,
     fraction,
@@ -112,6 +113,16 @@ def test_a_gpu_is_timed_by_events_of_its_own_queue_and_waited_for_only_when_read
     assert done == [("record", "queue of cuda:1")] * 3
     assert watch.take() == {REST: 0.5, "forward": 0.25}
     assert ("wait", None) in done[3:]
+
+
+def test_a_cpu_in_use_by_others_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dino.train.profiling.cores", lambda: 8)
+    monkeypatch.setattr("os.getloadavg", lambda: (7.0, 0.0, 0.0))
+    warning = busy_cores_warning(torch.device("cpu"))
+    assert "7.0 of 8 cores" in warning and "OMP_NUM_THREADS=4" in warning
+    assert not busy_cores_warning(torch.device("cuda", 0))
+    monkeypatch.setattr("os.getloadavg", lambda: (5.0, 8.0, 8.0))
+    assert not busy_cores_warning(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
