@@ -27,7 +27,7 @@ from dino.evaluate.labels import read_labels
 from dino.extraction.record import check_folder
 from dino.extraction.regions import plan_cells
 from dino.lock import RunLock
-from dino.models.weights import read_checkpoint
+from dino.models.checkpoint import read_checkpoint
 from dino.slides.slide_list import read_slide_list
 from dino.slides.tables import load_part, read_regions, read_status, read_tiles
 from dino.slides.tiling import refuse_to_mix

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from dino.models.backbone import BackboneSpec, Tokens, build_backbone
-from dino.models.weights import LoadedBackbone, LoadReport, Transform
+from dino.models.transforms import Transform
+from dino.models.weights import LoadedBackbone, LoadReport
 
 
 class MeanColour(nn.Module):

@@ -1,4 +1,4 @@
-"""Models for use elsewhere: exports that timm loads, modules to call, and what a checkpoint is."""
+"""Models for use elsewhere: exports that timm loads, modules to call, and the description of a checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from dino.config.schema import ExportConfig
 from dino.files import oserror_to_data_error
 from dino.models.backbone import Backbone, BackboneSpec
 from dino.models.export import export_backbone
+from dino.models.inputs import input_kind
 from dino.models.transforms import Transform
 from dino.models.weights import LoadedBackbone, load_backbone_file
 from dino.progress import say
@@ -22,7 +23,7 @@ class ClsFeatures(nn.Module):
 
     Attributes:
         backbone: The backbone.
-        transform: Mean and std to normalise images with; None for feature grids.
+        transform: Mean and std to normalize images with; None for feature grids.
         spec: Architecture, level, dims.
     """
 
@@ -35,7 +36,7 @@ class ClsFeatures(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W), or feature grids (B, D_in, h, w), to features (B, D).
 
-        Any size fits that the patch size divides. Raises ConfigError where the shape does not fit.
+        Any size that is a multiple of the patch size. Raises ConfigError where the shape does not fit.
         """
         return self.backbone(x, cls_only=True).cls
 
@@ -44,9 +45,9 @@ def load_backbone(source: str | Path, arch: str | None = None, transform: str = 
     """A trained backbone, in eval mode and float32 on the CPU.
 
     Args:
-        source: A run folder, a checkpoint (own or foreign), an export, or ``timm:NAME``.
-        arch: Architecture of a foreign checkpoint, where its head count is not dim / 64 (level 2: 6).
-        transform: ``auto``, ``imagenet``, ``hipt`` or ``timm``: what ``.transform`` of the result says.
+        source: A run folder, a checkpoint (own or external), an export, or ``timm:NAME``.
+        arch: Architecture of an external checkpoint, where its number of heads is not dim / 64 (level 2: 6).
+        transform: ``auto``, ``imagenet``, ``hipt`` or ``timm``, for ``.transform`` of the result.
 
     Raises:
         CheckpointError: The source is missing, damaged or unsafe, or its tensors do not fit.
@@ -61,7 +62,7 @@ def export(source: str, directory: Path, config: ExportConfig) -> Path:
     Args:
         source: As in ``load_backbone``.
         directory: Folder to write ``config.json`` and ``model.safetensors`` into.
-        config: Transform to record, and the tile size that positions are baked for.
+        config: Transform to record, and the tile size that the position table is resized to.
 
     Returns:
         ``directory``.
@@ -74,17 +75,17 @@ def export(source: str, directory: Path, config: ExportConfig) -> Path:
     loaded = load_backbone_file(source, config.arch, config.transform)
     with oserror_to_data_error(Path(directory)):
         export_backbone(loaded, Path(directory), config.tile_size_px)
-    needs = "import dino; " if loaded.level == "region" else ""
+    needs = input_kind(loaded.level).export_needs
     say(f'wrote {directory}: {needs}timm.create_model("local-dir:{directory}", pretrained=True, num_classes=0)')
     return Path(directory)
 
 
 def info(source: str, arch: str | None = None) -> dict[str, Any]:
-    """What a checkpoint is, as plain values; the arguments are those of ``load_backbone``.
+    """Describe a checkpoint in plain values; the arguments are those of ``load_backbone``.
 
     Returns:
         Kind, level, architecture, dims, parameter count, transform, spacing (µm/px), tile size (px), steps, settings of
-        the run, fingerprint of the weights, and tensors left over; None where the checkpoint does not say.
+        the run, fingerprint of the weights, and unexpected keys (``left_over``); None where unknown.
 
     Raises:
         CheckpointError: The source is missing, damaged or unsafe, or its tensors do not fit.
@@ -93,7 +94,7 @@ def info(source: str, arch: str | None = None) -> dict[str, Any]:
     backbone, spec = loaded.backbone, loaded.backbone.spec
     return {
         "source": loaded.source,
-        "kind": "trained by histodino" if loaded.own else "foreign",
+        "kind": "trained by histodino" if loaded.own else "external",
         "level": loaded.level,
         "arch": spec.arch,
         "input_dim": spec.input_dim,

@@ -81,12 +81,12 @@ def end(exit_code: int) -> None:
 
 
 def flat_scalars(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested results as ``(dotted name, text)`` rows, floats with four digits."""
+    """Nested results as ``(dotted name, text)`` rows, floats with six significant digits."""
     for key, value in result.items():
         if isinstance(value, dict):
             yield from flat_scalars(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", f"{value:.4f}" if isinstance(value, float) else str(value)
+            yield f"{prefix}{key}", f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _exit_with(error: DinoError, ctx: Any) -> NoReturn:

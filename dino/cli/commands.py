@@ -243,7 +243,14 @@ export_command = with_settings(ExportConfig)
 InfoWords = Annotated[list[str] | None, typer.Argument(metavar="CHECKPOINT [KEY=VALUE]...", hidden=True)]
 
 
-def info(words: InfoWords = None, config: ConfigFile = None) -> None:
+InfoAll = Annotated[bool, typer.Option("--all", help="Print everything, with the settings of the run.")]
+INFO_KEYS = (
+    *("source", "kind", "level", "arch", "embed_dim", "patch_size"),
+    *("transform.name", "spacing_um", "tile_size_px", "step"),
+)
+
+
+def info(words: InfoWords = None, config: ConfigFile = None, everything: InfoAll = False) -> None:
     """Describe a checkpoint: architecture, training, transform, spacing and tile size.
 
     CHECKPOINT is a run, a checkpoint file (external ones too) or an export.
@@ -257,7 +264,11 @@ def info(words: InfoWords = None, config: ConfigFile = None) -> None:
     settings = load_config(InfoConfig, file=config, overrides=overrides)
     from dino import api, progress
 
-    progress.table(flat_scalars(api.info(source, settings.arch)))
+    rows = dict(flat_scalars(api.info(source, settings.arch)))
+    shown = rows if everything else {key: rows[key] for key in INFO_KEYS if key in rows}
+    progress.table(list(shown.items()))
+    if not everything:
+        progress.say(f"--all prints {len(rows) - len(shown)} more values")
 
 
 info_command = with_settings(InfoConfig)

@@ -341,7 +341,10 @@ class ExportConfig:
 
     arch: str | None = runtime(None, "architecture of an external checkpoint, if its number of heads is not dim/64")
     transform: str = runtime("auto", "normalisation recorded in the export: auto, imagenet, hipt or timm")
-    tile_size_px: int = runtime(256, "tile size in px that the position embedding is resized to")
+    tile_size_px: int | None = runtime(
+        None,
+        "tile size in px that the position table is resized to; null: 256 or the multiple of the patch size below",
+    )
 
 
 @dataclass

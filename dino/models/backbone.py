@@ -217,11 +217,12 @@ class Backbone(nn.Module):
         super().__init__()
         self.vit = make_vit(spec) if vit is None else vit
         check_supported(self.vit, spec.arch)
-        self.vit.blocks = nn.ModuleList(Block(block).train(block.training) for block in self.vit.blocks)
+        blocks = [Block(block).train(block.training) for block in self.vit.blocks]
+        self.vit.blocks = nn.ModuleList(blocks)
         self.spec = spec
         self.embed_dim: int = self.vit.embed_dim
-        self.depth = len(self.vit.blocks)
-        self.num_heads: int = self.vit.blocks[0].attn.num_heads
+        self.depth = len(blocks)
+        self.num_heads: int = blocks[0].attn.num_heads
         self.checkpointing = False
         self._matrices: dict[tuple, Tensor] = {}
         self._ropes: dict[tuple, Tensor] = {}

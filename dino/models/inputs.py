@@ -7,7 +7,7 @@ Importing this module registers the region architecture with timm.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
@@ -105,7 +105,7 @@ class InputKind:
     description = "images (level 1)"
     shape = "images (B, C, H, W)"
     normalized = True
-    timm_arguments: dict[str, Any] = {}  # noqa: RUF012
+    timm_arguments: ClassVar[dict[str, Any]] = {}
     short_names: tuple[str, ...] = ("vit_tiny", "vit_small", "vit_base", "vit_large")
     default_entry = "vit_small_patch16_224"
     first_conv: str | None = "patch_embed.proj"
@@ -163,7 +163,7 @@ class InputKind:
         if tile_size_px is None:
             tile_size_px = max(side, TILE_SIZE_PX - TILE_SIZE_PX % side)
         if tile_size_px < side or tile_size_px % side:
-            below = tile_size_px - tile_size_px % side
+            below = max(0, tile_size_px - tile_size_px % side)
             near = " or ".join(str(size) for size in (below, below + side) if size > 0)
             raise ConfigError(
                 f"tile_size_px: expected a multiple of the patch size {side}, found {tile_size_px}: choose {near}"
@@ -178,7 +178,7 @@ class GridInput(InputKind):
     description = "feature grids (level 2)"
     shape = "feature grids (B, D, h, w)"
     normalized = False
-    timm_arguments = {"embed_layer": GridEmbed}  # noqa: RUF012
+    timm_arguments: ClassVar[dict[str, Any]] = {"embed_layer": GridEmbed}
     short_names = ("hvit_xs",)
     default_entry = "hvit_xs"
     first_conv = None

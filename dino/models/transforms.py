@@ -16,7 +16,7 @@ class Transform:
         name: ``imagenet``, ``hipt`` or ``timm``.
         mean: Per channel, of values in [0, 1].
         std: Per channel.
-        input_size_px: Side that the whole tile is resized to first; None for the tile as it is.
+        input_size_px: Size that the whole tile is resized to first; None for none.
     """
 
     name: str
@@ -53,8 +53,8 @@ def choose_transform(wanted: str, stored: Transform | None, source: str) -> Tran
 
     Args:
         wanted: ``auto`` (the stored one, else imagenet with a warning), ``imagenet``, ``hipt`` or ``timm``.
-        stored: What the checkpoint says, if it does.
-        source: What to call the checkpoint.
+        stored: The one in the checkpoint, if any.
+        source: Name of the checkpoint in messages.
 
     Raises:
         ConfigError: ``wanted`` is unknown, or ``timm`` for a checkpoint that is not timm's.
@@ -67,5 +67,7 @@ def choose_transform(wanted: str, stored: Transform | None, source: str) -> Tran
         return replace(TRANSFORMS[wanted], input_size_px=stored.input_size_px if stored else None)
     if stored is not None:
         return stored
-    warn(f"{source} does not say its transform: taking imagenet (HIPT itself used mean = std = 0.5: transform=hipt)")
+    warn(
+        f"{source} has no recorded normalization, assuming imagenet (HIPT itself used mean = std = 0.5: transform=hipt)"
+    )
     return TRANSFORMS["imagenet"]

@@ -1,7 +1,13 @@
-"""From a run, a file, an export or a timm name to a backbone with its weights and its transform."""
+"""From a run, a file, an export or a timm name to a backbone with its weights and its transform.
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+Files of others load by the names of their tensors. Known layouts: facebookresearch/dino (``student`` and ``teacher``
+with ``module.`` and ``backbone.`` before the names, or a bare state dict), both levels of HIPT (the second with
+``phi.0`` for the embedding), torch.compile's ``_orig_mod.``, and timm.
+"""
+
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +18,21 @@ from torch import Tensor, nn
 from dino.errors import CheckpointError, DinoError
 from dino.files import read_json
 from dino.models.backbone import Backbone, BackboneSpec, init_weights, make_timm
-from dino.models.foreign import backbone_tensors, infer_spec
-from dino.models.reading import fingerprint, read_checkpoint, read_safetensors, resolve_run
+from dino.models.checkpoint import (
+    PACKAGE,
+    Description,
+    fingerprint,
+    is_own,
+    read_checkpoint,
+    read_safetensors,
+    readable,
+    resolve_run,
+)
+from dino.models.inputs import INPUTS, TILE_SIZE_PX, input_kind
+from dino.models.spec import Shape, arch_of, shape_of
 from dino.models.transforms import TRANSFORMS, Transform, choose_transform, timm_transform
 from dino.progress import say
 
-FORMAT = "histodino/1"
-TIMM = "timm:"
-DETAILS = ("total_steps", "versions", "training_slides")
-SECTION = "histodino"  # of an export's config.json
 __all__ = [
     "TRANSFORMS",
     "LoadReport",
@@ -30,16 +42,26 @@ __all__ = [
     "init_from",
     "load_backbone_file",
     "load_tensors",
-    "read_checkpoint",
-    "resolve_run",
 ]
 
+TIMM = "timm:"
+# Arguments of a timm folder's config that do not change which tensors the model has.
 ADAPTABLE = {"img_size", "num_classes", "global_pool", "in_chans", "dynamic_img_size"}
+CONTAINERS = ("state_dict", "model")
+PREFIX = re.compile(r"^(module\.|backbone\.)+")
+HEADS = re.compile(r"^(head|fc_norm|last_layer|mlp|projection_head)\.")
+RENAMED = {"phi.0.weight": "patch_embed.proj.weight", "phi.0.bias": "patch_embed.proj.bias"}
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What happened to each tensor's name; ``unexpected`` are those left over, the heads."""
+    """Which tensors were loaded.
+
+    Attributes:
+        loaded: Number of tensors loaded.
+        missing: Names that the backbone has and the source lacks.
+        unexpected: Names of the source that the backbone does not have: heads.
+    """
 
     loaded: int
     missing: list[str]
@@ -52,18 +74,18 @@ class LoadedBackbone:
 
     Attributes:
         backbone: In eval mode, float32, on the CPU.
-        transform: None for level 2.
+        transform: None for feature grids.
         level: ``patch`` or ``region``.
-        report: What was loaded and what was left over.
+        report: Which tensors were loaded.
         source: Path of the file or folder, or ``timm:NAME``.
         spacing_um: µm per px that it was trained at, where known.
-        tile_size_px: Side of the tiles that it was trained on, where known.
-        region_cells: (h, w) of the grids that a level-2 model was trained on, where known.
+        tile_size_px: Size of the tiles that it was trained on, where known.
+        region_cells: (height, width) of the grids that a level-2 model was trained on, where known.
         own: Whether this package trained it.
         step: Optimizer steps of training, where known.
         config: Settings of the run, where known.
-        fingerprint: SHA-256 of the weights, the head count and the position rule.
-        details: The rest that a checkpoint of this package says: total_steps, versions, training_slides.
+        fingerprint: SHA-256 of the weights, the number of heads and the position rule.
+        details: ``total_steps``, ``versions``, ``training_slides``, where known.
     """
 
     backbone: Backbone
@@ -84,14 +106,14 @@ class LoadedBackbone:
 def load_backbone_file(
     path: str | Path, arch: str | None = None, transform: str = "auto", which: str = "teacher", pretrained: bool = True
 ) -> LoadedBackbone:
-    """Load a backbone by the names of its tensors; print what was loaded and left over.
+    """Load a backbone by the names of its tensors; print which were loaded, and unexpected keys.
 
     Args:
-        path: A run folder, a checkpoint of this package, an export, a foreign checkpoint, or ``timm:NAME``.
-        arch: Architecture of a foreign checkpoint, where its tensors do not tell.
+        path: A run folder, a checkpoint of this package, an export, an external checkpoint, or ``timm:NAME``.
+        arch: Architecture of an external checkpoint, where its tensors do not determine it.
         transform: ``auto`` (the checkpoint's own, else imagenet with a warning), ``imagenet``, ``hipt`` or ``timm``.
         which: ``teacher`` or ``student``.
-        pretrained: For ``timm:NAME``: load timm's weights, or start new ones.
+        pretrained: For ``timm:NAME``: load timm's weights, or make new ones.
 
     Raises:
         CheckpointError: The source is missing, damaged, unsafe, or any of its backbone's tensors does not fit.
@@ -101,34 +123,36 @@ def load_backbone_file(
     if source.startswith(TIMM):
         loaded = _from_timm(source.removeprefix(TIMM), pretrained)
     elif (Path(path) / "config.json").is_file():
-        with _readable(source):
+        with readable(source):
             loaded = _from_folder(Path(path), arch)
     else:
         file = resolve_run(Path(path)) if Path(path).is_dir() else Path(path)
         content = read_checkpoint(file, mmap=True)
-        if str(content.get("format", "")).startswith(f"{SECTION}/"):
-            with _readable(source):
-                loaded = _from_own(content, str(file), which)
+        description = Description.from_dict(content, str(file)) if is_own(content) else None
+        tensors, unexpected = backbone_tensors(content, which, str(file))
+        if description is None:
+            loaded = _load(infer_spec(tensors, arch, str(file), "dino"), tensors, unexpected, str(file))
         else:
-            tensors, left_over = backbone_tensors(content, which, str(file))
-            loaded = _load(infer_spec(tensors, arch, str(file), "dino"), tensors, left_over, str(file))
-    if loaded.level == "patch":
+            with readable(source):
+                loaded = _load(description.spec, tensors, unexpected, str(file))
+            loaded = _described(loaded, description, own=True)
+    if input_kind(loaded.level).normalized:
         loaded = replace(loaded, transform=choose_transform(transform, loaded.transform, source))
     loaded.backbone.eval()
-    _announce(loaded)
+    _print_summary(loaded)
     return loaded
 
 
 def init_from(backbone: Backbone, source: str | Path, arch: str | None = None) -> LoadedBackbone:
-    """Give a backbone the weights of another as its start; nothing changes when any of them does not fit.
+    """Initialize a backbone with the weights of another; nothing changes when any of them does not fit.
 
-    The source's position table is taken as it is: the backbone's table, and ``img_size`` in its spec, become those of
+    The source's position table is kept at its size: the backbone's table, and ``img_size`` in its spec, become those of
     the source. Call it before optimizers and wrappers see the parameters.
 
     Args:
-        backbone: What to start; its rule for resizing positions stays.
+        backbone: What to initialize; its rule for resizing positions stays.
         source: As in ``load_backbone_file``.
-        arch: Architecture of a foreign source, where its tensors do not tell.
+        arch: Architecture of an external source, where its tensors do not determine it.
 
     Raises:
         CheckpointError: The source cannot be read, is of another level, or its tensors do not fit.
@@ -156,15 +180,14 @@ def init_from(backbone: Backbone, source: str | Path, arch: str | None = None) -
 def expect_level(loaded: LoadedBackbone, level: str) -> None:
     """Raise CheckpointError unless the backbone is of ``level``."""
     if loaded.level != level:
-        takes = {"patch": "images (level 1)", "region": "feature grids (level 2)"}
         raise CheckpointError(
-            f"{loaded.source}: expected a model of {takes[level]}, found one of {takes[loaded.level]}: "
-            f"give a {level} model"
+            f"{loaded.source}: expected a model of {input_kind(level).description}, found one of "
+            f"{input_kind(loaded.level).description}: give a {level} model"
         )
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load by name; everything must be there and of its shape, else CheckpointError and ``module`` stays as it was."""
+    """Load by name; all tensors must be there with their shapes, else CheckpointError and ``module`` is unchanged."""
     own = module.state_dict()
     wrong = [f"missing {name}" for name in own if name not in tensors]
     wrong += [f"unexpected {name}" for name in tensors if name not in own]
@@ -177,63 +200,32 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
     module.load_state_dict(dict(tensors))
 
 
-@contextmanager
-def _readable(source: str) -> Iterator[None]:
-    """Refuse a file whose description of its model holds values of another kind than this package writes."""
-    try:
-        yield
-    except DinoError:
-        raise
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise CheckpointError(
-            f"{source}: expected a description of the model as this package writes it, found values of another kind "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:120]}): copy or export it again"
-        ) from error
+# ------------------------------------------------------------------------------------------------- sources
 
 
-def _table(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A table of keys in a description; empty where there is none."""
-    value = content.get(key)
-    if value is not None and not isinstance(value, Mapping):
-        raise TypeError(f"{key} is {type(value).__name__}")
-    return value or {}
-
-
-def _load(spec: BackboneSpec, tensors: Mapping[str, Tensor], left_over: list[str], source: str) -> LoadedBackbone:
+def _load(spec: BackboneSpec, tensors: Mapping[str, Tensor], unexpected: list[str], source: str) -> LoadedBackbone:
     with torch.random.fork_rng(devices=[]):  # making a model draws numbers
         backbone = Backbone(spec)
     load_tensors(backbone.vit, tensors, source)
-    return _described(backbone, LoadReport(len(tensors), [], left_over), source)
+    return _loaded(backbone, LoadReport(len(tensors), [], unexpected), source)
 
 
-def _described(backbone: Backbone, report: LoadReport, source: str) -> LoadedBackbone:
+def _loaded(backbone: Backbone, report: LoadReport, source: str) -> LoadedBackbone:
     mark = fingerprint(backbone, f"heads={backbone.num_heads} pos_resample={backbone.spec.pos_resample}")
     return LoadedBackbone(backbone, None, backbone.spec.level, report, source, fingerprint=mark)
 
 
-def _from_own(content: Mapping[str, Any], source: str, which: str) -> LoadedBackbone:
-    if content["format"] != FORMAT:
-        raise CheckpointError(f"{source}: expected format {FORMAT}, found {content['format']}: update this package")
-    tensors, left_over = backbone_tensors(content, which, source)
-    loaded = _load(BackboneSpec.from_dict(dict(_table(content, "spec"))), tensors, left_over, source)
-    return _with_history(loaded, content)
-
-
-def _with_history(loaded: LoadedBackbone, content: Mapping[str, Any]) -> LoadedBackbone:
-    geometry, stored = _table(content, "geometry"), _table(content, "transform")
-    for key, ids in _table(content, "training_slides").items():
-        if not isinstance(ids, list):
-            raise TypeError(f"training_slides.{key} is {type(ids).__name__}")
+def _described(loaded: LoadedBackbone, description: Description, own: bool) -> LoadedBackbone:
     return replace(
         loaded,
-        transform=Transform.from_dict(stored) if stored else None,
-        spacing_um=geometry.get("spacing_um"),
-        tile_size_px=geometry.get("tile_size_px"),
-        region_cells=geometry.get("region_cells"),
-        own=bool(content.get("own", True)),
-        step=content.get("step"),
-        config=dict(_table(content, "config")) or None,
-        details={key: content[key] for key in DETAILS if key in content},
+        transform=description.transform,
+        spacing_um=description.geometry.get("spacing_um"),
+        tile_size_px=description.geometry.get("tile_size_px"),
+        region_cells=description.geometry.get("region_cells"),
+        own=own,
+        step=description.step,
+        config=description.config,
+        details=dict(description.training),
     )
 
 
@@ -241,18 +233,20 @@ def _from_folder(folder: Path, arch: str | None) -> LoadedBackbone:
     """A timm folder: an export of this package, or any other of a supported architecture."""
     try:
         config = read_json(folder / "config.json")
-        content, name = config.get(SECTION), config["architecture"]
+        section, name = config.get(PACKAGE), config["architecture"]
     except (ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json: not a timm config ({error!r})") from error
-    tensors, left_over = backbone_tensors(read_safetensors(folder / "model.safetensors"), "teacher", str(folder))
-    if content:
-        loaded = _load(BackboneSpec.from_dict(dict(_table(content, "spec"))), tensors, left_over, str(folder))
-        return _with_history(loaded, content)
+    tensors, unexpected = backbone_tensors(read_safetensors(folder / "model.safetensors"), "teacher", str(folder))
+    if section:
+        description = Description.from_dict(section, str(folder))
+        loaded = _load(description.spec, tensors, unexpected, str(folder))
+        return _described(loaded, description, own=bool(section.get("own", True)))
     special = sorted(set(config.get("model_args") or {}) - ADAPTABLE)
     if special and arch is None:
         raise CheckpointError(f"{folder}: {name} with its own {', '.join(special)} cannot be rebuilt: give arch=")
-    loaded = _load(infer_spec(tensors, arch or name, str(folder), "timm"), tensors, left_over, str(folder))
-    return replace(loaded, transform=timm_transform(config.get("pretrained_cfg") or config))
+    transform = timm_transform(config.get("pretrained_cfg") or config)
+    spec = infer_spec(tensors, arch or name, str(folder), "timm", transform.input_size_px or TILE_SIZE_PX)
+    return replace(_load(spec, tensors, unexpected, str(folder)), transform=transform)
 
 
 def _from_timm(name: str, pretrained: bool) -> LoadedBackbone:
@@ -270,18 +264,148 @@ def _from_timm(name: str, pretrained: bool) -> LoadedBackbone:
     if not pretrained:
         init_weights(vit, torch.Generator().manual_seed(0))
     size, patch = vit.patch_embed.img_size, vit.patch_embed.patch_size[0]
-    spec = BackboneSpec(name.split(".", maxsplit=1)[0], "patch", vit.in_chans, (size[0], size[1]), patch, "timm")
+    arch, level = name.split(".", maxsplit=1)[0], _input_of(vit.patch_embed.proj.weight)
+    spec = BackboneSpec(arch, level, vit.in_chans, (size[0], size[1]), patch, "timm")
     report = LoadReport(len(vit.state_dict()) if pretrained else 0, [], [])
-    loaded = _described(Backbone(spec, vit), report, f"{TIMM}{name}")
-    return replace(loaded, transform=timm_transform(vit.pretrained_cfg))
+    transform = timm_transform(vit.pretrained_cfg)
+    return replace(_loaded(Backbone(spec, vit), report, f"{TIMM}{name}"), transform=transform)
 
 
-def _announce(loaded: LoadedBackbone) -> None:
+def _print_summary(loaded: LoadedBackbone) -> None:
     report, spec = loaded.report, loaded.backbone.spec
-    heads = sorted({".".join(name.split(".")[:-1]) or name for name in report.unexpected})
-    left = f"{len(report.unexpected)} left over ({', '.join(heads[:4])}{', ...' if len(heads) > 4 else ''})"
+    modules = sorted({".".join(name.split(".")[:-1]) or name for name in report.unexpected})
+    unexpected = f"{len(report.unexpected)} unexpected keys"
+    if modules:
+        unexpected += f" ({', '.join(modules[:4])}{', ...' if len(modules) > 4 else ''})"
     transform = f"transform {loaded.transform.name}" if loaded.transform else "no transform"
     say(
-        f"{loaded.source}: {spec.arch} ({loaded.level}), {report.loaded} backbone tensors loaded, none missing, "
-        f"{left if heads else 'none left over'}; {transform}"
+        f"{loaded.source}: {spec.arch} ({loaded.level}), {report.loaded} backbone tensors loaded, no missing keys, "
+        f"{unexpected if modules else 'no unexpected keys'}; {transform}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- external layouts
+
+
+def backbone_tensors(content: Mapping[str, Any], which: str, source: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of the backbone in a checkpoint, under this package's names.
+
+    Args:
+        content: The checkpoint.
+        which: ``teacher`` or ``student``, where it contains both.
+        source: Name of the checkpoint in errors.
+
+    Returns:
+        The tensors by name, and the names (as found) of heads, which are not part of the backbone.
+
+    Raises:
+        CheckpointError: It contains no tensors, lacks ``which``, or has two tensors of one name.
+    """
+    content = _state_dict(content, which, source)
+    kept: dict[str, Tensor] = {}
+    unexpected: list[str] = []
+    for found, tensor in content.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        name = PREFIX.sub("", found.replace("_orig_mod.", ""))
+        if HEADS.match(name):
+            unexpected.append(found)
+            continue
+        name = RENAMED.get(name, name)
+        if name in kept:
+            raise CheckpointError(f"{source}: two tensors are both called {name} (one of them as {found})")
+        kept[name] = tensor
+    if not kept:
+        raise CheckpointError(f"{source}: expected the tensors of a vision transformer, found none")
+    return kept, unexpected
+
+
+def _state_dict(content: Mapping[str, Any], which: str, source: str) -> Mapping[str, Any]:
+    if isinstance(content.get(which), Mapping):
+        return content[which]
+    if isinstance(content.get("teacher"), Mapping) or isinstance(content.get("student"), Mapping):
+        raise CheckpointError(f"{source}: expected a {which!r} in it, found {sorted(map(str, content))}")
+    for name in CONTAINERS:
+        if isinstance(content.get(name), Mapping):
+            return content[name]
+    return content
+
+
+def infer_spec(
+    tensors: Mapping[str, Tensor], arch: str | None, source: str, pos_resample: str, img_size: int = TILE_SIZE_PX
+) -> BackboneSpec:
+    """Infer from tensors which backbone they belong to.
+
+    Args:
+        tensors: Under this package's names.
+        arch: Architecture given by the user; needed where the tensors do not determine heads or table, and for models
+            without a position table or with a gated MLP.
+        source: Name of the checkpoint in errors.
+        pos_resample: Rule that resizes its position table.
+        img_size: Image size in px of a model without a position table.
+
+    Raises:
+        CheckpointError: A needed tensor is missing, or the tensors do not determine heads or table.
+    """
+    plain = arch is None or shape_of(arch) is not None
+    needed = ["cls_token", "patch_embed.proj.weight"] + ["pos_embed", "blocks.0.mlp.fc1.weight"] * plain
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        shown = ", ".join(sorted(tensors)[:4])
+        raise CheckpointError(
+            f"{source}: not a supported ViT: {', '.join(missing)} missing, found {shown}, ...; a model without a "
+            "position table or with a gated MLP needs its timm name, e.g. arch=vit_small_patch16_dinov3"
+        )
+    embed = tensors["patch_embed.proj.weight"]  # (D, C, p, p), or (D, D_in) for grids
+    level = _input_of(embed)
+    patch_size = input_kind(level).patch_size(embed)
+    if "pos_embed" not in tensors:
+        size = max(patch_size, img_size - img_size % patch_size)
+        return BackboneSpec(str(arch), level, embed.shape[1], (size, size), patch_size, pos_resample)
+    side, no_embed_class = _table_side(tensors, source)
+    known = shape_of(arch) if arch else None
+    if arch is None:
+        arch = arch_of(_shape(tensors, level, no_embed_class, source), level)
+    elif known is not None and known.no_embed_class != no_embed_class:
+        rows = tensors["pos_embed"].shape[1]
+        raise CheckpointError(f"{source}: a position table of {rows} rows does not fit arch={arch}")
+    size = side * patch_size
+    return BackboneSpec(arch, level, embed.shape[1], (size, size), patch_size, pos_resample)
+
+
+def _input_of(weight: Tensor) -> str:
+    """The level whose embedding layer has a weight of this shape."""
+    return next((name for name, kind in INPUTS.items() if kind.matches(weight)), next(iter(INPUTS)))
+
+
+def _table_side(tensors: Mapping[str, Tensor], source: str) -> tuple[int, bool]:
+    """Tokens along a side of the (square) position table, and whether it has rows for patches only."""
+    rows = tensors["pos_embed"].shape[1]
+    prefix = 1 + _registers(tensors)
+    sides = [(math.isqrt(max(rows - skip, 0)), skip, skip == 0) for skip in (prefix, 0)]
+    fitting = [(side, bare) for side, skip, bare in sides if side and side * side + skip == rows]
+    if len(fitting) != 1:
+        raise CheckpointError(f"{source}: a position table of {rows} rows is not that of one square grid of tokens")
+    return fitting[0]
+
+
+def _registers(tensors: Mapping[str, Tensor]) -> int:
+    return tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
+
+
+def _shape(tensors: Mapping[str, Tensor], level: str, no_embed_class: bool, source: str) -> Shape:
+    dim = tensors["cls_token"].shape[-1]
+    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    heads = input_kind(level).num_heads(dim)
+    if heads is None:
+        example = f"arch=vit:dim={dim},depth={depth},heads=..."
+        raise CheckpointError(f"{source}: dim {dim} does not determine its number of heads: give it, as {example}")
+    return Shape(
+        dim,
+        depth,
+        heads,
+        registers=_registers(tensors),
+        layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else 0.0,
+        no_embed_class=no_embed_class,
+        mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / dim,
     )

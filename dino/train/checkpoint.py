@@ -1,9 +1,9 @@
 """Checkpoints of a run: their content, and files that are synced, verified and renamed before they replace another."""
 
+import dataclasses
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,35 +11,28 @@ from typing import Any
 import torch
 
 from dino import distributed, progress
-from dino.environment import versions
 from dino.errors import CheckpointError
 from dino.files import atomic_path
+from dino.models.checkpoint import Description, check_resumable, read_checkpoint
 from dino.models.export import export_backbone
-from dino.models.weights import FORMAT, load_backbone_file, read_checkpoint
+from dino.models.weights import load_backbone_file
 from dino.train.loop import Trainer
 
 LAST, PREVIOUS, BEST, START = "last.pt", "previous.pt", "best.pt", "start.pt"
 
 
-def initial_content(trainer: Trainer, description: Mapping[str, Any]) -> dict[str, Any]:
+def initial_content(trainer: Trainer, description: Description) -> dict[str, Any]:
     """Content of ``start.pt``: the description and the teacher.
 
     Args:
         trainer: The run.
-        description: ``level``, ``transform``, ``geometry``, ``config`` and ``training_slides``.
+        description: Of the run; spec and step are those of ``trainer``.
     """
-    return {
-        **description,
-        "format": FORMAT,
-        "step": trainer.step,
-        "total_steps": trainer.length.total,
-        "spec": trainer.model.teacher.backbone.spec.to_dict(),
-        "versions": versions(),
-        "teacher": trainer.model.teacher.published_state(),
-    }
+    now = dataclasses.replace(description, spec=trainer.model.teacher.backbone.spec, step=trainer.step)
+    return {**now.to_dict(), "teacher": trainer.model.teacher.published_state()}
 
 
-def checkpoint_content(trainer: Trainer, description: Mapping[str, Any]) -> dict[str, Any]:
+def checkpoint_content(trainer: Trainer, description: Description) -> dict[str, Any]:
     """Content of every other checkpoint: that of :func:`initial_content`, and what resuming needs.
 
     Nothing random is part of it, because all randomness follows from the draw number, and so from ``step``.
@@ -66,8 +59,7 @@ def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
     Raises:
         CheckpointError: If it is no checkpoint of this version.
     """
-    if saved.get("format") != FORMAT or "optimizer" not in saved:
-        raise CheckpointError(f"expected a checkpoint of this version to resume from, found {saved.get('format')!r}")
+    check_resumable(saved)
     trainer.model.teacher.load_published(saved["teacher"])
     trainer.model.student.load_published(saved["student"])
     for objective, state in zip(trainer.model.objectives, saved["objectives"], strict=True):

@@ -15,7 +15,7 @@ from dino.data.loader import Batch
 from dino.errors import CheckpointError
 from dino.files import atomic_path, read_json, write_json
 from dino.models.backbone import Tokens
-from dino.models.weights import read_checkpoint
+from dino.models.checkpoint import read_checkpoint
 from dino.objectives import Outputs
 from dino.train.distill import TEACHER_VIEWS
 from dino.train.loop import StepReport, Trainer

@@ -14,7 +14,7 @@ from dino.config.schema import LEVEL_CONFIGS, PatchConfig, RegionConfig
 from dino.errors import CheckpointError, ConfigError
 from dino.files import append_text, csv_text, leftovers, read_json, read_json_lines, sync, write_json, write_text
 from dino.lock import LOCK, RunLock
-from dino.models.weights import resolve_run
+from dino.models.checkpoint import resolve_run
 from dino.train.checkpoint import START
 
 COMPLETE = {"finished", "early_stopped"}

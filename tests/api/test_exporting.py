@@ -1,4 +1,4 @@
-"""Exports read back by timm in a fresh process, by this package, and what is said about checkpoints."""
+"""Exports read back by timm in a fresh process and by this package; the description of checkpoints."""
 
 import json
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import dino
 from dino.api.exporting import export, info, load_backbone
 from dino.config.schema import ExportConfig
 from dino.errors import ConfigError
@@ -111,15 +112,15 @@ def test_an_export_loads_here_too(case: str, exported: Path) -> None:
     assert model.spec.pos_resample == spec.pos_resample and not model.training
 
 
-def test_foreign_checkpoints_and_timm_models_are_exported_too(tmp_path: Path) -> None:
+def test_external_checkpoints_and_timm_models_are_exported_too(tmp_path: Path) -> None:
     model = build_backbone(CASES["patch"][0], 0)
     torch.save({"teacher": {f"module.backbone.{k}": v for k, v in model.vit.state_dict().items()}}, tmp_path / "f.pth")
     export(str(tmp_path / "f.pth"), tmp_path / "out", ExportConfig(transform="hipt", tile_size_px=96))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["pretrained_cfg"]["mean"] == [0.5] * 3 and config["model_args"]["img_size"] == [96, 96]
-    assert info(str(tmp_path / "out"))["kind"] == "foreign"
+    assert info(str(tmp_path / "out"))["kind"] == "external"
     assert load_file(tmp_path / "out" / "model.safetensors")["pos_embed"].shape == (1, 37, 192)
-    with pytest.raises(ConfigError, match="multiple of the patch size 16.*96"):
+    with pytest.raises(ConfigError, match="multiple of the patch size 16, found 100: choose 96 or 112"):
         export(str(tmp_path / "f.pth"), tmp_path / "out", ExportConfig(tile_size_px=100))
 
 
@@ -148,13 +149,31 @@ def test_info_says_what_a_checkpoint_is(tmp_path: Path) -> None:
     assert said["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_importing_the_package_registers_region_architectures_once_timm_is_there() -> None:
-    code = """
-import dino, sys, importlib.util
-assert not {"torch", "timm"} & set(sys.modules)  # importing the package is cheap
-assert importlib.util.find_spec("timm") is not None  # looking is not importing
-import timm
+@pytest.mark.parametrize("order", ["import dino, timm", "import timm, dino"])
+def test_importing_the_package_registers_region_architectures(order: str) -> None:
+    code = f"""
+import sys
+before = list(sys.meta_path)
+{order}
 assert timm.is_model("hvit_xs") and timm.create_model("hvit_xs").embed_dim == 192
 assert not any(type(finder).__module__.startswith("dino") for finder in sys.meta_path)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "orig_argv", "command"),
+    [
+        (["/venv/bin/dino", "info"], ["python", "/venv/bin/dino", "info"], True),
+        (["-m", "info"], ["python", "-u", "-m", "dino", "info"], True),
+        (["/venv/bin/dino"], ["python", "-c", "from multiprocessing.spawn import spawn_main", "x"], True),
+        (["-c"], ["python", "-c", "from multiprocessing.forkserver import main"], True),
+        (["-m"], ["python", "-m", "pytest", "dino"], False),
+        (["-c"], ["python", "-c", "import dino"], False),
+        (["train.py", "dino"], ["python", "train.py", "dino"], False),
+        ([""], ["python"], False),
+        ([], [], False),
+    ],
+)
+def test_commands_and_workers_start_without_timm(argv: list[str], orig_argv: list[str], command: bool) -> None:
+    assert dino._is_command(argv, orig_argv) is command

@@ -43,7 +43,7 @@ def calls(monkeypatch):
             "standard_errors": {"model": {"knn_20_accuracy": 0.01}, "untrained": {"knn_20_accuracy": 0.02}},
             "about": {"tiles": 12},
         },
-        "info": {"arch": "vit_tiny", "transform": {"name": "imagenet"}},
+        "info": {"arch": "vit_tiny", "transform": {"name": "imagenet"}, "config": {"min_lr": 1e-6}},
     }.items():
         setattr(api, name, lambda *args, name=name, answer=answer: made.append((name, *args)) or answer)
     monkeypatch.setitem(sys.modules, "dino.api", api)
@@ -101,13 +101,14 @@ def test_extract_evaluate_export_info(run, calls):
     assert lines[3] == ["knn_20_auc", "undefined", "0.5000"]
     assert run("export", "run", "folder").exit_code == 0
     assert "transform.name" in run("info", "run").stdout
+    assert "lr" not in run("info", "run").stdout and "1e-06" in run("info", "run", "--all").stdout
     plain = [(name, *(a for a in args if isinstance(a, str | Path))) for name, *args in calls]
     assert plain == [
         ("extract", "timm:vit_tiny_patch16_224", Path("root")),
         ("extract", "run", Path("root")),
         ("evaluate_knn", "run", Path("labels.csv")),
         ("export", "run", Path("folder")),
-        ("info", "run"),
+        *[("info", "run")] * 3,
     ]
     assert calls[0][3].pretrained is False
     assert calls[2][3].k == [5]

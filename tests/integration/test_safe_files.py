@@ -23,7 +23,7 @@ from dino.api.tiling import tile
 from dino.config.schema import ExtractConfig, TileConfig
 from dino.data.grids import read_grid
 from dino.errors import CheckpointError, DataError
-from dino.models.weights import read_checkpoint
+from dino.models.checkpoint import read_checkpoint
 from dino.slides.tables import read_regions
 
 CONFIG = ExtractConfig(device="cpu", precision="fp32", num_workers=1)
@@ -154,7 +154,7 @@ def test_bombs_take_little_memory(tmp_path: Path, mark: Path) -> None:
         (tmp_path / f"{name}.pt").write_bytes(make())
     program = (
         "import resource, sys; from pathlib import Path\n"
-        "from dino.models.weights import read_checkpoint; from dino.data.grids import read_grid\n"
+        "from dino.models.checkpoint import read_checkpoint; from dino.data.grids import read_grid\n"
         "from dino.errors import DinoError\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
         "for path in sorted(Path(sys.argv[1]).glob('*.pt')):\n"

@@ -1,6 +1,7 @@
-"""Own and foreign checkpoints, built here with the names that their authors use."""
+"""Own and external checkpoints, built here with the names that their authors use."""
 
 import argparse
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -13,8 +14,10 @@ import torch
 
 from dino.errors import CheckpointError, ConfigError
 from dino.models.backbone import Backbone, BackboneSpec, build_backbone
+from dino.models.checkpoint import Description, read_checkpoint, resolve_run
 from dino.models.head import DINOHead
-from dino.models.weights import expect_level, init_from, load_backbone_file, read_checkpoint, resolve_run
+from dino.models.transforms import TRANSFORMS
+from dino.models.weights import expect_level, init_from, load_backbone_file
 
 NARROW = BackboneSpec("vit:dim=24,depth=2,heads=2", "patch", 3, (16, 16), 4)
 ARCH = NARROW.arch
@@ -78,11 +81,11 @@ LAYOUTS: dict[str, Callable[[State], dict]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_foreign_layouts_load_by_name(layout: str, tmp_path: Path) -> None:
+def test_external_layouts_load_by_name(layout: str, tmp_path: Path) -> None:
     spec = BackboneSpec("vit:dim=64,depth=2,heads=1", "patch", 3, (16, 16), 4)
     state = build_backbone(spec, 0).vit.state_dict()
-    torch.save(LAYOUTS[layout](state), tmp_path / "foreign.pth")
-    loaded = load_backbone_file(tmp_path / "foreign.pth")
+    torch.save(LAYOUTS[layout](state), tmp_path / "external.pth")
+    loaded = load_backbone_file(tmp_path / "external.pth")
     assert loaded.backbone.spec == spec
     for name, tensor in loaded.backbone.vit.state_dict().items():
         assert torch.equal(tensor, state[name]), name
@@ -92,8 +95,8 @@ def test_foreign_layouts_load_by_name(layout: str, tmp_path: Path) -> None:
 
 def test_facebookresearch_dino_vit_small_loads_by_name(tmp_path: Path) -> None:
     small = vit_small_16()
-    torch.save(dino_checkpoint(small, 384), tmp_path / "foreign.pth")
-    loaded = load_backbone_file(tmp_path / "foreign.pth")
+    torch.save(dino_checkpoint(small, 384), tmp_path / "external.pth")
+    loaded = load_backbone_file(tmp_path / "external.pth")
     assert loaded.backbone.spec == BackboneSpec("vit_small", "patch", 3, (224, 224), 16, "dino")
     assert loaded.backbone.num_heads == 6
     assert torch.equal(loaded.backbone.vit.pos_embed, small["pos_embed"])  # kept as it is
@@ -104,14 +107,14 @@ def test_facebookresearch_dino_vit_small_loads_by_name(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.backbone(x).cls, reference(x), rtol=0, atol=2e-5)
 
 
-def test_the_student_can_be_asked_for(tmp_path: Path) -> None:
+def test_the_student_can_be_loaded(tmp_path: Path) -> None:
     state = build_backbone(NARROW, 0).vit.state_dict()
-    torch.save(dino_checkpoint(state, 24), tmp_path / "foreign.pth")
-    loaded = load_backbone_file(tmp_path / "foreign.pth", arch=ARCH, which="student")
+    torch.save(dino_checkpoint(state, 24), tmp_path / "external.pth")
+    loaded = load_backbone_file(tmp_path / "external.pth", arch=ARCH, which="student")
     assert torch.equal(loaded.backbone.vit.cls_token, state["cls_token"] + 1)
-    torch.save({"teacher": state}, tmp_path / "foreign.pth")
+    torch.save({"teacher": state}, tmp_path / "external.pth")
     with pytest.raises(CheckpointError, match="student"):
-        load_backbone_file(tmp_path / "foreign.pth", arch=ARCH, which="student")
+        load_backbone_file(tmp_path / "external.pth", arch=ARCH, which="student")
 
 
 def test_hipt_level_2_loads_by_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -123,11 +126,11 @@ def test_hipt_level_2_loads_by_name(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert torch.equal(loaded.backbone.vit.patch_embed.proj.weight, state["phi.0.weight"])
     assert loaded.backbone(torch.randn(1, 384, 16, 16)).cls.shape == (1, 192)
     printed = capsys.readouterr().out
-    assert "none missing" in printed and "4 left over (head." in printed
+    assert "no missing keys" in printed and "4 unexpected keys (head." in printed
 
 
 def test_transforms(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    file = tmp_path / "foreign.pth"
+    file = tmp_path / "external.pth"
     torch.save(build_backbone(NARROW, 0).vit.state_dict(), file)
     assert load_backbone_file(file, ARCH).transform.mean == (0.485, 0.456, 0.406)  # type: ignore[union-attr]
     assert "HIPT itself used" in capsys.readouterr().out
@@ -151,14 +154,14 @@ def damage(state: State, how: str) -> State:
 
 @pytest.mark.parametrize("how", ["missing", "unexpected", "expected"])
 def test_any_mismatch_fails_and_names_the_tensor(how: str, tmp_path: Path) -> None:
-    torch.save(damage(build_backbone(NARROW, 0).vit.state_dict(), how), tmp_path / "foreign.pth")
+    torch.save(damage(build_backbone(NARROW, 0).vit.state_dict(), how), tmp_path / "external.pth")
     with pytest.raises(CheckpointError, match=f"{how}.*blocks.1|blocks.1.*{how}") as caught:
-        load_backbone_file(tmp_path / "foreign.pth", arch=ARCH)
+        load_backbone_file(tmp_path / "external.pth", arch=ARCH)
     assert "\n" not in str(caught.value)
 
 
-def test_what_tensors_cannot_tell_is_asked_for(tmp_path: Path) -> None:
-    file = tmp_path / "foreign.pth"
+def test_what_tensors_do_not_determine_must_be_given(tmp_path: Path) -> None:
+    file = tmp_path / "external.pth"
     state = build_backbone(NARROW, 0).vit.state_dict()
     torch.save(state, file)
     with pytest.raises(CheckpointError, match=r"heads.*arch=vit:dim=24,depth=2,heads="):
@@ -175,12 +178,12 @@ def test_what_tensors_cannot_tell_is_asked_for(tmp_path: Path) -> None:
         load_backbone_file(file)
 
 
-def test_registers_and_layer_scale_are_read_off(tmp_path: Path) -> None:
+def test_registers_and_layer_scale_are_inferred(tmp_path: Path) -> None:
     for extra in ("registers=4", "registers=4,no_embed_class=1", "layer_scale=1e-05,mlp_ratio=2.0"):
         spec = replace(NARROW, arch=f"vit:dim=128,depth=1,heads=2,{extra}")
         model = build_backbone(spec, 0)
-        torch.save(model.vit.state_dict(), tmp_path / "foreign.pth")
-        loaded = load_backbone_file(tmp_path / "foreign.pth")
+        torch.save(model.vit.state_dict(), tmp_path / "external.pth")
+        loaded = load_backbone_file(tmp_path / "external.pth")
         assert loaded.backbone.spec.arch == build_arch(extra)
         x = torch.randn(1, 3, 16, 16)
         assert torch.equal(loaded.backbone(x).cls, model(x).cls)
@@ -198,7 +201,7 @@ class Bomb:
 BOMB = "exploded"
 
 
-def test_pickled_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickled_code_is_rejected_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"teacher": {}, "args": Bomb()}, tmp_path / "bomb.pth")
     (tmp_path / "bomb.pkl").write_bytes(pickle.dumps(Bomb(), protocol=2))
@@ -212,7 +215,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest
         read_checkpoint(tmp_path / "other.pth")
 
 
-def test_damaged_files_are_refused(tmp_path: Path) -> None:
+def test_damaged_files_are_rejected(tmp_path: Path) -> None:
     file = tmp_path / "whole.pth"
     torch.save({"a": torch.arange(1000.0)}, file)
     whole = file.read_bytes()
@@ -257,7 +260,7 @@ def own_checkpoint(model: Backbone, step: int = 7) -> dict:
     }
 
 
-def test_a_run_stands_for_its_best_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_means_its_best_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
     with pytest.raises(CheckpointError, match="neither"):
@@ -273,7 +276,7 @@ def test_a_run_stands_for_its_best_checkpoint(tmp_path: Path, capsys: pytest.Cap
     assert torch.equal(loaded.backbone(x).cls, model(x).cls)
     torch.save(own_checkpoint(model, 5), folder / "best.pt")
     assert load_backbone_file(tmp_path / "run").step == 5
-    assert "taking checkpoints/best.pt" in capsys.readouterr().out
+    assert "using checkpoints/best.pt" in capsys.readouterr().out
     torch.save({**own_checkpoint(model), "format": "histodino/2"}, folder / "best.pt")
     with pytest.raises(CheckpointError, match="histodino/2"):
         load_backbone_file(tmp_path / "run")
@@ -303,7 +306,7 @@ def test_fingerprint_follows_the_weights_and_what_they_compute(tmp_path: Path) -
     assert load_backbone_file(tmp_path / "b").fingerprint in seen
 
 
-def test_starting_from_a_file_takes_its_position_table(tmp_path: Path) -> None:
+def test_initializing_from_a_file_takes_its_position_table(tmp_path: Path) -> None:
     source = build_backbone(NARROW, 1)
     torch.save(own_checkpoint(source), tmp_path / "start.pt")
     model = build_backbone(replace(NARROW, img_size=(24, 24), pos_resample="recomputed"), 0)
@@ -324,7 +327,7 @@ def test_starting_from_a_file_takes_its_position_table(tmp_path: Path) -> None:
         (BackboneSpec(ARCH, "region", 3, (4, 4), 1), "level 2"),
     ],
 )
-def test_a_start_that_does_not_fit_changes_nothing(spec: BackboneSpec, message: str, tmp_path: Path) -> None:
+def test_initial_weights_that_do_not_fit_change_nothing(spec: BackboneSpec, message: str, tmp_path: Path) -> None:
     torch.save(own_checkpoint(build_backbone(NARROW, 1)), tmp_path / "start.pt")
     model = build_backbone(spec, 0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -349,3 +352,28 @@ def test_timm_models_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match=r"unreachable.*local file") as caught:
         load_backbone_file("timm:test_vit")
     assert "\n" not in str(caught.value)
+
+
+def test_a_description_survives_plain_values() -> None:
+    transform, slides = TRANSFORMS["hipt"], {"training_slides": {"slide_ids": ["a"], "patient_ids": []}}
+    description = Description(NARROW, transform, 7, {"spacing_um": 0.5}, {"seed": 3}, {"total_steps": 9, **slides})
+    content = json.loads(json.dumps(description.to_dict()))
+    assert Description.from_dict(content, "x.pt") == description
+    for key, value in (("geometry", [1]), ("training_slides", {"slide_ids": "a"}), ("transform", {"name": "hipt"})):
+        with pytest.raises(CheckpointError, match="x.pt: expected a description"):
+            Description.from_dict({**content, key: value}, "x.pt")
+    with pytest.raises(CheckpointError, match=r"expected format histodino/1, found histodino/2"):
+        Description.from_dict({**content, "format": "histodino/2"}, "x.pt")
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_dinov3_qkvb", "vit_small_patch14_reg4_dinov2"])
+def test_tensors_of_other_timm_models_load_with_their_name(name: str, tmp_path: Path) -> None:
+    vit = timm.create_model(name, num_classes=0, img_size=224).eval()
+    torch.save(vit.state_dict(), tmp_path / "external.pth")
+    loaded = load_backbone_file(tmp_path / "external.pth", arch=name)
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.backbone(x).cls, vit.forward_features(x)[:, 0], rtol=0, atol=1e-5)
+    if "dinov3" in name:
+        with pytest.raises(CheckpointError, match=r"pos_embed.* missing.*arch=vit_small_patch16_dinov3"):
+            load_backbone_file(tmp_path / "external.pth")
