@@ -1,4 +1,4 @@
-"""Levels: the data that each finds under a folder, what it knows of a sample, and that only the registry names them."""
+"""Levels: the data that each finds in a folder, the metadata of samples, and the registry."""
 
 import csv
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ def region(root: Path, **changes: object) -> RegionConfig:
 
 
 @pytest.mark.parametrize("storage", ["tar", "none"])
-def test_previews_of_a_root_are_never_taken_for_tiles(slides_csv: Path, storage: str) -> None:
+def test_previews_of_a_tiled_root_are_not_used_as_tiles(slides_csv: Path, storage: str) -> None:
     root = tiled(slides_csv, storage)
     with pytest.raises(
         DataError, match=rf"found none; it was tiled with storage={storage}.*storage=jpeg.*another ROOT"
@@ -75,7 +75,7 @@ def test_only_the_tiles_of_roots_in_a_folder_are_found(slides_csv: Path) -> None
     assert len(build_level(patch(root)).dataset) == len(tiles)
 
 
-def test_tiles_that_vanished_are_missed(slides_csv: Path) -> None:
+def test_missing_tiles_of_a_root_raise_an_error(slides_csv: Path) -> None:
     root = tiled(slides_csv, "jpeg")
     (root / "patch_256_pretraining").rename(root / "moved")
     with pytest.raises(DataError, match="found none; tile the same slides again"):
@@ -83,7 +83,7 @@ def test_tiles_that_vanished_are_missed(slides_csv: Path) -> None:
 
 
 @pytest.mark.parametrize("stray", [False, True])
-def test_a_root_without_grids_names_the_command_that_makes_them(slides_csv: Path, stray: bool) -> None:
+def test_the_error_for_a_root_without_grids_names_dino_extract(slides_csv: Path, stray: bool) -> None:
     root = tiled(slides_csv, "none")
     if stray:
         torch.save(torch.randn(16, 3), root / "elsewhere.pt")
@@ -91,7 +91,7 @@ def test_a_root_without_grids_names_the_command_that_makes_them(slides_csv: Path
         build_level(region(root))
 
 
-def test_a_tile_knows_slide_patient_centre_and_spacing(slides_csv: Path) -> None:
+def test_tiles_have_slide_patient_centre_and_spacing(slides_csv: Path) -> None:
     root = tiled(slides_csv, "jpeg")
     records = {record.path.name: record for record in read_tiles(root)}
     dataset = build_level(patch(root)).dataset
@@ -106,7 +106,7 @@ def test_a_tile_knows_slide_patient_centre_and_spacing(slides_csv: Path) -> None
         assert (sample.patient_id, sample.centre) == expected
 
 
-def test_a_grid_knows_slide_patient_centre_and_spacing(slides_csv: Path) -> None:
+def test_grids_have_slide_patient_centre_and_spacing(slides_csv: Path) -> None:
     root = tiled(slides_csv, "none")
     (root / "region_4096_pretraining").mkdir()
     records = {record.path.name: record for record in read_regions(root)}
@@ -124,7 +124,7 @@ def test_a_grid_knows_slide_patient_centre_and_spacing(slides_csv: Path) -> None
         assert (sample.patient_id, sample.centre) == expected
 
 
-def test_a_plain_folder_tells_nothing_but_names(tmp_path: Path) -> None:
+def test_images_of_a_plain_folder_have_slide_ids_only(tmp_path: Path) -> None:
     Image.new("RGB", (32, 24)).save(tmp_path / "a_slide_0_64.png")
     Image.new("RGB", (32, 24)).save(tmp_path / "picture.png")
     dataset = build_level(patch(tmp_path)).dataset
@@ -160,7 +160,7 @@ def test_a_further_level_is_one_class_in_the_registry(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("tile_size", "patch_size", "expected"), [(256, 16, 256), (256, 14, 252), (None, 14, 252), (8, 16, 16)]
 )
-def test_an_export_is_made_for_the_largest_multiple_of_the_patch_size(
+def test_export_size_is_the_largest_multiple_of_the_patch_size(
     tmp_path: Path, tile_size: int | None, patch_size: int, expected: int
 ) -> None:
     Image.new("RGB", (32, 24)).save(tmp_path / "picture.png")
@@ -171,7 +171,7 @@ def test_an_export_is_made_for_the_largest_multiple_of_the_patch_size(
     assert level.export_size_px == expected
 
 
-def test_labelled_items_of_another_level_are_refused(tmp_path: Path) -> None:
+def test_labelled_items_of_another_level_raise_errors(tmp_path: Path) -> None:
     Image.new("RGB", (32, 24)).save(tmp_path / "picture.png")
     torch.save(torch.randn(24, 3), tmp_path / "grid.pt")
     image, grid = tmp_path / "picture.png", tmp_path / "grid.pt"

@@ -9,7 +9,7 @@ from dino.errors import ConfigError, DataError
 
 
 def coordinates(height: int, width: int) -> torch.Tensor:
-    """Row-major ``[h*w x 2]`` rows that hold their own (y, x)."""
+    """Row-major ``[h*w x 2]`` rows whose values are their own (y, x)."""
     return torch.tensor([[y, x] for y in range(height) for x in range(width)], dtype=torch.float32)
 
 
@@ -20,7 +20,7 @@ def test_rows_are_row_major(tmp_path: Path) -> None:
     assert all(grid[:, y, x].tolist() == [y, x] for y in range(4) for x in range(6))
 
 
-def test_column_major_rows_are_turned(tmp_path: Path) -> None:
+def test_column_major_rows_are_transposed(tmp_path: Path) -> None:
     rows = torch.tensor([[y, x] for x in range(6) for y in range(4)], dtype=torch.float16)
     torch.save(rows, tmp_path / "a.pt")
     grid = read_grid(tmp_path / "a.pt", "xy", (4, 6))
@@ -47,13 +47,13 @@ def test_one_region_of_several_is_read(tmp_path: Path) -> None:
         (torch.randn(0, 3), "empty"),
     ],
 )
-def test_what_is_no_grid_is_refused(tmp_path: Path, content: object, message: str) -> None:
+def test_files_that_are_not_grids_raise_data_errors(tmp_path: Path, content: object, message: str) -> None:
     torch.save(content, tmp_path / "bad.pt")
     with pytest.raises(DataError, match=message):
         read_grid(tmp_path / "bad.pt")
 
 
-def test_damaged_file_and_unknown_order_are_refused(tmp_path: Path) -> None:
+def test_damaged_file_and_unknown_order_raise_errors(tmp_path: Path) -> None:
     (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04 torn")
     with pytest.raises(DataError, match=r"torn\.pt"):
         open_grids(tmp_path / "torn.pt")

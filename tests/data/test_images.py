@@ -51,14 +51,14 @@ def test_unusual_modes_become_rgb(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(40)])
-def test_damaged_files_are_named(tmp_path: Path, content: bytes) -> None:
+def test_errors_name_damaged_files(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.jpg"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"broken\.jpg"):
         images.decode(path)
 
 
-def test_truncated_jpeg_and_bomb_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_jpegs_and_decompression_bombs_raise_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "cut.jpg"
     Image.fromarray(noise(64, 64)).save(path)
     path.write_bytes(path.read_bytes()[:-500])
@@ -70,7 +70,7 @@ def test_truncated_jpeg_and_bomb_are_refused(tmp_path: Path, monkeypatch: pytest
         images.decode(tmp_path / "big.jpg")
 
 
-def test_listing_is_sorted_recursive_and_ends_at_circles(tmp_path: Path) -> None:
+def test_listing_is_sorted_and_recursive_and_ends_at_cycles(tmp_path: Path) -> None:
     for name in ["b/2.jpg", "a/1.png", "3.TIF", "a/.hidden.jpg", ".cache/4.jpg", "notes.txt"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -79,7 +79,7 @@ def test_listing_is_sorted_recursive_and_ends_at_circles(tmp_path: Path) -> None
     assert listed == images.list_names(tmp_path) == ["3.TIF", "a/1.png", "b/2.jpg"]
 
 
-def test_names_are_sorted_folder_by_folder_as_paths_are(tmp_path: Path) -> None:
+def test_names_are_sorted_as_paths(tmp_path: Path) -> None:
     names = ["a/b.png", "a-b.png", "a/b-c/d.png", "a/b/c.png", "A.png", "a b/c.png", "µ/1.png"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def test_names_are_sorted_folder_by_folder_as_paths_are(tmp_path: Path) -> None:
     assert images.list_names(tmp_path / "a" / "..") == images.list_names(tmp_path)
 
 
-def test_folders_without_images_are_refused(tmp_path: Path) -> None:
+def test_folders_without_images_raise_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="found nothing"):
         images.list_images(tmp_path / "absent")
     (tmp_path / "readme.txt").write_text("x")
@@ -99,7 +99,7 @@ def test_folders_without_images_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "names", [[], ["a"], ["slide_0_0.jpg", "b/c d.png", "line\nbreak", "Gewebe_µ_組織.png", "not-\udcff.png"]]
 )
-def test_names_are_kept_as_they_are(names: list[str]) -> None:
+def test_names_are_stored_unchanged(names: list[str]) -> None:
     kept = pickle.loads(pickle.dumps(images.Names(iter(names))))
     assert list(kept) == names and len(kept) == len(names)
     assert [kept[-i] for i in range(1, len(names) + 1)] == names[::-1] and kept[1:4] == names[1:4]
@@ -107,7 +107,7 @@ def test_names_are_kept_as_they_are(names: list[str]) -> None:
         kept[len(names)]
 
 
-def test_the_fingerprint_knows_names_and_order() -> None:
+def test_the_fingerprint_depends_on_names_and_order() -> None:
     digest = hashlib.sha256(b"a\0b\xff/c\0").hexdigest()
     assert images.Names(["a", "b\udcff/c"]).fingerprint == digest
     assert len({images.Names(n).fingerprint for n in (["ab"], ["a", "b"], ["b", "a"], [])}) == 4

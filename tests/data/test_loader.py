@@ -52,7 +52,7 @@ def test_a_batch_is_a_function_of_its_draws() -> None:
     assert torch.equal(alone.keep[0], first.keep[1])
 
 
-def test_a_batch_is_sent_whole_and_small_tensors_in_the_message() -> None:
+def test_pickled_batches_are_equal_and_contain_small_tensors_as_arrays() -> None:
     batch = drawn(Numbers(10), DropPath(0.5, 3, 2), 4, seed=7)[0]
     batch.inputs = torch.zeros(IN_MESSAGE + 1, dtype=torch.uint8)
     state = batch.__getstate__()
@@ -71,7 +71,7 @@ def test_unequal_samples_are_padded_at_the_end() -> None:
     assert stacked.tolist() == [[[[1, 1, 1], [1, 1, 1], [0, 0, 0]]], [[[1, 0, 0], [1, 0, 0], [1, 0, 0]]]]
 
 
-def test_bad_samples_are_replaced_and_named() -> None:
+def test_bad_samples_are_replaced_and_reported() -> None:
     batch = drawn(Numbers(10, frozenset({3})), None, 10, seed=0)[0]
     assert [name for name, _ in batch.bad] == ["3"] and "3" not in batch.names and len(batch.names) == 10
     with pytest.raises(DataError, match="in a row"):

@@ -1,4 +1,4 @@
-"""Packed grids: the same samples as from the files, packed once, and never of files that are not those any more."""
+"""Packed grids: the same samples as from the files, packed once, and again after any change of the files."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ def files_in(
 
 
 def both(folder: Path, files: GridFiles, fraction: float = 0.0) -> tuple[GridDataset, GridDataset, PackedGrids]:
-    """The dataset that reads files, and the one that reads what was packed."""
+    """The dataset that reads files, and the one that reads the packed grids."""
     grids = pack(folder / "cache", files, fraction)
     plain = GridDataset(files, survey(folder, files.entries, max_bad_fraction=fraction))
     return plain, GridDataset(files, grids.survey, grids), grids
@@ -55,7 +55,7 @@ def numbers(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("order", ["yx", "xy"])
-def test_samples_are_those_of_the_files(tmp_path: Path, order: str) -> None:
+def test_samples_equal_those_of_the_files(tmp_path: Path, order: str) -> None:
     save(tmp_path, numbers(24, 3), numbers(5, 24, 3), numbers(24, 3).double(), numbers(24, 3).half())
     plain, fast, grids = both(tmp_path, files_in(tmp_path, order, (4, 6)))
     assert len(plain) == len(fast) == 8 and plain.fingerprint == fast.fingerprint and plain.slide_ids == fast.slide_ids
@@ -64,7 +64,7 @@ def test_samples_are_those_of_the_files(tmp_path: Path, order: str) -> None:
     assert all(torch.equal(grids.cells[rows[d].pixels], fast[d].pixels) for d in range(8))
 
 
-def test_files_of_several_regions_are_unfolded(tmp_path: Path) -> None:
+def test_each_region_of_a_file_is_a_sample(tmp_path: Path) -> None:
     slide = numbers(3, 16, 5)
     save(tmp_path, slide)
     for source in both(tmp_path, files_in(tmp_path))[:2]:
@@ -82,7 +82,7 @@ def test_files_of_several_regions_are_unfolded(tmp_path: Path) -> None:
         ((numbers(16, 3).half(), numbers(16, 3).bfloat16() * 2**-20), torch.float32),
     ],
 )
-def test_half_precision_is_taken_only_where_it_is_exact(
+def test_half_precision_is_used_only_where_it_is_exact(
     tmp_path: Path, tensors: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> None:
     save(tmp_path, *tensors)
@@ -92,7 +92,7 @@ def test_half_precision_is_taken_only_where_it_is_exact(
     assert len(list((tmp_path / "cache").glob("*.bin"))) == 1 and not list((tmp_path / "cache").glob(".*"))
 
 
-def test_rounded_samples_are_the_same_packed_or_not_and_have_a_file_of_their_own(tmp_path: Path) -> None:
+def test_rounded_samples_equal_those_of_the_files_and_are_packed_separately(tmp_path: Path) -> None:
     tensors = numbers(16, 3), numbers(2, 16, 3).double(), 1e-6 * numbers(16, 3)
     save(tmp_path, *tensors)
     files = files_in(tmp_path, dtype=torch.bfloat16)
@@ -105,9 +105,7 @@ def test_rounded_samples_are_the_same_packed_or_not_and_have_a_file_of_their_own
     assert torch.equal(pack(tmp_path / "cache", files_in(tmp_path), 0.0).cells, exact)
 
 
-def test_what_was_packed_is_opened_without_a_look_into_the_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_grids_are_opened_without_reading_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, numbers(16, 3), numbers(16, 3))
     expected = pack(tmp_path / "cache", files_in(tmp_path), 0.0)
     monkeypatch.setattr(torch, "load", None)
@@ -125,7 +123,7 @@ def rewrite(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["values", "more", "fewer", "order", "shape", "damage"])
-def test_what_changed_is_packed_anew(tmp_path: Path, change: str) -> None:
+def test_grids_are_packed_again_after_a_change(tmp_path: Path, change: str) -> None:
     paths = save(tmp_path, numbers(24, 3), numbers(24, 3))
     old = pack(tmp_path / "cache", files_in(tmp_path, shape=(4, 6)), 0.0)
     held = old.cells.clone()
@@ -147,7 +145,7 @@ def test_what_changed_is_packed_anew(tmp_path: Path, change: str) -> None:
     assert change == "damage" or torch.equal(old.cells, held)  # a run that has it mapped goes on with it
 
 
-def test_what_cannot_be_used_has_the_same_name_and_reason(tmp_path: Path) -> None:
+def test_bad_samples_have_the_same_name_and_reason(tmp_path: Path) -> None:
     hole = numbers(2, 16, 3)
     hole[1, 4, 1] = float("inf")
     contents = [numbers(16, 3), numbers(16, 3).long(), hole, numbers(15, 3), {"a": numbers(16, 3)}, numbers(16)]
@@ -162,14 +160,14 @@ def test_what_cannot_be_used_has_the_same_name_and_reason(tmp_path: Path) -> Non
             pack(tmp_path / "cache", files_in(tmp_path), 0.5)
 
 
-def test_mixed_folders_are_refused(tmp_path: Path) -> None:
+def test_folders_of_different_grids_raise_errors(tmp_path: Path) -> None:
     save(tmp_path, numbers(16, 3), numbers(16, 4))
     with pytest.raises(DataError, match="one D and one shape"):
         pack(tmp_path / "cache", files_in(tmp_path), 0.0)
     assert not list((tmp_path / "cache").glob("grids*"))
 
 
-def test_what_happens_to_the_files_later_does_not_matter(tmp_path: Path) -> None:
+def test_later_changes_of_the_files_have_no_effect(tmp_path: Path) -> None:
     paths = save(tmp_path, numbers(16, 3), numbers(16, 3), torch.full((16, 3), float("nan")))
     _, fast, _ = both(tmp_path, files_in(tmp_path), 0.5)
     before = [outcome(fast, d) for d in range(3)]
@@ -182,7 +180,7 @@ def test_what_happens_to_the_files_later_does_not_matter(tmp_path: Path) -> None
     ]
 
 
-def test_one_of_several_packs_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_several_processes_packs_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, numbers(16, 3))
     begun, honest, results = [], packed._pack, []
 
@@ -193,7 +191,7 @@ def test_one_of_several_packs_and_the_others_wait(tmp_path: Path, monkeypatch: p
 
     waiting = threading.Event()
     monkeypatch.setattr(packed, "_pack", slowly)
-    monkeypatch.setattr(packed.progress, "say", lambda line: waiting.set())  # the other one says that it waits
+    monkeypatch.setattr(packed.progress, "say", lambda line: waiting.set())  # printed by the one that waits
     work = lambda: results.append(pack(tmp_path / "cache", files_in(tmp_path), 0.0))  # noqa: E731
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -204,7 +202,7 @@ def test_one_of_several_packs_and_the_others_wait(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("locks", [True, False])
-def test_what_a_killed_process_left_goes_and_what_another_writes_stays(
+def test_temporary_files_are_removed_only_under_a_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
 ) -> None:
     def refuse(file: object, operation: int) -> None:
@@ -221,7 +219,7 @@ def test_what_a_killed_process_left_goes_and_what_another_writes_stays(
     assert unfinished.exists() != locks  # without locks it may be another process's, at work
 
 
-def test_a_disk_that_is_too_small_is_told_before_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_small_a_disk_raises_an_error_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, numbers(16, 3))
     monkeypatch.setattr(packed.shutil, "disk_usage", lambda path: packed.shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(OSError, match=r"are needed, 0\.0 GB are free"):
@@ -230,7 +228,7 @@ def test_a_disk_that_is_too_small_is_told_before_it_is_full(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"key": 3}', b"\xff\xfe", b"null"])
-def test_a_damaged_index_is_no_index(tmp_path: Path, content: bytes) -> None:
+def test_grids_are_packed_again_if_the_index_is_damaged(tmp_path: Path, content: bytes) -> None:
     save(tmp_path, numbers(16, 3))
     pack(tmp_path / "cache", files_in(tmp_path), 0.0)
     (tmp_path / "cache" / "grids.json").write_bytes(content)
@@ -248,7 +246,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def opened(folder: Path, **settings: object) -> tuple[bool, bool]:
-    """Whether samples are rows, and whether there are cells to be held."""
+    """Whether samples are rows, and whether the crops are to hold the cells."""
     config = load_config(RegionConfig, overrides={"speed.device": "cpu", **settings})
     files = files_in(folder, dtype=grid_dtype(config.speed))
     survey, grids, cells = prepare_grids(files, config.speed, 0.0, may_write=not config.dry_run)
@@ -256,7 +254,7 @@ def opened(folder: Path, **settings: object) -> tuple[bool, bool]:
 
 
 @pytest.mark.parametrize(("precision", "bytes_each"), [("bf16", 2), ("fp32", 4), ("fp64", 4)])
-def test_grids_are_as_exact_as_the_run(folder: Path, precision: str, bytes_each: int) -> None:
+def test_packed_grids_have_the_precision_of_the_run(folder: Path, precision: str, bytes_each: int) -> None:
     opened(folder, **{"speed.precision": precision})
     assert [path.stat().st_size for path in folder.rglob("*.bin")] == [3 * 16 * 3 * bytes_each]
 
@@ -265,12 +263,12 @@ def packed_files(root: Path) -> list[str]:
     return [str(path.parent.relative_to(root)) for path in root.rglob("*.bin")]
 
 
-def test_grids_are_packed_beside_themselves(folder: Path) -> None:
+def test_grids_are_packed_into_their_own_folder(folder: Path) -> None:
     assert opened(folder) == (True, True)
     assert packed_files(folder.parent) == ["grids/.histodino"]
 
 
-def test_a_folder_that_takes_nothing_is_packed_into_the_users_cache(
+def test_grids_of_a_read_only_folder_are_packed_into_the_user_cache(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / ".histodino").write_text("no folder can be made here, not even by root")
@@ -281,7 +279,7 @@ def test_a_folder_that_takes_nothing_is_packed_into_the_users_cache(
     assert opened(folder) == (True, True) and "pack" not in capsys.readouterr().out  # found the second time
 
 
-def test_without_any_place_files_are_read_one_by_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_cache_folder_files_are_read_one_by_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder.parent / "full").write_text("")
     assert opened(folder, **{"speed.cache_dir": str(folder.parent / "full")}) == (False, False)
     assert "speed.cache_dir=FOLDER" in capsys.readouterr().out
@@ -290,7 +288,7 @@ def test_without_any_place_files_are_read_one_by_one(folder: Path, capsys: pytes
     assert "warning" not in capsys.readouterr().out and packed_files(folder.parent) == []
 
 
-def test_a_named_folder_keeps_grids_of_several_folders_apart(folder: Path) -> None:
+def test_grids_of_several_folders_are_packed_separately_in_one_cache_folder(folder: Path) -> None:
     (folder / "more").mkdir()
     torch.save(torch.randn(16, 3), folder / "more" / "a.pt")
     for where in (folder, folder / "more"):
@@ -298,7 +296,7 @@ def test_a_named_folder_keeps_grids_of_several_folders_apart(folder: Path) -> No
     assert len(set(packed_files(folder.parent))) == 2
 
 
-def test_memory_that_is_not_there_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_gpu_memory_than_is_free_raises_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"expected a GPU for speed\.gpu_cache=4"):
         opened(folder, **{"speed.gpu_cache": 4})
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8_000_000_000, 80_000_000_000))

@@ -1,4 +1,4 @@
-"""Decoded tiles in memory: the same pixels, decoded once, whoever asks."""
+"""Decoded tiles in memory: the same pixels, decoded once for all processes."""
 
 import os
 import pickle
@@ -32,7 +32,7 @@ def tiles(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file with a letter for each tile that any process decodes."""
+    """A file with a line for each tile that any process decodes."""
     log = tmp_path / "decoded.txt"
     log.touch()
 
@@ -52,7 +52,7 @@ def test_pixels_are_the_same_and_decoded_once(tiles: list[Path], decoded: Path) 
     assert Counter(decoded.read_text().split()) == Counter(path.name for path in tiles)
 
 
-def test_workers_share_what_they_decode(tiles: list[Path], decoded: Path) -> None:
+def test_workers_share_decoded_tiles(tiles: list[Path], decoded: Path) -> None:
     def draw(shape: tuple[int, int], tissue: object, rng: object) -> dict[str, np.ndarray]:
         return {"box": np.array([[0, 0, *shape]])}
 
@@ -74,7 +74,7 @@ def test_workers_share_what_they_decode(tiles: list[Path], decoded: Path) -> Non
     assert datasets[1][0].pixels.shape[0] == 3 and decoded.read_text() == before  # the parent has them, too
 
 
-def test_what_does_not_fit_is_decoded_each_time(tiles: list[Path], decoded: Path) -> None:
+def test_tiles_beyond_the_budget_are_decoded_each_time(tiles: list[Path], decoded: Path) -> None:
     cache = TileCache(len(tiles), 3 * (8 * 8 + 5 * 9) + 5)
     for _ in range(3):
         assert all(torch.equal(cache(i, path), decode(path)) for i, path in enumerate(tiles))
@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_decoded_each_time(tiles: list[Path], decoded: Path
     assert [counts[path.name] for path in tiles] == [1, 1, 3, 3]
 
 
-def test_files_that_change_or_vanish_are_looked_at_again(tiles: list[Path]) -> None:
+def test_files_that_change_or_vanish_are_decoded_again(tiles: list[Path]) -> None:
     cache = TileCache(len(tiles), 10_000)
     cache(0, tiles[0])
     before = tiles[0].stat()
@@ -94,12 +94,12 @@ def test_files_that_change_or_vanish_are_looked_at_again(tiles: list[Path]) -> N
         cache(0, tiles[0])
 
 
-def test_a_process_that_cannot_reach_the_memory_decodes(tiles: list[Path]) -> None:
+def test_a_process_without_access_to_the_memory_decodes(tiles: list[Path]) -> None:
     copy = pickle.loads(pickle.dumps(TileCache(len(tiles), 10_000)))
     assert torch.equal(copy(0, tiles[0]), decode(tiles[0]))
 
 
-def test_memory_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_memory_than_is_free_raises_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tile_cache(3, 0.0) is None and isinstance(tile_cache(3, 1e-4), TileCache)
     (tmp_path / "memory.max").write_text("5000000000\n")
     (tmp_path / "memory.current").write_text("4000000000\n")
