@@ -6,17 +6,15 @@ from pathlib import Path
 import torch
 
 from dino import distributed, progress
+from dino.api.levels import level_named
 from dino.config.schema import ExtractConfig
 from dino.errors import ConfigError, DataError
 from dino.extraction.embed import PRECISIONS
-from dino.extraction.extractor import Extractor, ExtractSummary
-from dino.extraction.regions import RegionExtractor
-from dino.extraction.slides import SlideExtractor
+from dino.extraction.extractor import ExtractSummary
 from dino.files import oserror_to_data_error
 from dino.lock import RunLock
 from dino.models.weights import load_backbone_file
 
-EXTRACTORS: dict[str, type[Extractor]] = {"patch": RegionExtractor, "region": SlideExtractor}  # by level of the model
 TIMEOUT_MINUTES = 7 * 24 * 60  # processes synchronise only at the end, and one may take hours longer than another
 
 
@@ -55,7 +53,7 @@ def extract(model: str, root: str | Path, config: ExtractConfig) -> ExtractSumma
             torch.cuda.set_device(device)
         loaded = load_backbone_file(model, config.arch, config.transform, pretrained=config.pretrained)
         with oserror_to_data_error(root), _lock(root, loaded.level, config.dry_run):
-            summary = EXTRACTORS[loaded.level](loaded, root, config, device).run()
+            summary = level_named(loaded.level).extractor(loaded, root, config, device).run()
     for line in summary.lines():
         progress.say(line)
     return summary

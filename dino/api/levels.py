@@ -42,6 +42,8 @@ from dino.data import (
 from dino.errors import ConfigError, DataError
 from dino.evaluate.retrieval import pixel_features
 from dino.extraction.embed import Normalise, identity, normaliser
+from dino.extraction.regions import RegionExtractor
+from dino.extraction.slides import SlideExtractor
 from dino.models.backbone import BackboneSpec
 from dino.models.weights import TRANSFORMS, Transform, load_backbone_file
 from dino.slides.tables import (
@@ -73,6 +75,7 @@ class Level(ABC):
         name: Name of the level in commands, checkpoints and records.
         schema: Settings of its runs.
         baseline: Name of the features that need no network, see :meth:`baseline_features`.
+        extractor: What ``dino extract`` does with its models.
         dataset: The samples.
         crops: Draws and applies the views.
         spec: The backbone.
@@ -84,6 +87,7 @@ class Level(ABC):
     name: ClassVar[str]
     schema: ClassVar[type[PretrainConfig]]
     baseline: ClassVar[str]
+    extractor: ClassVar[type[RegionExtractor] | type[SlideExtractor]]
 
     dataset: Dataset
     crops: ImageCrops | GridCrops
@@ -143,6 +147,7 @@ class PatchLevel(Level):
     name = "patch"
     schema = PatchConfig
     baseline = "pixels_8x8"
+    extractor = RegionExtractor
 
     def __init__(self, config: PatchConfig) -> None:
         root, aug, model = _Root(Path(config.data_dir)), config.aug, config.model
@@ -195,6 +200,7 @@ class RegionLevel(Level):
     name = "region"
     schema = RegionConfig
     baseline = "mean_of_cells"
+    extractor = SlideExtractor
 
     def __init__(self, config: RegionConfig) -> None:
         root, model = _Root(Path(config.data_dir)), config.model
