@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 from rich.table import Table
 
 from dino import api, progress
-from dino.api.own_place import measure_own_place
 from dino.api.reporting import report
 from dino.config.load import load_config, to_dict
 from dino.config.schema import DemoConfig, ExtractConfig, PatchConfig, RegionConfig, TileConfig
 from dino.environment import versions
 from dino.files import read_json, write_json
 from dino.report.gather import load_run
+from dino.report.self_retrieval import measure_self_retrieval
 from dino.slides import sample_slide
 from dino.train.run_folder import RunReader
 
@@ -202,7 +202,7 @@ def _note_run(summary: DemoSummary, level: str, run: Path) -> None:
 
 def _own_place(root: Path, run: Path, config: DemoConfig) -> dict[str, Any]:
     networks = load_run(run, "patch")
-    return measure_own_place(
+    return measure_self_retrieval(
         root, networks.trained, networks.untrained, device=config.device, seed=config.seed
     ).to_dict()
 

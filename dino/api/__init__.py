@@ -8,9 +8,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dino.api.evaluating import evaluate_knn
     from dino.api.exporting import export, info, load_backbone
     from dino.api.extracting import extract
-    from dino.api.judging import evaluate_knn
     from dino.api.launching import launch_slurm
     from dino.api.pretraining import pretrain
     from dino.api.rehearsal import replay
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "evaluate_knn": "judging",
+    "evaluate_knn": "evaluating",
     "export": "exporting",
     "extract": "extracting",
     "info": "exporting",

@@ -8,8 +8,8 @@ import torch
 from dino import distributed, progress
 from dino.api.levels import level_named
 from dino.config.schema import ExtractConfig
-from dino.errors import ConfigError, DataError
-from dino.extraction.embed import PRECISIONS
+from dino.errors import DataError
+from dino.extraction.embed import check_settings
 from dino.extraction.extractor import ExtractSummary
 from dino.files import oserror_to_data_error
 from dino.lock import RunLock
@@ -39,11 +39,7 @@ def extract(model: str, root: str | Path, config: ExtractConfig) -> ExtractSumma
         CheckpointError: If the model cannot be loaded.
         ConfigError: If a setting is invalid, or another extraction of this level is running in ROOT.
     """
-    if config.precision not in PRECISIONS or config.batch_size < 1 or config.num_workers < 0:
-        raise ConfigError(
-            f"expected precision {', '.join(PRECISIONS)}, batch_size of at least 1 and num_workers of at least 0, "
-            f"found {config.precision}, {config.batch_size} and {config.num_workers}"
-        )
+    check_settings(config.precision, config.batch_size, config.num_workers)
     root, device = Path(root), distributed.choose_device(config.device)
     distributed.check_precision(config.precision, device)
     if not root.is_dir():

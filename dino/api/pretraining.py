@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dino import distributed, progress
-from dino.api.judges import JUDGED, build_judge, final_verdict
+from dino.api.evaluating import VERDICT_SAMPLES, build_evaluator, final_verdict
 from dino.api.rehearsal import dry_run, profile
 from dino.api.run import Run
 from dino.config.schema import PatchConfig, PretrainConfig, RegionConfig
@@ -79,14 +79,15 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
             run.claim(folder)  # checks once more: another run may have started and ended since
             with _end_recorded(run, trainer, folder):
                 checkpoints = run.checkpoints(folder)
-                judge = build_judge(run, folder, checkpoints)
-                metrics = run.connect(trainer, folder, checkpoints, judge)
+                evaluator = build_evaluator(run, checkpoints)
+                metrics = run.connect(trainer, folder, checkpoints, evaluator)
                 folder.update_status(state="running", step=trainer.step, total_steps=run.length.total, error=None)
                 with progress.bar(f"pretrain {run.level.name}", run.length.total, trainer.step) as metrics.bar:
                     trainer.fit()
-                samples = min(JUDGED, len(run.level.dataset))
+                samples = min(VERDICT_SAMPLES, len(run.level.dataset))
                 progress.say(f"evaluating: features of two views of {samples} samples, trained and untrained …")
-                return _finish(run, trainer, folder, final_verdict(run, trainer, folder, judge))
+                evaluation = final_verdict(run, trainer.model.teacher.backbone, folder, evaluator)
+                return _finish(run, trainer, folder, evaluation)
 
 
 def _rehearse(run: Run) -> RunSummary:

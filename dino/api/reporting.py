@@ -43,7 +43,7 @@ def report(
         patch_run: Run folder of `dino pretrain patch`.
         region_run: Run folder of `dino pretrain region`.
         output: The HTML file.
-        own_place: Self-retrieval accuracies: :func:`dino.api.own_place.measure_own_place` as a dict.
+        own_place: Self-retrieval accuracies: :func:`dino.report.self_retrieval.measure_self_retrieval` as a dict.
         notice: A paragraph at the top of the page.
         device: auto, cpu, cuda or cuda:N.
 

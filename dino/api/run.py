@@ -161,7 +161,7 @@ class Run:
         )
 
     def connect(
-        self, trainer: Trainer, folder: RunFolder, checkpoints: Checkpoints, judge: Callback | None
+        self, trainer: Trainer, folder: RunFolder, checkpoints: Checkpoints, evaluator: Callback | None
     ) -> MetricsLog:
         """Set the trainer's callbacks, and load the newest checkpoint or, in a new run, save the initial weights.
 
@@ -169,7 +169,7 @@ class Run:
             trainer: As :meth:`trainer` returned it.
             folder: The run folder.
             checkpoints: The callback that saves.
-            judge: The callback that evaluates, if any.
+            evaluator: The callback that scores the run on labels, if any.
 
         Returns:
             The callback that writes the log.
@@ -187,7 +187,7 @@ class Run:
                 StarvationWatch(self.config.speed.num_workers),
             ],
         )
-        trainer.callbacks = [metrics, checkpoints] if judge is None else [metrics, judge, checkpoints]
+        trainer.callbacks = [metrics, checkpoints] if evaluator is None else [metrics, evaluator, checkpoints]
         trainer.save_clock = SaveClock(log.save_every_minutes)
         saved = checkpoints.files.load()
         if saved is not None:

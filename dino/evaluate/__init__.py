@@ -1,8 +1,8 @@
-"""Judging frozen features: tensors and tables in, numbers and words out (:func:`dino.evaluate.verdict.verdict`)."""
+"""Evaluation of features: kNN classification, self-retrieval, tables of labels, and the verdict on a run."""
 
-from dino.evaluate.knn import knn_scores, weighted_knn
+from dino.evaluate.knn import check_k, knn_scores, weighted_knn
 from dino.evaluate.labels import LabelTable, check_leakage, read_labels
-from dino.evaluate.retrieval import effective_rank, mean_pairwise_cosine, own_place_accuracy, pixel_features
+from dino.evaluate.retrieval import effective_rank, mean_pairwise_cosine, pixel_features, self_retrieval_accuracy
 from dino.evaluate.verdict import Score, Signs, Verdict, difference_error
 
 __all__ = [
@@ -10,13 +10,14 @@ __all__ = [
     "Score",
     "Signs",
     "Verdict",
+    "check_k",
     "check_leakage",
     "difference_error",
     "effective_rank",
     "knn_scores",
     "mean_pairwise_cosine",
-    "own_place_accuracy",
     "pixel_features",
     "read_labels",
+    "self_retrieval_accuracy",
     "weighted_knn",
 ]

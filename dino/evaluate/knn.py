@@ -27,7 +27,7 @@ def weighted_knn(
     As in DINO (Caron et al. 2021, arXiv 2104.14294, appendix F.1; the vote is that of Wu et al. 2018, arXiv
     1805.01978, eq. 7): among the k references of highest cosine similarity ``s``, each votes for its class with weight
     ``exp(s / temperature)``. Neighbours are found once, for the largest k; equal similarities are taken in the order
-    of the reference set, so that the result does not depend on the machine's sorting.
+    of the reference set, so that the result is the same on every device.
 
     Args:
         reference: ``(N, D)`` features.
@@ -35,7 +35,7 @@ def weighted_knn(
         query: ``(M, D)`` features.
         k: Numbers of neighbours; each is capped to N with a warning.
         temperature: Temperature of the votes (0.07 in the paper).
-        classes: How many classes C there are.
+        classes: Number of classes C.
 
     Returns:
         For every entry of ``k`` the ``(M, C)`` float64 probabilities, rows summing to 1.
@@ -44,7 +44,8 @@ def weighted_knn(
         DataError: If the features are not two matrices of one width, or hold non-finite values.
         ConfigError: If a ``k`` or the temperature is not positive.
     """
-    _check(reference, reference_labels, query, k, temperature)
+    check_k(k, temperature)
+    _check(reference, reference_labels, query)
     used = {wanted: capped_k(wanted, len(reference)) for wanted in k}
     reference, query = F.normalize(reference.float(), dim=1), F.normalize(query.float(), dim=1)
     results: dict[int, list[Tensor]] = {wanted: [] for wanted in used}
@@ -72,12 +73,12 @@ def knn_scores(
         reference: ``(N, D)`` features of the labelled reference set.
         reference_labels: N labels of any kind.
         query: ``(M, D)`` features of the queries.
-        query_labels: M labels. One that no reference bears cannot be found, and counts as wrong.
+        query_labels: M labels. One that no reference has cannot be predicted, and counts as wrong.
         k: Numbers of neighbours.
         temperature: Temperature of the votes.
 
     Returns:
-        ``knn_<k>_accuracy``, ``knn_<k>_balanced_accuracy`` and ``knn_<k>_auc`` for every k; what is undefined is None.
+        ``knn_<k>_accuracy``, ``knn_<k>_balanced_accuracy`` and ``knn_<k>_auc`` for every k; None where undefined.
     """
     names = sorted({*reference_labels, *query_labels}, key=lambda label: (str(type(label)), label))  # type: ignore[type-var]
     number = {name: i for i, name in enumerate(names)}
@@ -93,16 +94,28 @@ def knn_scores(
     return scores
 
 
+def check_k(k: Sequence[int], temperature: float) -> None:
+    """Check the settings of weighted kNN.
+
+    Raises:
+        ConfigError: If there is no ``k``, or a ``k`` or the temperature is not positive.
+    """
+    if not k or min(k) < 1:
+        raise ConfigError(f"expected at least one k, each 1 or more, found {list(k)}")
+    if not temperature > 0:
+        raise ConfigError(f"expected a temperature above 0, found {temperature}")
+
+
 @cache
 def capped_k(k: int, references: int) -> int:
-    """``k``, or the size of the reference set where that is smaller (with a warning, given once)."""
+    """``k``, or the size of the reference set where that is smaller (with one warning)."""
     if k > references:
-        progress.warn(f"k={k} is more than the {references} references; all {references} of them vote")
+        progress.warn(f"k={k} is more than the {references} references; using k={references}")
     return min(k, references)
 
 
 def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, and where; equal values in the order of their columns."""
+    """The k largest values of each row and their columns; equal values in the order of the columns."""
     bits = (similarity + 0.0).view(torch.int32).long()  # + 0.0 makes -0.0 and 0.0 one number
     ordered = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))  # integers in the order of the floats
     columns = torch.arange(similarity.shape[1], device=similarity.device)
@@ -110,15 +123,11 @@ def _nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return similarity.gather(1, index), index
 
 
-def _check(reference: Tensor, labels: Tensor, query: Tensor, k: Sequence[int], temperature: float) -> None:
+def _check(reference: Tensor, labels: Tensor, query: Tensor) -> None:
     shapes = f"{tuple(reference.shape)} and {tuple(query.shape)}"
     if reference.ndim != 2 or query.ndim != 2 or reference.shape[1] != query.shape[1]:
         raise DataError(f"kNN: expected reference and query features (N, D) and (M, D), found {shapes}")
     if not len(reference) or not len(query) or len(labels) != len(reference):
         raise DataError(f"kNN: expected features and as many labels, found {shapes} and {len(labels)} labels")
     if not (reference.isfinite().all() and query.isfinite().all()):
-        raise DataError("kNN: expected finite features, found NaN or infinity; the model has broken down")
-    if not k or min(k) < 1:
-        raise ConfigError(f"expected at least one k, each 1 or more, found {list(k)}")
-    if not temperature > 0:
-        raise ConfigError(f"expected a temperature above 0, found {temperature}")
+        raise DataError("kNN: expected finite features, found NaN or infinity; the training has diverged")

@@ -31,7 +31,7 @@ def auc(truth: ArrayLike, probabilities: ArrayLike) -> float | None:
     """Area under the ROC curve.
 
     With two classes: of the second, the positive one. With more: the unweighted mean over one-vs-rest problems, one for
-    each class that occurs in ``truth`` (a class that no query bears has no curve). Each area is the probability that a
+    each class that occurs in ``truth`` (a class without queries has no curve). Each area is the probability that a
     positive is ranked above a negative, ties counting half (Hanley & McNeil 1982).
 
     Args:

@@ -1,4 +1,4 @@
-"""What features say without labels: finding their own place again, and how many directions they fill."""
+"""Evaluation of features without labels: self-retrieval, effective rank and similarity."""
 
 import math
 
@@ -11,11 +11,11 @@ from dino.errors import DataError
 SIMILARITIES_AT_ONCE = 1 << 24
 
 
-def own_place_accuracy(query: Tensor, reference: Tensor) -> float:
-    """Share of queries whose nearest reference, by cosine similarity, is their own.
+def self_retrieval_accuracy(query: Tensor, reference: Tensor) -> float:
+    """Fraction of queries whose nearest reference, by cosine similarity, is of the same sample.
 
-    Query i was made from the same place as reference i (shifted, turned, restained). Where several references are
-    equally near, each counts for its share: features that are all alike score chance, 1/N.
+    Query i and reference i are two augmented views of sample i. Of n equally near references each counts 1/n, so that
+    constant features have the accuracy of chance, 1/N.
 
     Args:
         query: ``(N, D)`` features.
@@ -41,10 +41,10 @@ def own_place_accuracy(query: Tensor, reference: Tensor) -> float:
 
 
 def effective_rank(features: Tensor) -> float:
-    """How many directions the features fill: the exponential of the entropy of the normalised singular values.
+    """Effective rank: the exponential of the entropy of the normalised singular values.
 
-    Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality", definition 1. The features are
-    taken as they are; subtract their mean first to ask how many directions they *vary* in.
+    Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality", definition 1. The features are not
+    centred; subtract their mean first for the number of directions in which they *vary*.
 
     Args:
         features: ``(N, D)``.
@@ -59,12 +59,11 @@ def effective_rank(features: Tensor) -> float:
     total = values.sum()
     if total == 0:
         return 1.0
-    share = values / total
-    return float(torch.special.entr(share).sum().exp())
+    return float(torch.special.entr(values / total).sum().exp())
 
 
 def mean_pairwise_cosine(features: Tensor) -> float:
-    """Mean cosine similarity of two different rows: 1 when all features point one way.
+    """Mean cosine similarity of two different rows: 1 when all features have the same direction.
 
     Args:
         features: ``(N, D)`` with N >= 2.
@@ -77,13 +76,13 @@ def mean_pairwise_cosine(features: Tensor) -> float:
 
 
 def pixel_features(images: Tensor, side: int = 8) -> Tensor:
-    """The plainest features there are, a floor for any network: each image averaged to 8 x 8, less its own mean.
+    """A baseline without a network: each image averaged to 8 x 8 pixels, less its mean colour.
 
-    What is left is where an image is darker or lighter, not what colour it has: stain alone scores nothing here.
+    Only differences within an image remain, so that its overall stain does not contribute.
 
     Args:
         images: uint8 or float ``(B, 3, H, W)``.
-        side: Cells along each axis.
+        side: Pixels along each axis.
 
     Returns:
         ``(B, 3 * side**2)`` float32.

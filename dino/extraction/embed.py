@@ -5,13 +5,16 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dino import distributed
 from dino.environment import run_threaded
 from dino.errors import ConfigError, DataError
 from dino.models.backbone import Backbone
@@ -21,8 +24,22 @@ PRECISIONS = ("bf16", "fp32", "fp64")
 CACHED_VALUES = 2**19  # token values that a CPU core processes at a time: they fit into its cache
 
 Normalise = Callable[[Tensor], Tensor]
+Baseline = Callable[[Tensor], Tensor]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def check_settings(precision: str, batch_size: int, num_workers: int) -> None:
+    """Check the settings that every command which embeds has.
+
+    Raises:
+        ConfigError: If one is invalid.
+    """
+    if precision not in PRECISIONS or batch_size < 1 or num_workers < 0:
+        raise ConfigError(
+            f"expected precision {', '.join(PRECISIONS)}, batch_size of at least 1 and num_workers of at least 0, "
+            f"found {precision}, {batch_size} and {num_workers}"
+        )
 
 
 def normaliser(
@@ -117,6 +134,85 @@ def embed_batches(
             if not features.isfinite().all():
                 raise DataError("expected finite features, found NaN or infinity; check the model and the grids")
             yield features.clone()  # tensors created in inference mode cannot be used for training
+
+
+@dataclass(frozen=True)
+class FileEmbedder:
+    """Features of files: each process reads and embeds every ``world_size``-th file, and gets the features of all.
+
+    Attributes:
+        paths: The files, the same on every process.
+        read: Reads one: uint8 ``(3, H, W)`` or float ``(D, h, w)``.
+        normalise: :func:`normaliser`, or :func:`identity`.
+        device: Where to compute.
+        precision: ``bf16`` (autocast), ``fp32`` or ``fp64``.
+        batch_size: Files per forward pass.
+        workers: Threads that read files.
+    """
+
+    paths: Sequence[Path]
+    read: Callable[[Path], Tensor]
+    normalise: Normalise
+    device: torch.device
+    precision: str
+    batch_size: int = 64
+    workers: int = 2
+
+    @property
+    def own_paths(self) -> Sequence[Path]:
+        """The files that this process reads."""
+        return self.paths[distributed.rank() :: distributed.world_size()]
+
+    def embed(
+        self, backbone: Backbone, *baselines: Baseline, advance: Callable[[int], object] = lambda count: None
+    ) -> list[Tensor]:
+        """Features of all files by a backbone, and by functions that need no network; every file is read once.
+
+        Args:
+            backbone: Patch or region backbone.
+            baselines: Each maps a batch as it was read to ``(B, d)`` features.
+            advance: Called with the number of files of each batch.
+
+        Returns:
+            ``(N, D)`` float32 on the CPU of the backbone, then of each baseline.
+
+        Raises:
+            DataError: On every process, if one of them cannot read a file or a feature is not finite.
+        """
+        parts = distributed.gather(self._own_features(backbone, baselines, advance))  # of each process
+        for part in parts:
+            if isinstance(part, DataError):
+                raise part
+        features = [part for part in parts if not isinstance(part, DataError)]
+        return [self._interleave(list(column)) for column in zip(*features, strict=True)]
+
+    def _own_features(
+        self, backbone: Backbone, baselines: Sequence[Baseline], advance: Callable[[int], object]
+    ) -> list[Tensor] | DataError:
+        """Features of this process's files; an error is returned, because the other processes wait for a result."""
+        found: list[list[Tensor]] = [[] for _ in baselines]
+        inputs = read_ahead(self.read, self.own_paths, self.workers, 2 * self.batch_size)
+
+        def watched() -> Iterator[Tensor]:
+            for batch in batches(inputs, self.batch_size):
+                for values, baseline in zip(found, baselines, strict=True):
+                    values.append(baseline(batch))
+                yield batch
+                advance(len(batch))
+
+        try:
+            features = embed(backbone, watched(), self.normalise, self.device, self.precision)
+        except DataError as error:
+            return error
+        return [features, *(torch.cat(values) if values else torch.empty(0, 0) for values in found)]
+
+    def _interleave(self, parts: Sequence[Tensor]) -> Tensor:
+        """The features of all files in the order of :attr:`paths`, from those of each process."""
+        whole = parts[0].new_empty(len(self.paths), max(part.shape[1] for part in parts))
+        for rank, part in enumerate(parts):
+            if len(part):
+                whole[rank :: len(parts)] = part
+        return whole
 
 
 def _chunk_size(backbone: Backbone, batch: Tensor) -> int:

@@ -44,7 +44,7 @@ def checkpoint_content(trainer: Trainer, description: Description) -> dict[str, 
         "optimizer": trainer.optimizer.state_dict(),
         "state": {
             "quarantine": dict(trainer.quarantine),
-            "callbacks": {type(callback).__name__: callback.state_dict() for callback in trainer.callbacks},
+            "callbacks": {callback.state_name: callback.state_dict() for callback in trainer.callbacks},
         },
     }
 
@@ -68,7 +68,7 @@ def restore(trainer: Trainer, saved: dict[str, Any]) -> None:
     trainer.step = saved["step"]
     trainer.quarantine.update(saved["state"]["quarantine"])
     for callback in trainer.callbacks:
-        callback.load_state_dict(saved["state"]["callbacks"].get(type(callback).__name__, {}))
+        callback.load_state_dict(saved["state"]["callbacks"].get(callback.state_name, {}))
     progress.say(f"resuming after step {trainer.step} of {trainer.length.total}")
 
 

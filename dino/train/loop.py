@@ -91,6 +91,11 @@ class Callback(Protocol):
     Every process calls every callback at the same steps.
     """
 
+    @property
+    def state_name(self) -> str:
+        """Key of the callback's state in checkpoints."""
+        return type(self).__name__
+
     def start(self, trainer: "Trainer") -> None:
         """Called before the first step."""
 

@@ -54,7 +54,7 @@ def test_equal_similarities_are_taken_in_the_order_of_the_reference():
     np.testing.assert_allclose(probabilities[3], [[0, 1 / 3, 2 / 3]])
 
 
-def test_order_holds_over_the_sign_change():
+def test_order_of_negative_and_positive_similarities():
     similarity = torch.tensor([[-0.5, 0.25, -0.0, 0.0, -0.25, 0.5]])
     values, index = knn._nearest(similarity, 6)
     assert index.tolist() == [[5, 1, 2, 3, 4, 0]]
@@ -90,7 +90,7 @@ def test_undefined_scores_are_none():
     assert scores == {"knn_1_accuracy": 1.0, "knn_1_balanced_accuracy": 1.0, "knn_1_auc": None}
 
 
-def test_bad_input_is_refused():
+def test_invalid_input_is_an_error():
     good, labels = torch.eye(3), torch.arange(3)
     with pytest.raises(DataError, match="finite"):
         weighted_knn(good / 0, labels, good, [1], 0.07, 3)

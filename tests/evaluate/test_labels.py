@@ -19,7 +19,7 @@ def write(tmp_path):
     return make
 
 
-def test_reads_any_labels_and_resolves_paths_from_the_table(write, tmp_path, monkeypatch):
+def test_labels_of_any_kind_are_read_and_paths_resolve_from_the_table(write, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     table = read_labels(write("image_path,label,partition\na.png,tumour,reference\nb.png,001 b,test\nc.png,x,Train\n"))
     assert table.labels == ["tumour", "001 b", "x"]
@@ -72,7 +72,7 @@ def test_one_class_has_one_spelling(write, first, second, third, classes):
         ("image_path,label,partition\na,x,train\nb,y,val\n", r"train or test as partition.*line 3"),
     ],
 )
-def test_bad_tables_are_refused_in_one_line(write, text, message):
+def test_invalid_tables_are_one_line_errors(write, text, message):
     with pytest.raises(DataError, match=message) as caught:
         read_labels(write(text))
     assert "\n" not in str(caught.value)
@@ -87,7 +87,7 @@ def test_missing_files_are_named_and_counted(write):
     assert "gone_3" not in str(caught.value)
 
 
-def test_a_missing_table_is_refused(tmp_path):
+def test_a_missing_table_is_an_error(tmp_path):
     with pytest.raises(DataError, match="found none"):
         read_labels(tmp_path / "labels.csv")
 
@@ -95,7 +95,7 @@ def test_a_missing_table_is_refused(tmp_path):
 SEEN = {"slide_ids": ["s1", "s2"], "patient_ids": ["p1"]}
 
 
-def test_test_slides_of_the_pretraining_are_refused(write):
+def test_test_slides_of_the_pretraining_are_an_error(write):
     table = read_labels(write("image_path,label,partition,slide_id\na,x,train,s1\nb,y,test,s2\nc,y,test,s3\n"))
     with pytest.raises(DataError, match=r"1 that it has \(s2\).*allow_leakage=true"):
         check_leakage(table, SEEN, allow=False)
@@ -122,7 +122,7 @@ def test_without_slide_ids_the_file_names_are_compared(write):
 
 
 @pytest.mark.parametrize("training_slides", [None, {}, {"slide_ids": [], "patient_ids": []}])
-def test_a_model_that_does_not_say_is_not_refused(write, training_slides):
+def test_a_model_without_recorded_slides_is_accepted(write, training_slides):
     table = read_labels(write("image_path,label,partition\na,x,train\nb,y,test\n"))
     assert check_leakage(table, training_slides, allow=False)["compared"].startswith("nothing")
 

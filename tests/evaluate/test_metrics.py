@@ -32,7 +32,7 @@ def test_binary_auc_is_that_of_the_positive_class():
     assert auc([0, 0, 1, 1], [[0.9, 0.1], [0.6, 0.4], [0.65, 0.35], [0.2, 0.8]]) == 0.75  # 3 of 4 pairs in order
 
 
-def test_a_class_that_no_query_bears_is_left_out():
+def test_a_class_without_queries_is_left_out():
     truth, probabilities = case(4, 120, 3)
     keep = truth != 2
     wanted = np.mean([sklearn_metrics.roc_auc_score(truth[keep] == c, probabilities[keep, c]) for c in (0, 1, 3)])

@@ -5,31 +5,31 @@ import torch
 
 from dino.errors import DataError
 from dino.evaluate import retrieval
-from dino.evaluate.retrieval import effective_rank, mean_pairwise_cosine, own_place_accuracy, pixel_features
+from dino.evaluate.retrieval import effective_rank, mean_pairwise_cosine, pixel_features, self_retrieval_accuracy
 
 
-def test_own_place():
+def test_self_retrieval():
     reference = torch.eye(4)
     query = torch.tensor([[2.0, 0.1, 0, 0], [0, 1, 0.5, 0], [0.9, 0, 0.1, 0], [0, 0, 0, 3]])
-    assert own_place_accuracy(query, reference) == 0.75
-    assert own_place_accuracy(query * 1000, reference) == 0.75  # the length of a feature does not matter
+    assert self_retrieval_accuracy(query, reference) == 0.75
+    assert self_retrieval_accuracy(query * 1000, reference) == 0.75  # the length of a feature does not matter
 
 
 def test_features_all_alike_score_chance():
-    assert own_place_accuracy(torch.ones(5, 3), torch.ones(5, 3)) == pytest.approx(0.2)
+    assert self_retrieval_accuracy(torch.ones(5, 3), torch.ones(5, 3)) == pytest.approx(0.2)
 
 
-def test_own_place_does_not_depend_on_chunks(monkeypatch):
+def test_self_retrieval_does_not_depend_on_chunks(monkeypatch):
     torch.manual_seed(0)
     query, reference = torch.randn(11, 4), torch.randn(11, 4)
-    whole = own_place_accuracy(query, reference)
+    whole = self_retrieval_accuracy(query, reference)
     monkeypatch.setattr(retrieval, "SIMILARITIES_AT_ONCE", 22)
-    assert own_place_accuracy(query, reference) == whole
+    assert self_retrieval_accuracy(query, reference) == whole
 
 
-def test_own_place_refuses_two_shapes():
+def test_self_retrieval_needs_equal_shapes():
     with pytest.raises(DataError):
-        own_place_accuracy(torch.ones(3, 2), torch.ones(4, 2))
+        self_retrieval_accuracy(torch.ones(3, 2), torch.ones(4, 2))
 
 
 def test_effective_rank_of_known_spectra():

@@ -2,9 +2,11 @@ import threading
 
 import pytest
 import torch
+from forked import exit_codes, fork_group
 
+from dino import distributed
 from dino.errors import ConfigError, DataError
-from dino.extraction.embed import batches, embed, identity, normaliser, read_ahead
+from dino.extraction.embed import FileEmbedder, batches, embed, identity, normaliser, read_ahead
 from dino.models.backbone import BackboneSpec, build_backbone
 
 CPU = torch.device("cpu")
@@ -31,7 +33,7 @@ def test_one_big_batch_agrees_with_many_small(backbone, tiles, precision, tolera
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_shares_on_several_threads_are_put_back_in_order(backbone, tiles, threads):
+def test_chunks_of_several_threads_are_concatenated_in_order(backbone, tiles, threads):
     normalise = normaliser(MEAN, STD, 16)
     one_by_one = embed(backbone, tiles.split(1), normalise, CPU, "fp64")
     before = torch.get_num_threads()
@@ -147,3 +149,66 @@ def test_batches_break_where_the_shape_changes():
         (1, 1, 3),
         (1, 1, 2),
     ]
+
+
+@pytest.fixture
+def files(tiles, tmp_path):
+    """One file per tile, and the function that reads it."""
+    paths = [tmp_path / f"{i}.pt" for i in range(len(tiles))]
+    for path, tile in zip(paths, tiles, strict=True):
+        torch.save(tile.clone(), path)
+
+    def read(path):
+        try:
+            return torch.load(path, weights_only=True)
+        except OSError as error:
+            raise DataError(f"expected a tile at {path}, found none") from error
+
+    return paths, read
+
+
+def mean_colour(batch):
+    return batch.float().mean((2, 3))
+
+
+def test_files_are_embedded_in_their_order_and_read_once(backbone, tiles, files):
+    paths, read = files
+    seen, counts = [], []
+    embedder = FileEmbedder(paths, lambda p: seen.append(p) or read(p), normaliser(MEAN, STD, 16), CPU, "fp64", 5, 0)
+    features, colours = embedder.embed(backbone, mean_colour, advance=counts.append)
+    torch.testing.assert_close(features, embed(backbone, [tiles], normaliser(MEAN, STD, 16), CPU, "fp64"))
+    assert torch.equal(colours, tiles.float().mean((2, 3)))
+    assert seen == paths and counts == [5, 5, 2]
+
+
+@pytest.mark.parametrize("count", [12, 5, 1])
+def test_two_processes_embed_every_second_file_and_get_all_features(backbone, tiles, files, tmp_path, count):
+    paths, read = files
+    embedder = FileEmbedder(paths[:count], read, normaliser(MEAN, STD, 16), CPU, "fp64", 4, 0)
+
+    def work():
+        with distributed.process_group(CPU, 1):
+            found = embedder.embed(backbone, mean_colour)
+            assert len(embedder.own_paths) == len(range(distributed.rank(), count, 2))
+            torch.save(found, tmp_path / f"rank{distributed.rank()}.pt")
+
+    assert exit_codes(fork_group(work, 2)) == [0, 0]
+    for rank in range(2):
+        features, colours = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        wanted = embed(backbone, [tiles[:count]], normaliser(MEAN, STD, 16), CPU, "fp64")
+        torch.testing.assert_close(features, wanted)
+        assert torch.equal(colours, mean_colour(tiles[:count]))
+
+
+def test_a_file_that_one_process_cannot_read_is_an_error_on_both(backbone, files, tmp_path):
+    paths, read = files
+    paths[3].unlink()
+
+    def work():
+        with distributed.process_group(CPU, 1):
+            with pytest.raises(DataError, match=r"3\.pt"):
+                FileEmbedder(paths, read, normaliser(MEAN, STD, 16), CPU, "fp32", 4, 0).embed(backbone)
+            (tmp_path / f"raised{distributed.rank()}").touch()
+
+    assert exit_codes(fork_group(work, 2)) == [0, 0]
+    assert len(list(tmp_path.glob("raised*"))) == 2

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from dino.api.own_place import measure_own_place
 from dino.api.reporting import _first_crops, report
 from dino.errors import CheckpointError, ConfigError
 from dino.report import slides
 from dino.report.gather import feature_data, load_run, region_attention
+from dino.report.self_retrieval import measure_self_retrieval
 from dino.report.slides import TiledSlide
 
 CPU = torch.device("cpu")
@@ -146,10 +146,10 @@ def test_attention_over_regions_has_one_weight_per_cell(chain, slide):
 
 
 def test_self_retrieval_is_reproducible(chain, patch_run):
-    first = measure_own_place(chain.root, patch_run.trained, patch_run.untrained, device="cpu")
-    second = measure_own_place(chain.root, patch_run.trained, patch_run.untrained, device="cpu")
+    first = measure_self_retrieval(chain.root, patch_run.trained, patch_run.untrained, device="cpu")
+    second = measure_self_retrieval(chain.root, patch_run.trained, patch_run.untrained, device="cpu")
     assert first == second
     assert first.tiles > 20
     assert all(0 <= share <= 1 for share in (first.teacher, first.untrained, first.pixels))
-    few = measure_own_place(chain.root, patch_run.trained, patch_run.untrained, device="cpu", limit=5)
+    few = measure_self_retrieval(chain.root, patch_run.trained, patch_run.untrained, device="cpu", limit=5)
     assert few.tiles == 5

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from tiny_models import save_checkpoint
 
-from dino.api.judging import evaluate_knn
+from dino.api.evaluating import evaluate_knn
 from dino.config.schema import KnnConfig
 from dino.errors import DataError
 from dino.evaluate.knn import knn_scores
@@ -84,7 +84,7 @@ def test_scores_are_those_of_the_features(labelled, run):
     assert {k: result["model"][k] for k in wanted} == pytest.approx(wanted)
 
 
-def test_leakage_is_refused_unless_allowed_and_then_said(labelled, tmp_path, capsys):
+def test_leakage_is_an_error_unless_allowed_and_then_recorded(labelled, tmp_path, capsys):
     model = str(save_checkpoint(tmp_path / "seen.pt", training_slides={"slide_ids": ["slide3"], "patient_ids": []}))
     with pytest.raises(DataError, match="slide3"):
         evaluate_knn(model, labelled, CONFIG)
@@ -93,14 +93,14 @@ def test_leakage_is_refused_unless_allowed_and_then_said(labelled, tmp_path, cap
     assert "optimistic" in capsys.readouterr().out
 
 
-def test_an_output_file_is_written_where_asked(labelled, tmp_path):
+def test_output_file_can_be_chosen(labelled, tmp_path):
     output = tmp_path / "out" / "scores.json"
     model = str(save_checkpoint(tmp_path / "model.pt"))
     evaluate_knn(model, labelled, KnnConfig(**{**CONFIG.__dict__, "output": str(output)}))
     assert json.loads(output.read_text())["about"]["source"] == model
 
 
-def test_grids_are_judged_by_a_level_2_model_only(labelled, run, tmp_path):
+def test_grids_need_a_level_2_model(labelled, run, tmp_path):
     generator = torch.Generator().manual_seed(0)
     lines = ["image_path,label,partition"]
     for i in range(8):

@@ -1,4 +1,4 @@
-"""Judging tile features without labels: does a tile, read a little differently, find its own place again?"""
+"""Evaluation of tile features without labels: is the nearest neighbour of a tile its own shifted and restained copy?"""
 
 import math
 from collections.abc import Iterator
@@ -13,26 +13,26 @@ from torch import Tensor
 from dino import distributed, progress, randomness
 from dino.crops.colour import hed_jitter
 from dino.errors import ConfigError
-from dino.evaluate.retrieval import own_place_accuracy, pixel_features
+from dino.evaluate.retrieval import pixel_features, self_retrieval_accuracy
 from dino.extraction.embed import Normalise, embed, normaliser
 from dino.models.weights import LoadedBackbone
 from dino.slides.reader import SlideReader
 from dino.slides.tables import TileRecord, read_status, read_tiles, read_tiling
 
-SHIFT = 0.25  # of a tile's side: 64 of 256 px
+SHIFT = 0.25  # of the tile size: 64 of 256 px
 STAIN = 0.05  # scale in 1 +- this, shift in +- this, as in the pathology recipe
 BATCH = 32
 
 
 @dataclass(frozen=True)
-class OwnPlace:
-    """Shares of tiles that find their own place.
+class SelfRetrieval:
+    """Self-retrieval accuracies: fractions of tiles whose nearest neighbour is their own augmented copy.
 
     Attributes:
-        tiles: How many tiles there are to choose from.
-        teacher: Share found by the trained teacher's features.
-        untrained: By those of the network before training.
-        pixels: By 8 x 8 pixels less their mean.
+        tiles: Number of tiles, of which each is compared with all.
+        teacher: Accuracy of the features of the trained teacher.
+        untrained: Of those of the network before training.
+        pixels: Of 8 x 8 pixels less their mean.
     """
 
     tiles: int
@@ -45,24 +45,24 @@ class OwnPlace:
         return asdict(self)
 
 
-def measure_own_place(
+def measure_self_retrieval(
     root: Path, trained: LoadedBackbone, untrained: LoadedBackbone, *, device: str = "auto", seed: int = 0,
     limit: int = 1000,
-) -> OwnPlace:  # fmt: skip
-    """Read every tile twice, the second time shifted, turned and restained, and look for it by its features.
+) -> SelfRetrieval:  # fmt: skip
+    """Read every tile twice, the second time shifted, rotated and restained, and retrieve it by its features.
 
-    Only tiles of the lattice that do not overlap take part: else the right answer would be ambiguous.
+    Only tiles that do not overlap are used, because others would be correct answers too.
 
     Args:
-        root: ROOT of `dino tile`, whose slides are at hand.
+        root: ROOT of `dino tile`, with its slides.
         trained: The teacher.
         untrained: The same network before training.
         device: auto, cpu, cuda or cuda:N.
-        seed: Seed of the stain jitter, and of the choice where there are too many tiles.
-        limit: Most tiles that take part.
+        seed: Seed of the stain jitter, and of the choice of tiles if there are more than ``limit``.
+        limit: Maximum number of tiles.
 
     Returns:
-        The shares.
+        The accuracies.
 
     Raises:
         DataError: If ROOT or its slides cannot be read.
@@ -73,42 +73,30 @@ def measure_own_place(
         tiles = [tiles[i] for i in sorted(chosen)]
     pairs = list(_read_pairs(root, tiles, seed))
     reference, query = (torch.stack(side) for side in zip(*pairs, strict=True))  # (N, 3, S, S)
-    where = distributed.choose_device(device)
+    chosen_device = distributed.choose_device(device)
 
     def features(loaded: LoadedBackbone, pixels: Tensor) -> Tensor:
-        return embed(loaded.backbone, pixels.split(BATCH), tile_normaliser(loaded), where, "fp32")
+        return embed(loaded.backbone, pixels.split(BATCH), _normaliser(loaded), chosen_device, "fp32")
 
-    return OwnPlace(
+    return SelfRetrieval(
         tiles=len(tiles),
-        teacher=own_place_accuracy(features(trained, query), features(trained, reference)),
-        untrained=own_place_accuracy(features(untrained, query), features(untrained, reference)),
-        pixels=own_place_accuracy(pixel_features(query), pixel_features(reference)),
+        teacher=self_retrieval_accuracy(features(trained, query), features(trained, reference)),
+        untrained=self_retrieval_accuracy(features(untrained, query), features(untrained, reference)),
+        pixels=self_retrieval_accuracy(pixel_features(query), pixel_features(reference)),
     )
 
 
-def tile_normaliser(loaded: LoadedBackbone) -> Normalise:
-    """From 8-bit tiles to what a patch-level backbone takes.
-
-    Raises:
-        ConfigError: If it is a region-level one.
-    """
-    transform = loaded.transform
-    if transform is None:
-        raise ConfigError(f"expected a patch-level model, found the region-level {loaded.source}; swap the two")
-    return normaliser(transform.mean, transform.std, loaded.backbone.spec.patch_size)
-
-
 def cells_only(tiles: list[TileRecord]) -> list[TileRecord]:
-    """The tiles that lie on the lattice itself, so that none overlaps another."""
+    """The tiles on the lattice itself, which do not overlap."""
     return [tile for tile in tiles if tile.on_lattice]
 
 
 def second_reading(pixels: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """A tile turned by a quarter and restained.
+    """A tile rotated by 90° and restained.
 
     Args:
         pixels: uint8, (S, S, 3).
-        rng: Where the stain's numbers come from.
+        rng: Generator of the stain jitter.
 
     Returns:
         uint8, (3, S, S).
@@ -118,16 +106,23 @@ def second_reading(pixels: np.ndarray, rng: np.random.Generator) -> Tensor:
     return (hed_jitter(turned, 1 + drawn[0], drawn[1])[0] * 255).round().to(torch.uint8)
 
 
+def _normaliser(loaded: LoadedBackbone) -> Normalise:
+    transform = loaded.transform
+    if transform is None:
+        raise ConfigError(f"expected a patch-level model, found the region-level {loaded.source}; swap the two")
+    return normaliser(transform.mean, transform.std, loaded.backbone.spec.patch_size)
+
+
 def _read_pairs(root: Path, tiles: list[TileRecord], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     status, tiling = read_status(root), read_tiling(root)
-    with progress.bar("own place", len(tiles)) as bar:
+    with progress.bar("self-retrieval", len(tiles)) as bar:
         for slide in dict.fromkeys(tile.slide_id for tile in tiles):
             row = status[slide]
             with SlideReader(row.image_path, tiling.geometry, spacing_at_level_0=row.spacing_um) as reader:
                 for index, tile in ((i, t) for i, t in enumerate(tiles) if t.slide_id == slide):
                     shift = math.floor(SHIFT * tile.step_lv0)
                     width, height = reader.lattice.slide_size
-                    # Towards the inside of the slide, so that the second reading is whole.
+                    # Towards the inside of the slide, so that the second tile is inside it too.
                     x = tile.x + (shift if tile.x + tile.step_lv0 + shift <= width else -shift)
                     y = tile.y + (shift if tile.y + tile.step_lv0 + shift <= height else -shift)
                     rng = randomness.generator(seed, index, "own place: stain")

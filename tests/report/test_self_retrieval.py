@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from dino.api.own_place import STAIN, cells_only, second_reading
+from dino.report.self_retrieval import STAIN, cells_only, second_reading
 from dino.slides.tables import TileRecord
 
 
