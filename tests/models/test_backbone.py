@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dino.errors import ConfigError
-from dino.models.backbone import Backbone, BackboneSpec, Tokens, attend, build_backbone, make_vit
+from dino.models.backbone import Backbone, BackboneSpec, Tokens, build_backbone, make_vit
+from dino.models.blocks import attend
 
 NARROW = "vit:dim=24,depth=3,heads=2"
 VARIANTS = [

@@ -10,11 +10,11 @@ from dino.errors import ConfigError
 from dino.models.backbone import (
     Backbone,
     BackboneSpec,
-    Block,
     build_backbone,
     compile_blocks,
     should_compile,
 )
+from dino.models.blocks import Block
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DEPTH = 3
