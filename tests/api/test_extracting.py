@@ -148,10 +148,10 @@ def test_killed_half_way_leaves_whole_files_and_resumes(root, model, monkeypatch
 
     forward = model.backbone.forward
 
-    def die(x):
+    def die(x, **options):
         if model.backbone.seen >= 28:
             raise KilledError
-        return forward(x)
+        return forward(x, **options)
 
     monkeypatch.setattr(model.backbone, "forward", die)
     with pytest.raises(KilledError):
