@@ -1,6 +1,7 @@
-"""Tile to ten crops on one core: decode, draw and apply, beside Pillow and torchvision v2; on a GPU applied alone."""
+"""From a tile to ten crops on one core, against Pillow and torchvision v2; and on a GPU the crops alone."""
 
 import io
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ TITLE = "tile to crops"
 LEVELS = {"Pillow": 3.0, "torchvision v2": 1.5}
 BATCH = 16
 
-Views = Callable[[list[Path]], Iterator[list[Tensor]]]  # of tiles, one after another: a training run keeps none of them
+Views = Callable[[list[Path]], Iterator[list[Tensor]]]  # of tiles, one batch after another
 
 
 class Ours:
@@ -37,19 +38,19 @@ class Ours:
 
 
 def drawn_batch(crops: ImageCrops, paths: list[Path], first: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Tiles of one size and what was drawn for them."""
+    """Tiles of one size and their crop parameters."""
     pixels = torch.stack([decode(path) for path in paths])
     drawn = [draw(crops, (pixels.shape[2], pixels.shape[3]), first + row) for row in range(len(paths))]
     return pixels, {key: torch.from_numpy(np.stack([one[key] for one in drawn])) for key in drawn[0]}
 
 
 def draw(crops: ImageCrops, shape: tuple[int, int], number: int) -> dict[str, np.ndarray]:
-    """The parameters of one tile."""
+    """Crop parameters of one tile."""
     return crops.draw(shape, None, randomness.generator(0, number, "crops"))
 
 
 def by_pillow(crops: ImageCrops) -> Views:
-    """Decode and crop by Pillow, tile after tile."""
+    """Decode and crop with Pillow, tile by tile."""
     theirs = PillowCrops(crops.view_sizes, IMAGENET.mean, IMAGENET.std)
 
     def make(paths: list[Path]) -> Iterator[list[Tensor]]:
@@ -60,7 +61,7 @@ def by_pillow(crops: ImageCrops) -> Views:
 
 
 def by_torchvision(crops: ImageCrops) -> Views:
-    """Decode and crop by torchvision v2, tile after tile."""
+    """Decode and crop with torchvision v2, tile by tile."""
     theirs = TensorCrops(crops.view_sizes, IMAGENET.mean, IMAGENET.std)
 
     def make(paths: list[Path]) -> Iterator[list[Tensor]]:
@@ -76,7 +77,7 @@ def _tensor(path: Path) -> Tensor:
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Pillow, torchvision v2, and on a GPU the rate at which crops are applied there."""
+    """Against Pillow and torchvision v2; on a GPU also the rate of applying crops there."""
     crops = original_crops((32, 16), 3) if setting.quick else original_crops()
     paths = tile_files(setting.folder / "tiles", setting.size(64, 64, 4))
     threads = torch.get_num_threads()
@@ -87,7 +88,7 @@ def run(setting: Setting) -> Iterator[Row]:
             ("Pillow", by_pillow(crops), 2.0),
             ("torchvision v2", by_torchvision(crops), None),
         ):
-            setting.notice(f"decode, draw and crop {len(paths)} tiles on one core, in turn with {name}")
+            setting.notice(f"decode, draw and crop {len(paths)} tiles on one core, in alternation with {name}")
             equality = check(crops, name, theirs, paths[:8])
             row = _one_core(crops, theirs, paths, setting).row(
                 "crops of a tile, one core", len(paths), "tiles/s", name, equality=equality
@@ -97,8 +98,8 @@ def run(setting: Setting) -> Iterator[Row]:
             yield row
     finally:
         torch.set_num_threads(threads)
-    if setting.on_gpu:
-        yield _on_gpu(crops, setting)
+    if setting.on_gpu or setting.quick:  # quick: so that this code runs without a GPU as well
+        yield on_device(crops, setting)
 
 
 def _one_core(crops: ImageCrops, theirs: Views, paths: list[Path], setting: Setting) -> Duel:
@@ -111,10 +112,10 @@ def _decode_rate(paths: list[Path]) -> float:
 
 
 def check(crops: ImageCrops, name: str, theirs: Views, paths: list[Path]) -> str:
-    """The crops must be the same, to the comparator's rounding.
+    """Check that the crops are equal up to the comparator's rounding.
 
     Raises:
-        RuntimeError: If they are not.
+        RuntimeError: If they differ.
     """
     (groups,) = Ours(crops, len(paths))(paths)
     ours = [view for group in groups for view in group]  # V tensors (B, 3, s, s)
@@ -129,22 +130,24 @@ def check(crops: ImageCrops, name: str, theirs: Views, paths: list[Path]) -> str
     return expect_close(f"crops, mean difference in grey levels from {name}", mean, LEVELS[name])
 
 
-def _on_gpu(crops: ImageCrops, setting: Setting) -> Row:
-    setting.notice("apply crops on the GPU")
-    batch = setting.size(0, 256, 4)
+def on_device(crops: ImageCrops, setting: Setting) -> Row:
+    """Rate of applying crops on the device of ``setting``, compared with those of the CPU."""
+    setting.notice(f"apply crops on {setting.device}")
+    batch = setting.size(16, 256, 4)
     paths = tile_files(setting.folder / "tiles", batch)
     pixels, drawn = drawn_batch(crops, paths, 0)
-    for ours, expected in zip(crops.apply(pixels.to(setting.device), drawn), crops.apply(pixels, drawn), strict=True):
-        equality = expect_close("crops on GPU and CPU", float((ours.cpu() - expected).abs().max()), 0.02)
     on_device = pixels.to(setting.device)
-    crops.apply(on_device, drawn)
-    seconds = sorted(timed(lambda: crops.apply(on_device, drawn), setting.device) for _ in range(setting.rounds(9)))
+    # A value next to a threshold (solarize, saturation at 0 and 1) may fall on its other side: count, take no maximum.
+    views = zip(crops.apply(on_device, drawn), crops.apply(pixels, drawn), strict=True)
+    differing = [float(((found.cpu() - expected).abs() > 0.01).float().mean()) for found, expected in views]
+    equality = expect_close("crops on both devices, fraction of values that differ by 0.01", max(differing), 1e-3)
+    seconds = [timed(lambda: crops.apply(on_device, drawn), setting.device) for _ in setting.rounds(9)]
     return Row(
-        "crops applied on the GPU",
+        f"crops applied on {setting.device.type}",
         "tiles/s",
-        batch / seconds[len(seconds) // 2],
+        batch / statistics.median(seconds),
         rounds=len(seconds),
-        target=None if setting.quick else 20_000,
+        target=20_000 if setting.on_gpu and not setting.quick else None,
         equality=equality,
         details={"batch": batch},
     )

@@ -1,4 +1,4 @@
-"""From JPEG files to trained weights: this package's loop beside Pillow's crops in a DataLoader and the plain step."""
+"""Training from JPEG files: this package's loop against Pillow crops in a DataLoader and the reference step."""
 
 import os
 import time
@@ -26,7 +26,7 @@ LARGEST_WAIT = 0.01
 
 
 class Waiting:
-    """An iterator that adds up how long it was waited for."""
+    """An iterator that sums up the time spent in ``next``."""
 
     def __init__(self, inner: Iterator) -> None:
         self.inner, self.seconds = inner, 0.0
@@ -43,16 +43,16 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a turn goes.
+    """What both implementations train in a round.
 
     Attributes:
-        task: What is trained.
-        paths: The tiles.
-        crops: Their views.
-        workers: Worker processes.
-        warm: Steps that do not count: until what was made in advance is used up.
-        steps: Steps that count.
-        device: Where to train.
+        task: Network, batch and views.
+        paths: Tile files.
+        crops: Crop module.
+        workers: Number of worker processes.
+        warm: Untimed steps, until the prefetched batches are used up.
+        steps: Timed steps.
+        device: Device to train on.
     """
 
     task: Task
@@ -65,7 +65,7 @@ class Plan:
 
 
 class OurTurn:
-    """Files, loader, crops and step of this package."""
+    """Dataset, loader, crops and step of this package."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -76,7 +76,7 @@ class OurTurn:
         self.trainer: Trainer = our_trainer(plan.task, plan.device, "bf16", plan.crops)
 
     def __call__(self) -> tuple[float, float]:
-        """Seconds of the steps that count, and of waiting for data in them."""
+        """Seconds of the timed steps, and of waiting for data in them."""
         plan = self.plan
         steps = (self.trainer.step, self.trainer.step + plan.warm + plan.steps)
         pin = plan.device.type == "cuda"
@@ -94,7 +94,7 @@ class OurTurn:
 
 
 class TheirTurn:
-    """Pillow's crops in a DataLoader, feeding the plain step."""
+    """Pillow crops in a DataLoader, and the reference step."""
 
     def __init__(self, plan: Plan, step: Step) -> None:
         self.plan, self.step = plan, step
@@ -104,7 +104,7 @@ class TheirTurn:
         self.data = TileViews(paths, crops, plan.crops.draw)
 
     def __call__(self) -> tuple[float, float]:
-        """Seconds of the steps that count, and of waiting for data in them."""
+        """Seconds of the timed steps, and of waiting for data in them."""
         feed = Waiting(iter(loader(self.data, self.plan.task.batch, self.plan.workers)))
         for _ in range(self.plan.warm):
             self._take(feed)
@@ -124,7 +124,7 @@ def _wait(device: torch.device) -> None:
 
 
 def plans(setting: Setting) -> Iterator[tuple[Plan, int]]:
-    """ViT-S/16 as in the original, and a small network on small crops, which needs its data much faster."""
+    """ViT-S/16 as in the original, and a small network on small crops, which needs more images per second."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = max(1, min(cores - 1, 15))
     warm, steps = (workers + 1, 20) if setting.on_gpu else (1, 3)
@@ -141,12 +141,12 @@ def plans(setting: Setting) -> Iterator[tuple[Plan, int]]:
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Both plans. That the crops and the steps are equal is asserted by the benchmarks of those."""
+    """Both plans. The benchmarks ``crops`` and ``step`` check that the results are equal."""
     for plan, rounds in plans(setting):
         setting.notice(f"{plan.task.arch} from JPEG files, batch {plan.task.batch}, {plan.workers} worker processes")
         ours = OurTurn(plan)
         theirs = TheirTurn(plan, their_step(plan.task, ours.trainer, "fp16" if setting.on_gpu else "bf16"))
-        results = [(ours(), theirs()) for _ in range(setting.rounds(rounds))]
+        results = [(ours(), theirs()) for _ in setting.rounds(rounds)]
         row = Duel([a[0] for a, _ in results], [b[0] for _, b in results]).row(
             f"from JPEG {plan.task.arch}",
             plan.task.batch * plan.steps,
@@ -156,7 +156,7 @@ def run(setting: Setting) -> Iterator[Row]:
         waits = [sum(r[i][1] for r in results) / sum(r[i][0] for r in results) for i in (0, 1)]
         row.target = 3.0 if setting.on_gpu and not setting.quick and plan.task.arch == "vit_small" else None
         row.note = f"waiting for data {waits[0]:.2%} of a step (wanted < {LARGEST_WAIT:.0%})"
-        row.equality = "asserted for crops and step by the benchmarks of those names"
+        row.equality = "asserted by the benchmarks crops and step"
         row.details = {
             "batch": plan.task.batch,
             "workers": plan.workers,

@@ -1,4 +1,4 @@
-"""Level 2 from a folder of ``.pt`` grids, to views and to trained weights, beside a file and a crop at a time."""
+"""Level 2 from a folder of ``.pt`` grids: views and training, against one file and one crop at a time."""
 
 from collections.abc import Iterator
 from itertools import chain, islice, repeat
@@ -25,13 +25,13 @@ VIEWS = ((2, 14), (8, 6))  # of a grid of 16 x 16 cells
 
 
 class Ours:
-    """This package's source, loader and crops.
+    """This package's dataset, loader and crops.
 
     Args:
-        folder: Where the grids are.
-        paths: The grids.
+        folder: Folder of the grids.
+        paths: Grid files.
         batch: Grids in a batch.
-        device: Where crops are applied.
+        device: Device that applies the crops.
     """
 
     def __init__(self, folder: Path, paths: list[Path], batch: int, device: torch.device) -> None:
@@ -44,12 +44,12 @@ class Ours:
         self.layout, self.steps, self.device = Layout(batch), len(paths) // batch, device
 
     def __call__(self, workers: int) -> Iterator[list[Tensor]]:
-        """As many batches of views as a pass has; the loader goes on where it stood, as in a run."""
+        """The batches of views of one epoch; the loader is not restarted between calls, as in a run."""
         for batch in islice(self.loaded(workers), self.steps):
             yield self.crops.apply(batch.inputs.to(self.device, non_blocking=True), batch.parameters)
 
     def loaded(self, workers: int) -> Iterator[Batch]:
-        """The batches of an endless run."""
+        """Batches of an unlimited run."""
         if workers not in self._feeds:
             pin, steps = self.device.type == "cuda", (0, ENDLESS)
             loader = load_batches(self.batches, self.layout, steps, workers=workers, prefetch=2, pin=pin)
@@ -58,7 +58,7 @@ class Ours:
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Views per second of both, read by the training process itself and by one worker process."""
+    """Views without a worker process and with one, then training."""
     folder, batch = setting.folder / "grids", setting.size(64, 256, 2)
     paths = grid_files(folder, setting.size(512, 2048, 4))
     ours = Ours(folder, paths, batch, setting.device)
@@ -83,9 +83,9 @@ def run(setting: Setting) -> Iterator[Row]:
 
 
 def training(setting: Setting, paths: list[Path]) -> Row:
-    """Grids per second of whole training steps, files included, beside a file and a crop at a time and the plain step.
+    """Grids per second of training steps including file reading, against one file at a time and the reference step.
 
-    That the views and the steps are equal is asserted by the rows of those.
+    Views are compared by :func:`check`, the step by the benchmark ``step``.
     """
     arch = "vit:dim=48,depth=2,heads=2" if setting.quick else "hvit_xs"
     task = Task(arch, setting.size(32, 256, 2), setting.size(65536, 65536, 256), VIEWS, "region", GRID_DIM)
@@ -103,21 +103,21 @@ def training(setting: Setting, paths: list[Path]) -> Row:
 
     result = duel(lambda: take_steps(trainer, steps), their_turn, setting.rounds(3), setting.device)
     row = result.row(f"from grids {arch}", task.batch * steps, "grids/s", "torch.load, crops one by one, plain step")
-    row.equality = "asserted for views above, for the step by the benchmark of that name"
+    row.equality = "asserted for the views above, for the step by the benchmark step"
     row.target = 10.0 if setting.on_gpu and not setting.quick else None
     row.details = {"batch": task.batch, "workers": workers, "steps": steps, "out_dim": task.out_dim}
     return row
 
 
 def check(ours: Ours, theirs: GridViews) -> str:
-    """The first batch's views must be the same numbers, rounded to bf16.
+    """Check that the views of the first batch are equal, rounded to bf16.
 
     Raises:
-        RuntimeError: If they are not.
+        RuntimeError: If they differ.
     """
     batch = ours.batches[0]
-    groups = ours.crops.apply(batch.inputs, batch.parameters)
-    views = [view for group in groups for view in group]
+    groups = ours.crops.apply(batch.inputs.to(ours.device), batch.parameters)
+    views = [view.cpu() for group in groups for view in group]
     names = {path.name: index for index, path in enumerate(theirs.paths)}
     worst = 0.0
     for row, (draw, name) in enumerate(zip(batch.draws.tolist(), batch.names, strict=True)):
@@ -129,6 +129,6 @@ def check(ours: Ours, theirs: GridViews) -> str:
 
 
 def _views_of(theirs: GridViews, index: int, draw: int) -> list[Tensor]:
-    """The views of a file with the crops of a given draw."""
+    """The views of a file for a given draw number."""
     one = GridViews([theirs.paths[index]] * (draw + 1), theirs.side, theirs.draw, theirs.seed)
     return one[draw]

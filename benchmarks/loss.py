@@ -1,4 +1,4 @@
-"""The loss alone, forward and backward, from logits that are there: time, and memory above the logits."""
+"""The loss alone, forward and backward, from given logits: time, and memory beyond the logits."""
 
 from collections.abc import Iterator
 
@@ -18,9 +18,9 @@ class Ours:
     """This package's objective: targets, loss, gradient, entropy and centre.
 
     Args:
-        out_dim: Prototypes K.
-        device: Where to compute.
-        overwrite: Put the gradient in place of the logits.
+        out_dim: Number of prototypes K.
+        device: Device to compute on.
+        overwrite: Write the gradient over the logits.
     """
 
     def __init__(self, out_dim: int, device: torch.device, overwrite: bool = True) -> None:
@@ -52,7 +52,7 @@ class Theirs:
 
 
 def example(batch: int, out_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines as a head gives them: student (10, B, K) and teacher (2, B, K)."""
+    """Cosines like those of a head: student (10, B, K) and teacher (2, B, K)."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(VIEWS, batch, out_dim, generator=generator) / 16
     teacher = torch.randn(2, batch, out_dim, generator=generator) / 16
@@ -75,13 +75,13 @@ def _measure(batch: int, out_dim: int, setting: Setting, *, overwrite: bool) -> 
     student, teacher = example(batch, out_dim, setting.device)
     logits = student.detach().clone(), teacher.clone()
 
-    def prepare() -> None:  # ours may put the gradient and the targets in their place
+    def prepare() -> None:  # ours may overwrite them with the gradient and the targets
         with torch.no_grad():
             student.copy_(logits[0])
             teacher.copy_(logits[1])
 
     memory = [peak_bytes(lambda work=work: work(student, teacher), setting.device) for work in (ours, theirs)]
-    rounds = setting.rounds(15)  # memory-bound: the figures vary more than others
+    rounds = setting.rounds(15)  # memory-bound: these times vary more than others
     result = duel(
         lambda: ours(student, teacher), lambda: theirs(student, teacher), rounds, setting.device, prepare=prepare
     )

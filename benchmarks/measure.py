@@ -1,11 +1,13 @@
-"""Measuring side by side: two contestants in turn, A B A B, the machine's limits, and the peak of memory."""
+"""Timing two implementations in alternation (A B A B), the hardware limits, and peak memory."""
 
 import gc
 import json
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,15 @@ Work = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """What every benchmark is told.
+    """Options shared by all benchmarks.
 
     Attributes:
-        device: Where to compute.
-        folder: A folder for tiles and grids, gone when the benchmarks end.
-        quick: Tiny sizes and a single round: shows that everything runs, measures nothing.
-        facebook_dino: Checkout of facebookresearch/dino as another comparator.
-        notice: Called with a line on what is being done.
+        device: Device to compute on.
+        folder: Temporary folder for tiles and grids.
+        quick: Tiny sizes and one round: checks that everything runs, measures nothing.
+        facebook_dino: Checkout of facebookresearch/dino as a second comparator.
+        notice: Called with a line about the current work.
+        deadline: Value of ``time.monotonic()`` after which no further round starts; the first round is always timed.
     """
 
     device: torch.device
@@ -34,18 +37,22 @@ class Setting:
     quick: bool = False
     facebook_dino: Path | None = None
     notice: Callable[[str], None] = lambda line: None
+    deadline: float = math.inf
 
     @property
     def on_gpu(self) -> bool:
         """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
-    def rounds(self, count: int) -> int:
-        """``count`` rounds, or one when quick."""
-        return 1 if self.quick else count
+    def rounds(self, count: int) -> Iterator[int]:
+        """Up to ``count`` round numbers: one when quick, fewer once the deadline has passed."""
+        for number in range(1 if self.quick else count):
+            if number and time.monotonic() >= self.deadline:
+                return
+            yield number
 
     def size(self, cpu: int, gpu: int, quick: int) -> int:
-        """The size of a problem for this setting."""
+        """The problem size for this setting."""
         return quick if self.quick else gpu if self.on_gpu else cpu
 
 
@@ -56,19 +63,19 @@ class Row:
     Attributes:
         name: Benchmark and variant, such as ``step vit_small``.
         unit: Unit of ``ours`` and ``theirs``; more is better.
-        ours: Our figure, the median over the rounds.
-        comparator: What ``theirs`` is.
-        theirs: The comparator's figure.
+        ours: Result of this package, the median over the rounds.
+        comparator: Name of the implementation behind ``theirs``.
+        theirs: Result of the comparator.
         ratio: Median over the rounds of ours / theirs.
-        spread: Least and greatest ratio of a round.
-        rounds: How many rounds.
-        target: Ratio (or ``ours``, without a comparator) that is to be reached; None where it is only recorded.
-        limit: What the hardware would allow, in ``unit``.
-        limited_by: What that limit is computed from.
-        equality: What was asserted before anything was timed.
-        note: A few words for the table.
-        details: Everything else.
-        skipped: Why it was not measured.
+        spread: Smallest and largest ratio of a round.
+        rounds: Number of timed rounds.
+        target: Required ratio (or ``ours``, without a comparator); None if the row is only recorded.
+        limit: Upper bound given by the hardware, in ``unit``.
+        limited_by: What that bound is computed from.
+        equality: What was asserted before timing.
+        note: Short text for the table.
+        details: Further values.
+        skipped: Reason why the row was not measured.
     """
 
     name: str
@@ -89,22 +96,22 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is reached; None where there is none."""
+        """Whether the target is reached; None without a target."""
         reached = self.ratio if self.ratio is not None else self.ours
         return None if self.target is None or reached is None else reached >= self.target
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, what is empty left out."""
+        """Plain values without the empty ones."""
         values = {**asdict(self), "met": self.met}
         return {key: value for key, value in values.items() if value is False or value not in (None, "", {}, 0)}
 
 
 @dataclass(frozen=True)
 class Duel:
-    """Seconds of two contestants, round by round.
+    """Times of two implementations per round.
 
     Attributes:
-        ours: Seconds of ours in each round.
+        ours: Seconds of this package in each round.
         theirs: Seconds of the comparator in each round.
     """
 
@@ -112,7 +119,7 @@ class Duel:
     theirs: list[float]
 
     def row(self, name: str, items: float, unit: str, comparator: str, **more: Any) -> Row:
-        """The row of a duel over ``items`` items a round."""
+        """Row of a comparison over ``items`` items per round."""
         ratios = [theirs / ours for ours, theirs in zip(self.ours, self.theirs, strict=True)]
         return Row(
             name,
@@ -128,42 +135,53 @@ class Duel:
 
 
 def duel(
-    ours: Work, theirs: Work, rounds: int, device: torch.device, warmup: int = 1, prepare: Work = lambda: None
+    ours: Work,
+    theirs: Work,
+    rounds: Iterable[int],
+    device: torch.device,
+    warmup: int = 1,
+    prepare: Work = lambda: None,
 ) -> Duel:
-    """Time two pieces of work in turn (:func:`in_turn`)."""
+    """Time two functions in alternation (:func:`in_turn`)."""
     return Duel(*in_turn([ours, theirs], rounds, device, warmup, prepare))
 
 
 def in_turn(
-    works: Sequence[Work], rounds: int, device: torch.device, warmup: int = 1, prepare: Work = lambda: None
+    works: Sequence[Work],
+    rounds: Iterable[int],
+    device: torch.device,
+    warmup: int = 1,
+    prepare: Work = lambda: None,
 ) -> list[list[float]]:
-    """Seconds of each piece of work in each round, A B C A B C.
+    """Seconds of each function in each round, A B C A B C.
 
     Args:
-        works: What is timed.
-        rounds: How often each.
-        device: Where the work is done.
-        warmup: Rounds before, which do not count.
-        prepare: Called before each, untimed.
+        works: Functions to time.
+        rounds: Round numbers (:meth:`Setting.rounds`).
+        device: Device that the functions use.
+        warmup: Untimed rounds before the first.
+        prepare: Called before each function, untimed.
     """
     times: list[list[float]] = [[] for _ in works]
-    for number in range(warmup + rounds):
+    for _ in range(warmup):
+        for work in works:
+            prepare()
+            timed(work, device)
+    for _ in rounds:
         for work, seconds in zip(works, times, strict=True):
             prepare()
-            spent = timed(work, device)
-            if number >= warmup:
-                seconds.append(spent)
+            seconds.append(timed(work, device))
     return times
 
 
 def drain(results: Iterable) -> None:
-    """Take everything and keep nothing, as a training run does."""
+    """Consume an iterable without keeping its items, as a training run does."""
     for _ in results:
         pass
 
 
 def timed(work: Work, device: torch.device) -> float:
-    """Seconds that ``work`` takes, with all that it leaves running on the device."""
+    """Seconds of ``work``, including the kernels it has queued on the device."""
     gc.collect()
     _wait(device)
     started = time.perf_counter()
@@ -178,9 +196,9 @@ def _wait(device: torch.device) -> None:
 
 
 def peak_bytes(work: Work, device: torch.device) -> int:
-    """Most bytes of tensors that ``work`` holds at once beyond those that were there before.
+    """Peak bytes of tensors that ``work`` allocates beyond those that existed before.
 
-    On a GPU by torch's own account; on a CPU by adding up the profiler's record of every allocation.
+    On a GPU from torch's allocator; on a CPU from the allocations in the profiler's trace.
     """
     gc.collect()
     if device.type == "cuda":
@@ -205,14 +223,14 @@ def peak_bytes(work: Work, device: torch.device) -> int:
 
 
 def flops(work: Work) -> float:
-    """Floating-point operations of the matrix products and convolutions in ``work``, its backward pass included."""
+    """Floating-point operations of the matrix products and convolutions in ``work``, including its backward pass."""
     with FlopCounterMode(display=False) as counter:
         work()
     return float(counter.get_total_flops())
 
 
 def limits(setting: Setting) -> dict[str, float]:
-    """What the machine gives at best: matrix products in bf16 and fp32 (GFLOP/s), and copies (GB/s, read and write)."""
+    """Measured limits of the machine: matrix products in bf16 and fp32 (GFLOP/s), and copies (GB/s, read and write)."""
     side = setting.size(cpu=2048, gpu=8192, quick=128)
     numbers = setting.size(cpu=2**26, gpu=2**29, quick=2**16)
     found = {}
@@ -230,17 +248,28 @@ def _best(work: Work, device: torch.device, tries: int = 5) -> float:
     return min(timed(work, device) for _ in range(tries))
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Compute convolutions in fp32 instead of TF32, which rounds to 10 bits: needed where fp32 results are compared."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
+    """Norm of the difference divided by the norm of the expected tensor."""
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def expect_close(what: str, error: float, largest: float) -> str:
-    """Refuse to time two things that do not compute the same.
+    """Check that two implementations compute the same before they are timed.
 
     Returns:
-        A line for the record.
+        A line for the results.
 
     Raises:
         RuntimeError: If the error is larger than ``largest``.

@@ -1,4 +1,4 @@
-"""What follows the backward pass: clipping, AdamW and the teacher's average, beside loops over tensors."""
+"""The work after the backward pass: clipping, AdamW and teacher average, against loops over tensors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ SMALL = Task("vit:dim=64,depth=2,heads=2", 2, 256, ((2, 32), (3, 16)))
 
 @dataclass
 class Tails:
-    """Both contestants with equal weights and gradients.
+    """Both implementations with equal weights and gradients.
 
     Attributes:
-        ours: Our trainer.
+        ours: Trainer of this package.
         theirs: The reference.
     """
 
@@ -37,7 +37,7 @@ class Tails:
             their.grad = our.grad.clone()
 
     def run_ours(self) -> None:
-        """Clip, step, average; the centre has nothing to do here."""
+        """Clip, step, average; the centre gets no logits here."""
         model = self.ours.model
         _, finite = clip_gradients(model.student.parameters(), 3.0, "per_parameter")
         gated_step(self.ours.optimizer, LR, WEIGHT_DECAY, finite)
@@ -46,7 +46,7 @@ class Tails:
         model.update_teacher(MOMENTUM, finite)
 
     def run_theirs(self) -> None:
-        """Clip, step, average: tensor by tensor."""
+        """Clip, step, average, one tensor at a time."""
         clip_each(self.theirs.student.parameters())
         self.theirs.optimizer.step()
         average(self.theirs.teacher, self.theirs.student, MOMENTUM)
@@ -68,7 +68,7 @@ def _short(name: str) -> str:
 
 
 def build(task: Task, device: torch.device) -> Tails:
-    """Both, with gradients."""
+    """Both implementations, with gradients."""
     trainer = our_trainer(task, device, "fp32", ReadyViews([]))
     tails = Tails(trainer, their_step(task, trainer, "fp32"))
     tails.fill()
@@ -76,10 +76,10 @@ def build(task: Task, device: torch.device) -> Tails:
 
 
 def check(tails: Tails) -> str:
-    """Student and teacher must be equal after a step.
+    """Check that student and teacher are equal after a step.
 
     Raises:
-        RuntimeError: If they are not.
+        RuntimeError: If they differ.
     """
     tails.run_ours()
     tails.run_theirs()
@@ -101,8 +101,8 @@ def run(setting: Setting) -> Iterator[Row]:
     row = result.row("optimizer tail", 1, "steps/s", "loops over tensors", equality=equality)
     row.target = 4.0 if setting.on_gpu and not setting.quick else None
     details: dict[str, Any] = {"parameters": count}
-    # Gradient read for its norm, read and written by clipping, then Adam reads 4 and writes 3, the average reads 2 and
-    # writes 1: 13 numbers of 4 bytes for each parameter.
+    # Per parameter: the norm reads the gradient, clipping reads and writes it, Adam reads 4 and writes 3, the average
+    # reads 2 and writes 1: 13 numbers of 4 bytes.
     details["bytes_per_item"] = 13 * 4 * count
     row.details = details
     return iter([row])

@@ -33,7 +33,7 @@ def run(setting: Setting) -> Iterator[Row]:
 def _two_processes(setting: Setting) -> Row:
     """The same work per process, each on one thread (or GPU): two should do twice as much."""
     rates: dict[int, list[float]] = {1: [], 2: []}
-    for number in range(setting.rounds(2)):
+    for number in setting.rounds(2):
         for processes, found in rates.items():
             setting.notice(f"{processes} processes, round {number + 1}")
             found.append(launch(processes, setting.quick))

@@ -1,6 +1,6 @@
-"""A training step from ready views: this package's loop beside the original algorithm."""
+"""A training step on precomputed views: this package's loop against the original algorithm."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks import facebook
 from benchmarks.material import GRID_DIM, random_views
-from benchmarks.measure import Row, Setting, duel, flops
+from benchmarks.measure import Row, Setting, duel, flops, without_tf32
 from benchmarks.networks import ReadyViews, Task, our_trainer, same_step, take_steps, their_step
 
 TITLE = "training step"
@@ -22,7 +22,7 @@ Make = Callable[[Task, Any], Any]
 
 
 def tasks(setting: Setting) -> Iterator[tuple[Task, int, float | None]]:
-    """What is trained, in how many rounds, and the ratio to reach."""
+    """Task, number of rounds and target ratio of each row."""
     if setting.quick:
         yield SMALL, 1, None
         yield SMALL_REGION, 1, None
@@ -33,8 +33,8 @@ def tasks(setting: Setting) -> Iterator[tuple[Task, int, float | None]]:
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Each network beside the reference, and beside facebookresearch/dino where a checkout is given."""
-    precision = "fp16" if setting.on_gpu else "bf16"  # the original's, with its loss scaler; fp16 is no use on a CPU
+    """Each network against the reference, and against facebookresearch/dino if a checkout is given."""
+    precision = "fp16" if setting.on_gpu else "bf16"  # the original's, with its loss scaler; CPUs have no fast fp16
     makes: dict[str, Make] = {"the original algorithm, eager": partial(their_step, precision=precision)}
     if setting.facebook_dino is not None:
         makes[FACEBOOK] = partial(facebook.step, checkout=setting.facebook_dino, precision=precision)
@@ -42,9 +42,9 @@ def run(setting: Setting) -> Iterator[Row]:
         for name, make in makes.items():
             if name == FACEBOOK and task.level == "region":
                 continue
-            setting.notice(f"{task.arch}: our step and {name} compute the same?")
+            setting.notice(f"{task.arch}: checking our step against {name}")
             equality = _equal(task, name, setting)
-            setting.notice(f"{task.arch}, batch {task.batch}: our step in turn with {name}")
+            setting.notice(f"{task.arch}, batch {task.batch}: timing our step in alternation with {name}")
             yield _measure(task, name, make, setting.rounds(rounds), setting, equality, target)
 
 
@@ -54,11 +54,12 @@ def _equal(task: Task, name: str, setting: Setting) -> str:
     if name == FACEBOOK and setting.facebook_dino is not None:
         make = partial(facebook.step, checkout=setting.facebook_dino, precision="fp32")
     views = random_views(small.batch, small.input_dim, small.groups, setting.device)
-    return same_step(small, make, views, TOLERANCE)
+    with without_tf32():
+        return same_step(small, make, views, TOLERANCE)
 
 
 def _measure(
-    task: Task, name: str, make: Make, rounds: int, setting: Setting, equality: str, target: float | None
+    task: Task, name: str, make: Make, rounds: Iterable[int], setting: Setting, equality: str, target: float | None
 ) -> Row:
     views = random_views(task.batch, task.input_dim, task.groups, setting.device)
     trainer = our_trainer(task, setting.device, "bf16", ReadyViews(views))

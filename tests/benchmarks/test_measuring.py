@@ -22,7 +22,7 @@ def test_ratio_is_the_median_over_rounds():
 
 def test_rounds_take_turns_and_the_first_does_not_count():
     calls = []
-    times = measure.in_turn([lambda: calls.append("a"), lambda: calls.append("b")], 2, CPU)
+    times = measure.in_turn([lambda: calls.append("a"), lambda: calls.append("b")], range(2), CPU)
     assert calls == ["a", "b"] * 3
     assert [len(seconds) for seconds in times] == [2, 2]
 
