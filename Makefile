@@ -4,6 +4,7 @@
 #   make test     the fast tests
 #   make install  only set up
 #   make bench    speed, beside plain reference code in the same process
+#   make gpu      on a machine with a GPU: tests, benchmarks and a short training, in 9 minutes, without network
 #   make check    formatter, linter, type checker, import contracts
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow check format bench clean
+.PHONY: help install demo test test-slow check format bench gpu clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -55,6 +56,13 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+# On a GPU machine, the Python that has torch is used as it is: nothing is installed.
+gpu:
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then python=$(PYTHON); else python=$(BIN)/python; fi; \
+	  $$python -c 'import torch' 2>/dev/null || \
+	  { echo "expected a Python with PyTorch, found none in $(PYTHON) and $(VENV); try: make gpu PYTHON=/path/to/python3"; exit 2; }; \
+	  $$python -m benchmarks.gpu $(if $(OUT),--output $(OUT))
 
 clean:
 	rm -rf demo build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

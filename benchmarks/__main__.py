@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from benchmarks.environment import environment
 from benchmarks.measure import Row, Setting, limits
-from benchmarks.results import markdown, record, summary, table_of
+from benchmarks.results import environment, markdown, record, summary, table_of
 from dino import distributed, progress
 
 NAMES = ("step", "loss", "crops", "endtoend", "extraction", "grids", "optimizer", "scaling")

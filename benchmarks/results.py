@@ -1,27 +1,103 @@
-"""One format for all results: a JSON line for each row, and a table for people."""
+"""The results: environment of a measurement, one JSON line per row, and a table."""
 
 import json
+import os
+import platform
+import subprocess
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from benchmarks.measure import Row
 
 COLUMNS = ("what", "ours", "beside", "theirs", "ratio", "wanted", "of the limit", "note")
 FIELDS = {field.name for field in fields(Row)}
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg")
+MEASURED = ("dino", "benchmarks", ":!benchmarks/results")  # earlier results do not affect a measurement
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Date, commit, hardware, versions and current load."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED)),
+        "device": device_name(device),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU or CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def gpu_facts(device: torch.device) -> dict[str, Any]:
+    """Driver, libraries and number formats of a GPU; of a CPU only the number formats."""
+    facts: dict[str, Any] = {"precision": "bf16 autocast, weights and averages fp32, logits fp32"}
+    facts["tf32_matmul"], facts["tf32_convolution"] = (
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+    )
+    if device.type != "cuda":
+        return facts
+    memory = torch.cuda.get_device_properties(device).total_memory
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        **facts,
+        "gpus": torch.cuda.device_count(),
+        "memory_gb": round(memory / 1e9, 1),
+        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+        "driver": (_output(query).splitlines() or [""])[0],
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "triton": _version("triton"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _git(*words: str) -> str:
+    return _output(["git", *words])
+
+
+def _output(command: list[str]) -> str:
+    """Output of a command; empty if it is not installed."""
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return result.stdout.strip()
 
 
 def record(row: Row, benchmark: str, limits: dict[str, float], facts: dict[str, Any], path: Path | None) -> Row:
-    """Complete a row with the limit of its hardware, and append it to the results.
+    """Add the limit of the hardware to a row, and append it to the results.
 
     Args:
-        row: What was measured.
+        row: The measured row.
         benchmark: The benchmark's name.
-        limits: What the machine gave at best in the same run.
-        facts: Date, commit, hardware, versions and load.
+        limits: Limits of the machine, measured in the same run.
+        facts: The :func:`environment`.
         path: Results file; None to record nothing.
 
     Returns:
@@ -37,7 +113,7 @@ def record(row: Row, benchmark: str, limits: dict[str, float], facts: dict[str, 
 
 
 def with_limit(row: Row, limits: dict[str, float]) -> Row:
-    """What the hardware allows: by matrix products where the row counts its operations, by copies where its bytes."""
+    """Add the limit of the hardware: matrix products if the row counts operations, copies if it counts bytes."""
     if row.limit is not None or row.skipped:
         return row
     work, data = row.details.get("gflop_per_item"), row.details.get("bytes_per_item")
@@ -62,17 +138,19 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 
 def markdown(path: Path) -> str:
-    """The rows of a results file as a Markdown table; of a row that was measured several times the last one."""
+    """The rows of a results file, or of ``gpu.json``, as a Markdown table; of repeated rows the last one."""
     rows: dict[tuple[str, str], Row] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        values = {name: value for name, value in json.loads(line).items() if name in FIELDS}
+    text = path.read_text(encoding="utf-8")
+    found = json.loads(text)["rows"] if path.suffix == ".json" else map(json.loads, text.splitlines())
+    for line in found:
+        values = {name: value for name, value in line.items() if name in FIELDS}
         rows[values["name"], values.get("comparator", "")] = Row(**values)
     lines = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
     return "\n".join(lines + ["| " + " | ".join(cells(row)) + " |" for row in rows.values()]) + "\n"
 
 
 def cells(row: Row) -> list[str]:
-    """A row's cells."""
+    """Cells of a row."""
     if row.skipped:
         return [row.name, "skipped", "", "", "", "", "", row.skipped]
     wanted = "" if row.target is None else f"{row.target:g}" + ("" if row.met else " (not met)")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import ROOT
 from benchmarks.measure import Duel, Row, Setting
+from benchmarks.results import ROOT
 from dino.data.datasets import TileDataset
 from dino.data.images import list_names
 

@@ -65,9 +65,15 @@ def _measure(
     trainer = our_trainer(task, setting.device, "bf16", ReadyViews(views))
     theirs = make(task, trainer)
     flat: list[Tensor] = [view for group in views for view in group]
-    result = duel(lambda: take_steps(trainer), lambda: theirs(flat), rounds, setting.device)
+    steps = setting.size(1, 10, 1)  # of a round
+
+    def their_steps() -> None:
+        for _ in range(steps):
+            theirs(flat)
+
+    result = duel(lambda: take_steps(trainer, steps), their_steps, rounds, setting.device)
     unit = "grids/s" if task.level == "region" else "img/s"
-    row = result.row(f"step {task.arch}", task.batch, unit, name, equality=equality, target=target)
+    row = result.row(f"step {task.arch}", task.batch * steps, unit, name, equality=equality, target=target)
     per_item = flops(lambda: take_steps(trainer)) / task.batch
     row.details = {
         "batch": task.batch,
