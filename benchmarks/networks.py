@@ -18,7 +18,7 @@ from dino.models.backbone import BackboneSpec, build_backbone
 from dino.models.spec import shape_of
 from dino.objectives.dino import DINO
 from dino.train.distill import Network, SelfDistillation
-from dino.train.loop import Crops, Trainer
+from dino.train.loop import Crops, NoState, StepReport, Trainer
 from dino.train.optimizer import Cosine, Length, Schedules, build_optimizer
 
 LR, WEIGHT_DECAY, MOMENTUM, TEACHER_TEMP = 1e-4, 0.04, 0.996, 0.04
@@ -127,25 +127,15 @@ def load_named(network: nn.Module, state: dict[str, Tensor]) -> None:
     network.load_state_dict(state)
 
 
-class Losses:
-    """A callback that remembers every step's loss."""
+class Losses(NoState):
+    """Callback that keeps the loss of every step."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
 
-    def start(self, trainer: Trainer) -> None:
-        """Nothing to prepare."""
-
-    def after_step(self, trainer: Trainer, report: Any) -> None:
-        """Remember."""
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Append the loss."""
         self.values.append(float(report.loss))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to remember."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing was remembered."""
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch.cuda import nccl
 
 from benchmarks.measure import Row
 
@@ -65,7 +66,7 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
         "driver": (_output(query).splitlines() or [""])[0],
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "nccl": ".".join(map(str, nccl.version())),
         "triton": _version("triton"),
     }
 
