@@ -18,7 +18,7 @@ from dino.models.backbone import BackboneSpec, build_backbone
 from dino.models.spec import shape_of
 from dino.objectives.dino import DINO
 from dino.train.distill import Network, SelfDistillation
-from dino.train.loop import Crops, NoState, StepReport, Trainer
+from dino.train.loop import Callback, Crops, StepReport, Trainer
 from dino.train.optimizer import Cosine, Length, Schedules, build_optimizer
 
 LR, WEIGHT_DECAY, MOMENTUM, TEACHER_TEMP = 1e-4, 0.04, 0.996, 0.04
@@ -127,7 +127,7 @@ def load_named(network: nn.Module, state: dict[str, Tensor]) -> None:
     network.load_state_dict(state)
 
 
-class Losses(NoState):
+class Losses(Callback):
     """Callback that keeps the loss of every step."""
 
     def __init__(self) -> None:
