@@ -12,9 +12,7 @@ from dino.api.levels import build_level
 from dino.config.load import identity_of, to_dict, to_yaml
 from dino.config.schema import PretrainConfig
 from dino.data.loader import DrawnBatches, DropPath, Layout, load_batches
-from dino.environment import versions
 from dino.errors import ConfigError
-from dino.models.checkpoint import Description
 from dino.train import distill
 from dino.train.callbacks import (
     Checkpoints,
@@ -200,14 +198,11 @@ class Run:
         """Write the teacher's backbone of the best checkpoint, or else the last, to ``RUN/backbone``."""
         export_teacher(CheckpointFolder(folder.checkpoints), folder.path / "backbone", self.level.export_size_px)
 
-    def description(self) -> Description:
+    def description(self) -> dict[str, Any]:
         """What a checkpoint records of the run besides its state."""
-        level = self.level
-        training = {
-            "total_steps": self.length.total,
-            "versions": versions(),
-            "training_slides": level.slides,
+        return {
+            "transform": self.level.transform,
+            "geometry": self.level.geometry,
+            "config": to_dict(self.config),
+            "training_slides": self.level.slides,
         }
-        return Description(
-            level.spec, level.transform, geometry=level.geometry, config=to_dict(self.config), training=training
-        )

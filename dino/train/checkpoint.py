@@ -1,9 +1,9 @@
 """Checkpoints of a run: their content, and files that are synced, verified and renamed before they replace another."""
 
-import dataclasses
 import os
 import shutil
 import zipfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dino import distributed, progress
+from dino.environment import versions
 from dino.errors import CheckpointError
 from dino.files import atomic_path
 from dino.models.checkpoint import Description, check_resumable, read_checkpoint
@@ -21,24 +22,30 @@ from dino.train.loop import Trainer
 LAST, PREVIOUS, BEST, START = "last.pt", "previous.pt", "best.pt", "start.pt"
 
 
-def initial_content(trainer: Trainer, description: Description) -> dict[str, Any]:
+def initial_content(trainer: Trainer, about: Mapping[str, Any]) -> dict[str, Any]:
     """Content of ``start.pt``: the description and the teacher.
 
     Args:
         trainer: The run.
-        description: Of the run; spec and step are those of ``trainer``.
+        about: ``transform``, ``geometry``, ``config`` and ``training_slides``.
     """
-    now = dataclasses.replace(description, spec=trainer.model.teacher.backbone.spec, step=trainer.step)
-    return {**now.to_dict(), "teacher": trainer.model.teacher.published_state()}
+    training = {
+        "total_steps": trainer.length.total,
+        "versions": versions(),
+        "training_slides": about["training_slides"],
+    }
+    spec = trainer.model.teacher.backbone.spec
+    description = Description(spec, about["transform"], trainer.step, about["geometry"], about["config"], training)
+    return {**description.to_dict(), "teacher": trainer.model.teacher.published_state()}
 
 
-def checkpoint_content(trainer: Trainer, description: Description) -> dict[str, Any]:
+def checkpoint_content(trainer: Trainer, about: Mapping[str, Any]) -> dict[str, Any]:
     """Content of every other checkpoint: that of :func:`initial_content`, and what resuming needs.
 
     Nothing random is part of it, because all randomness follows from the draw number, and so from ``step``.
     """
     return {
-        **initial_content(trainer, description),
+        **initial_content(trainer, about),
         "student": trainer.model.student.published_state(),
         "objectives": [objective.state_dict() for objective in trainer.model.objectives],
         "optimizer": trainer.optimizer.state_dict(),
