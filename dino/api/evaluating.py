@@ -1,7 +1,7 @@
 """``evaluate knn``, and the evaluation of a run during and after training."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,12 @@ from dino import distributed, files, progress
 from dino.api.levels import level_named
 from dino.api.run import Run
 from dino.config.schema import KnnConfig
-from dino.data import DrawnBatches
 from dino.evaluate import LabelTable, check_k, check_leakage, knn_scores, read_labels
 from dino.extraction.embed import FileEmbedder, check_settings
 from dino.models.backbone import Backbone, build_backbone
 from dino.models.weights import LoadedBackbone, load_backbone_file
 from dino.train.callbacks import Checkpoints
 from dino.train.evaluator import Evaluator, evaluate_run, paired_features
-from dino.train.run_folder import RunFolder
 
 SCORES_FILE = "knn_{labels}.json"  # one file per table of labels
 TIMEOUT_MINUTES = 24 * 60  # processes synchronise only after each has embedded its part
@@ -194,7 +192,9 @@ def build_evaluator(run: Run, checkpoints: Checkpoints) -> Evaluator | None:
     )
 
 
-def final_verdict(run: Run, teacher: Backbone, folder: RunFolder, evaluator: Evaluator | None) -> dict[str, Any]:
+def final_verdict(
+    run: Run, teacher: Backbone, initial: Path, last: Mapping[str, float], evaluator: Evaluator | None
+) -> dict[str, Any]:
     """Compare the teacher of a finished run with the network before training.
 
     Every process computes the same, so that nothing has to be exchanged.
@@ -202,30 +202,28 @@ def final_verdict(run: Run, teacher: Backbone, folder: RunFolder, evaluator: Eva
     Args:
         run: The run.
         teacher: The teacher's backbone after the last step.
-        folder: The run folder.
+        initial: Checkpoint of the initial weights.
+        last: Metrics of the last step.
         evaluator: The callback that scored the run on labels, if any.
 
     Returns:
         ``verdict``, ``floor`` (the numbers it is based on) and ``last_metrics``, for ``status.json``.
     """
-    untrained = load_backbone_file(str(folder.initial_checkpoint())).backbone
+    untrained = load_backbone_file(str(initial)).backbone
     untrained.to(run.device, next(teacher.parameters()).dtype)
-    last = folder.last_metrics()
     verdict, numbers = evaluate_run(
         *(_paired_features(run, backbone) for backbone in (teacher, untrained)),
         entropy=last.get("teacher_entropy_relative"),
         loss=last.get("loss_relative"),
         labelled=evaluator.comparison() if evaluator else None,
     )
-    return {"verdict": verdict.to_dict(), "floor": numbers, "last_metrics": last}
+    return {"verdict": verdict.to_dict(), "floor": numbers, "last_metrics": dict(last)}
 
 
 def _paired_features(run: Run, backbone: Backbone) -> Tensor:
     """``(2, N, D)`` features of two views of the first :data:`VERDICT_SAMPLES` samples of a separate random order."""
-    level = run.level
-    count, seed = min(VERDICT_SAMPLES, len(level.dataset)), run.config.seed + 1
+    count = min(VERDICT_SAMPLES, len(run.level.dataset))
     size = min(VERDICT_BATCH, count)
-    drawn = DrawnBatches(level.dataset, level.sampler(seed), level.crops.draw, None, size, seed)
-    return paired_features(
-        backbone, (drawn[first] for first in range(0, count - size + 1, size)), level.crops, run.device
-    )
+    drawn = run.drawn_batches(0, run.config.seed + 1, size)
+    batches = (drawn[first] for first in range(0, count - size + 1, size))
+    return paired_features(backbone, batches, run.level.crops, run.device)

@@ -86,7 +86,13 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
                     trainer.fit()
                 samples = min(VERDICT_SAMPLES, len(run.level.dataset))
                 progress.say(f"evaluating: features of two views of {samples} samples, trained and untrained …")
-                evaluation = final_verdict(run, trainer.model.teacher.backbone, folder, evaluator)
+                evaluation = final_verdict(
+                    run,
+                    trainer.model.teacher.backbone,
+                    folder.initial_checkpoint(),
+                    folder.last_metrics(),
+                    evaluator,
+                )
                 return _finish(run, trainer, folder, evaluation)
 
 

@@ -98,23 +98,23 @@ class Run:
             max(training.warmup_epochs, training.freeze_last_layer, model.warmup_teacher_temp_epochs)
         )
 
-    def drawn_batches(self, depth: int, seed: int) -> DrawnBatches:
-        """This run's batches by draw number.
+    def drawn_batches(self, depth: int, seed: int, batch_size: int) -> DrawnBatches:
+        """Batches of this run's samples by draw number.
 
         Args:
-            depth: Blocks of the backbone, each with its own drop-path multipliers.
+            depth: Blocks of the backbone, each with its own drop-path multipliers; 0 for none.
             seed: Seed of everything that is drawn.
+            batch_size: Samples in a batch.
         """
-        views, rate = sum(self.level.crops.groups), self.config.model.drop_path_rate
-        drop_path = DropPath(rate, depth, views) if rate > 0 else None
-        level, size = self.level, self.layout.batch_size
-        return DrawnBatches(level.dataset, level.sampler(seed), level.crops.draw, drop_path, size, seed)
+        level, rate = self.level, self.config.model.drop_path_rate
+        drop_path = DropPath(rate, depth, sum(level.crops.groups)) if depth and rate > 0 else None
+        return DrawnBatches(level.dataset, level.sampler(seed), level.crops.draw, drop_path, batch_size, seed)
 
     def batches(self, depth: int, first: int, last: int) -> DataLoader:
         """This process's micro-batches of steps ``first ... last - 1``."""
         speed = self.config.speed
         return load_batches(
-            self.drawn_batches(depth, self.config.seed),
+            self.drawn_batches(depth, self.config.seed, self.layout.batch_size),
             self.layout,
             (first, last),
             workers=speed.num_workers,

@@ -68,7 +68,7 @@ def patch(words: PretrainWords = None, config: ConfigFile = None, recipe: PatchR
 
     For example:
 
-        dino pretrain patch data runs/patch training.nepochs=100 model.out_dim=4096
+        dino pretrain patch data runs/patch training.nepochs=100 speed.num_workers=8
         dino pretrain patch data runs/patch model.init=timm:vit_small_patch16_224.dino
         torchrun --nproc_per_node=8 -m dino pretrain patch data runs/patch
     """
