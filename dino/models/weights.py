@@ -49,7 +49,7 @@ TIMM = "timm:"
 ADAPTABLE = {"img_size", "num_classes", "global_pool", "in_chans", "dynamic_img_size"}
 CONTAINERS = ("state_dict", "model")
 PREFIX = re.compile(r"^(module\.|backbone\.)+")
-HEADS = re.compile(r"^(head|fc_norm|last_layer|mlp|projection_head)\.")
+HEADS = re.compile(r"^(\w*head|fc_norm|last_layer|mlp)\.")
 RENAMED = {"phi.0.weight": "patch_embed.proj.weight", "phi.0.bias": "patch_embed.proj.bias"}
 
 

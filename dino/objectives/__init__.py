@@ -21,7 +21,7 @@ class Outputs(NamedTuple):
 
     Attributes:
         tokens: The backbone's tokens of each group of views of one size, with leading dimensions (V_g, B).
-        logits: What each head computes, by its name; for DINO (V, B, K).
+        logits: Output of each head by its name, (V, B, ...); V may be the first views alone.
     """
 
     tokens: list[Tokens]
@@ -48,7 +48,8 @@ class Objective(nn.Module, ABC):
     (such as a centre) is the objective's own: buffers, which checkpoints save.
 
     Attributes:
-        head: Name of its head in both networks and in checkpoints; no two objectives share one.
+        head: Name of its head in both networks and in checkpoints; no two objectives share one, and it ends with
+            ``head``, by which readers of backbones recognise that it is not part of one.
         weight: Factor of its losses in the sum that is minimised.
         cls_only: Whether it reads the cls token alone, so that the last block may leave out the other tokens.
         warnings: Text for the user by the condition on a line of the log (see :meth:`log_values`) that lasts.
@@ -61,12 +62,12 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def build_head(self, embed_dim: int) -> nn.Module:
-        """The student's head, with initial weights; it maps (..., D) inputs of :meth:`head_inputs` to logits."""
+        """The student's head, with initial weights; it maps (N, D) inputs to (N, K) logits."""
 
     @staticmethod
     @abstractmethod
     def head_inputs(tokens: Sequence[Tokens]) -> Tensor:
-        """What the head reads of a network's tokens: (..., D)."""
+        """The tokens that the head reads, (V, B, ..., D), of the groups of views."""
 
     def scheduled(self, step: int) -> dict[str, float]:
         """Scheduled values of ``step``, counted from 0, by the name under which they are logged."""

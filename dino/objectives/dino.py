@@ -107,15 +107,15 @@ def dino_loss(student: Tensor, targets: Tensor, student_temp: float, *, overwrit
         L = 1 / (n_pairs B) sum_v [ n_v logsumexp(z_v / temp) - Q_v . z_v / temp ]
         dL/dz_v = (n_v softmax(z_v / temp) - Q_v) / (n_pairs B temp)
 
-    so that 2 + 8 views cost ten terms instead of eighteen. Value and gradient share the softmax: both are computed
-    in one go, on a CPU piece by piece in its cache.
+    so that 2 + 8 views cost ten terms instead of eighteen. Value and gradient use the same softmax and are computed
+    together, on a CPU in pieces that fit into its cache.
 
     Args:
-        student: (V, B, K) logits, fp32 or fp64 (bf16 errs by 0.05 near ``|z| = 1`` once divided by 0.04).
+        student: (V, B, K) logits, fp32 or fp64 (bf16 has an error of 0.05 near ``|z| = 1`` after division by 0.04).
         targets: (G, B, K) teacher probabilities of the first G views; no gradient flows into them.
         student_temp: Temperature of the student.
-        overwrite: Put the gradient where the logits are, which then are gone: it takes no memory of its own, and on a
-            CPU a third less time, which fresh memory would cost. For logits that nothing else reads.
+        overwrite: Write the gradient over the logits: saves its memory, and on a CPU a third of the time. For logits
+            that nothing else reads.
 
     Returns:
         The loss, a scalar, in nats.
@@ -149,14 +149,14 @@ class _DinoLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        # Asking a GPU for the value would make the host wait.
+        # Reading the value from a GPU would make the host wait.
         if gradient.device.type != "cpu" or float(grads[0]) != 1:
             gradient = gradient.mul_(grads[0]) if ctx.overwrite else gradient * grads[0]
         return gradient, None, None, None
 
 
 def _fastest(student: Tensor, targets: Tensor) -> Callable[[Tensor, Tensor, float, Tensor | None], Tensor]:
-    """The kernel where it can be used, else torch's operations."""
+    """The GPU kernel where it is usable, else torch's operations."""
     fits = all(x.dtype == torch.float32 and x.is_contiguous() for x in (student, targets))
     if student.device.type == "cuda" and fits and find_spec("triton") is not None:
         from dino.objectives import kernel
@@ -167,7 +167,7 @@ def _fastest(student: Tensor, targets: Tensor) -> Callable[[Tensor, Tensor, floa
 
 
 def _loss_and_gradient(student: Tensor, targets: Tensor, temp: float, gradient: Tensor | None) -> Tensor:
-    """The loss; its gradient goes into ``gradient``, which may be ``student`` itself."""
+    """The loss; its gradient is written to ``gradient``, which may be ``student`` itself."""
     views, batch, prototypes = student.shape
     pairs = len(targets) * (views - 1)
     piece = piece_size(batch, prototypes, student.device)
@@ -196,7 +196,7 @@ def _loss_and_gradient(student: Tensor, targets: Tensor, temp: float, gradient: 
 
 
 def _others(targets: Tensor, views: int) -> Iterator[tuple[Iterable[int], Tensor, int]]:
-    """For views that see the same targets: which they are, the sum of those targets (b, K), and how many those are."""
+    """For views with the same targets: the views, the sum of their targets (b, K), and the number of targets."""
     count = len(targets)
     for view in range(count):
         others = [targets[v] for v in range(count) if v != view]
@@ -205,17 +205,17 @@ def _others(targets: Tensor, views: int) -> Iterator[tuple[Iterable[int], Tensor
 
 
 def _log_sums(scaled: Tensor, probabilities: Tensor) -> Tensor:
-    """``logsumexp`` of (b, K) logits whose softmax is there, (b,): the largest of that is exp(max) / sum."""
+    """``logsumexp`` of (b, K) logits with a known softmax, (b,): the largest probability is exp(max) / sum."""
     return scaled.amax(-1) - probabilities.amax(-1).log_()
 
 
 class Centre(nn.Module):
     """Moving average of the teacher's logits, subtracted from them against collapse (Caron et al. 2021, eq. 4).
 
-    One optimizer step may see several micro-batches: each is observed, and the average moves once.
+    An optimizer step may have several micro-batches: each is observed, and the average moves once.
 
     Attributes:
-        center: (1, K) the moving average; the only entry of the state dict, named as in facebookresearch/dino.
+        center: (1, K), the moving average; the only entry of the state dict, named as in facebookresearch/dino.
     """
 
     center: Tensor
@@ -241,11 +241,11 @@ class Centre(nn.Module):
         Args:
             teacher_logits: (G, B, K) logits, fp32 or fp64.
             temp: Temperature of the teacher.
-            overwrite: Put the probabilities where the logits are, which then are gone: for logits that nothing else
-                reads, and that :meth:`observe` has seen.
+            overwrite: Write the probabilities over the logits: for logits that nothing else reads, after
+                :meth:`observe`.
 
         Returns:
-            (G, B, K) probabilities, and their mean entropy in nats, a scalar: near 0 or near ln K the teacher has
+            (G, B, K) probabilities, and their mean entropy in nats, a scalar; near 0 or near ln K the teacher has
             collapsed.
         """
         found = teacher_logits if overwrite else torch.empty_like(teacher_logits)
@@ -270,21 +270,21 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def observe(self, teacher_logits: Tensor) -> None:
-        """Add a micro-batch to what the next :meth:`step` averages.
+        """Add a micro-batch to the mean of the next :meth:`step`.
 
         Args:
-            teacher_logits: (G, B, K) logits as the teacher gave them.
+            teacher_logits: (G, B, K) logits of the teacher.
         """
         self.observed += teacher_logits.flatten(0, -2).sum(0)
         self.count += teacher_logits[..., 0].numel()
 
     @torch.no_grad()
     def step(self, finite: Tensor) -> None:
-        """Move the centre by the mean of everything observed on all processes, and forget it.
+        """Move the centre by the mean of what was observed on all processes since the last step.
 
         Args:
-            finite: Scalar bool on the centre's device; where false the centre stays as it is. Read on the device
-                only: the host never waits.
+            finite: Scalar bool on the centre's device; where false the centre stays as it is. The host never waits
+                for it.
 
         Raises:
             RuntimeError: Nothing was observed since the last step.

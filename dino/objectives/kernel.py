@@ -1,6 +1,6 @@
 """DINO's loss and its gradient as one GPU kernel: each row of logits is read twice and its gradient written once.
 
-Imported only where triton is there; :func:`usable` tells whether the kernel may be used on a device.
+Imported only where triton is installed; :func:`usable` returns whether the kernel works on a device.
 """
 
 import warnings
@@ -12,16 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # prototypes at a time
+BLOCK = 4096  # prototypes per iteration
 WARPS = 8
-TOLERANCE = 1e-5  # relative, of the check before first use
+TOLERANCE = 1e-5  # relative, of the check before the first use
 
 LossAndGradient = Callable[[Tensor, Tensor, float, Tensor | None], Tensor]
 
 
 @triton.jit
 def _others(own, view, columns, prototypes, stride, teachers: tl.constexpr, block: tl.constexpr):
-    """Sum of a sample's targets of the teacher views other than ``view``, (block,); ``own`` are the first view's."""
+    """Sum of a sample's targets of teacher views other than ``view``, (block,); ``own`` are the first view's."""
     others = tl.zeros([block], tl.float32)
     for teacher in tl.static_range(teachers):  # pyright: ignore[reportGeneralTypeIssues]
         wanted = (columns < prototypes) & (view != teacher)
@@ -32,7 +32,7 @@ def _others(own, view, columns, prototypes, stride, teachers: tl.constexpr, bloc
 @triton.jit
 def _sums(logits, own, view, prototypes, stride, temp, teachers: tl.constexpr, block: tl.constexpr):
     """``logsumexp(z)`` and ``Q . z`` of a row of logits, z = logits / temp."""
-    highest = tl.full([block], -1e38, tl.float32)  # of each lane, and its sum of exp(z - highest)
+    highest = tl.full([block], -1e38, tl.float32)  # of each lane; sums: its sum of exp(z - highest)
     sums = tl.zeros([block], tl.float32)
     product = tl.zeros([block], tl.float32)
     for first in range(0, prototypes, block):
@@ -48,7 +48,7 @@ def _sums(logits, own, view, prototypes, stride, temp, teachers: tl.constexpr, b
 
 
 @triton.jit
-def _row(  # noqa: PLR0913, PLR0917 (a kernel takes pointers and numbers, nothing that would hold them together)
+def _row(  # noqa: PLR0913, PLR0917 (a kernel takes pointers and numbers only)
     student,
     targets,
     gradient,
@@ -61,7 +61,7 @@ def _row(  # noqa: PLR0913, PLR0917 (a kernel takes pointers and numbers, nothin
     with_gradient: tl.constexpr,
 ):
     """One view of one sample: ``n logsumexp(z) - Q . z``, and its gradient."""
-    # The views of a sample follow each other, so that its targets stay in the cache.
+    # Programs of one sample are consecutive, so that its targets stay in the cache.
     sample, view = tl.program_id(0) // views, tl.program_id(0) % views
     batch = tl.num_programs(0) // views
     stride = batch.to(tl.int64) * prototypes  # from view to view
@@ -114,24 +114,22 @@ def loss_and_gradient(student: Tensor, targets: Tensor, temp: float, gradient: T
 
 
 @cache
-def usable(device: torch.device, as_written: LossAndGradient) -> bool:
-    """Whether the kernel compiles on ``device`` and agrees there with ``as_written``; a warning says so if not.
+def usable(device: torch.device, reference: LossAndGradient) -> bool:
+    """Whether the kernel compiles on ``device`` and agrees there with ``reference``; warns if not.
 
-    Asked once: the answer makes the host wait.
+    Cached, because the check makes the host wait.
     """
     generator = torch.Generator().manual_seed(0)
     student = (10 * torch.rand(3, 2, 5000, generator=generator)).to(device)
     targets = torch.rand(2, 2, 5000, generator=generator).softmax(-1).to(device)
-    ours, theirs = torch.empty_like(student), torch.empty_like(student)
+    found, wanted = torch.empty_like(student), torch.empty_like(student)
     try:
-        loss = loss_and_gradient(student, targets, 0.1, ours)
-        expected = as_written(student, targets, 0.1, theirs)
-        agrees = torch.isclose(loss, expected, rtol=TOLERANCE) & ((ours - theirs).norm() <= TOLERANCE * theirs.norm())
+        loss = loss_and_gradient(student, targets, 0.1, found)
+        expected = reference(student, targets, 0.1, wanted)
+        agrees = torch.isclose(loss, expected, rtol=TOLERANCE) & ((found - wanted).norm() <= TOLERANCE * wanted.norm())
         problem = "" if bool(agrees) else "its values differ from those of torch's operations"
-    except (
-        Exception
-    ) as error:  # no C compiler, an old GPU, a driver that does not fit: triton's errors are of many types
+    except Exception as error:  # no C compiler, an old GPU or driver: triton raises many types
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
     if problem:
-        warnings.warn(f"the loss runs without its own kernel on {device}: {problem}", stacklevel=2)
+        warnings.warn(f"the loss does not use its GPU kernel on {device}: {problem}", stacklevel=2)
     return not problem

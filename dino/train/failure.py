@@ -144,7 +144,6 @@ def examine(trainer: Trainer, batch: Batch, step: int) -> list[SampleFinding]:
     with trainer.autocast():
         teacher = model.teacher([groups[0][:TEACHER_VIEWS]])
         student = model.student(groups, keep)
-    teacher_broken, student_broken = _broken_views(teacher), _broken_views(student)  # each (V, B)
     largest = torch.stack([views.abs().amax((0, 2, 3, 4)) for views in groups]).amax(0)  # (B,)
     findings = []
     for i, name in enumerate(batch.names):
@@ -158,8 +157,8 @@ def examine(trainer: Trainer, batch: Batch, step: int) -> list[SampleFinding]:
                 name,
                 int(batch.draws[i]),
                 total,
-                teacher_broken[:, i].nonzero().flatten().tolist(),
-                student_broken[:, i].nonzero().flatten().tolist(),
+                _broken_views(teacher, i),
+                _broken_views(student, i),
                 float(largest[i]),
                 losses,
             )
@@ -177,6 +176,12 @@ def _sample(outputs: Outputs, index: int) -> Outputs:
     return Outputs(tokens, {name: logits[:, part].clone() for name, logits in outputs.logits.items()})
 
 
-def _broken_views(outputs: Outputs) -> Tensor:
-    """(V, B): whether any of a view's logits is not finite, of any head."""
-    return torch.stack([~torch.isfinite(logits).all(-1) for logits in outputs.logits.values()]).any(0)
+def _broken_views(outputs: Outputs, index: int) -> list[int]:
+    """Views of a sample whose logits are not finite, of any head."""
+    views = {
+        view
+        for logits in outputs.logits.values()  # (V, B, ...)
+        for view, finite in enumerate(torch.isfinite(logits[:, index]).flatten(1).all(-1).tolist())
+        if not finite
+    }
+    return sorted(views)

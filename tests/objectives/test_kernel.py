@@ -133,9 +133,9 @@ def test_it_is_used_on_a_gpu_where_it_is_usable(monkeypatch: pytest.MonkeyPatch)
     kernel = pytest.importorskip("dino.objectives.kernel")
     written = dino_losses._loss_and_gradient
     for usable, expected in ((True, kernel.loss_and_gradient), (False, written)):
-        monkeypatch.setattr(kernel, "usable", lambda device, as_written, usable=usable: usable)
+        monkeypatch.setattr(kernel, "usable", lambda device, reference, usable=usable: usable)
         assert dino_losses._fastest(Pretended(), Pretended()) is expected  # type: ignore[arg-type]
-    monkeypatch.setattr(kernel, "usable", lambda device, as_written: True)
+    monkeypatch.setattr(kernel, "usable", lambda device, reference: True)
     for other in (Pretended(torch.float64), Pretended(contiguous=False)):
         assert dino_losses._fastest(other, Pretended()) is written  # type: ignore[arg-type]
     monkeypatch.setattr(dino_losses, "find_spec", lambda name: None)  # no triton
