@@ -40,6 +40,7 @@ def test_workers_ignore_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(signal, "sigwaitinfo", raising=False)  # else the other signals stay blocked in this process
     ignore_signals_in_worker(0)
     signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize(
