@@ -62,9 +62,9 @@ def read_labels(path: Path) -> LabelTable:
     """
     rows = _read_csv(path)
     labels = _canonical([row["label"] for row in rows])
-    _refuse(path, [i for i, label in enumerate(labels) if label.lower() in MISSING], "a label", "blank ones")
+    _require_none(path, [i for i, label in enumerate(labels) if label.lower() in MISSING], "a label", "blank ones")
     partition = [PARTITIONS.get(row["partition"].lower(), "") for row in rows]
-    _refuse(path, [i for i, name in enumerate(partition) if not name], "train or test as partition", "others")
+    _require_none(path, [i for i, name in enumerate(partition) if not name], "train or test as partition", "others")
     paths = [path.parent / Path(row["image_path"]).expanduser() for row in rows]
     absent = [p for p in paths if not p.is_file()]
     if absent:
@@ -174,7 +174,7 @@ def _column(rows: Sequence[Mapping[str, str]], name: str) -> list[str] | None:
     return values if any(values) else None
 
 
-def _refuse(path: Path, rows: Sequence[int], expected: str, found: str) -> None:
+def _require_none(path: Path, rows: Sequence[int], expected: str, found: str) -> None:
     if rows:  # line 1 is the header
         lines = _first([i + 2 for i in rows])
         raise DataError(f"{path}: expected {expected} in every row, found {len(rows)} {found} (line {lines})")

@@ -1,4 +1,4 @@
-"""Accuracy, balanced accuracy and AUC; what is not defined on the data at hand is None, never an exception."""
+"""Accuracy, balanced accuracy and AUC; undefined values are None, never an exception."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray

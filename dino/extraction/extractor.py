@@ -83,7 +83,7 @@ class Extractor(ABC):
 
     @abstractmethod
     def prepare(self) -> Any:
-        """Find the work, refuse to mix features, and write ``extract.json``; called on the main process.
+        """Find the work, check that features are not mixed, and write ``extract.json``; called on the main process.
 
         Raises:
             DataError: If ROOT does not contain what the model needs, or contains features made with different settings.

@@ -1,4 +1,4 @@
-"""Where the pixels of a region's cells come from: slides, tiles that were cut, or images of whole regions."""
+"""Sources of the pixels of a region's cells: slides, extracted tiles, or images of whole regions."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ def cells_of_slide(path: Path, geometry: Geometry, status: SlideStatus, step_lv0
     Args:
         path: The slide's file.
         geometry: How ROOT was tiled.
-        status: What was known of the slide then.
+        status: Its row of the status table when it was tiled.
         step_lv0: Footprint of its cells in ``regions.csv``.
 
     Yields:
@@ -60,8 +60,8 @@ def cells_of_tiles(root: Path, slide_id: str, cells: Sequence[tuple[int, int]], 
     Args:
         root: ROOT.
         slide_id: The slide.
-        cells: Every cell that will be asked for.
-        size_px: Side of a tile.
+        cells: All cells that will be read.
+        size_px: Tile size.
 
     Yields:
         As :func:`cells_of_slide`.
@@ -132,7 +132,7 @@ def read_region_image(image: RegionImage, size_px: int) -> Tensor:
 
 
 def match_region_images(root: Path, records: Sequence[RegionRecord]) -> list[RegionImage]:
-    """The images under ROOT that are named as its regions, ``<slide>_<x>_<y>``; tiles and previews are passed by.
+    """The images under ROOT that are named as its regions, ``<slide>_<x>_<y>``; tiles and previews are ignored.
 
     Raises:
         DataError: If a region has no image.
@@ -152,7 +152,7 @@ def match_region_images(root: Path, records: Sequence[RegionRecord]) -> list[Reg
 
 
 def list_region_images(root: Path, size_px: int, spacing_um: float | None) -> list[RegionImage]:
-    """A plain folder of region images; names ``<slide>_<x>_<y>`` say whose they are and where they lie.
+    """Images of regions in a plain folder; slide and position are parsed from names ``<slide>_<x>_<y>``.
 
     Args:
         root: The folder, flat or nested.
@@ -160,8 +160,7 @@ def list_region_images(root: Path, size_px: int, spacing_um: float | None) -> li
         spacing_um: Spacing of the images, if known.
 
     Returns:
-        The images with regions made up for them: the tissue is unknown (1), and a cell's footprint at level 0 is taken
-        to be its size.
+        The images with assumed regions: a tissue fraction of 1, and cells of their own size at level 0.
 
     Raises:
         DataError: If there is no image, two have one name, or one is not whole cells.
@@ -171,7 +170,7 @@ def list_region_images(root: Path, size_px: int, spacing_um: float | None) -> li
     found: dict[str, RegionImage] = {}
     for path in list_images(root):
         if path.stem in found:
-            raise DataError(f"expected names of their own, found {found[path.stem].path} and {path}; rename one")
+            raise DataError(f"expected unique names, found {found[path.stem].path} and {path}; rename one")
         try:
             with Image.open(path) as image:
                 width, height = image.size

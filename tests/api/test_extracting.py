@@ -41,7 +41,7 @@ def make_root(folder: Path, slides: dict[str, np.ndarray], tiling: TileConfig = 
 
 @pytest.fixture
 def root(tmp_path):
-    """7 x 6 cells that say where they are; regions of 4 x 4 cells at every cell: 4 x 3 of them."""
+    """7 x 6 cells that contain their coordinates; regions of 4 x 4 cells at every cell: 4 x 3 of them."""
     return make_root(tmp_path, {"a_b": coordinates(7 * S, 6 * S, S)})
 
 
@@ -85,7 +85,7 @@ def test_files_hold_their_own_features_only(root, model):
     assert {p.name for p in (root / "region_4096_pretraining").iterdir()} == {r.path.name for r in read_regions(root)}
 
 
-def test_the_record_says_what_was_done(root, model):
+def test_the_record_describes_model_and_pixels(root, model):
     extract("RUN", root, CONFIG)
     record = json.loads((root / "extract.json").read_text())
     assert record["fingerprint"] == "mean colour" and record["precision"] == "fp32"
@@ -128,7 +128,7 @@ def test_models_precisions_and_transforms_are_not_mixed(root, model, monkeypatch
     assert all(torch.equal(a, before[name]) for name, a in features(root).items())
 
 
-def test_a_model_of_another_spacing_is_refused(root, model, monkeypatch):
+def test_a_model_of_another_spacing_is_an_error(root, model, monkeypatch):
     monkeypatch.setattr(extracting, "load_backbone_file", lambda *a, **k: replace(model, spacing_um=0.25))
     with pytest.raises(DataError, match=r"0\.25 .*found 0\.5"):
         extract("RUN", root, CONFIG)
@@ -206,7 +206,7 @@ def test_a_bad_slide_is_named_and_the_others_go_on(tmp_path, model):
     assert {name[0] for name in features(root)} == {"b"}
 
 
-def test_another_slide_under_the_name_is_refused(root, tmp_path, model):
+def test_another_slide_of_the_same_name_is_an_error(root, tmp_path, model):
     write_slide(tmp_path / "slides" / "a_b.tiff", [coordinates(9 * S, 6 * S, S)], mpp=0.5)
     assert "tile it again" in extract("RUN", root, CONFIG).failures["a_b"]
 
@@ -251,7 +251,7 @@ def test_dry_run_writes_nothing(root, model):
 
 
 @pytest.mark.parametrize("wrong", [{"source": "tile"}, {"precision": "fp16"}, {"batch_size": 0}])
-def test_wrong_settings_are_refused(root, model, wrong):
+def test_invalid_settings_are_errors(root, model, wrong):
     with pytest.raises(ConfigError):
         extract("RUN", root, replace(CONFIG, **wrong))
 
@@ -338,7 +338,7 @@ def test_bare_folders_of_grids(tmp_path):
         np.testing.assert_allclose(file["features"][0], first, atol=1e-6)
 
 
-def test_grids_of_another_width_are_refused(grids, tmp_path):
+def test_grids_of_another_dimension_are_an_error(grids, tmp_path):
     root, _ = grids
     with pytest.raises(DataError, match=r"D=8.*D=16"):
         extract(str(save_checkpoint(tmp_path / "other.pt", "region", 8)), root, CONFIG)
@@ -352,7 +352,7 @@ def test_an_unfinished_slide_is_named(grids):
     assert not (root / "slide_features" / "b.h5").exists()
 
 
-def test_the_wrong_folder_is_refused(tmp_path):
+def test_the_wrong_folder_is_an_error(tmp_path):
     region, patch = save_checkpoint(tmp_path / "r.pt", "region", 8), save_checkpoint(tmp_path / "p.pt")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -366,7 +366,7 @@ def test_the_wrong_folder_is_refused(tmp_path):
         extract(str(tmp_path / "gone.pt"), empty, CONFIG)
 
 
-def test_a_root_in_use_is_refused(root, model):
+def test_a_root_in_use_is_an_error(root, model):
     with RunLock(root, name="extract_patch.lock.json").held():
         with pytest.raises(ConfigError, match="is in use by PID"):
             extract("RUN", root, CONFIG)

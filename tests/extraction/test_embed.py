@@ -96,7 +96,7 @@ def test_grids_are_embedded_as_they_are():
     torch.testing.assert_close(embed(backbone, [grids], identity, CPU, "fp32"), wanted)
 
 
-def test_broken_features_are_refused(backbone):
+def test_features_that_are_not_finite_are_an_error(backbone):
     with pytest.raises(DataError, match="finite"):
         embed(backbone, [torch.full((1, 3, 32, 32), torch.nan)], identity, CPU, "fp32")
 
@@ -105,7 +105,7 @@ def test_no_batches_make_no_features(backbone):
     assert embed(backbone, [], identity, CPU, "fp32").shape == (0, 32)
 
 
-def test_unknown_names_are_refused(backbone, tiles):
+def test_unknown_names_are_errors(backbone, tiles):
     with pytest.raises(ConfigError, match="fp16"):
         embed(backbone, [tiles], normaliser(MEAN, STD, 16), CPU, "fp16")
 
