@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -141,7 +142,7 @@ def results(output: Path) -> Iterator[tuple[str, Any]]:
 
         with h5py.File(path) as file:
             for name in file:
-                yield f"features/{path.name}/{name}", torch.from_numpy(file[name][:])
+                yield f"features/{path.name}/{name}", torch.from_numpy(np.asarray(file[name]))
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
