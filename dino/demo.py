@@ -1,7 +1,7 @@
 """All steps on the sample slide of the package, in a few minutes and without a GPU.
 
-The demo runs the same code as the other commands, at small sizes. Tiles overlap by half and regions by all but one
-cell, because the slide is small. It shows that the steps work together, not how good the models are.
+The demo runs the same code as the other commands, with small models and crops. Because the slide is small, tiles
+overlap by half, and regions by all but one cell. It shows that the steps work together, not how good the models are.
 """
 
 import time
@@ -26,10 +26,10 @@ from dino.train.run_folder import RunReader
 Result = TypeVar("Result")
 
 NOTICE = (
-    "This report is of the demo: one small slide, a tiny network, a few minutes of training. It shows that every step "
-    "works, and how to read the results. It does not evaluate the method: a few hundred tiles and steps are far too "
-    "few, the trained network may be no better than the untrained one, and none of these numbers predicts the results "
-    "of a real run."
+    "This is the report of the demo: one small slide, a tiny network, a few minutes of training. It shows that every "
+    "step works, and how to read the results. It does not evaluate the method: a few hundred tiles and steps are far "
+    "too few, the trained network may be no better than the untrained one, and none of these numbers predicts the "
+    "results of a real run."
 )
 
 
@@ -69,7 +69,7 @@ class DemoSummary:
 def run_demo(directory: Path, config: DemoConfig) -> DemoSummary:
     """Tile, pretrain both levels, extract, evaluate and report, all under ``directory``.
 
-    If the folder holds a demo already it is continued: every step skips what is done.
+    If the folder contains a demo already, it is continued: every step skips work that is done.
 
     Args:
         directory: Output folder; created when absent.
@@ -79,8 +79,8 @@ def run_demo(directory: Path, config: DemoConfig) -> DemoSummary:
         The contents of ``summary.json``.
 
     Raises:
-        ConfigError: If ``directory`` holds a demo with other settings.
-        Stopped: If a signal asked for it; run again to continue.
+        ConfigError: If ``directory`` contains a demo with other settings.
+        Stopped: If a signal requested it; run again to continue.
     """
     directory = directory.absolute()
     summary = DemoSummary(directory, directory / "report.html", settings=to_dict(config), versions=versions())
@@ -93,18 +93,18 @@ def run_demo(directory: Path, config: DemoConfig) -> DemoSummary:
     summary.results["tile"] = f"{tiling.tiles} tiles, {tiling.regions} regions"
 
     _stage(summary, "pretrain patch", lambda: api.pretrain(patch_config(root, patch, config)))
-    _note_run(summary, "patch", patch)
+    _add_run(summary, "patch", patch)
 
     _stage(summary, "extract tiles", lambda: api.extract(str(patch), root, extraction))
     summary.results["extract tiles"] = f"{tiling.regions} feature grids"
 
     _stage(summary, "pretrain region", lambda: api.pretrain(region_config(root, region, config)))
-    _note_run(summary, "region", region)
+    _add_run(summary, "region", region)
 
     _stage(summary, "extract regions", lambda: api.extract(str(region), root, extraction))
     summary.results["extract regions"] = "one .h5 file"
 
-    summary.own_place = _stage(summary, "evaluate", lambda: _own_place(root, patch, config))
+    summary.own_place = _stage(summary, "evaluate", lambda: _self_retrieval(root, patch, config))
     template = "self-retrieval accuracy: trained {teacher:.0%}, untrained {untrained:.0%}, pixels {pixels:.0%}"
     summary.results["evaluate"] = template.format(**summary.own_place)
 
@@ -117,12 +117,12 @@ def run_demo(directory: Path, config: DemoConfig) -> DemoSummary:
 
 
 def tile_config() -> TileConfig:
-    """Tiles that overlap by half, regions of 4 x 4 of them that overlap by all but one cell."""
+    """Tiles that overlap by half, and regions of 4 x 4 cells that overlap by all but one cell."""
     return TileConfig(overlap=0.5, region_size_px=1024, region_overlap_cells=3, num_workers=1)
 
 
 def patch_config(root: Path, run: Path, config: DemoConfig) -> PatchConfig:
-    """The pathology recipe at a size for two cores: ViT-Ti, crops of 96 and 48 px.
+    """The pathology recipe, small enough for two cores: ViT-Ti, crops of 96 and 48 px.
 
     The colour jitter has the strength of the original DINO, as in the crc5 benchmark.
     """
@@ -161,7 +161,7 @@ def region_config(root: Path, run: Path, config: DemoConfig) -> RegionConfig:
 
 
 def _common(root: Path, run: Path, config: DemoConfig, steps: int) -> dict[str, Any]:
-    """Settings of both levels. With so few steps the teacher has to average over a hundred of them, not thousands."""
+    """Settings of both levels. With few steps, the teacher averages over a hundred of them, not over thousands."""
     return {
         "data_dir": str(root),
         "output_dir": str(run),
@@ -183,13 +183,13 @@ def _stage(summary: DemoSummary, name: str, work: Callable[[], Result]) -> Resul
     progress.say(f"\n{name}")
     start = time.monotonic()
     result = work()
-    # A stage that was done before takes no time now; its first duration is kept.
+    # A stage that was done before is skipped; keep its first duration.
     summary.seconds[name] = round(max(time.monotonic() - start, summary.seconds.get(name, 0.0)), 1)
     write_json(summary.directory / "summary.json", asdict(summary))
     return result
 
 
-def _note_run(summary: DemoSummary, level: str, run: Path) -> None:
+def _add_run(summary: DemoSummary, level: str, run: Path) -> None:
     reader = RunReader(run)
     last, verdict = reader.last_metrics(), reader.status()["verdict"]
     summary.losses[level] = last["loss_relative"]
@@ -200,7 +200,7 @@ def _note_run(summary: DemoSummary, level: str, run: Path) -> None:
     )
 
 
-def _own_place(root: Path, run: Path, config: DemoConfig) -> dict[str, Any]:
+def _self_retrieval(root: Path, run: Path, config: DemoConfig) -> dict[str, Any]:
     networks = load_run(run, "patch")
     return measure_self_retrieval(
         root, networks.trained, networks.untrained, device=config.device, seed=config.seed

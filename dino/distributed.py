@@ -23,7 +23,7 @@ from dino.errors import ConfigError, DinoError, ProcessesLost
 T = TypeVar("T")
 PARENT = os.getppid()  # the launcher, unless it has ended already
 POLL_SECONDS = 0.02  # between two checks of rank 0 for processes that have joined
-COLLECTIVE = re.compile("gloo|nccl|process ?group", re.IGNORECASE)  # words in the errors of collectives
+COLLECTIVE = re.compile("gloo|nccl|process ?group", re.IGNORECASE)  # matches the error messages of collectives
 
 
 def launched() -> bool:
@@ -109,11 +109,11 @@ def _join(device: torch.device, timeout: timedelta) -> None:
 
 
 def _start_name(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """A name that all processes of this start share and no earlier start of the same job used.
+    """A key prefix of the store: the same on all processes of this start, and different from earlier starts.
 
-    torchrun keeps one store for all restarts of a job, which still holds the addresses of ended processes, and each
-    host counts restarts separately (pytorch/pytorch#135712). So rank 0 generates a name and replies to every request
-    for it, under a random key from the request, until all processes have confirmed the name.
+    torchrun keeps one store for all restarts of a job, which still contains the addresses of ended processes, and each
+    host counts restarts separately (pytorch/pytorch#135712). Therefore rank 0 generates a name and replies to every
+    request for it, under a random key from the request, until all processes have confirmed the name.
     """
     own = uuid.uuid4().hex
     if rank > 0:
@@ -124,7 +124,7 @@ def _start_name(store: dist.Store, rank: int, world_size: int, timeout: timedelt
     missing, until = set(range(1, world_size)), time.monotonic() + timeout.total_seconds()
     while missing:
         for other in missing:
-            if store.check([f"request/{other}"]):  # perhaps of an earlier start: then nobody reads the reply
+            if store.check([f"request/{other}"]):  # perhaps from an earlier start: then no process reads the reply
                 store.set(f"reply/{store.get(f'request/{other}').decode()}", own)
         time.sleep(POLL_SECONDS)
         missing = {other for other in missing if not store.check([f"{own}/confirmed/{other}"])}
@@ -137,21 +137,21 @@ def _start_name(store: dist.Store, rank: int, world_size: int, timeout: timedelt
 
 
 def process_lost(error: BaseException) -> bool:
-    """Whether an error is that of a collective that failed, as when another process has ended or does not answer."""
+    """Whether an error is that of a failed collective, as when another process has ended or does not respond."""
     return launched() and (isinstance(error, dist.DistError) or COLLECTIVE.search(str(error)) is not None)
 
 
 def process_lost_message(error: BaseException) -> str:
-    """One line about the error of a failed collective: what was found, and what to do."""
+    """One-line message for the error of a failed collective."""
     reason = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0] or type(error).__name__
     return (
-        f"expected {world_size()} processes to work together, found that one has ended or does not answer ({reason}); "
-        "look at what the others printed and at the network, then run the same command again"
+        f"expected {world_size()} running processes, found that one has ended or does not respond ({reason}); "
+        "check the output of the other processes and the network, then run the same command again"
     )
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """Average of ``tensor`` over all processes, in its own dtype; the tensor itself on one process."""
+    """Average of ``tensor`` over all processes, in the dtype of ``tensor``; the tensor itself on one process."""
     if world_size() == 1:
         return tensor
     result = tensor.clone()
@@ -160,7 +160,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def agree(flags: Tensor) -> Tensor:
-    """Maximum of each flag over all processes, so that a flag of one process is set on all.
+    """Maximum of each flag over all processes: a flag that is set on one process becomes set on all.
 
     Args:
         flags: ``(n,)`` float tensor on the training device.
@@ -178,9 +178,9 @@ def broadcast(value: T) -> T:
     """Rank 0's ``value`` on every process (any picklable object)."""
     if world_size() == 1:
         return value
-    box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values: list[Any] = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def run_on_main(function: Callable[[], T]) -> T:
@@ -198,12 +198,12 @@ def run_on_main(function: Callable[[], T]) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """Every process's ``value``, in the order of ranks, on every process."""
+    """The ``value`` of each process, ordered by rank, on every process."""
     if world_size() == 1:
         return [value]
-    box: list[Any] = [None] * world_size()
-    dist.all_gather_object(box, value)
-    return box
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def barrier() -> None:
@@ -234,15 +234,15 @@ def parallelize(student: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
 
 
-def without_gradient_sync(student: nn.Module, wanted: bool) -> AbstractContextManager[None]:
-    """Context in which backward does not average gradients (for all micro-batches but the last)."""
-    if wanted and isinstance(student, DistributedDataParallel):
+def without_gradient_sync(student: nn.Module, skip: bool) -> AbstractContextManager[None]:
+    """Context in which backward does not average gradients if ``skip`` is set (for all micro-batches but the last)."""
+    if skip and isinstance(student, DistributedDataParallel):
         return student.no_sync()
     return nullcontext()
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that a setting names.
+    """The device with the given name.
 
     Args:
         name: ``auto`` (this process's GPU where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
@@ -250,9 +250,9 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ConfigError: If the name is unknown or there is no such device.
     """
-    present = torch.cuda.is_available()
+    available = torch.cuda.is_available()
     if name == "auto":
-        name = "cuda" if present else "cpu"
+        name = "cuda" if available else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -263,8 +263,11 @@ def choose_device(name: str) -> torch.device:
         return device
     index = local_rank() if device.index is None else device.index
     if index >= torch.cuda.device_count():
-        found = f"{torch.cuda.device_count()} GPUs" if present else "no usable GPU"
-        raise ConfigError(f"expected the GPU cuda:{index}, found {found}; set device=cpu or start fewer processes")
+        found = f"{torch.cuda.device_count()} GPUs" if available else "no usable GPU"
+        raise ConfigError(
+            f"expected the GPU cuda:{index}, found {found}; set device=cpu (in pretrain speed.device=cpu), or start "
+            "fewer processes"
+        )
     return torch.device("cuda", index)
 
 

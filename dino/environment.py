@@ -1,4 +1,4 @@
-"""The software that a result depends on, and CPU threads for independent work."""
+"""Versions of the software that results depend on, and threads for independent work on the CPU."""
 
 import platform
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, of Python, and of the installed ones among :data:`PACKAGES`; part of every record."""
+    """Versions of this package, of Python, and of the installed packages among :data:`PACKAGES`."""
     found = {"histodino": VERSION, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -34,15 +34,14 @@ def versions() -> dict[str, str]:
 def run_threaded(work: Callable[[Any], None], items: Iterable[Any]) -> None:
     """Call ``work`` on every item, on as many threads as torch uses, each torch operation on a single thread.
 
-    torch's own way, each operation split over all threads, makes them synchronise some hundred times per tile, which
-    costs more than it saves as soon as the machine is busy. With one thread per item the results do not depend on the
-    number of threads either.
+    By default torch splits each operation over all threads, which then synchronise hundreds of times per tile. That is
+    slower as soon as the machine is busy. With one thread per item, the results do not depend on the number of threads.
 
     Args:
-        work: What to call; the calls must be independent of each other.
+        work: Function to call; the calls must be independent of each other.
         items: Its arguments.
     """
-    import torch  # here, since the command line reads the version and must start fast
+    import torch  # here, because the command line imports this module and must start fast
 
     threads = torch.get_num_threads()
     if threads == 1:

@@ -1,4 +1,4 @@
-"""Every error that this package raises deliberately.
+"""All errors that this package raises deliberately.
 
 Each message is one line: what was expected, what was found and what to do. The command line prints it without a
 traceback and exits with the error's ``exit_code``.
@@ -6,10 +6,10 @@ traceback and exits with the error's ``exit_code``.
 
 
 class DinoError(Exception):
-    """Base of every deliberate error; an error of the user's input unless the subclass states otherwise.
+    """Base class of all deliberate errors; an error in the user's input unless the subclass states otherwise.
 
     Attributes:
-        exit_code: Process exit code of the command line (2: wrong input, 1: a fault, 75: stopped on request).
+        exit_code: Exit code of the command line (2: wrong input, 1: training failed, 75: stopped on request).
     """
 
     exit_code = 2

@@ -1,4 +1,4 @@
-"""Features of regions or slides with the teacher of a run: ``python3 dino/extract_features.py KEY=VALUE...``."""
+"""Feature extraction with the teacher of a run: ``python3 dino/extract_features.py KEY=VALUE...``."""
 
 import sys
 from pathlib import Path

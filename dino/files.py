@@ -1,4 +1,4 @@
-"""Atomic file writing: the only way in which this package writes files."""
+"""Atomic file writing, used for all files that this package writes."""
 
 import csv
 import errno
@@ -28,23 +28,24 @@ def sync(path: Path) -> None:
 def stamp(path: Path) -> tuple[int, int]:
     """Size in bytes and modification time in ns of a file, to detect changes; (-1, -1) if there is no file."""
     try:
-        facts = path.stat()
+        status = path.stat()
     except OSError:
         return -1, -1
-    return facts.st_size, facts.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 @contextmanager
 def atomic_path(path: Path, *, check: Callable[[Path], None] | None = None, make_folder: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; when the block ends without an error, it becomes ``path``.
+    """Yield a temporary path next to ``path``, and rename it to ``path`` when the block ends without an error.
 
-    The bytes are synced before the rename and the folder after it, so that ``path`` has either the old or the
-    complete new content, also after a crash. When the block raises, the temporary file is removed.
+    The file is synced before the rename and the folder after it. ``path`` therefore has either the old or the complete
+    new content, also after a crash. When the block raises, the temporary file is removed.
 
     Args:
         path: Final path.
         check: Called with the synced temporary file before the rename; if it raises, the old file is kept.
-        make_folder: Create the folder of ``path`` if absent. Where it existed before, its absence is a lost mount.
+        make_folder: Create the folder of ``path`` if absent. Pass False for a folder that existed before: if it is
+            absent now, a mount was lost.
 
     Yields:
         The temporary path, unique to this process, for the block to write.
@@ -69,14 +70,17 @@ def leftovers(folder: Path) -> Iterator[Path]:
 
 
 def tidy(folder: Path, name: str = "*") -> None:
-    """Remove temporary files that killed processes left of files named ``name``; only where nobody else writes them."""
+    """Remove temporary files that killed processes left of files named ``name``.
+
+    Call it only while no other process writes these files.
+    """
     for left in folder.glob(f".{name}.*.tmp"):
         left.unlink(missing_ok=True)
 
 
 @contextmanager
 def oserror_to_data_error(folder: Path) -> Iterator[None]:
-    """Raise an ``OSError`` of the block as a one-line :class:`DataError` about ``folder``.
+    """Convert an ``OSError`` of the block to a one-line :class:`DataError` about ``folder``.
 
     Raises:
         DataError: For an ``OSError`` of the operating system: a full disk, a read-only folder, a lost mount.
@@ -86,10 +90,10 @@ def oserror_to_data_error(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # raised by a library, not by the operating system
             raise
-        at = f" ({printable(error.filename)})" if error.filename else ""
+        path = f" ({printable(error.filename)})" if error.filename else ""
         raise DataError(
-            f"expected to write in {folder}, found: {error.strerror}{at}; check the disk, then run the "
-            "same command again, which continues from what is written"
+            f"expected to write to {folder}, found: {error.strerror}{path}; check the disk, then run the same command "
+            "again to continue"
         ) from error
 
 
@@ -135,7 +139,7 @@ def append_text(path: Path, content: str) -> None:
 
 
 def create_text(path: Path, content: str) -> bool:
-    """Write UTF-8 ``content`` to a new file; False if it exists. Of several processes, one succeeds.
+    """Write UTF-8 ``content`` to a new file; False if it exists. If several processes try, exactly one succeeds.
 
     Raises:
         OSError: If it cannot be written.
@@ -143,7 +147,7 @@ def create_text(path: Path, content: str) -> bool:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # other hosts may use the same PID
     try:
         temporary.write_text(content, encoding="utf-8")
-        os.link(temporary, path)  # fails if `path` exists, so that it appears complete and for one process only
+        os.link(temporary, path)  # fails if `path` exists; the new file is complete from the start
     except FileExistsError:
         return False
     except OSError as error:
@@ -166,7 +170,7 @@ def _create(path: Path, content: str) -> bool:
 
 
 def parse_json(text: str) -> Any:
-    """The content of a JSON text.
+    """Parse JSON text.
 
     Raises:
         ValueError: If it is not JSON, or nested too deeply.
@@ -183,7 +187,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Each JSON object of a log; incomplete lines that a killed process left are skipped."""
+    """The JSON objects of a log, one per line; incomplete lines that a killed process left are skipped."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError):

@@ -18,7 +18,7 @@ from dino.files import create_text, parse_json, write_text
 
 LOCK = "lock.json"
 BEAT_SECONDS = 10.0
-STALE_SECONDS = 60.0  # without a heartbeat for so long, a holder on another host is considered dead
+STALE_SECONDS = 60.0  # without a heartbeat for this long, a holder on another host is considered dead
 POLL_SECONDS = 0.02  # between two checks of a lock that another process is taking over
 NO_LAUNCH = {None, "none"}  # torchrun's default id, which does not identify a job
 
@@ -26,15 +26,15 @@ NO_LAUNCH = {None, "none"}  # torchrun's default id, which does not identify a j
 class RunLock:
     """Exclusive use of a folder by one run (a training, a tiling, an extraction).
 
-    The holder is identified by host, PID and start time, so that on the same host a dead holder is recognised at once,
-    also when its PID was reused. On another host the heartbeat decides: the file's modification time, which the file
-    server sets and this class only compares with itself, so that clocks need not agree.
+    The holder is identified by host, PID and start time. On the same host, a dead holder is therefore recognised at
+    once, also when its PID was reused. For a holder on another host the heartbeat decides: the modification time of the
+    file. The file server sets it, and it is only checked for changes, so clocks need not agree.
 
     Args:
         folder: The folder; created when absent.
         beat_seconds: Time between heartbeats.
         stale_seconds: Age of the last heartbeat at which a holder on another host is considered dead.
-        name: Name of the lock file; each kind of run has its own where several may work in one folder.
+        name: Name of the lock file; different kinds of runs that may use one folder at once have different names.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class RunLock:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the lock during the block; the main process takes it for all processes.
+        """Hold the lock during the block; the main process acquires it for all processes.
 
         Raises:
             ConfigError: On every process, if another live run holds it.
         """
-        refusal = distributed.broadcast(self._take() if distributed.is_main() else "")
-        if refusal:
-            raise ConfigError(refusal)
+        reason = distributed.broadcast(self._acquire() if distributed.is_main() else "")
+        if reason:
+            raise ConfigError(reason)
         if distributed.is_main():
             threading.Thread(target=self._heartbeat, daemon=True).start()
         try:
@@ -69,27 +69,27 @@ class RunLock:
                 self.path.unlink(missing_ok=True)
 
     def is_mine(self) -> bool:
-        """True while the file is as this process wrote it: not taken over, and the folder has not disappeared."""
+        """True while the lock is that of this process: not taken over, and the folder has not disappeared."""
         with suppress(OSError):
             return self.path.read_text(errors="replace") == self._text
         return False
 
     def is_taken_over(self) -> bool:
-        """True once another process has taken the lock over, because this one had no heartbeat for too long."""
+        """True once another process has taken over the lock, because this one had no heartbeat for too long."""
         with suppress(OSError):
             return self.path.read_text(errors="replace") != self._text
         return False
 
-    def _take(self) -> str:
-        """Take the lock; returns the reason if that is not possible, else an empty string."""
+    def _acquire(self) -> str:
+        """Acquire the lock; returns the reason if that is not possible, else an empty string."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            return self._compete()
+            return self._acquire_in_folder()
         except OSError as error:
-            return f"expected to write in {self.path.parent}, found: {error.strerror}; check the disk"
+            return f"expected to write to {self.path.parent}, found: {error.strerror}; check the disk"
 
-    def _compete(self) -> str:
-        """Take the lock unless a live process holds it; returns the reason if one does."""
+    def _acquire_in_folder(self) -> str:
+        """Acquire the lock unless a live process holds it; returns the reason if one does."""
         while not create_text(self.path, self._text) and not self.is_mine():
             found = _read(self.path)
             if found is None:
@@ -104,7 +104,7 @@ class RunLock:
         return ""
 
     def _take_over(self, dead: str) -> None:
-        """Replace the lock of a dead process; of several processes that try, one at a time may."""
+        """Replace the lock of a dead process; only one process at a time can do this."""
         claim = self.path.with_name(f".{self.path.name}.{hashlib.sha256(dead.encode()).hexdigest()[:16]}")
         if not create_text(claim, self._text):
             other = _read(claim)
@@ -123,7 +123,7 @@ class RunLock:
         if holder.get("host") == own["host"] and holder.get("boot") == own["boot"]:
             return _started(holder.get("pid")) == holder.get("started") is not None
         if distributed.launch_id() not in NO_LAUNCH and holder.get("launch") == distributed.launch_id():
-            return False  # the same job, restarted elsewhere: its launcher has ended the old processes
+            return False  # the same job, restarted on another host: its launcher has ended the old processes
         progress.say(
             f"{self.path.parent} was last used on {holder.get('host')}: waiting up to {self.stale_seconds:.0f} s "
             "to see whether a run there is alive"

@@ -1,4 +1,4 @@
-"""Level 1: DINO on tiles, with the original's recipe: ``python3 dino/patch.py KEY=VALUE...``."""
+"""Level 1, DINO on tiles with the original's recipe: ``python3 dino/patch.py KEY=VALUE...``."""
 
 import sys
 from pathlib import Path

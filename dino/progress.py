@@ -1,4 +1,4 @@
-"""Progress and messages, printed by the main process only: bars in a terminal, plain lines everywhere else."""
+"""Progress and messages, printed by the main process only: bars in a terminal, plain lines otherwise."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ from dino import distributed
 from dino.files import printable
 
 MAX_WIDTH = 100  # columns: longer lines are hard to read
-LINE_SECONDS = 30.0  # least time between two lines of one bar where there is no terminal
+LINE_SECONDS = 30.0  # minimum time between two lines of one bar if the output is not a terminal
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -26,7 +26,7 @@ class Bar(Protocol):
 
 
 class _RichBar:
-    """A bar of ``rich``."""
+    """Progress bar of ``rich``."""
 
     def __init__(self, progress: Progress, task: int) -> None:
         self._progress, self._task, self._note = progress, task, ""
@@ -40,11 +40,11 @@ class LineBar:
     """Progress as plain lines: time of day, title, done/total, remaining time and note.
 
     The first line is printed at the start, the second with the first note, the last one at the end, and the others at
-    least :data:`LINE_SECONDS` apart. A caller that passes notes at intervals of its own (a training, each
-    ``logging.every_steps``) gets lines with fresh notes only; one that does not gets them at any step.
+    least :data:`LINE_SECONDS` apart. If the caller passes notes (training does, every ``logging.every_steps``), lines
+    are printed only together with a new note; otherwise at any step.
 
     Args:
-        title: What is being done.
+        title: Name of the task.
         total: Number of steps.
         done: Number of steps completed before (a resumed run).
         write: Prints one line.
@@ -72,8 +72,8 @@ class LineBar:
         """Advance by ``count`` steps, and print a line if one is due."""
         is_first_note = bool(note) and not self._note
         self.done, self._note = self.done + count, note or self._note
-        fresh = note or not self._note
-        if is_first_note or (fresh and self._clock() - self._last >= LINE_SECONDS):
+        is_new = note or not self._note
+        if is_first_note or (is_new and self._clock() - self._last >= LINE_SECONDS):
             self._print()
 
     def close(self) -> None:
@@ -97,10 +97,10 @@ class LineBar:
 
 @contextmanager
 def bar(title: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """Show the progress of the block: a bar in a terminal, lines (:class:`LineBar`) where there is none.
+    """Show the progress of the block: a bar in a terminal, lines (:class:`LineBar`) otherwise.
 
     Args:
-        title: What is being done.
+        title: Name of the task.
         total: Number of steps.
         done: Number of steps completed before (a resumed run).
     """
@@ -150,6 +150,6 @@ def table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
 
 
 def show(renderable: RenderableType) -> None:
-    """Print a renderable at the terminal's width (80 columns where there is none), at most 100 columns."""
+    """Print a renderable at the terminal's width (80 columns without a terminal), at most 100 columns."""
     if distributed.is_main():
         console.print(renderable, soft_wrap=False, width=min(console.width, MAX_WIDTH))

@@ -1,8 +1,8 @@
-"""Everything random as a function of the draw number.
+"""Random numbers as a function of the draw number.
 
-A draw number ``d = step * global_batch + row`` names one training sample. Which item it is, how it is cropped and
-which residual branches it skips follow from ``(seed, d)`` alone: never from a worker, a rank, or the time. Resuming is
-therefore an offset, not a saved state, and any number of processes sees the same samples.
+A draw number ``d = step * global_batch + row`` identifies one training sample. Its index in the data, its crops and the
+residual branches that drop-path skips depend on ``(seed, d)`` only, not on the worker, the rank or the time. Resuming
+therefore needs an offset, not a saved state, and the samples do not depend on the number of processes.
 """
 
 import hashlib
@@ -15,20 +15,20 @@ MASK = (1 << 64) - 1
 
 
 class Stream:
-    """One generator that goes from draw to draw: making a new one takes ten times as long as moving it.
+    """A generator that is reset for each draw, which takes a tenth of the time of constructing a new one.
 
     Args:
         seed: The run's seed.
-        purpose: What the numbers are for; two purposes never share numbers.
+        purpose: Name of the use of the numbers; different purposes have independent numbers.
     """
 
     def __init__(self, seed: int, purpose: str) -> None:
         self._philox = np.random.Philox(key=np.array([_mix(seed, purpose), 0], dtype=np.uint64))
-        self._start = self._philox.state  # at the first number
+        self._start = self._philox.state  # before the first number
         self._generator = np.random.Generator(self._philox)
 
     def at(self, draw: int) -> np.random.Generator:
-        """The generator at the first number of a draw; the same object each time, so that one draw ends the last."""
+        """The generator, reset to the first number of a draw; the same object each time, so use one draw at a time."""
         self._start["state"]["key"][1] = draw & MASK
         self._philox.state = self._start
         return self._generator
@@ -40,24 +40,24 @@ def generator(seed: int, draw: int, purpose: str) -> np.random.Generator:
     Args:
         seed: The run's seed.
         draw: Draw number.
-        purpose: What the numbers are for; two purposes never share numbers.
+        purpose: Name of the use of the numbers; different purposes have independent numbers.
 
     Returns:
-        A fresh numpy generator; the same arguments always give the same numbers.
+        A new numpy generator; the same arguments always give the same numbers.
     """
     return Stream(seed, purpose).at(draw)
 
 
 def permuted(seed: int, draw: int, count: int) -> int:
-    """Index of the item that draw ``draw`` takes: every pass over ``count`` items is a new permutation.
+    """Index of the item of a draw: every pass over ``count`` items is a new permutation.
 
-    A Feistel network over the next even power of two, walked until it lands below ``count``: O(1) memory for any
-    number of items, and each of the draws ``p * count ... (p + 1) * count - 1`` takes a different item.
+    A Feistel network over the next even power of two, with cycle walking to indices below ``count``. It needs O(1)
+    memory, and the draws ``p * count ... (p + 1) * count - 1`` have different items.
 
     Args:
         seed: The run's seed.
         draw: Draw number.
-        count: How many items there are.
+        count: Number of items.
 
     Returns:
         An index in ``[0, count)``.
@@ -82,7 +82,7 @@ def _mix(seed: int, purpose: str) -> int:
 
 
 def _scramble(value: int) -> int:
-    """The finaliser of splitmix64 (Steele et al. 2014): every input bit moves every output bit."""
+    """The finaliser of splitmix64 (Steele et al. 2014): every input bit affects every output bit."""
     value = (value + 0x9E3779B97F4A7C15) & MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK

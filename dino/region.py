@@ -1,4 +1,4 @@
-"""Level 2: DINO on the feature grids of regions: ``python3 dino/region.py KEY=VALUE...``."""
+"""Level 2, DINO on the feature grids of regions: ``python3 dino/region.py KEY=VALUE...``."""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""Level 1 in Python: slides to tiles, tiles to a vision transformer, and one tile through it.
+"""Level 1 in Python: tile slides, pretrain a vision transformer on the tiles, and embed one tile.
 
     python examples/level1.py slides/*.svs --work out --pretrain training.nepochs=100
 
-writes tiles under out/slides and the run under out/patch. Run again to go on with what was interrupted.
+writes the tiles to out/slides and the run to out/patch. Run it again to continue after an interruption.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from dino.data.images import decode, list_images
 def main() -> None:
     """Tile, pretrain, and embed the first tile."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("slides", nargs="+", type=Path, help="slides, folders of slides, or one slides.csv")
-    parser.add_argument("--work", type=Path, required=True, help="folder for everything that is made")
+    parser.add_argument("slides", nargs="+", type=Path, help="slides, folders of slides, or a slides.csv")
+    parser.add_argument("--work", type=Path, required=True, help="output folder")
     parser.add_argument("--tile", nargs="*", default=[], metavar="KEY=VALUE", help="settings of tiling")
     parser.add_argument("--pretrain", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the run")
     arguments = parser.parse_args()
@@ -35,7 +35,8 @@ def main() -> None:
     summary = api.pretrain(config)
     print(f"{summary.state} after {summary.steps} steps: {summary.numbers['verdict']['text']}")
 
-    # A module from normalised images of any fitting size to the cls token. The transform belongs to the checkpoint.
+    # The backbone maps normalised images, whose sides are multiples of the patch size, to the cls token.
+    # The normalisation is recorded in the checkpoint.
     backbone = dino.load_backbone(run)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (backbone.transform.mean, backbone.transform.std))
     pixels = decode(list_images(root / "patch_256_pretraining")[0])  # (3, H, W) uint8

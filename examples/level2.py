@@ -1,8 +1,8 @@
-"""Level 2 in Python: features of tiles to grids, grids to a region transformer, and a vector per slide.
+"""Level 2 in Python: extract feature grids, pretrain a region transformer on them, and compute one vector per slide.
 
     python examples/level2.py --work out --pretrain training.nepochs=100
 
-goes on from examples/level1.py in the same folder: features come to lie under out/slides, the run under out/region.
+continues examples/level1.py in the same folder. It writes the features to out/slides and the run to out/region.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from dino.data.grids import read_grid
 
 
 def main() -> None:
-    """Extract, pretrain, extract again, and embed one region by hand."""
+    """Extract grids, pretrain, extract slide features, and embed one region."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="the folder that level1.py worked in")
+    parser.add_argument("--work", type=Path, required=True, help="output folder of level1.py")
     parser.add_argument("--extract", nargs="*", default=[], metavar="KEY=VALUE", help="settings of both extractions")
     parser.add_argument("--pretrain", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the run")
     arguments = parser.parse_args()
@@ -40,9 +40,9 @@ def main() -> None:
     for path in sorted((root / "slide_features").glob("*.h5")):
         with h5py.File(path) as file:
             features, vector = (np.asarray(file[name]) for name in ("features", "slide_embedding"))
-        print(f"{path.stem}: features {features.shape}, one vector {vector.shape}")
+        print(f"{path.stem}: features {features.shape}, slide embedding {vector.shape}")
 
-    # The same by hand, for one region: its grid of tile features through the region transformer.
+    # One region without `extract`: its grid of tile features through the region transformer.
     grid = read_grid(sorted((root / "region_4096_pretraining").glob("*.pt"))[0])  # (D, h, w)
     with torch.inference_mode():
         features = dino.load_backbone(region)(grid[None])  # (1, 192)

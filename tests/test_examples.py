@@ -24,8 +24,8 @@ TINY = [
 ]
 
 
-def _run(*words: str | Path) -> str:
-    command = [sys.executable, *map(str, words)]
+def _run(*arguments: str | Path) -> str:
+    command = [sys.executable, *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -70,13 +70,13 @@ def test_both_levels(tmp_path):
     ]
     extraction = ["device=cpu", "precision=fp32", "num_workers=0"]
 
-    said = _run(
+    output = _run(
         ROOT / "examples" / "level1.py", SLIDE, "--work", tmp_path, "--tile", *tiles, "--pretrain", *TINY, *crops
     )
-    assert "finished after 2 steps" in said
-    assert "features (1, 192)" in said
+    assert "finished after 2 steps" in output
+    assert "features (1, 192)" in output
 
-    said = _run(ROOT / "examples" / "level2.py", "--work", tmp_path, "--extract", *extraction, "--pretrain", *TINY)
-    assert "finished after 2 steps" in said
-    assert "grid (192, 4, 4) to features (1, 192)" in said
+    output = _run(ROOT / "examples" / "level2.py", "--work", tmp_path, "--extract", *extraction, "--pretrain", *TINY)
+    assert "finished after 2 steps" in output
+    assert "grid (192, 4, 4) to features (1, 192)" in output
     assert json.loads((tmp_path / "region" / "status.json").read_text())["state"] == "finished"

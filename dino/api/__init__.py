@@ -1,7 +1,7 @@
-"""The functions of this package for Python: the same as on the command line, with typed configs.
+"""The Python API: the functions behind the commands of ``dino``, with typed configs.
 
-Each takes a config of :mod:`dino.config.schema` and builds everything it needs from it. A function is imported at its
-first use, so that training runs without the packages that read slides.
+Each function takes a config of :mod:`dino.config.schema`. Functions are imported at their first use, so that training
+does not need the packages that read slides.
 """
 
 import importlib
@@ -52,5 +52,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public functions, for completion: they are not imported yet."""
+    """The public functions, for tab completion before they are imported."""
     return __all__

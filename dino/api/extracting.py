@@ -31,7 +31,7 @@ def extract(model: str, root: str | Path, config: ExtractConfig) -> ExtractSumma
         config: Settings.
 
     Returns:
-        The summary. A slide that cannot be read is among its failures, and does not stop the others.
+        The summary. A slide that cannot be read does not stop the others; it is listed in ``failures``.
 
     Raises:
         DataError: If ROOT does not contain what the model needs, or contains features made with different settings, or

@@ -37,8 +37,8 @@ def launch_slurm(
     """Submit ``work`` to SLURM: one task per GPU, requeued after its time limit or a preemption.
 
     Args:
-        work: Function that each process calls, such as ``functools.partial(api.pretrain, config)``; it is pickled. It
-            must be resumable, as pretraining and extraction are.
+        work: Picklable function that each process calls, such as ``functools.partial(api.pretrain, config)``. It must
+            be resumable, as pretraining and extraction are.
         settings: The settings of the job.
         folder: Folder on a shared disk for the output of the job and the files of submitit.
         dry_run: Submit nothing.
@@ -71,10 +71,10 @@ def launch_slurm(
 def _check(settings: SlurmConfig) -> None:
     if settings.cluster not in CLUSTERS:
         raise ConfigError(f"expected slurm.cluster {' or '.join(CLUSTERS)}, found '{settings.cluster}'")
-    least = {"nodes": 1, "gpus_per_node": 0, "cpus_per_gpu": 1, "max_restarts": 0, "warn_seconds": 1}
-    for name, smallest in least.items():
-        if getattr(settings, name) < smallest:
-            raise ConfigError(f"expected slurm.{name} of at least {smallest}, found {getattr(settings, name)}")
+    minimums = {"nodes": 1, "gpus_per_node": 0, "cpus_per_gpu": 1, "max_restarts": 0, "warn_seconds": 1}
+    for name, minimum in minimums.items():
+        if getattr(settings, name) < minimum:
+            raise ConfigError(f"expected slurm.{name} of at least {minimum}, found {getattr(settings, name)}")
     if settings.timeout_hours * 3600 <= settings.warn_seconds:
         raise ConfigError(
             f"expected slurm.timeout_hours to be longer than slurm.warn_seconds, found {settings.timeout_hours} h and "
@@ -94,7 +94,7 @@ def _submitit() -> Any:
 
 def _parameters(settings: SlurmConfig) -> dict[str, Any]:
     """The parameters of submitit's executor."""
-    tasks = max(1, settings.gpus_per_node)  # without GPUs one process per node
+    tasks = max(1, settings.gpus_per_node)  # without GPUs, one process per node
     return {
         "name": settings.name,
         "nodes": settings.nodes,
@@ -117,7 +117,7 @@ def _parameters(settings: SlurmConfig) -> dict[str, Any]:
 
 
 class Task:
-    """One process of a job: joins the others, does the work, and requests a restart if it was stopped.
+    """One process of a job: joins the process group, calls ``work``, and requests a requeue if it was stopped.
 
     Args:
         work: Function that each process calls.
@@ -127,7 +127,7 @@ class Task:
         self.work = work
 
     def __call__(self) -> None:
-        """Do the work; exits with the exit code of an error, as the command line does."""
+        """Call ``work``; on an error, exit with the exit code of the error, as the command line does."""
         os.environ.update(distributed_environment(_submitit().JobEnvironment()))
         try:
             self.work()
@@ -142,7 +142,7 @@ class Task:
             raise SystemExit(error.exit_code) from None
 
     def checkpoint(self) -> Any:
-        """What submitit restarts: the same task, because all progress is in the run folder."""
+        """The task that submitit requeues: the same one, because all progress is in the run folder."""
         return _submitit().helpers.DelayedSubmission(self)
 
 

@@ -1,4 +1,4 @@
-"""`dino tile`: slides to tiles and regions."""
+"""``tile``: cut slides into tiles and regions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +14,14 @@ from dino.slides.tiling import TilingSummary, measure_slides, tile_slides
 def tile(inputs: Sequence[Path], root: Path, config: TileConfig | None = None) -> TilingSummary:
     """Find tissue on every slide, cut its tiles, list its regions, and write tables and previews under ``root``.
 
-    Slides that an earlier call with the same settings finished are kept. A slide that cannot be tiled does not stop the
-    others: it is listed as ``failed`` in ``slides_status.csv`` and in the summary. With more than one worker and more
-    than one slide, processes are spawned: a script must call this under ``if __name__ == "__main__"``.
+    Slides that an earlier call with the same settings finished are skipped. A slide that cannot be tiled does not stop
+    the others: it is listed as ``failed`` in ``slides_status.csv`` and in the summary. With more than one worker and
+    more than one slide, processes are spawned: a script must call this under ``if __name__ == "__main__"``.
 
     Args:
         inputs: Slide files, folders of slides, patterns, or ``slides.csv`` lists.
         root: Output folder.
-        config: Settings; the defaults if None. ``dry_run`` writes nothing and estimates instead.
+        config: Settings; the defaults if None. With ``dry_run``, the cost is estimated and nothing is written.
 
     Returns:
         The status of each slide; its ``exit_code`` is 2 if any failed.

@@ -1,1 +1,1 @@
-"""The command line: words in, calls of :mod:`dino.api` out; nothing is decided here."""
+"""The command line: parses arguments and settings, and calls :mod:`dino.api`."""

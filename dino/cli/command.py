@@ -1,4 +1,4 @@
-"""The base of all commands: a help page that lists every setting, and errors as one line and an exit code."""
+"""Base class of all commands: the help lists every setting, and errors are printed as one line with an exit code."""
 
 import os
 from collections.abc import Iterator
@@ -20,29 +20,29 @@ ConfigFile = Annotated[
 
 
 class Command(TyperCommand):
-    """Base of every command.
+    """Base class of every command.
 
     Attributes:
-        schema: Dataclass of the command's settings, ``None`` when it has none.
-        recipe: YAML of the package whose values are the defaults.
+        schema: Dataclass of the command's settings, None if it has none.
+        recipe: Recipe whose values are the defaults.
     """
 
     schema: ClassVar[type | None] = None
     recipe: ClassVar[str | None] = None
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """The usage line after the command: the metavars of its words, then options."""
+        """The part of the usage line after the command: the metavars of its arguments, then options."""
         arguments = [param.metavar for param in self.get_params(ctx) if param.param_type_name == "argument"]
         return [metavar for metavar in arguments if metavar] + ["[OPTIONS]"]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help page, and below it every setting with its default."""
+        """Print the help, followed by every setting with its default."""
         super().format_help(ctx, formatter)
         if self.schema is not None:
             _print_settings(self.schema, self.recipe)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the words; a setting written as an option is answered with a hint."""
+        """Parse the arguments; a setting that is written as an option is an error with a hint."""
         if self.schema is not None:
             from dino.config.load import settings
 
@@ -65,7 +65,7 @@ class Command(TyperCommand):
 
 
 def with_settings(settings_schema: type, settings_recipe: str | None = None) -> type[Command]:
-    """A :class:`Command` whose help page lists the settings of ``settings_schema``."""
+    """A :class:`Command` whose help lists the settings of ``settings_schema``."""
 
     class CommandWithSettings(Command):
         schema = settings_schema
@@ -75,7 +75,7 @@ def with_settings(settings_schema: type, settings_recipe: str | None = None) -> 
 
 
 def end(exit_code: int) -> None:
-    """End the command with ``exit_code``; nothing more is printed."""
+    """End the command with ``exit_code`` without further output."""
     if exit_code:
         raise typer.Exit(exit_code)
 
@@ -97,7 +97,7 @@ def _exit_with(error: DinoError, ctx: Any) -> NoReturn:
 
 
 def _process() -> str:
-    """The rank of this process as text; empty for the first one and outside ``torchrun``."""
+    """The rank of this process as text; empty for rank 0 and without ``torchrun``."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" or "WORLD_SIZE" not in os.environ else f" in process {rank}"
 
@@ -117,8 +117,8 @@ def _print_settings(schema: type, recipe: str | None) -> None:
             table.add_row()
         table.add_row(item.key, _format(values[item.key]), item.help)
     console = Console(highlight=False)
-    origin = f" The defaults are those of the recipe {recipe}." if recipe else ""
-    console.print(f"Settings, as KEY=VALUE words or in the YAML of --config.{origin}\n")
+    origin = f" Defaults of the recipe {recipe}:" if recipe else ""
+    console.print(f"Settings, passed as KEY=VALUE or in a YAML file with --config.{origin}\n")
     console.print(table, markup=False)
 
 

@@ -1,4 +1,4 @@
-"""The commands of ``dino``: each reads its words and settings, and calls :mod:`dino.api`."""
+"""The commands of ``dino``: each parses its arguments and settings, and calls :mod:`dino.api`."""
 
 import dataclasses
 import shlex
@@ -28,42 +28,46 @@ from dino.config.schema import (
 
 # ----------------------------------------------------------------------------------------------------- tile
 
-TileWords = Annotated[list[str] | None, typer.Argument(metavar="SLIDE... ROOT [KEY=VALUE]...", hidden=True)]
+TileArguments = Annotated[list[str] | None, typer.Argument(metavar="SLIDE... ROOT [KEY=VALUE]...", hidden=True)]
 
 
-def tile(words: TileWords = None, config: ConfigFile = None) -> None:
+def tile(arguments: TileArguments = None, config: ConfigFile = None) -> None:
     """Find tissue and cut slides into tiles and regions on one lattice per slide.
 
-    SLIDE is a slide, a folder of slides, or one slides.csv. Tiles, tables and previews are written under ROOT. The same
-    command again continues with the slides that are not done. A slide that fails does not stop the others:
-    slides_status.csv gives the reason, and the exit code is 2.
+    SLIDE is a slide, a folder of slides, or a slides.csv. Tiles, tables and previews are written to ROOT. Running the
+    same command again continues with the remaining slides. A slide that fails does not stop the others: the reason is
+    written to slides_status.csv, and the exit code is 2.
 
     For example:
 
         dino tile slides/*.svs data spacing_um=0.5 num_workers=8
         dino tile slides.csv data dry_run=true
     """
-    positional, overrides = split(words or [])
+    positional, overrides = split(arguments or [])
     inputs, root = expect_many(positional, "SLIDE", "ROOT")
     settings = load_config(TileConfig, file=config, overrides=overrides)
     from dino import api
 
-    end(api.tile([Path(word) for word in inputs], Path(root), settings).exit_code)
+    end(api.tile([Path(path) for path in inputs], Path(root), settings).exit_code)
 
 
 tile_command = with_settings(TileConfig)
 
 # ------------------------------------------------------------------------------------------------- pretrain
 
-PretrainWords = Annotated[list[str] | None, typer.Argument(metavar="ROOT RUN [KEY=VALUE]...", hidden=True)]
-PatchRecipe = Annotated[str, typer.Option("--recipe", metavar="NAME", help="Defaults: patch_pathology or patch.")]
-RegionRecipe = Annotated[str, typer.Option("--recipe", metavar="NAME", help="Defaults.")]
+PretrainArguments = Annotated[list[str] | None, typer.Argument(metavar="ROOT RUN [KEY=VALUE]...", hidden=True)]
+PatchRecipe = Annotated[
+    str, typer.Option("--recipe", metavar="NAME", help="Recipe with the defaults: patch_pathology or patch.")
+]
+RegionRecipe = Annotated[str, typer.Option("--recipe", metavar="NAME", help="Recipe with the defaults.")]
 
 
-def patch(words: PretrainWords = None, config: ConfigFile = None, recipe: PatchRecipe = "patch_pathology") -> None:
+def patch(
+    arguments: PretrainArguments = None, config: ConfigFile = None, recipe: PatchRecipe = "patch_pathology"
+) -> None:
     """Level 1: pretrain a vision transformer on tiles with DINO.
 
-    ROOT is a folder that `dino tile` wrote, or any folder of images; RUN is the folder of the run. The same command
+    ROOT is a folder that `dino tile` wrote, or any folder of images. RUN is the output folder. Running the same command
     again resumes the run; a finished run is not changed.
 
     For example:
@@ -72,43 +76,43 @@ def patch(words: PretrainWords = None, config: ConfigFile = None, recipe: PatchR
         dino pretrain patch data runs/patch model.init=timm:vit_small_patch16_224.dino
         torchrun --nproc_per_node=8 -m dino pretrain patch data runs/patch
     """
-    pretrain_level("patch", words or [], config, recipe)
+    pretrain_level("patch", arguments or [], config, recipe)
 
 
-def region(words: PretrainWords = None, config: ConfigFile = None, recipe: RegionRecipe = "region") -> None:
+def region(arguments: PretrainArguments = None, config: ConfigFile = None, recipe: RegionRecipe = "region") -> None:
     """Level 2: pretrain a small vision transformer on the feature grids of regions with DINO.
 
-    ROOT is a folder that `dino extract` filled, or any folder of .pt grids; RUN is the folder of the run. The same
-    command again resumes the run; a finished run is not changed.
+    ROOT is a folder with the features that `dino extract` wrote, or any folder of .pt grids. RUN is the output folder.
+    Running the same command again resumes the run; a finished run is not changed.
 
     For example:
 
         dino pretrain region data runs/region training.nepochs=100
     """
-    pretrain_level("region", words or [], config, recipe)
+    pretrain_level("region", arguments or [], config, recipe)
 
 
-def pretrain_level(level: str, words: list[str], file: Path | None, recipe: str) -> None:
+def pretrain_level(level: str, arguments: list[str], file: Path | None, recipe: str) -> None:
     """Train one level; the arguments are those of :func:`pretrain_settings`."""
-    settings = pretrain_settings(level, words, file, recipe)
+    settings = pretrain_settings(level, arguments, file, recipe)
     from dino import api
 
     api.pretrain(settings)
 
 
-def pretrain_settings(level: str, words: list[str], file: Path | None, recipe: str) -> PatchConfig | RegionConfig:
+def pretrain_settings(level: str, arguments: list[str], file: Path | None, recipe: str) -> PatchConfig | RegionConfig:
     """Resolve the settings of one level.
 
     Args:
         level: ``patch`` or ``region``.
-        words: ROOT and RUN, positional or as ``data_dir=`` and ``output_dir=``, and settings.
+        arguments: ROOT and RUN, positional or as ``data_dir=`` and ``output_dir=``, and settings.
         file: The user's YAML; it may contain the two folders, as the ``config.yaml`` of a run does.
-        recipe: Name of the YAML whose values are the defaults.
+        recipe: Name of the recipe whose values are the defaults.
 
     Raises:
-        UsageError: If one of the two folders is not given.
+        UsageError: If one of the two folders is missing.
     """
-    folders, overrides = named_or_positional(words, {"data_dir": "ROOT", "output_dir": "RUN"})
+    folders, overrides = named_or_positional(arguments, {"data_dir": "ROOT", "output_dir": "RUN"})
     settings = load_config(LEVEL_CONFIGS[level], recipe=recipe, file=file, overrides=overrides)
     settings = dataclasses.replace(settings, **folders)
     needed = ("data_dir",) if settings.dry_run or settings.profile else ("data_dir", "output_dir")
@@ -124,39 +128,41 @@ region_command = with_settings(RegionConfig, "region")
 
 # -------------------------------------------------------------------------------------------------- extract
 
-ExtractWords = Annotated[list[str] | None, typer.Argument(metavar="RUN ROOT [KEY=VALUE]...", hidden=True)]
+ExtractArguments = Annotated[list[str] | None, typer.Argument(metavar="RUN ROOT [KEY=VALUE]...", hidden=True)]
 
 
-def extract(words: ExtractWords = None, config: ConfigFile = None) -> None:
-    """Turn pixels into features with the teacher of a run.
+def extract(arguments: ExtractArguments = None, config: ConfigFile = None) -> None:
+    """Compute features of regions (level 1) or slides (level 2) with the teacher of a run.
 
-    RUN is a run, a checkpoint file (external ones too) or timm:NAME; ROOT is the folder that `dino tile` wrote.
+    RUN is a run folder, a checkpoint file (also an external one) or timm:NAME. ROOT is the folder that `dino tile`
+    wrote.
 
-    A level-1 model writes one .pt grid per region into ROOT/region_4096_pretraining; a level-2 run writes one .h5 file
-    per slide. What the same model has already done is skipped. Under torchrun the work is split over the processes.
+    A level-1 model writes one .pt grid per region to ROOT/region_4096_pretraining; a level-2 model writes one .h5 file
+    per slide. Files that the same model has already written are skipped. Under torchrun the work is distributed over
+    the processes.
 
     For example:
 
         dino extract runs/patch data
         dino extract hipt.pth data transform=hipt
     """
-    model, root, settings = extract_arguments(words or [], config)
+    model, root, settings = extract_arguments(arguments or [], config)
     from dino import api
 
     end(api.extract(model, root, settings).exit_code)
 
 
-def extract_arguments(words: list[str], file: Path | None) -> tuple[str, Path, ExtractConfig]:
-    """RUN, ROOT and the settings.
+def extract_arguments(arguments: list[str], file: Path | None) -> tuple[str, Path, ExtractConfig]:
+    """Parse RUN, ROOT and the settings.
 
     Args:
-        words: RUN and ROOT, positional or as ``model=`` and ``data_dir=``, and settings.
+        arguments: RUN and ROOT, positional or as ``model=`` and ``data_dir=``, and settings.
         file: The user's YAML.
 
     Raises:
-        UsageError: If one of the two is not given.
+        UsageError: If one of the two is missing.
     """
-    given, overrides = named_or_positional(words, {"model": "RUN", "data_dir": "ROOT"})
+    given, overrides = named_or_positional(arguments, {"model": "RUN", "data_dir": "ROOT"})
     if len(given) < 2:
         raise UsageError(f"expected RUN ROOT (or model= and data_dir=), found {' '.join(given.values()) or 'nothing'}")
     return given["model"], Path(given["data_dir"]), load_config(ExtractConfig, file=file, overrides=overrides)
@@ -166,22 +172,22 @@ extract_command = with_settings(ExtractConfig)
 
 # --------------------------------------------------------------------------------------------- evaluate knn
 
-KnnWords = Annotated[list[str] | None, typer.Argument(metavar="RUN LABELS [KEY=VALUE]...", hidden=True)]
+KnnArguments = Annotated[list[str] | None, typer.Argument(metavar="RUN LABELS [KEY=VALUE]...", hidden=True)]
 
 
-def knn(words: KnnWords = None, config: ConfigFile = None) -> None:
+def knn(arguments: KnnArguments = None, config: ConfigFile = None) -> None:
     """Evaluate frozen features by weighted k-nearest-neighbour classification.
 
     RUN is a run folder, a checkpoint file or timm:NAME. LABELS is a CSV (commas, semicolons or tabs) with the columns
-    image_path, label and partition (train or test), and optionally slide_id and patient_id. Test slides and patients
-    that the model was pretrained on are an error. Relative paths resolve from the CSV. The scores of a run are written
-    to RUN/knn_LABELS.json, named after the CSV; output=FILE writes them elsewhere.
+    image_path, label and partition (train or test), and optionally slide_id and patient_id. Paths are relative to the
+    folder of the CSV. It is an error if the model was pretrained on test slides or patients. The scores of a run are
+    written to RUN/knn_LABELS.json, named after the CSV; output=FILE writes them to another file.
 
     For example:
 
         dino evaluate knn runs/patch labels.csv k=[10,20]
     """
-    positional, overrides = split(words or [])
+    positional, overrides = split(arguments or [])
     model, labels = expect(positional, ["RUN", "LABELS"])
     settings = load_config(KnnConfig, file=config, overrides=overrides)
     from dino import api, progress
@@ -213,13 +219,13 @@ knn_command = with_settings(KnnConfig)
 
 # --------------------------------------------------------------------------------------------------- export
 
-ExportWords = Annotated[list[str] | None, typer.Argument(metavar="RUN DIR [KEY=VALUE]...", hidden=True)]
+ExportArguments = Annotated[list[str] | None, typer.Argument(metavar="RUN DIR [KEY=VALUE]...", hidden=True)]
 
 
-def export(words: ExportWords = None, config: ConfigFile = None) -> None:
-    """Write the teacher's backbone as a folder that timm reads.
+def export(arguments: ExportArguments = None, config: ConfigFile = None) -> None:
+    """Export the teacher's backbone to a folder that timm can load.
 
-    RUN is a run or a checkpoint file, external ones too. Afterwards, in Python:
+    RUN is a run folder or a checkpoint file (also an external one). To load the export in Python:
 
         timm.create_model("local-dir:DIR", pretrained=True)
 
@@ -228,7 +234,7 @@ def export(words: ExportWords = None, config: ConfigFile = None) -> None:
         dino export runs/patch vit_small_ours
         dino export dino_deitsmall16_pretrain.pth vit_small_dino transform=imagenet
     """
-    positional, overrides = split(words or [])
+    positional, overrides = split(arguments or [])
     source, folder = expect(positional, ["RUN", "DIR"])
     settings = load_config(ExportConfig, file=config, overrides=overrides)
     from dino import api
@@ -240,26 +246,26 @@ export_command = with_settings(ExportConfig)
 
 # ----------------------------------------------------------------------------------------------------- info
 
-InfoWords = Annotated[list[str] | None, typer.Argument(metavar="CHECKPOINT [KEY=VALUE]...", hidden=True)]
+InfoArguments = Annotated[list[str] | None, typer.Argument(metavar="CHECKPOINT [KEY=VALUE]...", hidden=True)]
 
 
-InfoAll = Annotated[bool, typer.Option("--all", help="Print everything, with the settings of the run.")]
+InfoAll = Annotated[bool, typer.Option("--all", help="Print all values, including the settings of the run.")]
 INFO_KEYS = (
     *("source", "kind", "level", "arch", "embed_dim", "patch_size"),
     *("transform.name", "spacing_um", "tile_size_px", "step"),
 )
 
 
-def info(words: InfoWords = None, config: ConfigFile = None, everything: InfoAll = False) -> None:
+def info(arguments: InfoArguments = None, config: ConfigFile = None, everything: InfoAll = False) -> None:
     """Describe a checkpoint: architecture, training, transform, spacing and tile size.
 
-    CHECKPOINT is a run, a checkpoint file (external ones too) or an export.
+    CHECKPOINT is a run folder, a checkpoint file (also an external one) or an export.
 
     For example:
 
         dino info runs/patch
     """
-    positional, overrides = split(words or [])
+    positional, overrides = split(arguments or [])
     (source,) = expect(positional, ["CHECKPOINT"])
     settings = load_config(InfoConfig, file=config, overrides=overrides)
     from dino import api, progress
@@ -268,28 +274,28 @@ def info(words: InfoWords = None, config: ConfigFile = None, everything: InfoAll
     shown = rows if everything else {key: rows[key] for key in INFO_KEYS if key in rows}
     progress.table(list(shown.items()))
     if not everything:
-        progress.say(f"--all prints {len(rows) - len(shown)} more values")
+        progress.say(f"{len(rows) - len(shown)} more values with --all")
 
 
 info_command = with_settings(InfoConfig)
 
 # --------------------------------------------------------------------------------------------------- replay
 
-ReplayWords = Annotated[list[str] | None, typer.Argument(metavar="RUN/failure [KEY=VALUE]...", hidden=True)]
-REPLAY_HEADER = ("sample", "draw", "loss", "largest input", "broken teacher views", "broken student views")
+ReplayArguments = Annotated[list[str] | None, typer.Argument(metavar="RUN/failure [KEY=VALUE]...", hidden=True)]
+REPLAY_HEADER = ("sample", "draw", "loss", "largest input", "non-finite teacher views", "non-finite student views")
 
 
-def replay(words: ReplayWords = None) -> None:
-    """Repeat a training step that was not finite, and find the samples that cause it.
+def replay(arguments: ReplayArguments = None) -> None:
+    """Repeat a training step with a non-finite loss or gradient, and find the samples that cause it.
 
-    RUN/failure is the folder that the run wrote. Nothing is written; settings may be changed for the replay.
+    RUN/failure is the folder that the run wrote. Settings can be changed for the replay. Nothing is written.
 
     For example:
 
         dino replay runs/patch/failure
         dino replay runs/patch/failure speed.precision=fp32
     """
-    positional, changes = split(words or [])
+    positional, changes = split(arguments or [])
     (folder,) = expect(positional, ["RUN/failure"])
     from dino import api, progress
 
@@ -318,46 +324,48 @@ def _format_views(views: list[int]) -> str:
 
 def _conclusion(step: int, again: bool, suspects: list[str]) -> str:
     if not again:
-        return f"step {step} is finite this time: run the command again; if it fails once more, suspect the hardware"
+        return f"step {step} is finite this time: run the command again; if it fails again, the hardware may be faulty"
     if suspects:
-        return f"step {step} is not finite again, because of {', '.join(suspects)}: look at these samples"
+        return f"step {step} is not finite again, because of {', '.join(suspects)}: check these samples"
     return (
-        f"step {step} is not finite again, but every sample is by itself: lower optim.lr, or set speed.precision=fp32"
+        f"step {step} is not finite again, but each sample alone is finite: lower optim.lr, or set speed.precision=fp32"
     )
 
 
 # ---------------------------------------------------------------------------------------------- launch slurm
 
-SlurmWords = Annotated[list[str] | None, typer.Argument(metavar="COMMAND... [KEY=VALUE]...", hidden=True)]
-AnyRecipe = Annotated[str | None, typer.Option("--recipe", metavar="NAME", help="Defaults of a pretraining.")]
-SlurmFile = Annotated[Path | None, typer.Option("--slurm", metavar="FILE", help="YAML with slurm: settings.")]
+SlurmArguments = Annotated[list[str] | None, typer.Argument(metavar="COMMAND... [KEY=VALUE]...", hidden=True)]
+AnyRecipe = Annotated[
+    str | None, typer.Option("--recipe", metavar="NAME", help="Recipe with the defaults of the pretraining.")
+]
+SlurmFile = Annotated[Path | None, typer.Option("--slurm", metavar="FILE", help="YAML with the slurm settings.")]
 LAUNCHED = {("pretrain", "patch"): "patch_pathology", ("pretrain", "region"): "region", ("extract",): None}
 
 
 def slurm(
-    words: SlurmWords = None, config: ConfigFile = None, recipe: AnyRecipe = None, slurm: SlurmFile = None
+    arguments: SlurmArguments = None, config: ConfigFile = None, recipe: AnyRecipe = None, slurm: SlurmFile = None
 ) -> None:
-    """Submit a pretraining or an extraction to SLURM, one task per GPU, restarted until it is done.
+    """Submit a pretraining or an extraction to SLURM, one task per GPU, requeued until it is done.
 
-    COMMAND is `pretrain patch ROOT RUN`, `pretrain region ROOT RUN` or `extract RUN ROOT` with its own settings;
-    the settings of the job are below. Before the time limit and at a preemption, the run is saved and the job requeued.
-    `dry_run=true` prints what would be submitted. Needs `pip install 'histodino[slurm]'`.
+    COMMAND is `pretrain patch ROOT RUN`, `pretrain region ROOT RUN` or `extract RUN ROOT`, with the settings of that
+    command and those of the job (below). Before the time limit and at a preemption, the run is saved and the job
+    requeued. `dry_run=true` prints the job without submitting it. Requires `pip install 'histodino[slurm]'`.
 
     For example:
 
         dino launch slurm pretrain patch data runs/patch slurm.nodes=2 slurm.gpus_per_node=8 training.nepochs=100
         dino launch slurm extract runs/patch data slurm.gpus_per_node=4 slurm.partition=gpu
     """
-    positional, overrides = split(words or [])
-    job_settings = [word for word in overrides if word.startswith("slurm.")]
-    rest = [word for word in words or [] if word not in job_settings]
+    positional, overrides = split(arguments or [])
+    job_settings = [override for override in overrides if override.startswith("slurm.")]
+    rest = [argument for argument in arguments or [] if argument not in job_settings]
     name = next((name for name in LAUNCHED if tuple(positional[: len(name)]) == name), None)
     if name is None:
         raise UsageError(
-            f"expected pretrain patch, pretrain region or extract, found {' '.join(positional[:2]) or '-'}"
+            f"expected pretrain patch, pretrain region or extract, found {' '.join(positional[:2]) or 'nothing'}"
         )
-    for word in name:
-        rest.remove(word)
+    for argument in name:
+        rest.remove(argument)
     settings = load_config(LaunchConfig, file=slurm, overrides=job_settings).slurm
     from dino import api, progress
 
@@ -380,7 +388,7 @@ slurm_command = with_settings(LaunchConfig)
 
 # --------------------------------------------------------------------------------------------------- config
 
-ConfigWords = Annotated[list[str] | None, typer.Argument(metavar="COMMAND [KEY=VALUE]...", hidden=True)]
+ConfigArguments = Annotated[list[str] | None, typer.Argument(metavar="COMMAND [KEY=VALUE]...", hidden=True)]
 StartRecipe = Annotated[str | None, typer.Option("--recipe", metavar="NAME", help="Recipe to start from.")]
 
 SCHEMAS: dict[str, type] = {
@@ -396,8 +404,8 @@ SCHEMAS: dict[str, type] = {
 }
 
 
-def config(words: ConfigWords = None, config: ConfigFile = None, recipe: StartRecipe = None) -> None:
-    """Print all settings of a command as YAML, resolved and with comments.
+def config(arguments: ConfigArguments = None, config: ConfigFile = None, recipe: StartRecipe = None) -> None:
+    """Print all settings of a command with their values and comments, as YAML.
 
     COMMAND is tile, patch, region, extract, knn, export, info, slurm or demo. Values that differ from the default are
     marked. The output can be saved, edited and passed to the command with --config.
@@ -407,7 +415,7 @@ def config(words: ConfigWords = None, config: ConfigFile = None, recipe: StartRe
         dino config patch > my.yaml
         dino config patch --recipe patch model.arch=vit_base
     """
-    positional, overrides = split(words or [])
+    positional, overrides = split(arguments or [])
     typer.echo(resolved_yaml(" ".join(positional), overrides, config, recipe), nl=False)
 
 
@@ -415,18 +423,18 @@ def resolved_yaml(name: str, overrides: list[str], file: Path | None = None, rec
     """The settings of a command as YAML text.
 
     Args:
-        name: The command, such as ``pretrain patch``; one of its words is enough.
+        name: The command, such as ``pretrain patch``, or one word of it, such as ``patch``.
         overrides: ``key=value`` strings.
         file: The user's YAML.
-        recipe: Name of a recipe; None for the one that the command starts from.
+        recipe: Name of a recipe; None for the default recipe of the command.
 
     Raises:
         UsageError: If there is no such command.
         ConfigError: If the settings or the recipe are wrong.
     """
-    command = next((known for known in SCHEMAS if name and name in (known, *known.split())), None)
+    command = next((candidate for candidate in SCHEMAS if name and name in (candidate, *candidate.split())), None)
     if name == "pretrain" or command is None:
-        names = ", ".join(known.split()[-1] for known in SCHEMAS)
+        names = ", ".join(candidate.split()[-1] for candidate in SCHEMAS)
         raise UsageError(f"expected one of {names}, found {name or 'nothing'}")
     kind = SCHEMAS[command]
     recipe = recipe or next(iter(RECIPES.get(kind, ())), None)
@@ -435,33 +443,33 @@ def resolved_yaml(name: str, overrides: list[str], file: Path | None = None, rec
     changed = sum(values[item.key] != item.default for item in all_settings(kind))
     origin = f", recipe {recipe}" if recipe else ""
     verb = "differs" if changed == 1 else "differ"
-    head = [
+    header = [
         f"# Settings of `dino {command}`{origin}. Pass a copy with --config, or single settings as key=value.",
         f"# {changed or 'None'} of {len(values)} {verb} from the defaults{', marked [default: …]' if changed else ''}.",
         *(["#", recipe_comment(kind, recipe)] if recipe else []),
     ]
-    return "\n".join(head) + "\n\n" + to_commented_yaml(resolved)
+    return "\n".join(header) + "\n\n" + to_commented_yaml(resolved)
 
 
 # ----------------------------------------------------------------------------------------------------- demo
 
-DemoWords = Annotated[list[str] | None, typer.Argument(metavar="[DIR] [KEY=VALUE]...", hidden=True)]
+DemoArguments = Annotated[list[str] | None, typer.Argument(metavar="[DIR] [KEY=VALUE]...", hidden=True)]
 
 
-def demo(words: DemoWords = None, config: ConfigFile = None) -> None:
-    """Run the whole chain on the sample slide that ships with the package.
+def demo(arguments: DemoArguments = None, config: ConfigFile = None) -> None:
+    """Run all steps on the sample slide that is part of the package.
 
-    Tiles, pretrains both levels, extracts and evaluates; writes report.html and summary.json into DIR (./demo if not
-    given). It takes some minutes on two cores and needs neither a GPU nor a network. It shows that the parts work
-    together, not how good a model can be.
+    Tiles the slide, pretrains both levels, extracts features and evaluates them; writes report.html and summary.json
+    to DIR (default: ./demo). It takes a few minutes on two cores and needs neither a GPU nor a network. It shows that
+    the steps work together, not how good a model can be.
 
     For example:
 
         dino demo demo
     """
-    positional, overrides = split(words or [])
+    positional, overrides = split(arguments or [])
     if len(positional) > 1:
-        raise UsageError(f"expected one DIR at most, found {len(positional)}: {' '.join(positional)}")
+        raise UsageError(f"expected at most one DIR, found {len(positional)} arguments: {' '.join(positional)}")
     settings = load_config(DemoConfig, file=config, overrides=overrides)
     from dino.demo import run_demo
 

@@ -1,4 +1,4 @@
-"""The grammar of every command: inputs and outputs are positional, settings are ``key=value``, in any order."""
+"""The grammar of all commands: inputs and outputs are positional, settings are ``key=value``, in any order."""
 
 import re
 import shlex
@@ -13,31 +13,31 @@ OPTION = re.compile(r"--?([A-Za-z_][\w.-]*)(?:=(.*))?", re.DOTALL)
 
 
 class UsageError(ConfigError):
-    """The words of a command do not match its grammar; the command line prints the usage before the message."""
+    """The arguments of a command do not match its grammar; the usage is printed before the message."""
 
 
-def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate positional words from settings.
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate positional arguments from settings.
 
-    A word that exists as a file or folder is never read as ``key=value``, whatever its name.
+    The name of an existing file or folder is always a positional argument, also if it contains ``=``.
 
     Args:
-        words: The words after the command, without options.
+        arguments: The arguments after the command, without options.
 
     Returns:
-        The positional words and the ``key=value`` words, each in their order.
+        The positional arguments and the ``key=value`` arguments, each in the given order.
     """
     positional, overrides = [], []
-    for word in words:
-        (overrides if SETTING.match(word) and not Path(word).exists() else positional).append(word)
+    for argument in arguments:
+        (overrides if SETTING.match(argument) and not Path(argument).exists() else positional).append(argument)
     return positional, overrides
 
 
 def expect(positional: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The positional words, if there are as many as ``names``.
+    """Check the number of positional arguments, and return them.
 
     Raises:
-        UsageError: If there are more or fewer.
+        UsageError: If there are more or fewer than ``names``.
     """
     if len(positional) != len(names):
         raise UsageError(f"expected {' '.join(names)}, found {_listed(positional)}")
@@ -45,54 +45,54 @@ def expect(positional: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def expect_many(positional: Sequence[str], many: str, last: str) -> tuple[list[str], str]:
-    """Split positional words into one or more of ``many`` and the ``last`` one.
+    """Split positional arguments into one or more named ``many`` and a ``last`` one.
 
     Raises:
         UsageError: If there are fewer than two.
     """
     if len(positional) < 2:
-        raise UsageError(f"expected one or more {many} and then {last}, found {_listed(positional)}")
+        raise UsageError(f"expected at least one {many} followed by {last}, found {_listed(positional)}")
     return list(positional[:-1]), positional[-1]
 
 
-def named_or_positional(words: Sequence[str], names: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Read words that may be positional or, as in the original's commands, ``key=value``.
+def named_or_positional(arguments: Sequence[str], names: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Read arguments that may be positional or, as in the original's commands, ``key=value``.
 
     Args:
-        words: Positional words and settings, mixed.
-        names: Key -> its name on the help page, in positional order, e.g. ``{"data_dir": "ROOT"}``.
+        arguments: Positional arguments and settings, mixed.
+        names: Name in the help of each key, in positional order, e.g. ``{"data_dir": "ROOT"}``.
 
     Returns:
-        The given values by key (all of them or, if there is no positional word, perhaps fewer), and the remaining
-        ``key=value`` words.
+        The given values by key (without positional arguments some may be missing), and the remaining ``key=value``
+        arguments.
 
     Raises:
-        UsageError: If the number of positional words is wrong, or a value is given in both ways.
+        UsageError: If the number of positional arguments is wrong, or a value is given in both forms.
     """
-    positional, overrides = split(words)
-    given = {word.partition("=")[0]: word.partition("=")[2] for word in overrides}
-    rest = [word for word in overrides if word.partition("=")[0] not in names]
+    positional, overrides = split(arguments)
+    given = {argument.partition("=")[0]: argument.partition("=")[2] for argument in overrides}
+    rest = [argument for argument in overrides if argument.partition("=")[0] not in names]
     found = {key: given[key] for key in names if key in given}
     if not positional:
         return found, rest
     if found:
         key = next(iter(found))
         raise UsageError(
-            f"expected {names[key]} once, found it as a positional argument ({_listed(positional)}) and as '{key}='"
+            f"expected {names[key]} once, found {_listed(positional)} and '{key}={found[key]}'; omit one of them"
         )
     return dict(zip(names, expect(positional, list(names.values())), strict=True)), rest
 
 
 def refuse_settings_as_options(args: Sequence[str], keys: Collection[str], options: Collection[str]) -> None:
-    """Explain the grammar to who writes a setting as an option, ``--training.nepochs 1``.
+    """Reject settings that are written as options (``--training.nepochs 1``), and show the correct form.
 
     Args:
-        args: All words after the command.
+        args: All arguments after the command.
         keys: The command's settings.
-        options: The options that the command has, with their dashes.
+        options: The command's options, with their dashes.
 
     Raises:
-        UsageError: If a word is a setting with dashes before it.
+        UsageError: If an argument is a setting with leading dashes.
     """
     for arg, following in pairwise([*args, "-"]):
         if arg == "--":
@@ -103,9 +103,10 @@ def refuse_settings_as_options(args: Sequence[str], keys: Collection[str], optio
         key = match[1].replace("-", "_")
         if key in keys:
             value = match[2] if match[2] is not None else "VALUE" if following.startswith("-") else following
-            word = f"{key}={value}" if value == "VALUE" else shlex.quote(f"{key}={value}")
-            raise UsageError(f"there is no option {arg.partition('=')[0]}; settings are KEY=VALUE words: {word}")
+            setting = f"{key}={value}" if value == "VALUE" else shlex.quote(f"{key}={value}")
+            raise UsageError(f"unknown option {arg.partition('=')[0]}; settings are passed as KEY=VALUE: {setting}")
 
 
-def _listed(words: Sequence[str]) -> str:
-    return f"{len(words)}: {' '.join(words)}" if words else "nothing"
+def _listed(arguments: Sequence[str]) -> str:
+    noun = "argument" if len(arguments) == 1 else "arguments"
+    return f"{len(arguments)} {noun} ({' '.join(arguments)})" if arguments else "no arguments"

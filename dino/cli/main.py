@@ -1,4 +1,4 @@
-"""The ``dino`` command with its subcommands, and the entry points that replace the original's scripts."""
+"""The ``dino`` command with its subcommands, and the entry points of the original's scripts."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -21,8 +21,8 @@ class _InOrder(TyperGroup):
 app = typer.Typer(
     cls=_InOrder,
     help="Self-supervised vision transformers for whole slides: tile, pretrain, extract, evaluate, export.\n\n"
-    "Inputs and outputs are positional arguments, settings are KEY=VALUE words in any order; the --help of a "
-    "subcommand lists all its settings. Try `dino demo` first.",
+    "Inputs and outputs are positional arguments, settings are passed as KEY=VALUE, in any order. The --help of a "
+    "command lists all its settings. To try all steps on a sample slide, run `dino demo`.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -68,9 +68,9 @@ app.command(cls=commands.demo_command)(commands.demo)
 
 
 @app.command("help", hidden=True)
-def _help(words: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]...", hidden=True)] = None) -> None:
+def _help(arguments: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]...", hidden=True)] = None) -> None:
     """Print the help page, as --help does."""
-    app([*(words or []), "--help"], prog_name="dino")
+    app([*(arguments or []), "--help"], prog_name="dino")
 
 
 @evaluation.callback()
@@ -104,10 +104,10 @@ def extract_entry_point() -> None:
 
 
 def _original_patch(
-    words: commands.PretrainWords = None, config: ConfigFile = None, recipe: commands.PatchRecipe = "patch"
+    arguments: commands.PretrainArguments = None, config: ConfigFile = None, recipe: commands.PatchRecipe = "patch"
 ) -> None:
     """Level 1 with the original's recipe: data_dir=ROOT output_dir=RUN and other settings as KEY=VALUE."""
-    commands.pretrain_level("patch", words or [], config, recipe)
+    commands.pretrain_level("patch", arguments or [], config, recipe)
 
 
 def _run_single(function: Callable[..., None], command: type[Command]) -> None:

@@ -1,1 +1,1 @@
-"""Typed settings, recipes and how they are resolved."""
+"""Typed settings and recipes."""

@@ -1,4 +1,4 @@
-"""Resolve defaults, recipe, config file and ``key=value`` overrides to one typed config, and print it as YAML."""
+"""Merge defaults, recipe, config file and ``key=value`` overrides into one typed config, and format it as YAML."""
 
 import dataclasses
 import difflib
@@ -18,22 +18,22 @@ from dino.errors import ConfigError
 
 C = TypeVar("C")
 
-# Recipes of each schema (files NAME.yaml beside this module); the commands start from the first one.
+# Recipes of each schema (NAME.yaml in this folder); the first one is the default of the command.
 RECIPES: dict[type, tuple[str, ...]] = {PatchConfig: ("patch_pathology", "patch"), RegionConfig: ("region",)}
 
-# Keys of the original system that no longer exist, and what to do instead.
+# Keys of the original system that no longer exist, and their replacements.
 REPLACED = {
     "speed.use_fp16": "use speed.precision (bf16, fp32 or fp64)",
     "model.input_size": "use aug.global_crops_size (level 2 reads the size from the grids)",
-    "model.patch_size_region": "leave it out: one cell is one token",
+    "model.patch_size_region": "omit it: one cell is one token",
     "start_from_checkpoint": "use model.init",
-    "resume": "leave it out: the same command again resumes",
-    "resume_from_checkpoint": "leave it out: the same command again resumes; model.init starts a new run from weights",
+    "resume": "omit it: running the same command again resumes",
+    "resume_from_checkpoint": "omit it: running the same command again resumes; model.init sets initial weights",
     "experiment_name": "use output_dir",
     "fold": "use the partition column of the slide list",
     "training.pct": "use the partition column of the slide list, or training.max_steps",
     "optim.wd": "use optim.lr_scheduler.weight_decay",
-    "optim.lr_scheduler.name": "leave it out: the schedule is a cosine",
+    "optim.lr_scheduler.name": "omit it: the schedule is a cosine",
     "logging.save_snapshot_every": "use logging.save_every_steps and logging.keep_every_steps",
     "training.save_every": "use logging.save_every_steps and logging.keep_every_steps",
     "early_stopping.enable": "use evaluate.early_stopping_patience",
@@ -70,15 +70,15 @@ class Setting:
 
     @property
     def expected(self) -> str:
-        """What values the setting takes, in words."""
-        words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
+        """Description of the allowed values, for error messages."""
+        names = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string"}
         kind, _, optional = self.type.partition(" | ")
         if self.length is not None:
             return f"{_COUNTS[self.length]} numbers, such as {self.key}={_inline(self.default).replace(' ', '')}"
         if self.is_list:
-            number = "[text]" if "str" in kind else "[10,20]"
-            return f"a list, such as {self.key}={number}"
-        return words.get(kind, kind) + (" or null" if optional else "")
+            example = "[text]" if "str" in kind else "[10,20]"
+            return f"a list, such as {self.key}={example}"
+        return names.get(kind, kind) + (" or null" if optional else "")
 
 
 _COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
@@ -101,22 +101,22 @@ def _default(item: dataclasses.Field) -> Any:
 
 
 def recipe_path(schema: type, name: str) -> Path:
-    """Path of a recipe that ships with the package, e.g. ``patch_pathology`` of ``PatchConfig``.
+    """Path of a recipe of this package, e.g. ``patch_pathology`` of ``PatchConfig``.
 
     Raises:
         ConfigError: If the schema has no such recipe.
     """
-    known = RECIPES.get(schema, ())
-    if name in known:
+    names = RECIPES.get(schema, ())
+    if name in names:
         return Path(str(resources.files("dino.config"))) / f"{name}.yaml"
-    if not known:
-        raise ConfigError(f"expected no recipe, as this command has none, found '{name}'; leave it out")
+    if not names:
+        raise ConfigError(f"expected no recipe, because this command has none, found '{name}'; omit --recipe")
     hint = ""
     if Path(name).suffix in (".yaml", ".yml"):
-        hint = "; a file is passed with --config"
-    elif close := difflib.get_close_matches(name, known, 1, 0.3):
+        hint = "; pass a file with --config"
+    elif close := difflib.get_close_matches(name, names, 1, 0.3):
         hint = f"; did you mean '{close[0]}'?"
-    raise ConfigError(f"expected a recipe ({', '.join(known)}), found '{name}'{hint}")
+    raise ConfigError(f"expected a recipe ({', '.join(names)}), found '{name}'{hint}")
 
 
 def load_config(
@@ -126,12 +126,12 @@ def load_config(
     file: Path | None = None,
     overrides: Sequence[str] | Mapping[str, Any] = (),
 ) -> C:
-    """Resolve a typed config: ``overrides`` over ``file`` over ``recipe`` over the schema's defaults.
+    """Merge the schema's defaults, ``recipe``, ``file`` and ``overrides``; later values replace earlier ones.
 
     Args:
         schema: Dataclass of :mod:`dino.config.schema`.
-        recipe: Name of a recipe that ships with the package.
-        file: The user's YAML (only the keys it changes).
+        recipe: Name of a recipe of this package.
+        file: The user's YAML; it needs to contain only the settings to change.
         overrides: ``key=value`` strings, or a mapping of dotted keys.
 
     Returns:
@@ -143,7 +143,7 @@ def load_config(
     config: Any = OmegaConf.structured(schema)
     paths = [recipe_path(schema, recipe)] if recipe else []
     layers = [(str(path), _read_yaml(path)) for path in (*paths, *([file] if file else []))]
-    layers += [(f"'{word}'", layer) for word, layer in _override_layers(overrides)]
+    layers += [(f"'{override}'", layer) for override, layer in _override_layers(overrides)]
     for origin, layer in layers:
         _check_keys(schema, layer, origin)
         _check_lists(schema, layer, origin)
@@ -170,11 +170,11 @@ COMMENT_COLUMN, WIDTH = 36, 120
 
 def to_commented_yaml(config: Any) -> str:
     """The config as YAML text with the help of each setting; values that differ from the default are marked."""
-    values, known = flatten(to_dict(config)), {item.key: item for item in settings(type(config))}
-    return "\n".join(_commented_group(type(config), values, known, "")).strip("\n") + "\n"
+    values, by_key = flatten(to_dict(config)), {item.key: item for item in settings(type(config))}
+    return "\n".join(_commented_group(type(config), values, by_key, "")).strip("\n") + "\n"
 
 
-def _commented_group(schema: type, values: dict[str, Any], known: dict[str, Setting], prefix: str) -> Iterator[str]:
+def _commented_group(schema: type, values: dict[str, Any], by_key: dict[str, Setting], prefix: str) -> Iterator[str]:
     indent = "  " * prefix.count(".")
     for item in dataclasses.fields(schema):
         key, default = f"{prefix}{item.name}", _default(item)
@@ -182,12 +182,12 @@ def _commented_group(schema: type, values: dict[str, Any], known: dict[str, Sett
             title = (type(default).__doc__ or "").splitlines()[0].removesuffix(".")
             yield from ([] if indent else [""])
             yield f"{indent}{item.name}:  # {title}"
-            yield from _commented_group(type(default), values, known, f"{key}.")
+            yield from _commented_group(type(default), values, by_key, f"{key}.")
             continue
-        setting, value = known[key], values[key]
+        setting, value = by_key[key], values[key]
         entry = f"{indent}{item.name}: {_inline(value)}"
         text = setting.help + ("" if value == setting.default else f" [default: {_inline(setting.default)}]")
-        # Up to the comment column; a longer entry has its comment above.
+        # The comment follows the entry; for an entry that reaches the comment column, it precedes it.
         column = COMMENT_COLUMN if len(entry) < COMMENT_COLUMN - 1 else len(indent)
         comment = [f"{' ' * column}# {line}" for line in textwrap.wrap(text, WIDTH - column - 2)]
         if column == COMMENT_COLUMN:
@@ -198,19 +198,19 @@ def _commented_group(schema: type, values: dict[str, Any], known: dict[str, Sett
 
 
 def _inline(value: Any) -> str:
-    """A value as it is written in YAML, on one line."""
+    """A value in YAML, on one line."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
     return text.removesuffix("...\n").strip()
 
 
 def recipe_comment(schema: type, recipe: str) -> str:
-    """The comment at the head of a recipe: where its values are from, and how to adapt them."""
+    """The comment at the start of a recipe: the sources of its values, and how to adapt them."""
     lines = recipe_path(schema, recipe).read_text(encoding="utf-8").splitlines()
     return "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
 
 
 def identity_of(config: Any) -> dict[str, Any]:
-    """Dotted identity keys of ``config`` with their values, without the runtime ones."""
+    """Values of the identity settings of ``config``, by dotted key."""
     values = flatten(to_dict(config))
     return {s.key: values[s.key] for s in settings(type(config)) if s.identity}
 
@@ -232,11 +232,11 @@ def _read_yaml(path: Path) -> Any:
         OmegaConf.to_container(content, resolve=True)
     except FileNotFoundError:
         raise ConfigError(f"expected a YAML file at {path}, found none; check --config") from None
-    except Exception as error:  # the YAML library has many error types of its own
+    except Exception as error:  # PyYAML and OmegaConf raise many types of errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"expected YAML settings in {path}, could not read them: {reason}") from None
     if not OmegaConf.is_dict(content):
-        raise ConfigError(f"expected `key: value` settings in {path}, found a list or a bare value")
+        raise ConfigError(f"expected `key: value` settings in {path}, found a list or a single value")
     return content
 
 
@@ -247,34 +247,34 @@ def _override_layers(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[t
             OmegaConf.update(layer, key, value, force_add=True)
             yield f"{key}={value}", layer
         return
-    for word in overrides:
-        if not re.match(r"[A-Za-z_][\w.]*=", word):
-            raise ConfigError(f"expected key=value, found '{word}'; `--help` lists every key")
+    for override in overrides:
+        if not re.match(r"[A-Za-z_][\w.]*=", override):
+            raise ConfigError(f"expected key=value, found '{override}'; --help lists all settings")
         try:
-            yield word, OmegaConf.from_dotlist([word])
+            yield override, OmegaConf.from_dotlist([override])
         except Exception as error:  # malformed YAML on the right-hand side
-            raise ConfigError(f"could not read the value of '{word}': {str(error).splitlines()[0]}") from None
+            raise ConfigError(f"could not read the value of '{override}': {str(error).splitlines()[0]}") from None
 
 
 def _check_keys(schema: type, layer: Any, origin: str) -> None:
-    """Refuse keys that the schema does not have, naming the nearest one or what replaces them."""
-    known = {s.key for s in settings(schema)}
-    groups = {key.rsplit(".", i)[0]: key for key in sorted(known, reverse=True) for i in range(1, key.count(".") + 1)}
+    """Raise a ConfigError for a key that the schema does not have, with the nearest key or the replacement."""
+    keys = {s.key for s in settings(schema)}
+    groups = {key.rsplit(".", i)[0]: key for key in sorted(keys, reverse=True) for i in range(1, key.count(".") + 1)}
     for key, value in flatten(OmegaConf.to_container(layer)).items():  # type: ignore[arg-type]
         if key in groups and value != {}:
             found = "nothing" if value is None else f"'{value}'"
-            raise ConfigError(f"{origin}: expected settings under '{key}', as {groups[key]}; found {found}")
-        if key in known or key in groups:
+            raise ConfigError(f"{origin}: expected settings under '{key}', such as {groups[key]}; found {found}")
+        if key in keys or key in groups:
             continue
         if key in REPLACED:
             raise ConfigError(f"{origin}: '{key}' no longer exists; {REPLACED[key]}")
-        close = [k for k in sorted(known) if k.endswith(f".{key}")] or difflib.get_close_matches(key, known, 1, 0.5)
-        hint = f"did you mean '{close[0]}'?" if close else "`--help` lists every key"
-        raise ConfigError(f"{origin}: there is no setting '{key}'; {hint}")
+        close = [k for k in sorted(keys) if k.endswith(f".{key}")] or difflib.get_close_matches(key, keys, 1, 0.5)
+        hint = f"did you mean '{close[0]}'?" if close else "--help lists all settings"
+        raise ConfigError(f"{origin}: unknown setting '{key}'; {hint}")
 
 
 def _check_lists(schema: type, layer: DictConfig, origin: str) -> None:
-    """Make a list of a single value where a list is expected; refuse lists of a wrong length.
+    """Convert a single value to a list where a list is expected, and check the length of lists.
 
     Raises:
         ConfigError: If a setting of fixed length gets another number of values.
@@ -292,7 +292,7 @@ def _check_lists(schema: type, layer: DictConfig, origin: str) -> None:
 
 
 def _plain_message(schema: type, error: OmegaConfBaseException, layer: DictConfig, origin: str) -> str:
-    """What is wrong with a value, without OmegaConf's vocabulary."""
+    """Error message for a wrong value, without OmegaConf's terms."""
     key = re.sub(r"\[\d+\]", "", str(getattr(error, "full_key", None) or getattr(error, "key", None) or ""))
     setting = next((s for s in settings(schema) if s.key == key), None)
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -311,5 +311,5 @@ def _plain_message(schema: type, error: OmegaConfBaseException, layer: DictConfi
 
 
 def _select(layer: DictConfig, key: str) -> Any:
-    """The value of a dotted key; None if there is none, or if it refers to a setting of another layer."""
+    """The value of a dotted key; None if it is absent, or if it refers to a setting of another layer."""
     return OmegaConf.select(layer, key, throw_on_resolution_failure=False)

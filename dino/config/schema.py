@@ -10,7 +10,7 @@ from typing import Any
 
 
 def identity(default: Any, help: str, length: int | None = None) -> Any:
-    """Declare a setting that determines what is computed; ``length`` is the number of values of a list, if fixed."""
+    """Declare a setting that determines the result; ``length`` is the number of values of a list, if fixed."""
     return _setting(default, {"help": help, "identity": True, "length": length})
 
 
@@ -43,7 +43,7 @@ class ModelConfig:
     init_arch: str | None = identity(
         None, "architecture of the checkpoint `init`, if its number of heads is not dim/64"
     )
-    pos_resample: str = identity("dino", "how position embeddings are resized: dino, recomputed or timm")
+    pos_resample: str = identity("dino", "interpolation of position embeddings: dino, recomputed or timm")
     drop_path_rate: float = identity(0.1, "stochastic depth rate of the last block; rises linearly from 0 at the first")
     out_dim: int = identity(65536, "number of prototypes K of the head")
     hidden_dim: int = identity(2048, "width of the head's hidden layers")
@@ -51,7 +51,7 @@ class ModelConfig:
     norm_last_layer: bool = identity(True, "keep the weight norm of the head's last layer at 1 (more stable)")
     use_bn_in_head: bool = identity(False, "batch normalisation in the head")
     student_temp: float = identity(0.1, "temperature of the student")
-    momentum_teacher: float = identity(0.996, "initial momentum of the teacher average; rises to 1 by a cosine")
+    momentum_teacher: float = identity(0.996, "initial EMA momentum of the teacher; rises to 1 on a cosine schedule")
     warmup_teacher_temp: float = identity(0.04, "initial temperature of the teacher")
     teacher_temp: float = identity(0.04, "temperature of the teacher after its warm-up")
     warmup_teacher_temp_epochs: float = identity(0, "epochs over which the teacher temperature rises")
@@ -63,7 +63,7 @@ class TrainingConfig:
     """Length, batch size and gradient clipping."""
 
     nepochs: float = identity(100, "epochs: passes over the data")
-    max_steps: int | None = identity(None, "optimizer steps, instead of nepochs")
+    max_steps: int | None = identity(None, "number of optimizer steps, used instead of nepochs")
     warmup_epochs: float = identity(10, "epochs of linear learning-rate warm-up")
     freeze_last_layer: float = identity(1, "epochs during which the head's last layer is frozen")
     batch_size_per_gpu: int = runtime(
@@ -74,7 +74,7 @@ class TrainingConfig:
     )
     clip_grad: float = identity(3.0, "maximum gradient norm, 0 for no clipping")
     clip_mode: str = identity(
-        "per_parameter", "per_parameter clips each parameter tensor (as DINO), global the norm of all"
+        "per_parameter", "per_parameter (clip each tensor separately, as DINO does) or global (clip the total norm)"
     )
     max_bad_fraction: float = identity(0.01, "stop when more than this fraction of the files is unusable")
 
@@ -115,13 +115,13 @@ class PatchAugConfig:
     quarter_turns: bool = identity(False, "rotate by 0°, 90°, 180° or 270°, each equally likely")
     hed_jitter: float = identity(0.0, "probability of stain jitter in HED space")
     hed_strength: float = identity(
-        0.05, "stain jitter: scale of each stain in 1 +- this, shift in +- this (optical density)"
+        0.05, "stain jitter: each stain is scaled by 1 ± this and shifted by ± this (optical density)"
     )
     color_jitter: float = identity(0.8, "probability of colour jitter")
-    brightness: float = identity(0.4, "colour jitter: brightness factor in 1 +- this")
-    contrast: float = identity(0.4, "colour jitter: contrast factor in 1 +- this")
-    saturation: float = identity(0.2, "colour jitter: saturation factor in 1 +- this")
-    hue: float = identity(0.1, "colour jitter: hue shift in +- this, as a fraction of the colour circle (at most 0.5)")
+    brightness: float = identity(0.4, "colour jitter: brightness factor in 1 ± this")
+    contrast: float = identity(0.4, "colour jitter: contrast factor in 1 ± this")
+    saturation: float = identity(0.2, "colour jitter: saturation factor in 1 ± this")
+    hue: float = identity(0.1, "colour jitter: hue shift in ± this, as a fraction of the hue circle (at most 0.5)")
     grayscale: float = identity(0.2, "probability of conversion to grey")
     blur_global: list[float] = identity(
         [1.0, 0.1], "probability of Gaussian blur for the first and the second global crop", 2
@@ -141,10 +141,10 @@ class RegionAugConfig:
     horizontal_flip: float = identity(0.5, "probability of a horizontal flip")
     vertical_flip: float = identity(0.5, "probability of a vertical flip")
     quarter_turns: bool = identity(
-        False, "rotate the grid by multiples of 90° (moves the cells; the content of each stays unrotated)"
+        False, "rotate the grid by 0°, 90°, 180° or 270° (moves the cells, but does not rotate their content)"
     )
     min_tissue: float = identity(0.25, "minimum fraction of a global crop's cells with tissue")
-    redraws: int = identity(10, "how many times a global crop with less tissue is drawn again")
+    redraws: int = identity(10, "maximum number of redraws of a global crop with less tissue")
 
 
 @dataclass
@@ -153,11 +153,11 @@ class SpeedConfig:
 
     device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
     precision: str = identity("bf16", "bf16 (autocast), fp32 or fp64")
-    num_workers: int = runtime(4, "worker processes that decode tiles and draw crops")
+    num_workers: int = runtime(4, "worker processes that load samples and draw crop parameters")
     prefetch: int = runtime(2, "batches that each worker prepares in advance")
-    compile: str = runtime("auto", "torch.compile the blocks: true, false, or auto (on a GPU); rounding differs")
+    compile: str = runtime("auto", "torch.compile of the blocks: true, false, or auto (on a GPU); changes rounding")
     checkpointing: bool = runtime(False, "activation checkpointing: less memory, more time, identical results")
-    timeout_minutes: float = runtime(30.0, "minutes that a process waits for the others before it fails")
+    timeout_minutes: float = runtime(30.0, "minutes that a process waits for the other processes before it fails")
 
 
 @dataclass
@@ -180,9 +180,9 @@ class EvaluateConfig:
     """Evaluation during training."""
 
     labels: str | None = runtime(None, "CSV with image_path,label,partition for kNN evaluation during training")
-    every_steps: int = runtime(0, "steps between kNN evaluations, 0 for once per epoch")
-    k: list[int] = runtime([20], "numbers of neighbours; the score of the first one selects best.pt")
-    temperature: float = runtime(0.07, "temperature of the weights of the neighbours' votes")
+    every_steps: int = runtime(0, "steps between kNN evaluations, 0 for one per epoch")
+    k: list[int] = runtime([20], "numbers of neighbours; the score for the first one selects best.pt")
+    temperature: float = runtime(0.07, "temperature of the neighbours' weights exp(cosine / temperature)")
     early_stopping_patience: int = runtime(0, "stop after this many evaluations without a better score, 0 for never")
     allow_leakage: bool = runtime(False, "accept test slides or patients that were used for pretraining")
 
@@ -205,10 +205,10 @@ class PretrainConfig:
     """Settings of both levels."""
 
     data_dir: str = runtime("", "folder with the training data")
-    output_dir: str = runtime("", "the run folder")
+    output_dir: str = runtime("", "run folder")
     seed: int = identity(0, "random seed")
     dry_run: bool = runtime(False, "print what would be done, and stop")
-    profile: bool = runtime(False, "train some steps, print the time that each part takes, and stop; writes no run")
+    profile: bool = runtime(False, "train a few steps, print the time of each part, and stop; writes no run")
     profile_steps: int = runtime(20, "steps that profile=true measures, after a warm-up")
     model: ModelConfig = group(ModelConfig)
     training: TrainingConfig = group(TrainingConfig)
@@ -237,7 +237,7 @@ class RegionConfig(PretrainConfig):
     aug: RegionAugConfig = group(RegionAugConfig)
 
 
-# Settings of each level's runs, by the level's name; the rest of a level is in dino.api.levels.
+# Settings of the runs of each level, by the name of the level; the other parts of a level are in dino.api.levels.
 LEVEL_CONFIGS: dict[str, type[PatchConfig] | type[RegionConfig]] = {"patch": PatchConfig, "region": RegionConfig}
 
 
@@ -252,32 +252,32 @@ class TileConfig:
     tile_size_px: int = identity(256, "tile size in px at that spacing")
     overlap: float = identity(0.0, "overlap of neighbouring tiles as a fraction of their side: 0, 1/2, 2/3, 3/4, ...")
     region_size_px: int = identity(4096, "region size in px: a multiple of tile_size_px")
-    region_overlap_cells: int = identity(0, "overlap of neighbouring regions in whole cells")
+    region_overlap_cells: int = identity(0, "overlap of neighbouring regions in cells")
     min_tissue: float = identity(0.25, "minimum tissue fraction of a tile")
     min_tissue_region: float = identity(0.25, "minimum tissue fraction of a region")
-    tolerance: float = identity(0.05, "relative difference of spacing up to which pixels are not resampled")
+    tolerance: float = identity(0.05, "relative spacing difference up to which pixels are not resampled")
     tissue_method: str = identity("hsv", "tissue segmentation by hs2p where no mask is given: hsv, otsu or threshold")
     tissue_downsample: int = identity(64, "downsample at which tissue is segmented or the mask is read")
-    qc: bool = identity(False, "drop white, black, grey and blurred tiles by hs2p's pixel QC")
-    storage: str = identity("jpeg", "jpeg (files), tar (hs2p's, one per slide) or none (coordinates only)")
+    qc: bool = identity(False, "drop white, black, grey and blurred tiles with hs2p's pixel QC")
+    storage: str = identity("jpeg", "jpeg (one file per tile), tar (one hs2p tar per slide) or none (coordinates only)")
     jpeg_quality: int = identity(90, "JPEG quality of the tiles")
     max_tiles_per_slide: int = identity(0, "keep a random subset of this many tiles per slide, 0 for all")
     seed: int = identity(0, "seed of the random subset")
-    spacing_at_level_0: float | None = identity(None, "µm per px of level 0, for slides without it in their metadata")
-    previews: bool = runtime(True, "write preview images of masks and tilings")
+    spacing_at_level_0: float | None = identity(None, "µm per px of level 0, for slides whose metadata has no spacing")
+    previews: bool = runtime(True, "write preview images of tissue, tiles and regions")
     num_workers: int = runtime(2, "slides processed in parallel")
-    dry_run: bool = runtime(False, "print the expected tiles, GB, files and hours, and stop")
+    dry_run: bool = runtime(False, "print the expected number of tiles and files, GB and hours, and stop")
 
 
 @dataclass
 class ExtractConfig:
     """`dino extract`."""
 
-    source: str = identity("auto", "source of the pixels: auto, slides, tiles or regions (images of regions)")
+    source: str = identity("auto", "source of the pixels: auto (slides, else tiles), slides, tiles or regions (images)")
     arch: str | None = identity(None, "architecture of an external checkpoint, if its number of heads is not dim/64")
-    transform: str = identity("auto", "normalisation: auto (the checkpoint's own), imagenet, hipt or timm")
+    transform: str = identity("auto", "normalisation: auto (recorded in the checkpoint), imagenet, hipt or timm")
     pretrained: bool = identity(True, "for timm:NAME: load timm's weights (false: random initialisation)")
-    slides: str | None = runtime(None, "slides.csv or folder of the slides, if they were moved after tiling")
+    slides: str | None = runtime(None, "folder or slides.csv of the slides, if they were moved after tiling")
     grid_order: str = identity("yx", "order of the rows in .pt files without regions.csv: yx (row-major) or xy")
     precision: str = identity("bf16", "bf16 (autocast), fp32 or fp64")
     batch_size: int = runtime(64, "tiles (level 2: regions) per forward pass")
@@ -290,12 +290,12 @@ class ExtractConfig:
 class SlurmConfig:
     """The SLURM job; for other options use sbatch's SBATCH_* environment variables."""
 
-    nodes: int = runtime(1, "nodes")
-    gpus_per_node: int = runtime(1, "GPUs, and so processes, per node; 0 for one process per node on the CPU")
-    cpus_per_gpu: int = runtime(8, "CPU cores per process; needs a few more than num_workers")
+    nodes: int = runtime(1, "number of nodes")
+    gpus_per_node: int = runtime(1, "GPUs per node, with one process each; 0 for one process per node on the CPU")
+    cpus_per_gpu: int = runtime(8, "CPU cores per process; should be a few more than num_workers")
     mem_gb: float | None = runtime(None, "memory per node in GB (null: the cluster's default)")
     timeout_hours: float = runtime(24.0, "time limit of the job in hours; it is requeued until the work is done")
-    warn_seconds: int = runtime(300, "seconds before the limit at which the work is saved and the job requeued")
+    warn_seconds: int = runtime(300, "seconds before the time limit at which the run is saved and the job requeued")
     max_restarts: int = runtime(100, "maximum number of requeues after the time limit")
     partition: str | None = runtime(None, "SLURM's --partition")
     account: str | None = runtime(None, "SLURM's --account")
@@ -304,9 +304,9 @@ class SlurmConfig:
     setup: list[str] = runtime([], "shell commands to run first, such as 'module load cuda'")
     name: str = runtime("dino", "name of the job")
     folder: str | None = runtime(
-        None, "folder of the job's output (null: RUN_slurm next to RUN; for extract ROOT_slurm)"
+        None, "folder for the job's output (null: RUN_slurm next to RUN, or ROOT_slurm for extract)"
     )
-    cluster: str = runtime("slurm", "slurm, or local to try it on this machine")
+    cluster: str = runtime("slurm", "slurm, or local to run the job on this machine")
 
 
 @dataclass
@@ -321,9 +321,9 @@ class KnnConfig:
     """`dino evaluate knn`."""
 
     k: list[int] = runtime([10, 20, 100, 200], "numbers of neighbours")
-    temperature: float = runtime(0.07, "temperature of the weights of the neighbours' votes")
+    temperature: float = runtime(0.07, "temperature of the neighbours' weights exp(cosine / temperature)")
     arch: str | None = runtime(None, "architecture of an external checkpoint, if its number of heads is not dim/64")
-    transform: str = runtime("auto", "normalisation: auto (the checkpoint's own), imagenet, hipt or timm")
+    transform: str = runtime("auto", "normalisation: auto (recorded in the checkpoint), imagenet, hipt or timm")
     grid_order: str = runtime("yx", "order of the rows in .pt files without regions.csv: yx (row-major) or xy")
     allow_leakage: bool = runtime(
         False, "accept test slides or patients that were used for pretraining (noted in the report)"
@@ -332,7 +332,7 @@ class KnnConfig:
     batch_size: int = runtime(64, "images per forward pass")
     num_workers: int = runtime(2, "threads that read and decode images")
     device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
-    output: str | None = runtime(None, "JSON file of the scores (null: in RUN, for a run)")
+    output: str | None = runtime(None, "JSON file for the scores (null: RUN/knn_LABELS.json if RUN is a run folder)")
 
 
 @dataclass
@@ -362,4 +362,4 @@ class DemoConfig:
     patch_steps: int = runtime(240, "level-1 training steps")
     region_steps: int = runtime(200, "level-2 training steps")
     device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
-    num_workers: int = runtime(1, "worker processes that decode tiles and draw crops")
+    num_workers: int = runtime(1, "worker processes that load samples and draw crop parameters")

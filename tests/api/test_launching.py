@@ -1,4 +1,4 @@
-"""Submission to SLURM: what sbatch gets, the environment of a task, and that a job is requeued."""
+"""Submission to SLURM: the options of sbatch, the environment of a task, and requeueing."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from dino.errors import ConfigError, DataError, Stopped
 submitit = pytest.importorskip("submitit", reason="needs the extra [slurm]")
 from submitit.core.submission import process_job  # noqa: E402
 
-PATIENCE = 300  # seconds; a limit for hangs on a busy machine, not a measurement
+TIMEOUT = 300  # seconds; a limit for hangs on a busy machine, not a measurement
 
 
 def program(folder: Path, name: str, script: str) -> None:
@@ -32,12 +32,12 @@ def program(folder: Path, name: str, script: str) -> None:
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Replaces SLURM's programs: sbatch keeps its script, scontrol its arguments."""
+    """Replacements of SLURM's programs: sbatch records its script, scontrol its arguments."""
     folder = tmp_path / "bin"
     folder.mkdir()
     program(folder, "srun", "exit 0")
     program(folder, "sbatch", f'cp "$1" {folder}/script; echo "Submitted batch job 4711"')
-    program(folder, "scontrol", f'echo "$@" >> {folder}/asked')
+    program(folder, "scontrol", f'echo "$@" >> {folder}/requests')
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return folder
 
@@ -72,7 +72,7 @@ def test_the_environment_of_a_task_follows_slurms_variables(task: None) -> None:
     }
 
 
-def test_sbatch_gets_one_task_per_gpu_and_a_signal_before_the_time_limit(cluster: Path, tmp_path: Path) -> None:
+def test_the_job_has_one_task_per_gpu_and_a_signal_before_the_time_limit(cluster: Path, tmp_path: Path) -> None:
     settings = SlurmConfig(nodes=2, gpus_per_node=8, timeout_hours=12, partition="gpu", setup=["module load cuda"])
     submission = launch_slurm(print, settings, tmp_path / "jobs")
     script = (cluster / "script").read_text().splitlines()
@@ -93,18 +93,18 @@ def test_sbatch_gets_one_task_per_gpu_and_a_signal_before_the_time_limit(cluster
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "asked"), [(signal.SIGUSR2, 255, "requeue 4711\n"), (signal.SIGTERM, 75, ""), (None, 75, "")]
+    ("number", "code", "requests"), [(signal.SIGUSR2, 255, "requeue 4711\n"), (signal.SIGTERM, 75, ""), (None, 75, "")]
 )
-def test_only_slurms_own_signal_requeues_the_job(
+def test_only_the_signal_of_the_time_limit_requeues_the_job(
     number: int | None,
     code: int,
-    asked: str,
+    requests: str,
     cluster: Path,
     task: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A task ended by SIGTERM was cancelled, or SLURM itself restarts it."""
+    """A task that gets SIGTERM was cancelled, or SLURM itself requeues it."""
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_JOB_ID", launch_slurm(partial(stop, number), SlurmConfig(), tmp_path / "jobs").job)
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR2)}
@@ -115,14 +115,14 @@ def test_only_slurms_own_signal_requeues_the_job(
         for n, handler in before.items():
             signal.signal(n, handler)
     assert end.value.code in (code, code - 256)
-    assert ((cluster / "asked").read_text() if (cluster / "asked").exists() else "") == asked
+    assert ((cluster / "requests").read_text() if (cluster / "requests").exists() else "") == requests
 
 
 def stop(number: int | None) -> None:
     raise Stopped("saved", number)
 
 
-def test_a_users_mistake_ends_a_task_with_one_line(task: None, capsys: pytest.CaptureFixture) -> None:
+def test_a_wrong_input_ends_a_task_with_one_line(task: None, capsys: pytest.CaptureFixture) -> None:
     def fail() -> None:
         raise DataError("expected images,\nfound none")
 
@@ -155,7 +155,9 @@ def test_without_the_extra_the_error_names_its_installation(tmp_path: Path, monk
         launch_slurm(print, SlurmConfig(), tmp_path)
 
 
-def test_the_command_separates_settings_of_job_and_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_separates_the_settings_of_the_job_from_those_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = []
     monkeypatch.setattr(
         api, "launch_slurm", lambda *args, **options: made.append((args, options)) or launch_slurm(*args, **options)
@@ -178,8 +180,8 @@ def test_the_command_separates_settings_of_job_and_run(tmp_path: Path, monkeypat
     assert (
         work.func is api.extract and work.args[:2] == ("runs/patch", Path("data")) and folder == tmp_path / "data_slurm"
     )
-    unnamed = CliRunner().invoke(app, ["launch", "slurm", "pretrain", "patch", "data_dir=data", "dry_run=true"])
-    assert unnamed.exit_code == 2 and "expected ROOT and RUN, found no RUN" in unnamed.output
+    without_run = CliRunner().invoke(app, ["launch", "slurm", "pretrain", "patch", "data_dir=data", "dry_run=true"])
+    assert without_run.exit_code == 2 and "expected ROOT and RUN, found no RUN" in without_run.output
     wrong = CliRunner().invoke(app, ["launch", "slurm", "tile", "a", "b"])
     assert wrong.exit_code == 2 and "expected pretrain patch, pretrain region or extract, found tile a" in wrong.output
 
@@ -193,7 +195,7 @@ def test_a_requeued_job_of_two_tasks_ends_as_an_uninterrupted_run(tmp_path: Path
     shared = config(data, run, **long, **{"training.batch_size_per_gpu": 2})
     settings = SlurmConfig(cluster="local", gpus_per_node=2, timeout_hours=1)
     submission = launch_slurm(partial(api.pretrain, shared), settings, tmp_path / "jobs")
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + TIMEOUT
     while not log.exists() or log.read_text().count("\n") < 5:
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -203,6 +205,6 @@ def test_a_requeued_job_of_two_tasks_ends_as_an_uninterrupted_run(tmp_path: Path
     while json.loads((run / "status.json").read_text())["state"] != "finished":
         assert time.monotonic() < until, (tmp_path / "jobs" / f"{controller}_0_log.err").read_text()
         time.sleep(0.1)
-    said = (tmp_path / "jobs" / f"{controller}_0_log.out").read_text()
-    assert "run the same command again to go on" in said and "resuming after step" in said
+    output = (tmp_path / "jobs" / f"{controller}_0_log.out").read_text()
+    assert "run the same command again to go on" in output and "resuming after step" in output
     assert_same_numbers(tmp_path / "one", run)

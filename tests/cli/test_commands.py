@@ -1,4 +1,4 @@
-"""What each command passes to the api, and how it exits."""
+"""Arguments that each command passes to the API, and its exit codes."""
 
 import sys
 from pathlib import Path
@@ -55,7 +55,7 @@ def calls(monkeypatch):
 def run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
-    return lambda *words: CliRunner().invoke(app, words)
+    return lambda *arguments: CliRunner().invoke(app, arguments)
 
 
 def test_tile(run, calls):
@@ -64,14 +64,14 @@ def test_tile(run, calls):
     assert calls == [("tile", [Path("a.svs"), Path("b.svs")], Path("root"), expected)]
 
 
-def test_pretrain_starts_from_the_pathology_recipe(run, calls):
+def test_pretrain_uses_the_pathology_recipe_by_default(run, calls):
     assert run("pretrain", "patch", "root", "runs/a", "seed=3").exit_code == 0
     expected = load_config(schema.PatchConfig, recipe="patch_pathology", overrides={"seed": 3})
     expected.data_dir, expected.output_dir = "root", "runs/a"
     assert calls == [("pretrain", expected)]
 
 
-def test_pretrain_takes_another_recipe_and_a_file(run, calls, tmp_path):
+def test_pretrain_accepts_another_recipe_and_a_config_file(run, calls, tmp_path):
     (tmp_path / "my.yaml").write_text("model:\n  out_dim: 77\ndata_dir: there\noutput_dir: here\n")
     assert run("pretrain", "patch", "--recipe", "patch", "--config", "my.yaml").exit_code == 0
     config = calls[0][1]
@@ -114,17 +114,17 @@ def test_extract_evaluate_export_info(run, calls):
     assert calls[2][3].k == [5]
 
 
-@pytest.mark.parametrize("words", COMMANDS)
-def test_help_lists_every_setting_with_its_help(run, words):
-    result = run(*words, "--help")
+@pytest.mark.parametrize("arguments", COMMANDS)
+def test_help_lists_every_setting_with_its_help(run, arguments):
+    result = run(*arguments, "--help")
     assert result.exit_code == 0
     shown = {line.split()[0] for line in result.stdout.splitlines() if line.strip()}
-    assert {item.key for item in settings(COMMANDS[words])} <= shown
+    assert {item.key for item in settings(COMMANDS[arguments])} <= shown
     text = " ".join(result.stdout.split())
-    for item in settings(COMMANDS[words]):
+    for item in settings(COMMANDS[arguments]):
         assert " ".join(item.help.split()[:3]) in text
     assert "For example" in result.stdout
-    assert f"dino {' '.join(words)}" in result.stdout
+    assert f"dino {' '.join(arguments)}" in result.stdout
 
 
 def test_help_shows_the_defaults_of_the_recipe(run):
@@ -152,31 +152,31 @@ def test_version(run):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
-        (["tile"], "expected one or more SLIDE and then ROOT, found nothing"),
-        (["tile", "a.svs"], "expected one or more SLIDE and then ROOT, found 1: a.svs"),
-        (["tile", "a.svs", "root", "spacing=0.5"], "there is no setting 'spacing'; did you mean 'spacing_um'?"),
+        (["tile"], "expected at least one SLIDE followed by ROOT, found no arguments"),
+        (["tile", "a.svs"], "expected at least one SLIDE followed by ROOT, found 1 argument (a.svs)"),
+        (["tile", "a.svs", "root", "spacing=0.5"], "unknown setting 'spacing'; did you mean 'spacing_um'?"),
         (["tile", "a.svs", "root", "qc=perhaps"], "expected true or false for 'qc'"),
-        (["pretrain", "patch", "root"], "expected ROOT RUN, found 1: root"),
+        (["pretrain", "patch", "root"], "expected ROOT RUN, found 1 argument (root)"),
         (["pretrain", "patch", "output_dir=run"], "found no data_dir"),
         (["pretrain", "patch", "a", "b", "data_dir=c"], "expected ROOT once"),
         (["pretrain", "patch", "a", "b", "model.out_dims=1"], "did you mean 'model.out_dim'?"),
         (["pretrain", "patch", "a", "b", "--recipe", "best"], "expected a recipe"),
         (["pretrain", "patch", "a", "b", "--config", "no.yaml"], "expected a YAML file at no.yaml, found none"),
-        (["pretrain", "region", "a", "b", "aug.hed_jitter=1"], "there is no setting 'aug.hed_jitter'"),
-        (["extract", "run"], "expected RUN ROOT, found 1: run"),
+        (["pretrain", "region", "a", "b", "aug.hed_jitter=1"], "unknown setting 'aug.hed_jitter'"),
+        (["extract", "run"], "expected RUN ROOT, found 1 argument (run)"),
         (["extract", "model=run"], "expected RUN ROOT (or model= and data_dir=), found run"),
-        (["evaluate", "knn", "run"], "expected RUN LABELS, found 1: run"),
-        (["export", "run", "a", "b"], "expected RUN DIR, found 3: run a b"),
-        (["info"], "expected CHECKPOINT, found nothing"),
-        (["demo", "a", "b"], "expected one DIR at most"),
-        (["pretrain", "patch", "a", "b", "--training.nepochs", "1"], "KEY=VALUE words: training.nepochs=1"),
-        (["tile", "--num-workers=3", "a", "b"], "KEY=VALUE words: num_workers=3"),
+        (["evaluate", "knn", "run"], "expected RUN LABELS, found 1 argument (run)"),
+        (["export", "run", "a", "b"], "expected RUN DIR, found 3 arguments (run a b)"),
+        (["info"], "expected CHECKPOINT, found no arguments"),
+        (["demo", "a", "b"], "expected at most one DIR, found 2 arguments"),
+        (["pretrain", "patch", "a", "b", "--training.nepochs", "1"], "passed as KEY=VALUE: training.nepochs=1"),
+        (["tile", "--num-workers=3", "a", "b"], "passed as KEY=VALUE: num_workers=3"),
     ],
 )
-def test_wrong_words_exit_with_2_and_one_line(run, calls, words, message):
-    result = run(*words)
+def test_wrong_arguments_exit_with_2_and_one_line(run, calls, arguments, message):
+    result = run(*arguments)
     assert result.exit_code == 2
     assert calls == []
     *usage, error = result.stderr.splitlines()
@@ -187,10 +187,10 @@ def test_wrong_words_exit_with_2_and_one_line(run, calls, words, message):
 
 
 @pytest.mark.parametrize(
-    "words", [["tile", "a", "b", "--jobs", "3"], ["pretrain", "root", "run"], ["evaluate"], ["no"]]
+    "arguments", [["tile", "a", "b", "--jobs", "3"], ["pretrain", "root", "run"], ["evaluate"], ["no"]]
 )
-def test_unknown_options_and_commands_exit_with_2(run, calls, words):
-    result = run(*words)
+def test_unknown_options_and_commands_exit_with_2(run, calls, arguments):
+    result = run(*arguments)
     assert (result.exit_code, calls) == (2, [])
 
 
@@ -200,7 +200,7 @@ def test_unknown_options_and_commands_exit_with_2(run, calls, words):
         (DataError("expected images in x,\n  found none"), 2, "error: expected images in x, found none\n"),
         (CheckpointError("damaged"), 2, "error: damaged\n"),
         (TrainingFault("the loss is nan"), 1, "error: the loss is nan\n"),
-        (Stopped("saved; run again to go on"), 75, "error: saved; run again to go on\n"),
+        (Stopped("saved; run again to continue"), 75, "error: saved; run again to continue\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`dino config`: the settings of every command as YAML that can be passed back with --config."""
+"""`dino config`: the settings of every command as YAML that --config accepts."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from dino.cli.main import app
 from dino.config.load import RECIPES, load_config
 
 
-def run(*words: str):
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["config", *words])
+def run(*arguments: str):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["config", *arguments])
 
 
 @pytest.mark.parametrize("command", SCHEMAS)
@@ -26,10 +26,10 @@ def test_the_output_can_be_passed_as_a_config_file(tmp_path: Path, command):
     assert max(len(line) for line in result.stdout.splitlines()) <= 120
 
 
-def test_recipe_file_and_words_are_resolved_in_this_order(tmp_path: Path):
+def test_overrides_precede_the_file_and_the_recipe(tmp_path: Path):
     (tmp_path / "my.yaml").write_text("model:\n  out_dim: 512\nseed: 3\n")
-    words = ["patch", "--recipe", "patch", "--config", str(tmp_path / "my.yaml"), "model.out_dim=1024"]
-    lines = run(*words).stdout.splitlines()
+    arguments = ["patch", "--recipe", "patch", "--config", str(tmp_path / "my.yaml"), "model.out_dim=1024"]
+    lines = run(*arguments).stdout.splitlines()
     shown = {line.split(":")[0].strip(): line for line in lines if not line.startswith("#") and ":" in line}
     assert "recipe patch." in lines[0] and lines[1].startswith("# 3 of ")
     assert "out_dim: 1024" in shown["out_dim"] and "[default: 65536]" in shown["out_dim"]
@@ -38,7 +38,7 @@ def test_recipe_file_and_words_are_resolved_in_this_order(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         ([], "expected one of tile, patch"),
         (["pretrain"], "expected one of tile, patch"),
@@ -47,7 +47,7 @@ def test_recipe_file_and_words_are_resolved_in_this_order(tmp_path: Path):
         (["patch", "out_dim=3"], "did you mean 'model.out_dim'?"),
     ],
 )
-def test_a_wrong_call_gets_one_line_and_exit_code_2(words, message):
-    result = run(*words)
+def test_a_wrong_call_prints_one_line_and_exits_with_2(arguments, message):
+    result = run(*arguments)
     assert result.exit_code == 2
     assert message in result.stderr.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Separating positional words from settings."""
+"""Separating positional arguments from settings."""
 
 import re
 
@@ -14,35 +14,35 @@ from dino.cli.grammar import (
 )
 
 
-def test_words_in_any_order():
+def test_settings_and_positional_arguments_in_any_order():
     assert split(["a=1", "root", "model.arch=vit_tiny", "run"]) == (["root", "run"], ["a=1", "model.arch=vit_tiny"])
 
 
-@pytest.mark.parametrize("word", ["./a=1", "/data/x=1", "timm:vit_small", "slides/*.svs", "=1", "1=a", "a"])
-def test_what_is_no_key_is_positional(word):
-    assert split([word]) == ([word], [])
+@pytest.mark.parametrize("argument", ["./a=1", "/data/x=1", "timm:vit_small", "slides/*.svs", "=1", "1=a", "a"])
+def test_an_argument_without_a_key_is_positional(argument):
+    assert split([argument]) == ([argument], [])
 
 
-@pytest.mark.parametrize("word", ["a=", "a=b=c", "_x.y_1=[1, 2]", "output_dir=/data/x=1"])
-def test_what_is_a_key_is_a_setting(word):
-    assert split([word]) == ([], [word])
+@pytest.mark.parametrize("argument", ["a=", "a=b=c", "_x.y_1=[1, 2]", "output_dir=/data/x=1"])
+def test_an_argument_with_a_key_is_a_setting(argument):
+    assert split([argument]) == ([], [argument])
 
 
-def test_a_word_that_exists_as_a_file_is_never_a_setting(tmp_path, monkeypatch):
+def test_the_name_of_an_existing_file_is_never_a_setting(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert split(["stain=HE"]) == ([], ["stain=HE"])
     (tmp_path / "stain=HE").mkdir()
     assert split(["stain=HE"]) == (["stain=HE"], [])
 
 
-def test_the_number_of_positional_words_counts():
+def test_a_wrong_number_of_positional_arguments_is_an_error():
     assert expect(["a", "b"], ["ROOT", "RUN"]) == ["a", "b"]
-    with pytest.raises(UsageError, match="expected ROOT RUN, found 1: a"):
+    with pytest.raises(UsageError, match=r"expected ROOT RUN, found 1 argument \(a\)"):
         expect(["a"], ["ROOT", "RUN"])
-    with pytest.raises(UsageError, match="expected ROOT RUN, found nothing"):
+    with pytest.raises(UsageError, match="expected ROOT RUN, found no arguments"):
         expect([], ["ROOT", "RUN"])
     assert expect_many(["a", "b", "c"], "SLIDE", "ROOT") == (["a", "b"], "c")
-    with pytest.raises(UsageError, match="one or more SLIDE"):
+    with pytest.raises(UsageError, match="at least one SLIDE"):
         expect_many(["a"], "SLIDE", "ROOT")
 
 
@@ -59,21 +59,21 @@ def test_positional_or_by_name_but_not_both():
 
 
 @pytest.mark.parametrize(
-    ("args", "word"),
+    ("args", "message"),
     [
-        (["a", "--training.nepochs", "1"], "--training.nepochs; settings are KEY=VALUE words: training.nepochs=1"),
-        (["--training.nepochs=1", "b"], "--training.nepochs; settings are KEY=VALUE words: training.nepochs=1"),
-        (["-k", "[1, 2]"], "-k; settings are KEY=VALUE words: 'k=[1, 2]'"),
-        (["--dry-run", "--config", "x"], "--dry-run; settings are KEY=VALUE words: dry_run=VALUE"),
-        (["--seed"], "--seed; settings are KEY=VALUE words: seed=VALUE"),
+        (["a", "--training.nepochs", "1"], "--training.nepochs; settings are passed as KEY=VALUE: training.nepochs=1"),
+        (["--training.nepochs=1", "b"], "--training.nepochs; settings are passed as KEY=VALUE: training.nepochs=1"),
+        (["-k", "[1, 2]"], "-k; settings are passed as KEY=VALUE: 'k=[1, 2]'"),
+        (["--dry-run", "--config", "x"], "--dry-run; settings are passed as KEY=VALUE: dry_run=VALUE"),
+        (["--seed"], "--seed; settings are passed as KEY=VALUE: seed=VALUE"),
     ],
 )
-def test_a_setting_written_as_an_option_is_answered_with_its_right_form(args, word):
+def test_a_setting_written_as_an_option_is_an_error_with_the_correct_form(args, message):
     keys = {"training.nepochs", "k", "dry_run", "seed", "config"}
-    with pytest.raises(UsageError, match=f"^{re.escape('there is no option ' + word)}$"):
+    with pytest.raises(UsageError, match=f"^{re.escape('unknown option ' + message)}$"):
         refuse_settings_as_options(args, keys, {"--config", "-c", "--help"})
 
 
 @pytest.mark.parametrize("args", [["a", "seed=1"], ["--config", "x"], ["--other", "1"], ["--", "--seed"], ["-"], []])
-def test_options_and_other_words_are_left_to_the_parser(args):
+def test_options_and_other_arguments_are_accepted(args):
     assert refuse_settings_as_options(args, {"seed", "config"}, {"--config"}) is None

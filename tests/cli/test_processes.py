@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _python(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def _python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, *words]
+    command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True, check=False)
 
 
@@ -49,7 +49,7 @@ assert dino.__file__ == folder + "/__init__.py"
     assert result.returncode == 0, result.stderr
 
 
-def test_help_is_light(tmp_path):
+def test_help_does_not_import_heavy_packages(tmp_path):
     heavy = {
         "torch",
         "timm",
@@ -63,8 +63,8 @@ def test_help_is_light(tmp_path):
         "tensorboard",
         "wandb",
     }
-    words = ("-X", "importtime", "-m", "dino", "pretrain", "patch", "--help")
-    result = _python(*words, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    arguments = ("-X", "importtime", "-m", "dino", "pretrain", "patch", "--help")
+    result = _python(*arguments, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert result.returncode == 0 and "model.arch" in result.stdout
     imported = {
         line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")

@@ -1,4 +1,4 @@
-"""Layers of settings, the messages about wrong ones, and settings printed as YAML."""
+"""Precedence of settings, error messages for wrong settings, and settings as YAML."""
 
 import re
 from pathlib import Path
@@ -35,9 +35,9 @@ def test_overrides_precede_the_file_the_recipe_and_the_defaults(tmp_path):
 
 
 def test_a_mapping_of_dotted_keys_equals_key_value_strings():
-    words = load_config(schema.PatchConfig, overrides=["optim.lr_scheduler.min_lr=1e-5", "evaluate.k=[5,10]"])
+    strings = load_config(schema.PatchConfig, overrides=["optim.lr_scheduler.min_lr=1e-5", "evaluate.k=[5,10]"])
     mapping = load_config(schema.PatchConfig, overrides={"optim.lr_scheduler.min_lr": 1e-5, "evaluate.k": [5, 10]})
-    assert words == mapping
+    assert strings == mapping
 
 
 def test_one_value_is_accepted_for_a_list_of_any_length():
@@ -61,7 +61,7 @@ def test_one_value_in_a_file_is_accepted_too(tmp_path):
         (schema.LaunchConfig, {"slurm.setup": ["a: b", "c #d"], "slurm.folder": "/x" * 60, "slurm.name": "null"}),
     ],
 )
-def test_commented_yaml_loads_again_to_the_same(tmp_path, kind, overrides):
+def test_commented_yaml_loads_to_the_same_config(tmp_path, kind, overrides):
     config = load_config(kind, overrides=overrides)
     text = to_commented_yaml(config)
     assert load_config(kind, file=_write(tmp_path, text)) == config
@@ -71,13 +71,13 @@ def test_commented_yaml_loads_again_to_the_same(tmp_path, kind, overrides):
     assert text.count("[default:") == len(overrides)
 
 
-def test_resolved_yaml_loads_again_to_the_same(tmp_path):
+def test_yaml_loads_to_the_same_config(tmp_path):
     config = load_config(schema.RegionConfig, recipe="region", overrides=["seed=7", "data_dir=/some where/root"])
     assert load_config(schema.RegionConfig, file=_write(tmp_path, to_yaml(config))) == config
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("override", "message"),
     [
         ("model.out_dims=3", "did you mean 'model.out_dim'?"),
         ("out_dim=3", "did you mean 'model.out_dim'?"),
@@ -99,9 +99,9 @@ def test_resolved_yaml_loads_again_to_the_same(tmp_path):
         ("--model.out_dim=3", "expected key=value"),
     ],
 )
-def test_a_wrong_override_gets_one_clear_line(word, message):
+def test_a_wrong_override_is_an_error_of_one_line(override, message):
     with pytest.raises(ConfigError) as caught:
-        load_config(schema.PatchConfig, overrides=[word])
+        load_config(schema.PatchConfig, overrides=[override])
     assert message in str(caught.value)
     assert not re.search(r"\n|AnyNode|ListConfig|Integer|'str'", str(caught.value))
     assert caught.value.exit_code == 2
@@ -118,7 +118,7 @@ def test_a_wrong_override_gets_one_clear_line(word, message):
         ("training: 3\n", "training"),
     ],
 )
-def test_a_wrong_file_gets_one_clear_line_with_its_name(tmp_path, text, message):
+def test_a_wrong_file_is_an_error_of_one_line_with_its_name(tmp_path, text, message):
     file = _write(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         load_config(schema.PatchConfig, file=file)
@@ -150,5 +150,5 @@ def test_only_settings_that_determine_the_result_are_identity():
 
 
 def test_replaced_keys_do_not_exist():
-    known = {item.key for kind in (schema.PatchConfig, schema.RegionConfig) for item in settings(kind)}
-    assert not known & set(REPLACED)
+    keys = {item.key for kind in (schema.PatchConfig, schema.RegionConfig) for item in settings(kind)}
+    assert not keys & set(REPLACED)

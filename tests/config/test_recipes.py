@@ -1,4 +1,4 @@
-"""Recipes: what they resolve to, and that they hold differences with reasons only."""
+"""Recipes: their resolved values, and that they contain only differences from the defaults, with reasons."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from dino.config import schema
 from dino.config.load import RECIPES, flatten, load_config, recipe_comment, recipe_path, settings, to_dict
 from dino.errors import ConfigError
 
-# Name -> every setting with its value, as version 0.1.0 resolved them from files that held every setting.
+# All settings of each recipe with their values, as resolved by version 0.1.0.
 RESOLVED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("resolved_values.json").read_text())
 SCHEMAS: dict[str, tuple[type, str | None]] = {
     "patch": (schema.PatchConfig, "patch"),
@@ -31,7 +31,7 @@ FILES = [recipe_path(kind, name) for kind, names in RECIPES.items() for name in 
 
 
 def _entries(path: Path) -> list[tuple[str, str, str]]:
-    """(dotted key, value, comment) of every leaf, read from the text itself and not by a YAML library."""
+    """(dotted key, value, comment) of every leaf, parsed from the text without a YAML library."""
     found, stack = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         match = re.match(r"( *)(\w+):(.*)$", line)
@@ -58,7 +58,7 @@ def test_every_yaml_of_the_package_is_a_recipe():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_recipe_holds_differences_only_each_with_its_reason(path):
+def test_a_recipe_contains_only_differences_each_with_a_reason(path):
     kind = next(kind for kind, names in RECIPES.items() if path.stem in names)
     defaults = {item.key: item.default for item in settings(kind)}
     values = flatten(to_dict(load_config(kind, recipe=path.stem)))
@@ -75,8 +75,8 @@ def test_a_recipe_has_lines_of_120_columns_at_most(path):
     assert max(len(line) for line in path.read_text(encoding="utf-8").splitlines()) <= 120
 
 
-def test_the_original_recipe_holds_the_published_values():
-    """Caron et al. 2021 (DINO), as the original system trains with them."""
+def test_the_original_recipe_contains_the_published_values():
+    """Values of Caron et al. 2021 (DINO), as used by the original system."""
     config = load_config(schema.PatchConfig, recipe="patch")
     assert (config.model.out_dim, config.model.momentum_teacher, config.model.norm_last_layer) == (65536, 0.996, False)
     assert (config.optim.name, config.optim.lr, config.optim.lr_scheduler.min_lr) == ("adamw", 0.0005, 1e-6)
@@ -98,12 +98,12 @@ def test_the_original_recipe_holds_the_published_values():
         (schema.TileConfig, "tile", "has none"),
     ],
 )
-def test_an_unknown_recipe_names_those_of_the_command(kind, name, message):
+def test_the_error_for_an_unknown_recipe_lists_those_of_the_command(kind, name, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(kind, recipe=name)
     assert "demo" not in str(caught.value)
 
 
-def test_the_comment_of_a_recipe_is_its_head():
+def test_the_comment_of_a_recipe_is_its_beginning():
     comment = recipe_comment(schema.PatchConfig, "patch_pathology")
     assert comment.startswith("# Level 1, recommended") and "< 20k" in comment and "vertical_flip" not in comment

@@ -63,7 +63,7 @@ def test_a_disk_that_stays_full_ends_the_run_clearly_and_keeps_the_last_good_che
 
 def test_no_room_from_the_start_is_one_clear_line(tiles: Path, small_disk: Path) -> None:
     fill(small_disk)
-    with pytest.raises((ConfigError, CheckpointError), match=r"expected to write in .*disk"):
+    with pytest.raises((ConfigError, CheckpointError), match=r"expected to write to .*disk"):
         pretrain(config(tiles, small_disk / "run"))
 
 

@@ -33,7 +33,7 @@ def refused(*words: object) -> str:
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 2, result.output
     (line,) = result.stderr.splitlines()
-    assert line.startswith("error: expected to write in ") and ", found: " in line and "disk" in line, line
+    assert line.startswith("error: expected to write to ") and ", found: " in line and "disk" in line, line
     return line
 
 

@@ -133,7 +133,7 @@ def test_a_host_that_is_cut_off_ends_the_run_with_a_clear_line_on_both(
         while "error" not in (said := (tmp_path / f"{host.number}.txt").read_text()):
             assert time.monotonic() < until, said
             time.sleep(0.1)
-        assert "expected 2 processes to work together, found that one has ended or does not answer" in said
+        assert "expected 2 running processes, found that one has ended or does not respond" in said
         assert f"run the same command again: it goes on after step {step}" in said
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "crashed" and f"after step {step}" in status["error"]
