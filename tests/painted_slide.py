@@ -1,4 +1,4 @@
-"""Makes slides for tests: a tiled, uncompressed Aperio TIFF with any pixels, levels and metadata."""
+"""Writes synthetic slides for tests: tiled, uncompressed Aperio TIFFs with given pixels, levels and metadata."""
 
 import struct
 from collections.abc import Sequence
@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-TILE = 64  # of the file; nothing to do with the tiles that are cut
+TILE = 64  # tile size of the TIFF, unrelated to the tiles that are cut
 ENTRY = {"short": (3, "H"), "long": (4, "I"), "ascii": (2, "s")}
 
 
 def coordinates(width: int, height: int, unit: int = 32) -> np.ndarray:
-    """Pixels that say where they are: red is x // unit, green y // unit; blue 255 makes all of it tissue for hs2p."""
+    """Pixels that encode their position: red is x // unit, green y // unit; with blue 255, hs2p finds tissue."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x // unit, y // unit, np.full_like(x, 255)], axis=-1).astype(np.uint8)
 
 
 def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
-    """Smooth random pixels that hs2p takes for tissue."""
+    """Smooth random pixels in which hs2p finds tissue."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 200, (height // 8 + 2, width // 8 + 2, 2))
     fine = np.kron(coarse, np.ones((8, 8, 1), dtype=int))[:height, :width] + rng.integers(0, 40, (height, width, 2))
@@ -37,7 +37,7 @@ def write_slide(
     """Write uint8 RGB ``levels`` as a slide that openslide opens.
 
     Args:
-        path: Where to.
+        path: Path of the slide.
         levels: Pixels of each level, the finest first.
         mpp: Spacing in the metadata, if any.
         power: Objective power in the metadata, if any.
@@ -45,7 +45,7 @@ def write_slide(
     about = "Aperio Image Library v0\r\npainted"
     about += f"|MPP = {mpp}" * (mpp is not None) + f"|AppMag = {power}" * (power is not None)
     data = bytearray(b"II*\0\0\0\0\0")
-    link = 4  # where the offset of the next directory goes
+    link = 4  # position of the offset of the next directory
     for pixels in levels:
         height, width = pixels.shape[:2]
         padded = np.pad(pixels, ((0, -height % TILE), (0, -width % TILE), (0, 0)))
@@ -78,17 +78,17 @@ def _tags(width: int, height: int, about: str, offsets: list[int]) -> list[tuple
 
 
 def _append_directory(data: bytearray, link: int, tags: list[tuple[int, str, list[int] | bytes]]) -> int:
-    """Append one TIFF directory and link it; returns where the link to the next one goes."""
+    """Append one TIFF directory and link it; returns the position of the link to the next one."""
     entries = bytearray(struct.pack("<H", len(tags)))
     for tag, kind, values in tags:
         number, letter = ENTRY[kind]
         body = values if isinstance(values, bytes) else struct.pack(f"<{len(values)}{letter}", *values)
         if len(body) > 4:
-            place = struct.pack("<I", len(data))
+            field = struct.pack("<I", len(data))
             data += body + b"\0" * (len(body) % 2)
         else:
-            place = body.ljust(4, b"\0")
-        entries += struct.pack("<HHI", tag, number, len(values)) + place
+            field = body.ljust(4, b"\0")
+        entries += struct.pack("<HHI", tag, number, len(values)) + field
     data[link : link + 4] = struct.pack("<I", len(data))
     data += entries + b"\0\0\0\0"
     return len(data) - 4

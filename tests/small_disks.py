@@ -1,10 +1,10 @@
-"""Disks for tests: what fills them."""
+"""Fills small disks for tests."""
 
 from pathlib import Path
 
 
 def fill(folder: Path) -> None:
-    """Fill the disk that ``folder`` is on, with a file ``filler`` that gives the room back when it is removed."""
+    """Fill the disk of ``folder`` with a file ``filler``; removing the file frees the space."""
     with (folder / "filler").open("wb", buffering=0) as file:
         try:
             while True:

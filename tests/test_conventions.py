@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(ROOT.glob("dino/**/*.py"))
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
-# Packages that slides, reports, curves and labels need, and training does not.
+# Packages that are needed for slides, reports, curves and labels, but not for training.
 LAZY = ["hs2p", "openslide", "cv2", "matplotlib", "tensorboard", "h5py", "sklearn", "jinja2", "wandb", "mlflow"]
 
 
@@ -160,8 +160,8 @@ def test_links_between_pages_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_settings_in_code_blocks_exist(page):
     kinds = [value for name, value in vars(schema).items() if name.endswith("Config") and isinstance(value, type)]
-    known = {item.key for kind in kinds for item in settings(kind)} | {"model", "data_dir", "output_dir"}
+    keys = {item.key for kind in kinds for item in settings(kind)} | {"model", "data_dir", "output_dir"}
     code = "\n".join(re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
     commands = [line for line in code.replace("\\\n", " ").splitlines() if re.search(r"\bdino\b", line)]
-    words = [word for line in commands for word in re.findall(r"(?<=\s)([a-z_][\w.]*)=", line)]
-    assert [word for word in words if word not in known] == []
+    used = [key for line in commands for key in re.findall(r"(?<=\s)([a-z_][\w.]*)=", line)]
+    assert [key for key in used if key not in keys] == []

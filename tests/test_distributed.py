@@ -32,22 +32,22 @@ def test_waiting_for_a_process_that_does_not_join_times_out() -> None:
         distributed._start_name(dist.HashStore(), 0, 3, timedelta(seconds=0.1))
 
 
-def test_only_errors_of_collectives_tell_of_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_errors_of_collectives_mean_that_a_process_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     reset = RuntimeError(
         "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:16277: Connection reset by "
         "peer. This is typically caused by a remote worker"
     )
-    assert not distributed.process_lost(reset)  # one process has nobody to lose
+    assert not distributed.process_lost(reset)  # there is only one process
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert distributed.process_lost(reset)
-    assert "expected 2 processes" in distributed.process_lost_message(reset)
+    assert "expected 2 running processes" in distributed.process_lost_message(reset)
     assert "(Read error [127.0.0.1]:16277: Connection reset by peer)" in distributed.process_lost_message(reset)
     assert distributed.process_lost(dist.DistBackendError("unhandled system error"))
     assert not distributed.process_lost(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
 
 
-def test_a_job_counts_as_restarted_under_torchrun_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_torchrun_restarts_count_as_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not distributed.restarted() and not distributed.is_orphan()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert distributed.restarted()

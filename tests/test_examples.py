@@ -1,4 +1,4 @@
-"""The scripts in examples/, run as a reader would run them, at tiny sizes, on the sample slide of the package."""
+"""The scripts in examples/, with tiny models, on the sample slide of the package."""
 
 import json
 import os
@@ -32,12 +32,12 @@ def _run(*arguments: str | Path) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize(("code", "asked"), [(75, "requeue 4711\n"), (2, ""), (0, "")])
-def test_the_slurm_script_gives_each_task_its_place_and_requeues_what_was_stopped(code, asked, tmp_path):
-    """With stand-ins for SLURM's programs, on 16 tasks of which the tenth is looked at."""
+@pytest.mark.parametrize(("code", "requests"), [(75, "requeue 4711\n"), (2, ""), (0, "")])
+def test_the_slurm_script_sets_the_rank_of_each_task_and_requeues_a_stopped_job(code, requests, tmp_path):
+    """With replacements of SLURM's programs, for the tenth of 16 tasks."""
     programs = {
         "srun": f'echo "$1" > {tmp_path}/srun; shift; SLURM_PROCID=9 SLURM_LOCALID=1 exec "$@"',
-        "scontrol": f'if [ "$1" = show ]; then printf "gpu03\\ngpu04\\n"; else echo "$@" > {tmp_path}/asked; fi',
+        "scontrol": f'if [ "$1" = show ]; then printf "gpu03\\ngpu04\\n"; else echo "$@" > {tmp_path}/requests; fi',
         "python": f'echo $RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT "$@" > {tmp_path}/seen; exit {code}',
     }
     for name, script in programs.items():
@@ -55,7 +55,7 @@ def test_the_slurm_script_gives_each_task_its_place_and_requeues_what_was_stoppe
     assert (tmp_path / "srun").read_text() == "--cpus-per-task=12\n"
     seen = (tmp_path / "seen").read_text()
     assert seen.startswith("9 1 16 gpu03 24711 -m dino pretrain patch my data run training.")
-    assert ((tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else "") == asked
+    assert ((tmp_path / "requests").read_text() if (tmp_path / "requests").exists() else "") == requests
 
 
 def test_both_levels(tmp_path):

@@ -30,7 +30,7 @@ from dino.lock import RunLock
 from dino.models.checkpoint import read_checkpoint
 from dino.slides.slide_list import read_slide_list
 from dino.slides.tables import load_part, read_regions, read_status, read_tiles
-from dino.slides.tiling import refuse_to_mix
+from dino.slides.tiling import check_same_settings
 from dino.train.checkpoint import CheckpointFolder
 from dino.train.failure import read_failure
 from dino.train.run_folder import RunFolder
@@ -275,7 +275,7 @@ PART = {"status": dict(zip(*(line.split(",") for line in STATUS.splitlines()), s
 RUN = {"state": "running", "step": 3, "run_id": None, "warnings": ["a"], "time": "2026-01-01T00:00:00"}
 LOCK = {"host": "elsewhere", "boot": "", "pid": 1, "started": "1", "launch": None, "token": "a"}
 RECORDS: dict[str, tuple[dict, Callable[[Path], object]]] = {
-    "tiling.json": (TILING, lambda place: refuse_to_mix(place, {"storage": "tar"})),
+    "tiling.json": (TILING, lambda place: check_same_settings(place, {"storage": "tar"})),
     "extract.json": (EXTRACT, lambda place: check_folder(place / "extract.json", EXTRACT, place / "grids", ".pt")),
     "coordinates/parts/s.json": (PART, lambda place: load_part(place, "s")),
     "status.json": (RUN, lambda place: RunFolder(place).update_status(step=4)),

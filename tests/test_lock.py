@@ -1,4 +1,4 @@
-"""The lock of a run folder: which holders are respected, which are replaced, and that it blocks nothing."""
+"""The lock of a run folder: live holders, dead holders, and heartbeats."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def leave(folder: Path, **changes: object) -> Path:
 
 
 def holder(folder: Path) -> subprocess.Popen:
-    """Another process that holds the lock until it is killed; returned once it does."""
+    """Start another process that holds the lock until it is killed; returns once it holds the lock."""
     program = (
         "import sys, time; from pathlib import Path; from dino.lock import RunLock\n"
         "with RunLock(Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(600)"
@@ -38,7 +38,7 @@ def holder(folder: Path) -> subprocess.Popen:
     return process
 
 
-def test_it_is_released_and_can_be_taken_again(tmp_path: Path) -> None:
+def test_a_released_lock_can_be_acquired_again(tmp_path: Path) -> None:
     for _ in range(2):
         with RunLock(tmp_path / "run").held():
             assert (tmp_path / "run" / LOCK).exists()
@@ -49,7 +49,7 @@ def test_a_live_holder_is_respected_and_a_killed_one_is_replaced(tmp_path: Path)
     process = holder(tmp_path)
     with pytest.raises(ConfigError, match=rf"PID {process.pid} on .*use another folder"), RunLock(tmp_path).held():
         pass
-    process.kill()  # not waited for yet: a zombie is dead as well
+    process.kill()  # not waited for yet: a zombie counts as dead
     deadline = time.monotonic() + 10
     while lock._started(process.pid) is not None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -127,7 +127,7 @@ def test_a_lock_that_was_taken_over_or_deleted_is_not_mine(tmp_path: Path) -> No
     assert not mine.is_mine()
 
 
-def test_only_one_of_many_gets_it(tmp_path: Path) -> None:
+def test_only_one_of_many_threads_acquires_it(tmp_path: Path) -> None:
     leave(tmp_path, pid=2**22 + 1)  # dead, so that all try to take over
     outcomes: list[str] = []
     gate, hold = threading.Barrier(8), threading.Event()

@@ -1,4 +1,4 @@
-"""Progress where the output is a file or a pipe: plain lines at intervals."""
+"""Progress if the output is a file or a pipe: plain lines at intervals."""
 
 import io
 import os
@@ -29,7 +29,7 @@ with progress.bar("pretrain patch", 100) as bar:
 
 
 class Clock:
-    """Time that passes only when it is told to."""
+    """A clock that is advanced explicitly."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -51,9 +51,9 @@ def line_bar(clock: Clock, title: str, total: int, done: int = 0) -> tuple[LineB
     return LineBar(title, total, done, write=lines.append, clock=clock, now=clock.now), lines
 
 
-def test_a_training_prints_the_first_note_then_at_most_one_line_each_30_seconds(clock: Clock) -> None:
+def test_training_prints_the_first_note_then_at_most_one_line_every_30_seconds(clock: Clock) -> None:
     bar, lines = line_bar(clock, "pretrain patch", 1000, done=100)
-    for step in range(101, 201):  # 1 s a step, a note each 7
+    for step in range(101, 201):  # 1 s per step, a note every 7 steps
         clock.seconds += 1
         bar.advance()
         if step % 7 == 0:
@@ -62,7 +62,7 @@ def test_a_training_prints_the_first_note_then_at_most_one_line_each_30_seconds(
     assert lines == [
         "23:59:00  pretrain patch  100/1000",
         "23:59:05  pretrain patch  105/1000  eta 0:14:55  loss 105",
-        "23:59:40  pretrain patch  140/1000  eta 0:14:20  loss 140",  # 33 s would do, 35 s is the next with a note
+        "23:59:40  pretrain patch  140/1000  eta 0:14:20  loss 140",  # the first note at least 30 s later
         "00:00:15  pretrain patch  175/1000  eta 0:13:45  loss 175",
         "00:00:40  pretrain patch  200/1000  eta 0:13:20  loss 196",
     ]
@@ -70,7 +70,7 @@ def test_a_training_prints_the_first_note_then_at_most_one_line_each_30_seconds(
 
 def test_a_caller_with_longer_intervals_decides_when_lines_are_printed(clock: Clock) -> None:
     bar, lines = line_bar(clock, "pretrain patch", 1000)
-    for step in range(1, 121):  # a note each 50 s
+    for step in range(1, 121):  # a note every 50 s
         clock.seconds += 1
         bar.advance()
         if step % 50 == 0:
@@ -78,7 +78,7 @@ def test_a_caller_with_longer_intervals_decides_when_lines_are_printed(clock: Cl
     assert [line.split("  ")[2] for line in lines] == ["0/1000", "30/1000", "50/1000", "100/1000"]
 
 
-def test_without_notes_lines_follow_the_clock(clock: Clock) -> None:
+def test_without_notes_lines_are_printed_every_30_seconds(clock: Clock) -> None:
     bar, lines = line_bar(clock, "embed cells", 200)
     for _ in range(20):
         clock.seconds += LINE_SECONDS / 2
@@ -139,12 +139,12 @@ def test_a_file_gets_lines_without_control_characters_while_the_process_works(tm
     assert lines[0].endswith("pretrain patch  0/100")
     assert "10/100  eta" in lines[1] and lines[1].endswith("loss 0.111")
     assert "\x1b" not in lines[0] + lines[1] and "\r" not in content.decode()
-    if not colour:  # with FORCE_COLOR the user has asked for colours in warnings
+    if not colour:  # with FORCE_COLOR, warnings are coloured
         assert "\x1b" not in content.decode()
 
 
 def _until(condition: Callable[[], bool]) -> float:
-    """Wait until the condition holds; returns how long to wait for the process after that."""
+    """Wait until the condition holds; returns a timeout for waiting for the process."""
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline

@@ -18,11 +18,11 @@ def test_passes_and_seeds_differ() -> None:
     orders = [order(0, 0), order(0, 1), order(1, 0)]
     for first, second in [(0, 1), (0, 2), (1, 2)]:
         agreement = np.mean(np.array(orders[first]) == np.array(orders[second]))
-        assert agreement < 0.02  # 1/500 is what chance gives
+        assert agreement < 0.02  # the expected agreement is 1/500
 
 
-def test_places_are_uniform() -> None:
-    """Over many passes every item comes at every place about as often (chi-square with 63 degrees of freedom)."""
+def test_positions_are_uniform() -> None:
+    """Over many passes, the first item is uniformly distributed (chi-square with 63 degrees of freedom)."""
     count, passes = 64, 640
     first = np.bincount([randomness.permuted(3, p * count, count) for p in range(passes)], minlength=count)
     chi_square = ((first - passes / count) ** 2 / (passes / count)).sum()
@@ -38,7 +38,7 @@ def test_generators_are_functions_of_their_arguments() -> None:
     assert not any(np.array_equal(numbers(1, 2, "crops"), other) for other in others)
 
 
-def test_a_stream_gives_the_numbers_of_a_fresh_generator_wherever_it_was() -> None:
+def test_a_stream_gives_the_numbers_of_a_new_generator() -> None:
     stream = randomness.Stream(1, "crops")
     for draw in (5, 0, 5, 2**40, 2**64 - 1):
         fresh = np.random.Generator(

@@ -11,7 +11,7 @@ from dino.models.weights import LoadedBackbone, LoadReport
 
 
 class MeanColour(nn.Module):
-    """Stands in for a backbone: a tile's feature is its mean colour. Counts the tiles it has seen."""
+    """Replacement of a backbone: the feature of a tile is its mean colour. Counts the tiles."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class MeanColour(nn.Module):
 
 
 def mean_colour(fingerprint: str = "mean colour") -> LoadedBackbone:
-    """:class:`MeanColour` as if it had been loaded; its features are in [0, 255]."""
+    """:class:`MeanColour` as a loaded backbone; its features are in [0, 255]."""
     transform = Transform("none", (0.0, 0.0, 0.0), (1 / 255,) * 3)
     report = LoadReport(0, [], [])
     return LoadedBackbone(MeanColour(), transform, "patch", report, "mean.pt", fingerprint=fingerprint)  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ def report(
 ) -> Path:
     """Write a self-contained HTML page on a slide, a patch-level run and a region-level run.
 
-    Parts whose slides or tiles have been moved or deleted are left out with a warning. Nothing is trained or changed.
+    Parts whose slides or tiles have been moved or deleted are omitted with a warning. The runs are not changed.
 
     Args:
         root: ROOT of `dino tile`, for maps, neighbours and attention.
@@ -55,7 +55,7 @@ def report(
         CheckpointError: If a run has no checkpoint.
     """
     if not (root or patch_run or region_run):
-        raise ConfigError("expected a ROOT or a run to report on, found neither; name at least one")
+        raise ConfigError("expected a ROOT or a run to report on, found neither; pass at least one")
     patch = gather.load_run(patch_run, "patch") if patch_run else None
     region = gather.load_run(region_run, "region") if region_run else None
     chosen = distributed.choose_device(device)
@@ -82,7 +82,7 @@ def report(
 
 
 def _if_readable(part: str, read: Callable[[], Result]) -> Result | None:
-    """The result of ``read``, or None with a warning that the report has no such part."""
+    """The result of ``read``; None, with a warning, if the data of this part cannot be read."""
     try:
         return read()
     except DataError as error:
@@ -91,7 +91,7 @@ def _if_readable(part: str, read: Callable[[], Result]) -> Result | None:
 
 
 def _first_crops(run: gather.LoadedRun) -> CropData:
-    """Crops of the first training samples of a patch-level run, with the random numbers of the run."""
+    """Crops of the first training samples of a patch-level run, with the same random numbers as in training."""
     level = build_level(run.config)
     seed = run.config.seed
     batch = DrawnBatches(level.dataset, level.sampler(seed), level.crops.draw, None, SHOWN_CROPS, seed)[0]
@@ -99,7 +99,7 @@ def _first_crops(run: gather.LoadedRun) -> CropData:
 
 
 def _hardware(run: gather.LoadedRun | None) -> str:
-    wanted = run.config.speed.device if run else "auto"
-    if torch.cuda.is_available() and wanted != "cpu":
+    requested = run.config.speed.device if run else "auto"
+    if torch.cuda.is_available() and requested != "cpu":
         return f"an {torch.cuda.get_device_name()}"
     return f"{os.cpu_count()} CPU cores"

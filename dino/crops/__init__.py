@@ -1,1 +1,1 @@
-"""Crops: a data worker draws their parameters, the training device applies them to the whole batch."""
+"""Crops: data workers draw their parameters, and the training device applies them to the batch."""

@@ -1,4 +1,4 @@
-"""Colour operations and Gaussian blur on batches of images, in place, each sample with its own factor.
+"""In-place colour operations and Gaussian blur of batches of images, with one factor per image.
 
 Brightness, contrast, saturation, hue, grey and solarize compute what torchvision's functional operations compute on
 float tensors; stain jitter is that of Tellez et al. 2018 in the colour space of Ruifrok & Johnston 2001,
@@ -20,20 +20,20 @@ STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 DARKEST = 1 / 255  # the smallest 8-bit value above black: its optical density is finite
 SOLARIZE_THRESHOLD = 128 / 255
 SMALLEST_CHROMA = 1e-12  # avoids 0 / 0 for grey pixels, whose hue does not matter
-TRUNCATE = 4.0  # radius of the kernel in standard deviations; the weight beyond is less than 1e-4
-NEGLIGIBLE = 5.0  # the total weight beyond this many standard deviations is less than 1e-5
-LARGEST_DENSE_PX = 128  # up to this size matrix products are as fast on a CPU as tap by tap
+TRUNCATE = 4.0  # radius of the kernel in standard deviations; the weight outside is less than 1e-4
+NEGLIGIBLE = 5.0  # the total weight outside this many standard deviations is less than 1e-5
+LARGEST_DENSE_PX = 128  # up to this size, matrix products are as fast on a CPU as adding shifted images
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
     """Multiply by ``factor``."""
-    return images.mul_(_spread(factor)).clamp_(0, 1)
+    return images.mul_(_per_image(factor)).clamp_(0, 1)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean grey of each image."""
     weights = constant(GRAY_WEIGHTS, images.device)
-    # The mean is linear. Not a matrix product: MKL rounds those differently for different numbers of images.
+    # Grey of the channel means. No matrix product: MKL rounds it differently for different numbers of images.
     means = (images.mean((2, 3)) * weights).sum(1)  # (n,)
     return _blend(images, means.view(-1, 1, 1, 1), factor)
 
@@ -52,14 +52,14 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     (clamp(||h - centre| - 3|, 1, 2) - 1)`` with centre 0 for red, 2 for green and -2 for blue.
     """
     red, green, blue = images.split(1, 1)  # (n, 1, s, s)
-    least = torch.minimum(torch.minimum(red, green), blue)
-    chroma = torch.maximum(torch.maximum(red, green), blue).sub_(least)
-    hue = (green + blue).sub_(red).sub_(least).div_(chroma.clamp_min(SMALLEST_CHROMA)).add_(1)  # without sign
-    hue = hue.copysign_(green - blue).add_(_spread(6 * shift))
+    lowest = torch.minimum(torch.minimum(red, green), blue)
+    chroma = torch.maximum(torch.maximum(red, green), blue).sub_(lowest)
+    hue = (green + blue).sub_(red).sub_(lowest).div_(chroma.clamp_min(SMALLEST_CHROMA)).add_(1)  # without sign
+    hue = hue.copysign_(green - blue).add_(_per_image(6 * shift))
     hue = hue.sub_((hue / 6).round_(), alpha=6)  # from -3 to 3
     centre = constant((0, 2, -2), images.device)[:, None, None]
     fraction = torch.sub(hue, centre, out=images).abs_().sub_(3).abs_().clamp_(1, 2)  # overwrites the input
-    return torch.addcmul(least.sub_(chroma), fraction, chroma, out=images).clamp_(0, 1)
+    return torch.addcmul(lowest.sub_(chroma), fraction, chroma, out=images).clamp_(0, 1)
 
 
 def grayscale(images: Tensor) -> Tensor:
@@ -96,24 +96,24 @@ def hed_jitter(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """
     stains = constant(_unit_stains(), images.device)  # (3, 3) row: stain
     unmix = constant(_unmixing(), images.device)
-    # Sums over the stain, not matrix products: MKL rounds those differently for different numbers of images.
-    of_stains = unmix.T[:, None, :] * stains[:, :, None]  # (stain, channel of the result, channel)
-    mix = (scale[:, :, None, None] * of_stains).sum(1)  # (n, 3, 3), row: channel of the result
-    moved = (shift[:, :, None] * stains).sum(1) * -math.log(10)  # (n, 3)
+    # Sums over the stains, not matrix products: MKL rounds those differently for different numbers of images.
+    per_stain = unmix.T[:, None, :] * stains[:, :, None]  # (stain, channel of the result, channel)
+    mix = (scale[:, :, None, None] * per_stain).sum(1)  # (n, 3, 3), row: channel of the result
+    offset = (shift[:, :, None] * stains).sum(1) * -math.log(10)  # (n, 3)
     density = images.clamp_(min=DARKEST).log_().flatten(2)  # (n, 3, ss), natural and negative: the signs cancel
-    mixed = torch.baddbmm(moved[:, :, None], mix, density).view_as(images)
+    mixed = torch.baddbmm(offset[:, :, None], mix, density).view_as(images)
     return torch.exp(mixed, out=images).clamp_(0, 1)
 
 
 def blur_radius(sigma: float, size: int) -> int:
-    """Number of taps on each side of the kernel's centre: 4 sigma, and less than the image."""
+    """Number of taps on each side of the kernel's centre: 4 sigma, but less than the size of the image."""
     return min(math.ceil(TRUNCATE * sigma), size - 1)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Blur each image; equals torchvision's ``gaussian_blur`` with kernel ``2 radius + 1``.
 
-    On a GPU and for small images by two matrix products, else tap by tap.
+    Computed by two matrix products on a GPU and for small images, otherwise as a sum of shifted images.
 
     Args:
         images: (n, C, s, s) float, overwritten.
@@ -124,8 +124,8 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
         ``images``; borders are reflected without repeating the edge pixel.
     """
     if images.device.type == "cpu" and images.shape[-1] > LARGEST_DENSE_PX:
-        for image, one in zip(images, sigma.tolist(), strict=True):
-            taps = _half_kernel(one, radius)
+        for image, deviation in zip(images, sigma.tolist(), strict=True):
+            taps = _half_kernel(deviation, radius)
             image.copy_(_along_rows(_along_columns(image, taps), taps))
         return images
     weights = blur_weights(sigma, radius, images.shape[-1])[:, None]  # (n, 1, s, s)
@@ -133,7 +133,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
 
 
 def _half_kernel(sigma: float, radius: int) -> list[float]:
-    """Weights of the centre tap and of those on one side of it, without those of negligible weight."""
+    """Weights of the centre tap and of the taps on one side of it, without negligible ones."""
     reach = min(radius, math.ceil(NEGLIGIBLE * sigma))
     taps = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(reach + 1)]
     total = 2 * sum(taps) - taps[0]
@@ -141,17 +141,17 @@ def _half_kernel(sigma: float, radius: int) -> list[float]:
 
 
 def _along_columns(image: Tensor, taps: Sequence[float]) -> Tensor:
-    """Blur (C, h, w) vertically: rows are contiguous in memory, so that a tap is a shifted view of them."""
+    """Blur (C, h, w) vertically: rows are contiguous in memory, so each tap is a shifted view."""
     reach, (channels, height, width) = len(taps) - 1, image.shape
     padded = F.pad(image[:, None], (0, 0, reach, reach), mode="reflect").flatten(1)  # (C, (h + 2 reach) w)
     return _sum_of_taps(padded, taps, width, height * width).view(channels, height, width)
 
 
 def _along_rows(image: Tensor, taps: Sequence[float]) -> Tensor:
-    """Blur (C, h, w) horizontally; rows stay padded until the end, and sums across their ends are cut off."""
+    """Blur (C, h, w) horizontally; rows stay padded until the end, where sums across row ends are discarded."""
     reach, (channels, height, width) = len(taps) - 1, image.shape
     padded = F.pad(image[:, None], (reach, reach, 0, 0), mode="reflect").flatten(1)  # (C, h (w + 2 reach))
-    padded = F.pad(padded, (0, 2 * reach))  # the last row is followed by nothing
+    padded = F.pad(padded, (0, 2 * reach))  # so that shifted views of the last row stay inside the tensor
     blurred = _sum_of_taps(padded, taps, 1, height * (width + 2 * reach))
     return blurred.view(channels, height, width + 2 * reach)[..., :width]
 
@@ -178,7 +178,7 @@ def blur_weights(sigma: Tensor, radius: int, size: int) -> Tensor:
         size: Length of the axis in px.
 
     Returns:
-        (n, size, size); row i holds the weights of pixel i's result.
+        (n, size, size); row i contains the weights for pixel i of the result.
     """
     distance, source = _taps(radius, size, sigma.device)
     taps = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)  # (n, taps)
@@ -214,9 +214,9 @@ def constant(values: tuple, device: torch.device) -> Tensor:
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    factor = _spread(factor)
+    factor = _per_image(factor)
     return images.mul_(factor).add_(other.mul_(1 - factor)).clamp_(0, 1)
 
 
-def _spread(factor: Tensor) -> Tensor:
+def _per_image(factor: Tensor) -> Tensor:
     return factor.view(-1, 1, 1, 1)

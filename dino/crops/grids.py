@@ -1,4 +1,4 @@
-"""Crops of feature grids (level 2): whole cells, which are copied and never resampled."""
+"""Crops of feature grids (level 2): cells are copied, never resampled."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,26 +17,26 @@ CELL_TISSUE = 0.25  # minimum tissue fraction of a cell with tissue: the default
 SMALLEST_GRID = 4
 
 
-def crop_side(cells: int, scale: float, least: int, most: int) -> int:
-    """Side of a crop in cells: ``round(scale cells)``, clamped to ``least .. most``.
+def crop_side(cells: int, scale: float, minimum: int, maximum: int) -> int:
+    """Side of a crop in cells: ``round(scale * cells)``, clamped to ``minimum .. maximum``.
 
     Args:
         cells: Side of the grid.
-        scale: Side of the crop as a fraction of it.
-        least: Minimum side.
-        most: Maximum side.
+        scale: Side of the crop as a fraction of the grid's.
+        minimum: Minimum side.
+        maximum: Maximum side.
 
     Returns:
         The side, in cells.
     """
-    return min(max(round(scale * cells), least), most)
+    return min(max(round(scale * cells), minimum), maximum)
 
 
 def check_region_aug(aug: RegionAugConfig) -> None:
     """Check every range of level 2's augmentations.
 
     Raises:
-        ConfigError: A fraction, probability or count is impossible.
+        ConfigError: If a fraction, probability or count is out of its range.
     """
     for name in ("global_crops_scale", "local_crops_scale"):
         if not 0 < getattr(aug, name) <= 1:
@@ -63,11 +63,11 @@ class GridCrops:
         Args:
             grid_size: Height and width of the grids, in cells.
             aug: Crops and augmentations; the defaults when None.
-            cells: (n, h * w, D) cells of all grids, memory-mapped or on the training device: a batch then holds row
-                numbers only; None if batches hold the cells themselves.
+            cells: (n, h * w, D) cells of all grids, memory-mapped or on the training device: batches then contain only
+                row numbers. None if batches contain the cells.
 
         Raises:
-            ConfigError: The grid has fewer than 4 cells along an axis, or a setting is out of its range.
+            ConfigError: If the grid has fewer than 4 cells along an axis, or a setting is out of its range.
         """
         if min(grid_size) < SMALLEST_GRID:
             raise ConfigError(
@@ -86,7 +86,7 @@ class GridCrops:
         self.sizes = [large, small][: len(self.groups)]
         self._sides = np.repeat(self.sizes, self.groups, axis=0)  # (V, 2)
         views = len(self._sides)
-        self._chances = np.repeat([self.aug.horizontal_flip, self.aug.vertical_flip], views)  # (2V,)
+        self._probabilities = np.repeat([self.aug.horizontal_flip, self.aug.vertical_flip], views)  # (2V,)
         turns = [4 // self.turn_step if self.turn_step else 1] * views
         self._candidates = GLOBAL_VIEWS * (1 + self.aug.redraws)
         corners = np.repeat(self.sizes, [self._candidates, *self.groups[1:]], axis=0)  # (candidates + local views, 2)
@@ -109,33 +109,33 @@ class GridCrops:
 
         Args:
             shape: Height and width of the grid in cells.
-            tissue: (h, w) tissue fraction of each cell, or None if unknown: then nothing is redrawn.
-            rng: Source of the random numbers.
+            tissue: (h, w) tissue fraction of each cell; None if unknown, in which case crops are not redrawn.
+            rng: Random number generator.
 
         Returns:
             ``box`` (V, 4) int64: top, left, height, width in cells; ``flip_x``, ``flip_y`` (V,) bool; ``turns`` (V,)
             int64, counter-clockwise rotation in units of 90°.
 
         Raises:
-            DataError: The grid has another size than ``grid_size``.
+            DataError: If the size of the grid is not ``grid_size``.
         """
         if tuple(shape) != tuple(self.grid_size):
             raise DataError(
                 f"expected grids of {self.grid_size[0]} x {self.grid_size[1]} cells, found {shape[0]} x {shape[1]}: "
                 "train on regions of one size"
             )
-        # One call for all random numbers of a sample: a call costs far more than its numbers.
-        views, flips = len(self._sides), len(self._chances)
+        # One call for all random numbers of a sample, because the overhead of a call is larger than their cost.
+        views, flips = len(self._sides), len(self._probabilities)
         numbers = rng.random(flips + len(self._counts))
-        flip_x, flip_y = (numbers[:flips] < self._chances).reshape(2, views)
-        whole = (numbers[flips:] * self._counts).astype(np.int64)
-        corners = whole[views:].reshape(-1, 2)
+        flip_x, flip_y = (numbers[:flips] < self._probabilities).reshape(2, views)
+        integers = (numbers[flips:] * self._counts).astype(np.int64)
+        corners = integers[views:].reshape(-1, 2)
         candidates = corners[: self._candidates].reshape(GLOBAL_VIEWS, -1, 2)
         box = np.empty((views, 4), np.int64)
         box[:, 2:] = self._sides
         box[:GLOBAL_VIEWS, :2] = candidates[:, 0] if tissue is None else self._with_tissue(candidates, tissue)
         box[GLOBAL_VIEWS:, :2] = corners[self._candidates :]
-        return {"box": box, "flip_x": flip_x, "flip_y": flip_y, "turns": whole[:views] * self.turn_step}
+        return {"box": box, "flip_x": flip_x, "flip_y": flip_y, "turns": integers[:views] * self.turn_step}
 
     def _with_tissue(self, candidates: np.ndarray, tissue: np.ndarray) -> list[np.ndarray]:
         """The first of each view's candidate corners (V, n, 2) with enough tissue, else the one with the most."""
@@ -158,11 +158,11 @@ class GridCrops:
             One (V_g, B, D, s_h, s_w) tensor per group, of the dtype and on the device of the cells; D is the
             innermost dimension in memory, as the region ViT reads it.
         """
-        held = grids.ndim == 1
-        cells = self.cells if held else grids  # (n, h * w, D)
+        is_rows = grids.ndim == 1
+        cells = self.cells if is_rows else grids  # (n, h * w, D)
         if cells is None:
-            raise DataError("expected (B, h * w, D) cells, found row numbers of cells that these crops do not hold")
-        rows = grids if held else torch.arange(len(grids), device=grids.device)
+            raise DataError("expected (B, h * w, D) cells, found row numbers; pass `cells` to GridCrops")
+        rows = grids if is_rows else torch.arange(len(grids), device=grids.device)
         result = []
         first = 0
         for size, count in zip(self.sizes, self.groups, strict=True):

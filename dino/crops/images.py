@@ -1,4 +1,4 @@
-"""Crops of tiles: drawn by a data worker, applied to the whole batch on the training device."""
+"""Crops of tiles: parameters are drawn by a data worker and applied to the batch on the training device."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ JITTERS = (
     ("saturation", colour.adjust_saturation),
     ("hue", colour.adjust_hue),
 )
-CACHED_VALUES = 2**19  # on a CPU, the number of values to process at a time, so that they stay in its cache
+CACHED_VALUES = 2**19  # on a CPU, number of values that are processed at a time: they fit into its cache
 GATHERED_PX = 64  # on a CPU, images up to this size are processed in batches, larger ones one by one
 FACTORS = ("brightness", "contrast", "saturation", "hue", "sigma", "hed_scale", "hed_shift")
 
@@ -51,7 +51,7 @@ class ImageCrops:
     """
 
     def __init__(self, aug: PatchAugConfig, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Prepare what is the same for every batch.
+        """Prepare the parts that are the same for every batch.
 
         Args:
             aug: Crops and augmentations.
@@ -59,7 +59,7 @@ class ImageCrops:
             std: Standard deviation of each channel.
 
         Raises:
-            ConfigError: A setting is out of its range.
+            ConfigError: If a setting is out of its range.
         """
         self.mean = tuple(mean)
         self.std = tuple(std)
@@ -78,8 +78,8 @@ class ImageCrops:
 
         Args:
             shape: Height and width of the tile in px, without padding.
-            tissue: Ignored; it is used for feature grids only.
-            rng: Source of the random numbers.
+            tissue: Ignored; used for feature grids only.
+            rng: Random number generator.
 
         Returns:
             One array per parameter with leading dim V (see :class:`dino.crops.parameters.ViewDrawer`).
@@ -88,12 +88,12 @@ class ImageCrops:
 
     @torch.no_grad()
     def apply(self, pixels: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
-        """Compute the views of a batch. The views of a sample do not depend on the rest of its batch.
+        """Compute the views of a batch. The views of a sample do not depend on the other samples of the batch.
 
         Args:
             pixels: (B, 3, H, W) uint8; tiles of unequal size are padded at the bottom and right; padding is not read.
-            parameters: Results of :meth:`draw`, stacked to (B, V, ...), on the CPU: the samples of each operation are
-                selected there, so that the host never waits for the device.
+            parameters: Results of :meth:`draw`, stacked to (B, V, ...), on the CPU: the images of each operation are
+                selected there, to avoid synchronising with the device.
 
         Returns:
             One (V_g, B, 3, s, s) float32 tensor per group, normalised, on the device of ``pixels``.
@@ -108,7 +108,7 @@ class ImageCrops:
         return result
 
     def _make(self, pixels: Tensor, group: dict[str, Tensor], size: int) -> Tensor:
-        """The views of one size, (V_g, B, 3, s, s), with one call of each operation for all its images."""
+        """The views of one size, (V_g, B, 3, s, s), with one call per operation for all images that it applies to."""
         resize = resize_boxed if pixels.device.type == "cpu" else resize_dense
         views = resize(pixels, group["box"], *_folded(group), size)
         drawn = {k: v.flatten(0, 1) for k, v in group.items()}
@@ -122,7 +122,7 @@ class ImageCrops:
         return views
 
     def _make_on_cpu(self, pixels: Tensor, group: dict[str, Tensor], size: int) -> Tensor:
-        """The same with a few images at a time on each core, so that they stay in its cache."""
+        """Same as :meth:`_make`, but with a few images at a time on each core, so that they stay in its cache."""
         views = self._memory.empty((len(group["box"]), len(pixels), 3, size, size), torch.float32)
         if size > GATHERED_PX:
             run_threaded(self._tile_maker(pixels, group, views), range(len(pixels)))
@@ -156,8 +156,8 @@ class ImageCrops:
 
     def _operations(self, drawn: dict[str, Tensor], size: int) -> Iterator[Operation]:
         """The operations on images of one size, in order."""
-        everything = np.ones(len(drawn["sigma"]), bool)
-        yield Operation(everything, _to_unit)
+        all_images = np.ones(len(drawn["sigma"]), bool)
+        yield Operation(all_images, _to_unit)
         yield Operation((drawn["hed_scale"].numpy() != 1).any(-1), colour.hed_jitter, ("hed_scale", "hed_shift"))
         jitter = drawn["jitter_order"].numpy()
         orders = np.where(jitter[:, None] < 0, -1, JITTER_ORDERS[jitter])  # (n, 4)
@@ -168,7 +168,7 @@ class ImageCrops:
         radius = colour.blur_radius(self._largest_sigma, size)
         yield Operation(drawn["sigma"].numpy() > 0, lambda x, sigma: colour.gaussian_blur(x, sigma, radius), ("sigma",))
         yield Operation(drawn["solarize"].numpy(), colour.solarize)
-        yield Operation(everything, self._normalise)
+        yield Operation(all_images, self._normalise)
 
     def _normalise(self, images: Tensor) -> Tensor:
         mean, std = colour.constant((self.mean, self.std), images.device)[:, :, None, None]

@@ -1,4 +1,4 @@
-"""Reused memory for views on a CPU: allocating fresh pages takes three times as long as filling them."""
+"""Reused memory for views on a CPU: allocating new pages takes three times as long as filling them."""
 
 import math
 import weakref
@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-KEPT = 4  # blocks: the views of two sizes, for two batches
+KEPT = 4  # number of blocks: the views of two sizes, for two batches
 
 
 class MemoryPool:
-    """Blocks of memory; a block is reused once no tensor that shares its memory exists any more."""
+    """Blocks of memory; a block is reused once no tensor shares its memory any more."""
 
     def __init__(self) -> None:
-        self._blocks: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []  # with the array handed out last
+        self._blocks: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []  # with the last array that was returned
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised CPU tensor, in memory that may have been used before."""
+        """An uninitialised CPU tensor, in reused memory if possible."""
         size = math.prod(shape) * dtype.itemsize
         return self._allocate(size).view(dtype).view(*shape) if size else torch.empty(*shape, dtype=dtype)
 

@@ -1,6 +1,6 @@
-"""The random parameters of the views of a tile: box, flips, 90° rotation, colour factors, blur.
+"""Random parameters of the views of a tile: box, flips, 90° rotation, colour factors, blur.
 
-A data worker draws these few numbers; the training device applies them (:mod:`dino.crops.images`). The distributions
+Data workers draw these numbers; the training device applies them (:mod:`dino.crops.images`). The distributions
 are those of torchvision's ``RandomResizedCrop`` and ``ColorJitter``, as used by facebookresearch/dino, and of HED stain
 jitter (Tellez et al. 2018, "Whole-slide mitosis detection in H&E breast histology using PHH3 as a reference to train
 distilled stain-invariant convolutional networks"; Tellez et al. 2019, arXiv 1902.06543).
@@ -27,16 +27,16 @@ RANGES = ("global_crops_scale", "local_crops_scale", "blur_sigma")
 
 
 def check_range(aug: Any, names: Iterable[str], low: float, high: float = math.inf) -> None:
-    """Check that settings are from ``low`` to ``high``; a list has to hold such numbers only.
+    """Check that settings are from ``low`` to ``high``; for a list, all of its values.
 
     Args:
         aug: The ``aug`` settings of a level.
-        names: Which of them.
+        names: Names of the settings to check.
         low: Smallest allowed value.
         high: Largest allowed value.
 
     Raises:
-        ConfigError: A value is outside.
+        ConfigError: If a value is out of the range.
     """
     for name in names:
         value = getattr(aug, name)
@@ -49,7 +49,7 @@ def check_patch_aug(aug: PatchAugConfig) -> None:
     """Check every range of level 1's augmentations.
 
     Raises:
-        ConfigError: A size, range or probability is impossible.
+        ConfigError: If a size, range or probability is out of its range.
     """
     for name in (*RANGES, "blur_global"):
         if len(getattr(aug, name)) != 2:
@@ -67,17 +67,17 @@ def check_patch_aug(aug: PatchAugConfig) -> None:
 
 
 class ViewDrawer:
-    """Draws the parameters of all views of a tile at once: a few numpy calls, whatever their number.
+    """Draws the parameters of all views of a tile at once, with a number of NumPy calls that does not depend on V.
 
     Attributes:
-        sizes: Side of each view in px, V in all: two global views, then the local ones.
+        sizes: Side of each of the V views in px: two global views, then the local ones.
     """
 
     def __init__(self, aug: PatchAugConfig) -> None:
         """Expand the settings to one array per parameter.
 
         Raises:
-            ConfigError: A setting is out of its range.
+            ConfigError: If a setting is out of its range.
         """
         check_patch_aug(aug)
         self.aug, local = aug, aug.local_crops_number
@@ -86,7 +86,7 @@ class ViewDrawer:
         blur = [*aug.blur_global] + [aug.blur_local] * local
         solarize = [0.0, aug.solarize] + [0.0] * local
         shared = (aug.horizontal_flip, aug.vertical_flip, aug.hed_jitter, aug.color_jitter, aug.grayscale)
-        self.chances = np.array([(*shared, *one) for one in zip(blur, solarize, strict=True)])  # (V, 7)
+        self.probabilities = np.array([(*shared, *own) for own in zip(blur, solarize, strict=True)])  # (V, 7)
         widths = np.array([aug.brightness, aug.contrast, aug.saturation])
         self.factor_low = np.array([*np.maximum(0, 1 - widths), -aug.hue])  # (4,)
         self.factor_high = np.array([*(1 + widths), aug.hue])
@@ -94,13 +94,13 @@ class ViewDrawer:
     def __call__(self, height: int, width: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Draw the parameters of every view.
 
-        The count of random numbers is the same for all outcomes, so that changing one probability leaves every other
-        drawn value unchanged.
+        The number of random numbers is the same for all outcomes, so that changing one probability does not change the
+        other parameters.
 
         Args:
             height: Height of the tile, in px.
             width: Width of the tile, in px.
-            rng: Source of the random numbers.
+            rng: Random number generator.
 
         Returns:
             One array per parameter, each with the leading dim V:
@@ -115,7 +115,9 @@ class ViewDrawer:
             - ``sigma`` (V,) float32: standard deviation of the blur in px of the view, 0 without blur
         """
         aug, count = self.aug, len(self.sizes)
-        flip_x, flip_y, hed, jitter, grayscale, blur, solarize = (rng.random(self.chances.shape) < self.chances).T
+        flip_x, flip_y, hed, jitter, grayscale, blur, solarize = (
+            rng.random(self.probabilities.shape) < self.probabilities
+        ).T
         factors = _between(rng.random((count, 4)), self.factor_low, self.factor_high)
         factors = np.where(jitter[:, None], factors, np.array([1.0, 1.0, 1.0, 0.0])).astype(np.float32)
         order = (rng.random(count) * len(JITTER_ORDERS)).astype(np.int64)
@@ -143,14 +145,14 @@ class ViewDrawer:
 def draw_boxes(scale: np.ndarray, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """Draw crop boxes with the distribution of torchvision's ``RandomResizedCrop.get_params``.
 
-    Ten attempts at an area (uniform in ``scale``) and an aspect ratio (log-uniform in 3/4 .. 4/3). The first attempt
-    that fits is used; if none fits, the largest centred box of an allowed ratio.
+    Area (uniform in ``scale``) and aspect ratio (log-uniform in 3/4 .. 4/3) are drawn ten times. The first draw that
+    fits into the tile is used; if none fits, the largest centred box with an allowed aspect ratio.
 
     Args:
         scale: (V, 2) smallest and largest fraction of the tile's area.
         height: Height of the tile, in px.
         width: Width of the tile, in px.
-        rng: Source of the random numbers.
+        rng: Random number generator.
 
     Returns:
         (V, 4) int64: top, left, height, width.

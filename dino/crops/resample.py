@@ -1,9 +1,9 @@
-"""Crop, antialiased bicubic resize, flip and 90° rotation of a batch, each sample with its own box.
+"""Crop, antialiased bicubic resize, flip and 90° rotation of a batch, with one box per sample.
 
 The resize is that of Pillow and torchvision (``antialias=True``): Keys' cubic kernel with a = -0.5, widened by the
-scale when downsampling, and normalised inside the crop. It is linear and separable, so that each sample is resized by
-two weight matrices. :func:`resize_dense` multiplies with the full matrices, which is fast on a GPU;
-:func:`resize_boxed` resizes crop by crop with torch's own kernel, which is faster on a CPU.
+scale when downsampling, and normalised inside the crop. It is linear and separable: each sample is resized by two
+weight matrices. :func:`resize_dense` multiplies with the full matrices, which is fast on a GPU; :func:`resize_boxed`
+resizes crop by crop with torch's kernel, which is faster on a CPU.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def fold_rotation(flip_x: Tensor, flip_y: Tensor, turns: Tensor) -> tuple[Tensor
 
 
 def resize_weights(start: Tensor, length: Tensor, flip: Tensor, size: int, extent: int) -> Tensor:
-    """Weights of every source pixel in every pixel of the resized crop, along one axis.
+    """Weights of all source pixels for each pixel of the resized crop, along one axis.
 
     Args:
         start: (...) int64, first source pixel of the crop.
@@ -46,7 +46,7 @@ def resize_weights(start: Tensor, length: Tensor, flip: Tensor, size: int, exten
     target = torch.where(flip[..., None], size - 1 - target, target)  # (..., size)
     source = torch.arange(extent, device=start.device) - start[..., None]  # (..., extent)
     length = length[..., None]
-    # Distance to the centre of the target pixel, in units of the kernel: integers until the one division, so that
+    # Distance to the centre of the target pixel, in units of the kernel. Integers up to the single division, so that
     # float32 is exact.
     distance = ((2 * source + 1) * size)[..., None, :] - ((2 * target + 1) * length)[..., None]
     distance = distance.float() / (2 * length.clamp_min(size))[..., None]  # (..., size, extent)
@@ -90,11 +90,11 @@ def resize_dense(pixels: Tensor, box: Tensor, flip_x: Tensor, flip_y: Tensor, tr
         columns = flat @ across.flatten(1, 2).transpose(1, 2)  # (b, 3H, Vs)
         columns = columns.unflatten(2, (views, size)).unflatten(1, (channels, height))  # (b, 3, H, V, s)
         out[:, part] = (down[:, :, None] @ columns.permute(0, 3, 1, 2, 4)).transpose(0, 1)
-    turned = transpose.flatten().nonzero().flatten()
-    if len(turned):
-        turned = to_device(turned, pixels.device)
+    transposed = transpose.flatten().nonzero().flatten()
+    if len(transposed):
+        transposed = to_device(transposed, pixels.device)
         flat_out = out.flatten(0, 1)
-        flat_out[turned] = flat_out[turned].transpose(-1, -2)
+        flat_out[transposed] = flat_out[transposed].transpose(-1, -2)
     return out
 
 

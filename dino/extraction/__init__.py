@@ -1,1 +1,1 @@
-"""A trained network over slides: tiles to feature grids (level 1), feature grids to slide files (level 2)."""
+"""Feature extraction: tiles to feature grids (level 1), feature grids to slide files (level 2)."""

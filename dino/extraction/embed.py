@@ -1,4 +1,4 @@
-"""Features of tiles and grids: the one implementation, for extraction, evaluation, reports and the demo."""
+"""Features of tiles and grids, for extraction, evaluation, reports and the demo."""
 
 import math
 from collections import deque
@@ -45,7 +45,7 @@ def check_settings(precision: str, batch_size: int, num_workers: int) -> None:
 def normaliser(
     mean: Sequence[float], std: Sequence[float], patch_size: int, size_px: tuple[int, int] | None = None
 ) -> Normalise:
-    """A function that normalises 8-bit tiles for a network, which sees the whole tile, never a centre crop.
+    """A function that normalises 8-bit tiles for a network. The network gets the whole tile, not a centre crop.
 
     Args:
         mean: Mean of each channel, for values in [0, 1].
@@ -62,9 +62,9 @@ def normaliser(
     def normalise(pixels: Tensor) -> Tensor:
         values = pixels.to(torch.float32) / 255
         height, width = (max(patch_size, round(side / patch_size) * patch_size) for side in values.shape[-2:])
-        wanted = size_px or (height, width)
-        if wanted != tuple(values.shape[-2:]):
-            values = F.interpolate(values, wanted, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        target = size_px or (height, width)
+        if target != tuple(values.shape[-2:]):
+            values = F.interpolate(values, target, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         channels = (torch.tensor(v, device=values.device)[:, None, None] for v in (mean, std))
         return (values - next(channels)) / next(channels)
 
@@ -72,7 +72,7 @@ def normaliser(
 
 
 def normaliser_of(loaded: LoadedBackbone) -> Normalise:
-    """The normalisation that a loaded model expects: that of its transform, or none for feature grids."""
+    """The normalisation that a loaded model expects: that of its transform; the identity for feature grids."""
     transform = loaded.transform
     if transform is None:
         return identity
@@ -82,7 +82,7 @@ def normaliser_of(loaded: LoadedBackbone) -> Normalise:
 
 
 def identity(grids: Tensor) -> Tensor:
-    """The normalisation of feature grids: none."""
+    """Return the input: feature grids are not normalised."""
     return grids
 
 
@@ -95,7 +95,7 @@ def embed(
         backbone: Patch or region backbone.
         batches: uint8 ``(B, 3, H, W)`` or float ``(B, D, h, w)`` tensors on the CPU; batches may differ in size.
         normalise: :func:`normaliser`, or :func:`identity`.
-        device: Where to compute; the backbone is moved there.
+        device: Device to compute on; the backbone is moved to it.
         precision: ``bf16`` (autocast), ``fp32`` or ``fp64``.
 
     Returns:
@@ -246,7 +246,7 @@ def _inference(backbone: Backbone, device: torch.device, precision: str) -> Iter
     exact = {p: p.data for p in _cast_by_autocast(backbone)} if precision == "bf16" else {}
     dtype = next(backbone.parameters()).dtype
     for parameter, values in exact.items():
-        parameter.data = values.bfloat16()  # once, as autocast would for every batch
+        parameter.data = values.bfloat16()  # once, instead of by autocast for every batch
     try:
         yield dtype
     finally:
@@ -271,8 +271,8 @@ def read_ahead(
     Image decoders and openslide release the GIL, so threads are as fast as processes and need not copy pixels.
 
     Args:
-        read: Reads one item; an exception is raised in place of the result.
-        items: What to read.
+        read: Reads one item; its exception is raised when the result is due.
+        items: Items to read.
         workers: Number of threads; 0 reads in the calling thread.
         ahead: Maximum number of results in memory in addition to the one yielded.
     """

@@ -1,4 +1,4 @@
-"""What extraction has in common at both levels: finding the work, distributing slides over processes, the summary."""
+"""Base class of the extraction of both levels: distributes slides over processes and summarises the results."""
 
 import time
 from abc import ABC, abstractmethod
@@ -30,7 +30,7 @@ class ExtractSummary:
         pixels: Number of slides by the source of their pixels: ``slides``, ``tiles`` or ``regions``; empty for level 2.
         gigabytes: Size of the files to write.
         hours: Dry run: computing time, estimated from one batch; reading may take longer.
-        dry_run: Whether nothing was written.
+        dry_run: Whether it was a dry run, which writes nothing.
     """
 
     folder: Path
@@ -61,17 +61,17 @@ class ExtractSummary:
 
 
 class Extractor(ABC):
-    """Extraction with a model of one level; :meth:`run` is the same for all.
+    """Extraction with a model of one level; :meth:`run` is the same for all levels.
 
     Args:
         loaded: The model.
         root: ROOT.
         config: Settings.
-        device: Where to compute.
+        device: Device to compute on.
 
     Attributes:
         title: Title of the progress bar.
-        plan: What :meth:`prepare` returned, on every process.
+        plan: Result of :meth:`prepare`, on every process.
     """
 
     title: ClassVar[str]
@@ -83,7 +83,7 @@ class Extractor(ABC):
 
     @abstractmethod
     def prepare(self) -> Any:
-        """Find the work, check that features are not mixed, and write ``extract.json``; called on the main process.
+        """Find the work, check that features do not mix, and write ``extract.json``; called on the main process.
 
         Raises:
             DataError: If ROOT does not contain what the model needs, or contains features made with different settings.
@@ -99,7 +99,7 @@ class Extractor(ABC):
 
     @abstractmethod
     def example(self) -> Tensor | None:
-        """One batch as the network gets it, for the estimate of a dry run; None if there is nothing to do."""
+        """One batch, to estimate the time of a dry run; None if there is nothing to do."""
 
     @abstractmethod
     def process(self, slide: Any, advance: Callable[[int], None]) -> None:
@@ -115,7 +115,7 @@ class Extractor(ABC):
 
     @abstractmethod
     def normalise(self) -> Normalise:
-        """What turns a batch into input of the network."""
+        """The function that converts a batch to the input of the network."""
 
     @abstractmethod
     def summary(self, slides: Sequence[Any], **fields: Any) -> ExtractSummary:
@@ -134,10 +134,10 @@ class Extractor(ABC):
             return self.summary(slides, hours=self._hours(), dry_run=True)
         sizes = [self.size(slide) for slide in slides]
         chosen = assign(sizes, distributed.world_size())[distributed.rank()]
-        own = [slides[i] for i in chosen if sizes[i]]
+        assigned = [slides[i] for i in chosen if sizes[i]]
         failures: dict[str, str] = {}
-        with progress.bar(self.title, sum(self.size(slide) for slide in own)) as bar:
-            for slide in own:
+        with progress.bar(self.title, sum(self.size(slide) for slide in assigned)) as bar:
+            for slide in assigned:
                 bar.advance(0, slide.slide_id)
                 try:
                     self.process(slide, bar.advance)
@@ -147,7 +147,7 @@ class Extractor(ABC):
         return self.summary([s for s in slides if s.slide_id not in failures], failures=failures)
 
     def _hours(self) -> float:
-        """Computing time of all slides, from the second of two batches."""
+        """Computing time of all slides in hours, estimated from the second of two batches."""
         batch = self.example()
         if batch is None:
             return 0.0

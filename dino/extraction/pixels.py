@@ -1,4 +1,4 @@
-"""Sources of the pixels of a region's cells: slides, extracted tiles, or images of whole regions."""
+"""Sources of the pixels of a region's cells: slides, tiles, or images of whole regions."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,14 +29,14 @@ def cells_of_slide(path: Path, geometry: Geometry, status: SlideStatus, step_lv0
     Args:
         path: The slide's file.
         geometry: How ROOT was tiled.
-        status: Its row of the status table when it was tiled.
+        status: Status of the slide in ``slides_status.csv``.
         step_lv0: Footprint of its cells in ``regions.csv``.
 
     Yields:
         A function of a cell's level-0 ``(x, y)`` to ``(1, 3, S, S)`` uint8; several threads may call it at once.
 
     Raises:
-        DataError: If the slide cannot be read, or is not the one that was tiled.
+        DataError: If the slide cannot be read, or differs from the one that was tiled.
     """
     with SlideReader(path, geometry, spacing_at_level_0=status.spacing_um) as reader:
         size, step = tuple(reader.lattice.slide_size), reader.lattice.step_lv0
@@ -61,27 +61,28 @@ def cells_of_tiles(root: Path, slide_id: str, cells: Sequence[tuple[int, int]], 
         root: ROOT.
         slide_id: The slide.
         cells: All cells that will be read.
-        size_px: Tile size.
+        size_px: Side of a tile.
 
     Yields:
-        As :func:`cells_of_slide`.
+        The same as :func:`cells_of_slide`.
 
     Raises:
-        DataError: If a cell was not cut (glass usually is not), or a tile has another size.
+        DataError: If a cell has no tile (tiles without tissue are not cut), or a tile has another size.
     """
     folders = (root, root / TILES_FOLDER / "imgs", root / TILES_FOLDER)
 
     def find(cell: tuple[int, int]) -> Path | None:
         path = tile_path(slide_id, *cell)
-        places = (root / path, *(folder / path.name for folder in folders[1:]))
-        return next((place for place in places if place.is_file()), None)
+        candidates = (root / path, *(folder / path.name for folder in folders[1:]))
+        return next((candidate for candidate in candidates if candidate.is_file()), None)
 
     found = {cell: path for cell in cells if (path := find(cell)) is not None}
     absent = [cell for cell in cells if cell not in found]
     if absent:
         raise DataError(
             f"expected a tile for every cell of the regions of slide '{slide_id}', found none for {len(absent)} of "
-            f"{len(cells)}, the first at {absent[0]}; regions hold glass that is not cut: read them with source=slides"
+            f"{len(cells)}, the first at {absent[0]}; regions contain cells without tissue, for which no tile is cut: "
+            "use source=slides"
         )
 
     def read(cell: tuple[int, int]) -> Tensor:
@@ -132,7 +133,7 @@ def read_region_image(image: RegionImage, size_px: int) -> Tensor:
 
 
 def match_region_images(root: Path, records: Sequence[RegionRecord]) -> list[RegionImage]:
-    """The images under ROOT that are named as its regions, ``<slide>_<x>_<y>``; tiles and previews are ignored.
+    """The images under ROOT with the names of its regions, ``<slide>_<x>_<y>``; tiles and previews are ignored.
 
     Raises:
         DataError: If a region has no image.
@@ -146,13 +147,13 @@ def match_region_images(root: Path, records: Sequence[RegionRecord]) -> list[Reg
     if absent:
         raise DataError(
             f"expected an image of every region in a folder under {root}, found none for {len(absent)} of "
-            f"{len(records)} (the first is {absent[0]}); source=slides reads regions from the slides"
+            f"{len(records)} (the first is {absent[0]}); use source=slides to read regions from the slides"
         )
     return [RegionImage(images[r.path.stem], r) for r in records]
 
 
 def list_region_images(root: Path, size_px: int, spacing_um: float | None) -> list[RegionImage]:
-    """Images of regions in a plain folder; slide and position are parsed from names ``<slide>_<x>_<y>``.
+    """The images of a folder of region images; slide and position are parsed from names ``<slide>_<x>_<y>``.
 
     Args:
         root: The folder, flat or nested.
@@ -160,24 +161,28 @@ def list_region_images(root: Path, size_px: int, spacing_um: float | None) -> li
         spacing_um: Spacing of the images, if known.
 
     Returns:
-        The images with assumed regions: a tissue fraction of 1, and cells of their own size at level 0.
+        The images with placeholder records: the tissue fraction of every cell is 1, and the footprint of a cell at
+        level 0 is assumed to be ``size_px``.
 
     Raises:
-        DataError: If there is no image, two have one name, or one is not whole cells.
+        DataError: If there are no images, two have the same name, or the size of one is not a multiple of ``size_px``.
     """
     from PIL import Image
 
     found: dict[str, RegionImage] = {}
     for path in list_images(root):
         if path.stem in found:
-            raise DataError(f"expected unique names, found {found[path.stem].path} and {path}; rename one")
+            raise DataError(f"expected unique file names, found {found[path.stem].path} and {path}; rename one")
         try:
             with Image.open(path) as image:
                 width, height = image.size
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"cannot read {path}: {error}") from None
         if width % size_px or height % size_px:
-            raise DataError(f"expected an image of whole cells of {size_px} px, found {width} x {height} px in {path}")
+            raise DataError(
+                f"expected an image size that is a multiple of the cell size of {size_px} px, found {width} x "
+                f"{height} px in {path}"
+            )
         grid = (height // size_px, width // size_px)
         match = TILE_NAME.fullmatch(path.stem)
         slide, x, y = (match["slide"], int(match["x"]), int(match["y"])) if match else (path.stem, 0, 0)

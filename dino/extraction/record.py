@@ -1,4 +1,4 @@
-"""``extract.json``: which model and settings made the features of a folder, so that different ones are never mixed."""
+"""``extract.json``: the model and settings of the features in a folder, so that different features are not mixed."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ COMPARED = ("level", "fingerprint", "transform", "precision", "geometry", "grids
 
 
 def model_record(loaded: LoadedBackbone, precision: str) -> dict[str, Any]:
-    """What is recorded about the model and its precision."""
+    """The entries of a record that describe the model and its precision."""
     return {
         "level": loaded.level,
         "model": loaded.source,
@@ -31,16 +31,16 @@ def model_record(loaded: LoadedBackbone, precision: str) -> dict[str, Any]:
 
 
 def check_folder(path: Path, record: Mapping[str, Any], folder: Path, suffix: str) -> dict[str, Any]:
-    """Refuse to write into ``folder`` if it contains features made with different settings.
+    """Check that ``folder`` does not contain features made with different settings.
 
     Args:
         path: The ``extract.json``.
-        record: The present model, transform, precision, geometry and other facts.
+        record: The record of this extraction: model, transform, precision, geometry and others.
         folder: Folder of the features.
         suffix: Suffix of their files.
 
     Returns:
-        What was recorded before; empty the first time.
+        The earlier record; empty if there is none.
 
     Raises:
         DataError: If the folder contains features made with another model, transform, precision or geometry, or
@@ -51,25 +51,24 @@ def check_folder(path: Path, record: Mapping[str, Any], folder: Path, suffix: st
     before = read_record(path)
     if not before:
         raise DataError(
-            f"expected a record of the features in {folder} at {path}, found none; they may be of another model: "
+            f"expected a record of the features in {folder} at {path}, found none; they may be from another model: "
             "move them, or use another ROOT"
         )
     differences = [
-        f"{key} {_text(key, before)}, now {_text(key, record)}"
+        f"{key} {_format(key, before)}, now {_format(key, record)}"
         for key in COMPARED
-        if _plain(before.get(key)) != _plain(record.get(key))
+        if _as_json(before.get(key)) != _as_json(record.get(key))
     ]
     if differences:
         raise DataError(
             f"expected features of the same model and settings in {folder}, found features made with different "
-            "settings: "
-            f"{'; '.join(differences)}; use another ROOT, or delete {folder} to compute them again"
+            f"settings: {'; '.join(differences)}; use another ROOT, or delete {folder} to compute them again"
         )
     return before
 
 
-def make_tidy_folders(folders: Iterable[Path], record: Path) -> None:
-    """Create the folders of the features, and remove partial files of a killed process.
+def prepare_folders(folders: Iterable[Path], record: Path) -> None:
+    """Create the folders of the features, and remove temporary files that killed processes left.
 
     Args:
         folders: Folders of the features.
@@ -82,13 +81,13 @@ def make_tidy_folders(folders: Iterable[Path], record: Path) -> None:
 
 
 def write_record(path: Path, record: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Write ``extract.json``; the sources of pixels of earlier slides are kept."""
+    """Write ``extract.json``; the pixel sources of earlier slides are kept."""
     pixels = {**before.get("pixels", {}), **record.get("pixels", {})}
     files.write_json(path, {**record, "pixels": pixels} if pixels else dict(record))
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The content of an ``extract.json``; empty when there is none.
+    """The content of an ``extract.json``; empty if there is none.
 
     Raises:
         DataError: If it is damaged.
@@ -98,17 +97,17 @@ def read_record(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise DataError(f"expected {path} as `dino extract` wrote it, could not read it: {error}") from None
+        raise DataError(f"expected {path} as written by `dino extract`, could not read it: {error}") from None
     if not isinstance(content, dict):
-        raise DataError(f"expected {path} as `dino extract` wrote it, found no JSON object; delete it and its folder")
+        raise DataError(f"expected {path} as written by `dino extract`, found no JSON object; delete it and its folder")
     return content
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str, sort_keys=True))
 
 
-def _text(key: str, record: Mapping[str, Any]) -> str:
+def _format(key: str, record: Mapping[str, Any]) -> str:
     if key == "fingerprint":
         return f"{str(record.get(key))[:12]} ({record.get('model')})"
     text = json.dumps(record.get(key), default=str)

@@ -1,4 +1,4 @@
-"""Level 1: tiles to feature grids. Every cell is embedded once, and every region becomes one ``.pt`` file."""
+"""Level 1: feature grids from tiles. Every cell is embedded once; every region is written to one ``.pt`` file."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ from dino.extraction.pixels import (
     match_region_images,
     read_region_image,
 )
-from dino.extraction.record import RECORD, check_folder, make_tidy_folders, model_record, write_record
+from dino.extraction.record import RECORD, check_folder, model_record, prepare_folders, write_record
 from dino.files import atomic_path, oserror_to_data_error, write_text
 from dino.slides.lattice import Geometry, cells_of_region
 from dino.slides.reader import BACKEND, RESAMPLER
@@ -54,10 +54,10 @@ Embedder = Callable[[Iterable[Tensor]], Generator[Tensor, None, None]]
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """What is read of one slide, and which of it belongs to each region.
+    """The units to read from one slide, and the cells of each region among them.
 
     Attributes:
-        units: What is read, in order: cells ``(x, y)``, or images of regions.
+        units: Units in reading order: cells ``(x, y)``, or images of regions.
         rows: For each region, ``(h * w,)`` indices of its cells among all cells read, row-major.
         cells: Number of cells in all units.
     """
@@ -68,7 +68,7 @@ class ReadPlan:
 
 
 def plan_cells(records: Sequence[RegionRecord]) -> ReadPlan:
-    """Plan reading by cells: a cell that several regions share is read, and embedded, once."""
+    """Plan to read cells: a cell that is part of several regions is read and embedded once."""
     index: dict[tuple[int, int], int] = {}
     rows = []
     for r in records:
@@ -78,7 +78,7 @@ def plan_cells(records: Sequence[RegionRecord]) -> ReadPlan:
 
 
 def plan_images(images: Sequence[RegionImage]) -> ReadPlan:
-    """Plan reading by region images."""
+    """Plan to read images of regions."""
     rows, start = [], 0
     for image in images:
         count = image.record.grid[0] * image.record.grid[1]
@@ -89,14 +89,14 @@ def plan_images(images: Sequence[RegionImage]) -> ReadPlan:
 
 @dataclass(frozen=True)
 class PixelSource:
-    """Where an extraction reads pixels.
+    """The source of the pixels of an extraction.
 
     Attributes:
         root: ROOT.
         tile_size_px: Size of a cell.
         geometry: How ROOT was tiled; None for a folder of region images.
-        status: Its slides.
-        slide_paths: Present paths of slides that have moved.
+        status: Status of its slides, by id.
+        slide_paths: Current paths of slides that were moved, by id.
     """
 
     root: Path
@@ -124,7 +124,7 @@ class SlideRegions:
         slide_id: The slide.
         pixels: ``slides``, ``tiles`` or ``regions``.
         records: The regions.
-        images: Their images, if pixels are read from those.
+        images: Their images, if pixels are read from images of regions.
         done: Number of regions of the slide whose features exist.
     """
 
@@ -135,14 +135,14 @@ class SlideRegions:
     done: int
 
     def plan(self) -> ReadPlan:
-        """What to read."""
+        """Plan the reading."""
         return plan_images(self.images) if self.pixels == REGIONS else plan_cells(self.records)
 
     def open(self, source: PixelSource, plan: ReadPlan) -> AbstractContextManager[Callable[[Any], Tensor]]:
-        """Open the pixels: a context whose value reads one unit of the plan as ``(n, 3, S, S)`` uint8.
+        """Open the source: a context with a function that reads one unit of the plan as ``(n, 3, S, S)`` uint8.
 
         Raises:
-            DataError: If they cannot be read.
+            DataError: If the pixels cannot be read.
         """
         if self.pixels == REGIONS:
             return nullcontext(partial(read_region_image, size_px=source.tile_size_px))
@@ -152,7 +152,7 @@ class SlideRegions:
         if path is None or status is None or source.geometry is None:
             recorded = f" at {status.image_path}" if status else ""
             raise DataError(
-                f"expected the slide's file{recorded}, found none; give the present folder of the slides: slides=FOLDER"
+                f"expected the slide's file{recorded}, found none; pass the current folder of the slides: slides=FOLDER"
             )
         return cells_of_slide(path, source.geometry, status, self.records[0].step_lv0)
 
@@ -163,9 +163,9 @@ def split_by_slide(
     """Group regions by slide, without those whose features exist.
 
     Args:
-        source: Where to read.
+        source: The source of the pixels.
         records: All regions of ROOT.
-        images: The images of the regions, in the same order, if pixels are read from those.
+        images: The images of the regions, in the same order, if pixels are read from images.
         pixels: ``auto`` (the slide if its file exists, else its tiles), ``slides``, ``tiles`` or ``regions``.
         dim: Dimension of the features.
     """
@@ -184,10 +184,10 @@ def split_by_slide(
 
 
 def check_pixels(slides: Sequence[SlideRegions], before: Mapping[str, Any]) -> None:
-    """Refuse to complete a slide from other pixels than before: JPEG tiles differ slightly from the slide.
+    """Check that a slide is completed from the same source of pixels: JPEG tiles differ slightly from the slide.
 
     Raises:
-        DataError: With the name of the slide.
+        DataError: If the source of a slide has changed.
     """
     for slide in slides:
         recorded = before.get("pixels", {}).get(slide.slide_id, slide.pixels)
@@ -224,7 +224,7 @@ def write_regions(
     """Embed the cells of one slide's regions; write each region as soon as its last cell is embedded.
 
     Args:
-        plan: What to read, from :func:`plan_cells` or :func:`plan_images`.
+        plan: Result of :func:`plan_cells` or :func:`plan_images`.
         paths: The ``.pt`` of each region.
         read: Reads one unit as ``(n, 3, S, S)`` uint8.
         embedder: Maps batches ``(B, 3, S, S)`` to features ``(B, D)``, one by one.
@@ -235,7 +235,7 @@ def write_regions(
         DataError: If pixels cannot be read. The regions written so far are kept.
     """
     features, done, written = torch.empty(0), 0, 0
-    # Closed here, not by the garbage collector: no thread may read from a slide after it was closed.
+    # Closed explicitly, not by the garbage collector: no thread may read from a slide after it was closed.
     with closing(read_ahead(read, plan.units, reading.workers, reading.ahead)) as blocks:
         cells = (cell for block in blocks for cell in block)
         with closing(embedder(batches(cells, reading.batch_size))) as parts:
@@ -255,12 +255,12 @@ def write_features(path: Path, features: Tensor) -> None:
 
     Args:
         path: The ``.pt``; its folder must exist.
-        features: ``(h * w, D)``, row-major. Copied first, because ``torch.save`` writes the whole storage of a view.
+        features: ``(h * w, D)``, row-major. Copied first, because ``torch.save`` writes the complete storage of a view.
     """
-    own = features.to(torch.float32).clone(memory_format=torch.contiguous_format)
-    # torch.save to a path would report a full disk as a RuntimeError; to a Python file, as an OSError.
+    copy = features.to(torch.float32).clone(memory_format=torch.contiguous_format)
+    # torch.save to a path reports a full disk as a RuntimeError; to a Python file, as an OSError.
     with atomic_path(path, make_folder=False) as temporary, temporary.open("wb") as file:
-        torch.save(own, file)
+        torch.save(copy, file)
 
 
 def is_written(path: Path, cells: int, dim: int) -> bool:
@@ -269,7 +269,7 @@ def is_written(path: Path, cells: int, dim: int) -> bool:
         return False
     try:
         features = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # damaged in any way: it is written again
+    except Exception:  # damaged: it is written again
         return False
     return isinstance(features, Tensor) and features.dtype == torch.float32 and features.shape == (cells, dim)
 
@@ -288,7 +288,7 @@ class RegionExtractor(Extractor):
         check_pixels(slides, before)
         if not self.config.dry_run:
             with oserror_to_data_error(self.root):  # here, so that every process receives the error
-                make_tidy_folders({(self.root / region.path).parent for region in records}, self.root / RECORD)
+                prepare_folders({(self.root / region.path).parent for region in records}, self.root / RECORD)
                 write_record(self.root / RECORD, record, before)
                 if source.geometry is None:
                     text = csv_line(REGION_COLUMNS) + "".join(region_lines(records))
@@ -366,7 +366,7 @@ class RegionExtractor(Extractor):
             )
         if loaded.tile_size_px and loaded.tile_size_px != geometry.tile_size_px:
             progress.warn(
-                f"the model was trained on tiles of {loaded.tile_size_px} px and embeds tiles of "
+                f"the model was trained on tiles of {loaded.tile_size_px} px, but the tiles of this ROOT have "
                 f"{geometry.tile_size_px} px"
             )
         status = read_status(self.root) if (self.root / STATUS_TABLE).exists() else {}

@@ -1,4 +1,4 @@
-"""Level 2: feature grids to slide files. One HDF5 file per slide, in the layout that CLAM and TRIDENT read."""
+"""Level 2: slide files from feature grids: one HDF5 file per slide, in the layout that CLAM and TRIDENT read."""
 
 import io
 import math
@@ -18,7 +18,7 @@ from dino.data.grids import open_grids, read_grid
 from dino.errors import DataError
 from dino.extraction.embed import Normalise, batches, identity, read_ahead
 from dino.extraction.extractor import Extractor, ExtractSummary
-from dino.extraction.record import RECORD, check_folder, make_tidy_folders, model_record, read_record, write_record
+from dino.extraction.record import RECORD, check_folder, model_record, prepare_folders, read_record, write_record
 from dino.slides.tables import (
     REGIONS_FOLDER,
     REGIONS_TABLE,
@@ -60,12 +60,12 @@ class SlideGrids:
     Attributes:
         slide_id: Name of the slide.
         grids: Its regions.
-        about: Attributes of the coordinates in the slide file.
+        attributes: Attributes of the coordinates in the slide file.
     """
 
     slide_id: str
     grids: list[GridFile]
-    about: dict[str, Any] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
 
 
 def slides_of_tables(
@@ -85,14 +85,14 @@ def slides_of_tables(
         by_slide[record.slide_id].append(record)
     slides = []
     for slide_id, regions in by_slide.items():
-        about = coordinate_attributes(regions[0], status.get(slide_id), tile_size_px, spacing_um)
+        attributes = coordinate_attributes(regions[0], status.get(slide_id), tile_size_px, spacing_um)
         grids = [GridFile(root / r.path, 0, r.grid, (r.x, r.y)) for r in regions]
-        slides.append(SlideGrids(slide_id, grids, {"name": slide_id, **about}))
+        slides.append(SlideGrids(slide_id, grids, {"name": slide_id, **attributes}))
     return slides
 
 
 def slides_of_folder(folder: Path) -> list[SlideGrids]:
-    """The slides of a folder of ``.pt`` files: one region each (``<slide>_<x>_<y>.pt``), or all regions of a slide.
+    """The slides of a folder of ``.pt`` files with one region (``<slide>_<x>_<y>.pt``) or all regions of a slide each.
 
     Raises:
         DataError: If there are none, or two files have the same name.
@@ -122,19 +122,20 @@ def coordinate_attributes(
     ``patch_size`` is its width at the requested spacing and ``patch_size_level0`` at level 0; magnifications are those
     of the objective nearest to 10 / spacing.
     """
-    about: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "patch_size": region.grid[1] * tile_size_px,
         "patch_size_level0": region.grid[1] * region.step_lv0,
         "patch_height": region.grid[0] * tile_size_px,
         "patch_height_level0": region.grid[0] * region.step_lv0,
     }
     if np.isfinite(spacing_um):
-        about |= {"target_magnification": objective(spacing_um), "spacing_um": region.spacing_um}
+        attributes |= {"target_magnification": objective(spacing_um), "spacing_um": region.spacing_um}
     if status is not None:
-        about |= {"level0_width": status.width, "level0_height": status.height, "slide_path": str(status.image_path)}
+        attributes |= {"level0_width": status.width, "level0_height": status.height}
+        attributes |= {"slide_path": str(status.image_path)}
         if status.spacing_um:
-            about |= {"level0_magnification": objective(status.spacing_um), "level0_spacing_um": status.spacing_um}
-    return about
+            attributes |= {"level0_magnification": objective(status.spacing_um), "level0_spacing_um": status.spacing_um}
+    return attributes
 
 
 def objective(spacing_um: float) -> float:
@@ -159,7 +160,7 @@ def write_slide(path: Path, slide: SlideGrids, features: Tensor, model: Mapping[
         stored = file.create_dataset("features", data=features.numpy())
         stored.attrs.update({"name": slide.slide_id, **model})
         coords = file.create_dataset("coords", data=np.array([g.coords for g in slide.grids], np.int64).reshape(-1, 2))
-        coords.attrs.update(slide.about)
+        coords.attrs.update(slide.attributes)
         mean = file.create_dataset("slide_embedding", data=features.double().mean(0).float().numpy())
         mean.attrs["made_of"] = "mean of features"
         file.attrs.update(model)
@@ -172,10 +173,10 @@ def is_written(path: Path, slide: SlideGrids, dim: int) -> bool:
 
     if not path.is_file():
         return False
-    wanted = np.array([g.coords for g in slide.grids], np.int64).reshape(-1, 2)
+    expected = np.array([g.coords for g in slide.grids], np.int64).reshape(-1, 2)
     try:
         with h5py.File(path, "r") as file:
-            return file["features"].shape == (len(wanted), dim) and np.array_equal(file["coords"][:], wanted)  # type: ignore[union-attr, index]
+            return file["features"].shape == (len(expected), dim) and np.array_equal(file["coords"][:], expected)  # type: ignore[union-attr, index]
     except (OSError, KeyError, AttributeError):  # damaged: it is written again
         return False
 
@@ -190,7 +191,7 @@ def check_dim(grids: Sequence[GridFile], dim: int) -> None:
     if absent:
         raise DataError(
             f"expected the features of every region, found {len(absent)} of {len(grids)} missing (the first is "
-            f"{absent[0]}); complete `dino extract` with the level-1 model first"
+            f"{absent[0]}); run `dino extract` with the level-1 model first"
         )
     for path in dict.fromkeys(g.path for g in grids):
         found = open_grids(path).shape[-1]
@@ -202,7 +203,7 @@ class SlideExtractor(Extractor):
     """Writes ``ROOT/slide_features/<slide>.h5`` with a level-2 model."""
 
     title = "embed regions"
-    plan: tuple[list[SlideGrids], int]  # slides without a file, and the number of the others
+    plan: tuple[list[SlideGrids], int]  # slides without a file, and the number of slides with one
 
     def prepare(self) -> tuple[list[SlideGrids], int]:
         """See :class:`Extractor`."""
@@ -210,7 +211,7 @@ class SlideExtractor(Extractor):
         level_1 = read_record(root / RECORD)
         slides, geometry = self._find()
         first = next((g for s in slides for g in s.grids if g.path.is_file()), None)
-        if first is not None:  # a whole folder of another dimension is one error, not one per slide
+        if first is not None:  # if all grids have another dimension, raise one error and not one per slide
             check_dim([first], expected)
         if level_1.get("embed_dim", expected) != expected:
             raise DataError(
@@ -226,7 +227,7 @@ class SlideExtractor(Extractor):
         before = check_folder(folder / RECORD, record, folder, ".h5")
         if not self.config.dry_run:
             with files.oserror_to_data_error(root):  # here, so that every process receives the error
-                make_tidy_folders([folder], folder / RECORD)
+                prepare_folders([folder], folder / RECORD)
                 write_record(folder / RECORD, record, before)
         missing = [s for s in slides if not is_written(self._path(s), s, self.embed_dim)]
         return missing, len(slides) - len(missing)
@@ -272,7 +273,7 @@ class SlideExtractor(Extractor):
         return read_grid(grid.path, self.config.grid_order, grid.shape, grid.region)
 
     def _find(self) -> tuple[list[SlideGrids], dict[str, Any] | None]:
-        """All slides, and the geometry of their tiles where it is recorded."""
+        """All slides, and the geometry of their tiles if it is recorded."""
         root = self.root
         if not (root / REGIONS_TABLE).exists():
             folder = root / REGIONS_FOLDER if (root / REGIONS_FOLDER).is_dir() else root
@@ -287,7 +288,7 @@ class SlideExtractor(Extractor):
         if (root / TILING_FILE).exists():
             geometry = read_tiling(root).geometry
             tile_size, spacing = geometry.tile_size_px, geometry.spacing_um
-        else:  # region images, whose cells are assumed to have their own size at level 0
+        else:  # images of regions: the level-0 footprint of a cell is assumed to be its size
             tile_size, spacing = records[0].step_lv0, records[0].spacing_um
         return slides_of_tables(root, records, status, tile_size, spacing), {
             "tile_size_px": tile_size,

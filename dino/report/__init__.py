@@ -1,1 +1,1 @@
-"""Reports: one self-contained HTML page on what was tiled, how the networks were trained and what they learned."""
+"""Reports: one self-contained HTML page on tiling, training and features, and the summary of a run in the terminal."""

@@ -26,8 +26,8 @@ TEXT_LINE = 0.2  # above a row or below an image
 
 # Attention.
 COLOURS = "OrRd"  # from light to dark: strong attention stands out on pale glass and on grey tissue
-FOCUSED = 2.0  # multiple of the uniform weight that a map has to reach for the deepest red
-MAX_OPACITY = 0.85  # of the strongest attention: the tissue below stays visible
+FOCUSED = 2.0  # minimum multiple of the uniform weight that is shown in the deepest red
+MAX_OPACITY = 0.85  # opacity of the strongest attention: the tissue below stays visible
 
 # ------------------------------------------------------------------------------------------- maps of a slide
 
@@ -57,7 +57,7 @@ def tiling_map(
         tiles: Level-0 px, (N, 2): x, y of each tile's upper left corner.
         side: Side of a tile in level-0 px.
         regions: Level-0 px, (M, 4): x, y, width, height.
-        shown: Indices of regions with a bold outline (the others have a faint one).
+        shown: Indices of the regions with a bold outline; the others have a faint one.
 
     Returns:
         JPEG.
@@ -201,7 +201,7 @@ def montage(
     """Images in rows and columns.
 
     Args:
-        rows: Equally long; None leaves a place empty.
+        rows: Rows of equal length; None leaves a cell empty.
         titles: One title per column, "" for none.
         width: Total width in inches.
         split: Column with some extra space to its left.
@@ -223,11 +223,11 @@ def montage(
             bottom = height - TEXT_LINE - r * (side + below + IMAGE_GAP) - side
             for left, image in zip(lefts, row, strict=True):
                 if image is not None:
-                    _place(figure, image, left, bottom, side)
+                    _draw_image(figure, image, left, bottom, side)
         return style.figure_to_jpeg(figure)
 
 
-def _place(figure: "Figure", image: MontageImage, left: float, bottom: float, side: float) -> None:
+def _draw_image(figure: "Figure", image: MontageImage, left: float, bottom: float, side: float) -> None:
     """Draw one image at the left of its column, vertically centred in its row; lengths in inches."""
     width, height = figure.get_size_inches()
     shown = side * image.size
@@ -300,9 +300,9 @@ def _display_size(ratio: float) -> float:
 def attention_overlay(pixels: np.ndarray, attention: np.ndarray, *, smooth: bool = True) -> np.ndarray:
     """Attention weights in red over the tissue in grey.
 
-    Weights are relative to the uniform weight 1 / (h w): up to 1 nothing is coloured, and the deepest red is the
-    99th percentile of the map, but at least 2. A nearly uniform map therefore stays grey, where scaling it to its own
-    range would show noise.
+    Weights are relative to the uniform weight 1 / (h w): weights up to 1 are not coloured, and the deepest red is the
+    99th percentile of the map, but at least 2. A nearly uniform map therefore stays grey; scaled to its own range, it
+    would show noise.
 
     Args:
         pixels: uint8, (H, W, 3).
@@ -344,7 +344,7 @@ def attention_montage(
         trained: Attention weights of the trained model, (n, heads, h, w).
         untrained: The same for the untrained model, or None.
         um_per_px: µm per px of the images.
-        heads: Heads that get a column; those that the model does not have are skipped.
+        heads: Heads with a column; heads that the model does not have are skipped.
         smooth: Interpolate between the weights.
 
     Returns:
@@ -368,7 +368,7 @@ def attention_montage(
 
 
 def training_curves(lines: Lines) -> bytes:
-    """Loss, teacher entropy, learning rate, and kNN scores (the gradient norm without them), each over steps.
+    """Loss, teacher entropy, learning rate, and kNN scores (without scores: the gradient norm) over the steps.
 
     Args:
         lines: Lines of a run's ``metrics.jsonl``; a panel without values shows "not recorded".

@@ -1,4 +1,4 @@
-"""Data of a report: what the networks of a run make of tiles and regions."""
+"""Data of a report: applies the networks of a run to tiles and regions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

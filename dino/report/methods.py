@@ -1,4 +1,4 @@
-"""The methods paragraph of a report, written so that it can go into a paper."""
+"""The methods paragraph of a report, for use in a paper."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ class Facts:
     """Contents of the paragraph.
 
     Attributes:
-        tiling: None for data that this tool did not tile.
+        tiling: None for data that were not tiled with this package.
         patch: The level-1 run, or None.
         region: The level-2 run, or None.
         versions: Version of each package by name.
@@ -65,10 +65,10 @@ class Facts:
 
 
 def methods(facts: Facts) -> str:
-    """The paragraph.
+    """Write the paragraph.
 
     Args:
-        facts: Contents; a part that is None is left out.
+        facts: Contents; a part that is None is omitted.
 
     Returns:
         Plain text, one paragraph.

@@ -25,13 +25,13 @@ class Figure:
 
     @property
     def width(self) -> int | None:
-        """Width on the page in CSS px; None for the figure's own."""
+        """Width on the page in CSS px; None for the intrinsic width."""
         return style.display_width(self.content)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A small table; the first column has the names of the rows, the others are aligned to the right."""
+    """A small table; the first column contains the names of the rows, the others are aligned to the right."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -80,9 +80,9 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as one HTML document with inline styles and figures as data URIs; it loads nothing from anywhere.
+    """The page as one HTML document with inline styles and figures as data URIs, without external resources.
 
-    All text is escaped by the template, also the name of a slide.
+    The template escapes all text, also the names of slides.
     """
     from jinja2 import Environment
 

@@ -1,8 +1,8 @@
-"""Features as colours, nearest neighbours, and a choice of dissimilar rows; in numpy."""
+"""Features as colours, nearest neighbours, and farthest-point sampling, in NumPy."""
 
 import numpy as np
 
-LOW, HIGH = 2.0, 98.0  # percentiles that map to 0 and 1, so that outliers do not take up the range
+LOW, HIGH = 2.0, 98.0  # percentiles that map to 0 and 1, so that outliers do not determine the range
 
 
 def pca_rgb(features: np.ndarray) -> np.ndarray:
@@ -37,7 +37,7 @@ def nearest_neighbours(features: np.ndarray, query: int, count: int) -> tuple[np
     Args:
         features: Float, (N, D).
         query: Index of a row.
-        count: How many to return, at most N - 1.
+        count: Number of neighbours, at most N - 1.
 
     Returns:
         Indices, most similar first, and their cosine similarities.
@@ -54,7 +54,7 @@ def farthest_points(features: np.ndarray, count: int) -> list[int]:
 
     Args:
         features: Float, (N, D).
-        count: How many rows to choose.
+        count: Number of rows to choose.
 
     Returns:
         ``min(count, N)`` distinct indices.

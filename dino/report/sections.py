@@ -1,4 +1,4 @@
-"""Contents of a report: its data, and the page that is made of them."""
+"""Contents of a report: its data, and the page that shows them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ NEIGHBOURS = 5
 
 @dataclass(frozen=True)
 class SlideData:
-    """The slide that is shown, and counts over all slides.
+    """The shown slide, and counts over all slides.
 
     Attributes:
         slide_id: Its name.
@@ -71,7 +71,7 @@ class RunData:
 
     @property
     def name(self) -> str:
-        """Its level in words."""
+        """Name of the run on the page."""
         return f"{self.level.capitalize()} level"
 
 
@@ -92,7 +92,7 @@ class FeatureData:
         square: Side of that square in level-0 px.
         untrained: Float, (N, D), of the untrained network.
         trained: Float, (N, D), of the trained one.
-        disjoint: Indices of tiles that do not overlap one another; neighbours are searched among these.
+        disjoint: Indices of tiles that do not overlap; nearest neighbours are searched among them.
         pixels: uint8 (H, W, 3) of each of them.
     """
 
@@ -123,7 +123,7 @@ class AttentionData:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything in a report; a part that is None or empty is left out.
+    """Data of a report; a part that is None or empty is omitted.
 
     Attributes:
         slide: Tiles and regions.
@@ -173,7 +173,7 @@ def make_page(data: ReportData) -> Page:
 
 
 def run_verdict(status: Mapping[str, Any]) -> Verdict:
-    """The verdict in a ``status.json``; its state where the run has not been evaluated yet."""
+    """The verdict in a ``status.json``; the state of the run if it has not been evaluated yet."""
     if status.get("verdict"):
         return Verdict.from_dict(status["verdict"])
     state = str(status.get("state", "unknown")).replace("_", " ")
@@ -181,7 +181,7 @@ def run_verdict(status: Mapping[str, Any]) -> Verdict:
 
 
 def make_sections(data: ReportData) -> list[Section]:
-    """Every section that there are data for, in reading order."""
+    """The sections for which there are data, in reading order."""
     found = []
     if data.slide:
         found.append(Section("Slide and tiles", _counts(data.slide), [tiling_figure(data.slide)]))
@@ -213,8 +213,8 @@ def tiling_figure(slide: SlideData) -> Figure:
         figures.tiling_map(slide.thumbnail, slide.tiles, slide.side, slide.regions, slide.shown_regions),
         f"Thumbnail of slide {slide.slide_id}, with its {len(slide.tiles)} tiles outlined, and with its "
         f"{len(slide.regions)} regions outlined.",
-        "Middle: everything outside of the tiles is faded. Faded tissue was missed by the tissue detection; glass that "
-        f"is not faded was taken for tissue. Right: regions consist of whole tiles of the same lattice.{bold}",
+        "Middle: everything outside the tiles is faded. Faded tissue was missed by the tissue detection; glass that is "
+        f"not faded was mistaken for tissue. Right: regions consist of tiles of the same lattice.{bold}",
     )
 
 
@@ -224,8 +224,8 @@ def crops_figure(crops: CropData, um_per_px: float) -> Figure:
         figures.crop_montage(crops.tiles, crops.crops, um_per_px),
         f"{len(crops.tiles)} tiles, each followed by its {len(crops.crops[0])} augmented crops.",
         "Each row is one tile and its crops after all augmentations (normalization undone). The teacher sees the two "
-        "global crops, the student all of them. The crops should still look like tissue: reduce the augmentation where "
-        "colours are unlike any stain, or where local crops show no structure.",
+        "global crops, the student all of them. The crops should still look like tissue: weaken the augmentations if "
+        "colours are unlike any stain, or if local crops show no structure.",
     )
 
 
@@ -297,9 +297,9 @@ def self_retrieval_table(accuracies: Mapping[str, Any]) -> Table:
         ["Features", "Self-retrieval accuracy"],
         [*rows, ["Chance", f"{1 / count:.1%}"]],
         f"Each of {count} tiles is read a second time, shifted by a quarter of its side along both axes, rotated by "
-        "90° and with jittered stain. The accuracy is the fraction of these whose nearest neighbour among the original "
-        "tiles, by cosine similarity, is the tile itself. It needs no labels, and measures only whether features are "
-        "invariant to these changes.",
+        "90° and with jittered stain. The accuracy is the fraction of these views whose nearest neighbour among the "
+        "original tiles, by cosine similarity, is the same tile. It needs no labels, and measures only how invariant "
+        "the features are to these changes.",
     )
 
 

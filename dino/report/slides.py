@@ -1,4 +1,4 @@
-"""What a report reads from ROOT and its slides."""
+"""Reads the data of a report from ROOT and its slides."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ SHOWN_REGIONS = 3
 
 
 class TiledSlide:
-    """The slide under ROOT that is shown: the one with the most regions, then the most tiles.
+    """The slide under ROOT that the report shows: the one with the most regions, then the most tiles.
 
     Args:
         root: ROOT of `dino tile`.
@@ -73,7 +73,7 @@ class TiledSlide:
     def map_tiles(self) -> tuple[list[TileRecord], np.ndarray, float]:
         """Tiles for a map of features, at most ``MAX_MAP_TILES``.
 
-        A large slide gets the tiles of the lattice alone, or of every second, third, ... row and column.
+        For a large slide, only the tiles on the lattice are used, or those of every second, third, ... row and column.
 
         Returns:
             The tiles, and the squares that they fill without overlap: upper left corners, (N, 2), and side, in
@@ -115,10 +115,10 @@ class TiledSlide:
         """The shown regions whose features have been extracted.
 
         Args:
-            order: Order of the rows in bare files, ``yx`` or ``xy``.
+            order: Order of the rows in files without ``regions.csv``, ``yx`` or ``xy``.
 
         Returns:
-            The regions, and their features: float32, (n, D, h, w); None without any.
+            The regions, and their features: float32, (n, D, h, w); None if there are none.
         """
         regions = [self.regions[index] for index in self.shown_regions]
         regions = [region for region in regions if (self.root / region.path).exists()]
@@ -138,7 +138,7 @@ def choose_regions(regions: Sequence[RegionRecord], count: int) -> list[int]:
 
 
 def _overlap(first: RegionRecord, second: RegionRecord) -> float:
-    """Fraction of a region that another one of the same size covers."""
+    """Fraction of a region that another region of the same size covers."""
     width, height = first.grid[1] * first.step_lv0, first.grid[0] * first.step_lv0
     across, down = 1 - abs(first.x - second.x) / width, 1 - abs(first.y - second.y) / height
     return max(0.0, across) * max(0.0, down)

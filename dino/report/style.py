@@ -18,7 +18,7 @@ TRAINED = "#1f6f78"
 UNTRAINED = "#a39a8f"
 REGION = "#b4532a"
 
-CSS_PX_PER_INCH = 96  # also of SVG: a figure of 11 inches fills the page's text width
+CSS_PX_PER_INCH = 96  # also for SVG: a figure of 11 inches fills the text width of the page
 JPEG_DPI = 144  # 1.5 px per CSS px: sharp on most screens at an acceptable file size
 JPEG_QUALITY = 76
 
@@ -68,7 +68,7 @@ def figure(width: float, height: float) -> Iterator["Figure"]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    # A Figure made without pyplot is not registered anywhere, so nothing has to be closed and no display is needed.
+    # A Figure created without pyplot is not registered globally: it needs no closing and no display.
     with matplotlib.rc_context(_RC):
         yield Figure(figsize=(width, height))
 
@@ -119,7 +119,7 @@ def media_type(content: bytes) -> str:
 
 
 def display_width(content: bytes) -> int | None:
-    """Width in CSS px at which a PNG or JPEG figure has the size it was drawn for; None for SVG, which contains it."""
+    """Width in CSS px at which a PNG or JPEG figure has its intended size; None for SVG, which contains its size."""
     from PIL import Image
 
     if media_type(content) == "image/svg+xml":

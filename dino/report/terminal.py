@@ -1,4 +1,4 @@
-"""The summary of a completed run for the terminal, made from the files in its folder."""
+"""The summary of a completed run for the terminal, from the files in its folder."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from dino.slides.tables import REGIONS_TABLE
 from dino.train.checkpoint import BEST, LAST
 from dino.train.run_folder import RunReader
 
-WARNINGS_SHOWN = 2  # status.json has all
+WARNINGS_SHOWN = 2  # status.json contains all
 TITLES = {"finished": "finished", "early_stopped": "stopped early: the score has not improved"}
 COLOURS = {"learning": "green", "flat": "yellow", "collapsed": "red"}
 
@@ -107,7 +107,7 @@ def _problems(status: Mapping[str, Any]) -> Rows:
 
 
 def _next_steps(run: Path, config: PretrainConfig) -> Rows:
-    """Paths of checkpoint and export, and commands that use them."""
+    """Paths of the checkpoint and the export, and commands that use them."""
     name = printable(run)
     best = (run / "checkpoints" / BEST).exists()
     rows = [("checkpoint", f"{name}/checkpoints/{BEST if best else LAST}")]

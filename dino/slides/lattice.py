@@ -1,8 +1,8 @@
 """The lattice of a slide, which defines both its tiles and its regions.
 
-Its origin is (0, 0) and its step the level-0 footprint of one tile. A region is ``n x n`` cells of it, so that its
-footprint is exactly ``n`` steps, never a size rounded separately; a cell is the same rectangle whether it is cut as a
-tile or read for a region. All positions are ``(x, y)`` of top-left corners in level-0 pixels.
+Its origin is (0, 0), and its step is the level-0 footprint of one tile. A region consists of ``n x n`` cells, so its
+footprint is exactly ``n`` steps and not rounded separately; a cell is the same rectangle, whether it is cut as a tile
+or read for a region. All positions are ``(x, y)`` of top-left corners in level-0 pixels.
 """
 
 from collections.abc import Sequence
@@ -199,15 +199,15 @@ def plan_lattice(pyramid: Pyramid, geometry: Geometry, slide: str) -> Lattice:
     """
     from hs2p.wsi.geometry import plan_spacing_read, tile_size_lv0_from_plan
 
-    wanted = geometry.spacing_um
-    if pyramid.spacing_um > wanted * (1 + geometry.tolerance):
+    requested = geometry.spacing_um
+    if pyramid.spacing_um > requested * (1 + geometry.tolerance):
         raise DataError(
-            f"expected slide '{slide}' to be at most {wanted:g} µm/px (within {geometry.tolerance:.0%}), found "
-            f"{pyramid.spacing_um:g} at its finest level; raise spacing_um, leave it out, or correct its "
+            f"expected slide '{slide}' to have at most {requested:g} µm/px (within {geometry.tolerance:.0%}), found "
+            f"{pyramid.spacing_um:g} at its finest level; raise spacing_um, exclude the slide, or correct its "
             "spacing_at_level_0"
         )
     plan = plan_spacing_read(
-        requested_spacing_um=wanted,
+        requested_spacing_um=requested,
         level0_spacing_um=pyramid.spacing_um,
         level_downsamples=[(d, d) for d in pyramid.downsamples],
         target_size_px=(geometry.tile_size_px, geometry.tile_size_px),

@@ -1,4 +1,4 @@
-"""Reads cells from a slide: the only source of pixels, for cutting tiles and for embedding regions."""
+"""Reads cells from a slide, both for cutting tiles and for embedding regions."""
 
 import math
 import warnings
@@ -74,7 +74,7 @@ class SlideReader:
             uint8 RGB ``(tile_size_px, tile_size_px, 3)``.
 
         Raises:
-            DataError: If the slide is damaged there.
+            DataError: If the slide is damaged at this position.
         """
         read, size = self.lattice.read_size_px, self.lattice.geometry.tile_size_px
         try:
@@ -126,7 +126,7 @@ def spacing_of(
         if down is not None and abs(across - down) > 0.05 * across:
             raise DataError(
                 f"expected square pixels in slide '{slide}', found {across:g} x {down:g} µm in its metadata; "
-                "if that is wrong, give spacing_at_level_0"
+                "if that is wrong, set spacing_at_level_0"
             )
         return across, "metadata"
     power = _positive(properties.get("openslide.objective-power"))
@@ -135,8 +135,8 @@ def spacing_of(
     if fallback is not None:
         return fallback, "user"
     raise DataError(
-        f"expected a spacing (µm/px) in the metadata of slide '{slide}', found none; give it as spacing_at_level_0, "
-        "in the slide list's column of that name or as spacing_at_level_0=0.25 on the command line"
+        f"expected a spacing (µm/px) in the metadata of slide '{slide}', found none; set spacing_at_level_0 in the "
+        "column of that name of the slide list, or as spacing_at_level_0=0.25 on the command line"
     )
 
 
@@ -157,7 +157,7 @@ def _properties(path: Path) -> dict[str, str]:
     try:
         with openslide.OpenSlide(str(path)) as slide:
             return dict(slide.properties)
-    except Exception as error:  # missing, unreadable, unsupported or damaged: openslide has a type for each
+    except Exception as error:  # openslide has different types for unreadable, unsupported and damaged files
         reason = str(error).strip() or type(error).__name__
         raise DataError(f"expected a slide that openslide can read, found {path}: {reason}") from None
 

@@ -1,4 +1,4 @@
-"""Tiles one slide: from its file to its tiles, regions and table rows. Runs in a separate process."""
+"""Tiles one slide: from its file to tiles, regions and table rows. Runs in a separate process."""
 
 import errno
 import time
@@ -48,7 +48,7 @@ class Survey:
         tile_tissue: ``(N,)`` float32 tissue fractions.
         regions: ``(M, 2)`` int64 level-0 ``(x, y)``, row-major.
         region_tissue: ``(M, n, n)`` float32 tissue fractions of their cells.
-        remark: Reason for the status although nothing failed; often empty.
+        remark: Explanation for the status of a slide without tiles or regions; otherwise empty.
     """
 
     tissue: Any
@@ -60,7 +60,7 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class Measure:
+class Measurement:
     """Result of a dry run on one slide; times are in seconds of one process."""
 
     status: SlideStatus
@@ -82,7 +82,7 @@ def tile_slide(record: SlideRecord, root: Path, config: TileConfig) -> SlideStat
         Its status. A slide that cannot be tiled is reported as failed, not raised.
 
     Raises:
-        OSError: If writing to ROOT's disk fails: that is not an error of the slide.
+        OSError: If writing to ROOT fails, which is not an error of the slide.
     """
     tables.drop_part(root, record.slide_id)
     made_from = inputs_of(record)
@@ -103,12 +103,12 @@ def tile_slide(record: SlideRecord, root: Path, config: TileConfig) -> SlideStat
 
 
 def expect_root(root: Path) -> None:
-    """Raise an OSError if ROOT has disappeared, as when a mount is lost, so that it is not created again."""
+    """Raise an OSError if ROOT has disappeared, for example because a mount was lost; it must not be created again."""
     if not (root / tables.TILING_FILE).exists():
         raise FileNotFoundError(errno.ENOENT, "the folder has disappeared", str(root))
 
 
-def measure_slide(record: SlideRecord, config: TileConfig) -> Measure:
+def measure_slide(record: SlideRecord, config: TileConfig) -> Measurement:
     """Find a slide's tiles and regions and cut a few of the tiles, without writing anything.
 
     Args:
@@ -123,9 +123,9 @@ def measure_slide(record: SlideRecord, config: TileConfig) -> Measure:
             sampled = survey.tiles[:: max(1, len(survey.tiles) // SAMPLED_TILES)]
             sizes = [len(storage.encode(reader.read_cell(x, y), config.jpeg_quality)) for x, y in sampled]
             seconds = time.perf_counter() - surveyed
-            return Measure(_status(record, reader, survey), surveyed - start, len(sizes), sum(sizes), seconds)
+            return Measurement(_status(record, reader, survey), surveyed - start, len(sizes), sum(sizes), seconds)
     except Exception as error:
-        return Measure(failed(record, error))
+        return Measurement(failed(record, error))
 
 
 def survey_slide(reader: SlideReader, record: SlideRecord, config: TileConfig) -> Survey:
@@ -149,7 +149,7 @@ def survey_slide(reader: SlideReader, record: SlideRecord, config: TileConfig) -
 
 
 def inputs_of(record: SlideRecord) -> dict[str, Any]:
-    """What a slide's tiles depend on besides the settings; moving the file does not change it."""
+    """Properties of the input files that a slide's tiles depend on; moving the files does not change them."""
     return {
         "image_bytes": _size(record.image_path),
         "mask_bytes": _size(record.mask_path) if record.mask_path else None,
@@ -165,35 +165,35 @@ def columns_of(record: SlideRecord) -> dict[str, Any]:
 
 def failed(record: SlideRecord, error: BaseException | str) -> SlideStatus:
     """Status of a slide that could not be tiled."""
-    known = isinstance(error, (DinoError, str))
-    reason = str(error) if known else f"{type(error).__name__}: {error}"
+    is_message = isinstance(error, (DinoError, str))
+    reason = str(error) if is_message else f"{type(error).__name__}: {error}"
     return SlideStatus(record.slide_id, tables.FAILED, " ".join(reason.split()), **columns_of(record))
 
 
 def _find_regions(reader: SlideReader, mask: np.ndarray, min_tissue: float) -> tuple[np.ndarray, np.ndarray]:
     """Origins ``(M, 2)`` of the regions with enough tissue, and their cells' fractions ``(M, n, n)``."""
     lattice, n = reader.lattice, reader.lattice.geometry.region_cells
-    firsts = lattice.region_cells()  # (M, 2) column, row
-    if not len(firsts):
-        return firsts, np.zeros((0, n, n), np.float32)
+    corners = lattice.region_cells()  # (M, 2) column, row
+    if not len(corners):
+        return corners, np.zeros((0, n, n), np.float32)
     fractions = tissue_fractions(mask, lattice.cell_origins(), reader).reshape(lattice.rows, lattice.columns)
-    cells = np.stack([fractions[row : row + n, column : column + n] for column, row in firsts])  # (M, n, n)
+    cells = np.stack([fractions[row : row + n, column : column + n] for column, row in corners])  # (M, n, n)
     kept = cells.mean(axis=(1, 2)) >= min_tissue
-    return firsts[kept] * lattice.step_lv0, cells[kept]
+    return corners[kept] * lattice.step_lv0, cells[kept]
 
 
 def _remarks(reader: SlideReader, config: TileConfig, tiles: int, regions: int) -> list[str]:
     lattice, geometry = reader.lattice, reader.lattice.geometry
     if not len(lattice.tile_origins()):
         return [f"the slide ({lattice.slide_size[0]} x {lattice.slide_size[1]} px) is smaller than one tile"]
-    remarks = [] if tiles else [f"no tile holds {config.min_tissue:.0%} tissue" + " and passes QC" * config.qc]
+    remarks = [] if tiles else [f"no tile has at least {config.min_tissue:.0%} tissue" + " and passes QC" * config.qc]
     if not len(lattice.region_cells()):
         remarks.append(
-            f"no region of {geometry.region_cells} x {geometry.region_cells} cells fits into the slide's "
-            f"{lattice.columns} x {lattice.rows}"
+            f"no region of {geometry.region_cells} x {geometry.region_cells} cells fits into the "
+            f"{lattice.columns} x {lattice.rows} cells of the slide"
         )
     elif not regions:
-        remarks.append(f"no region holds {config.min_tissue_region:.0%} tissue")
+        remarks.append(f"no region has at least {config.min_tissue_region:.0%} tissue")
     return remarks
 
 
@@ -210,10 +210,10 @@ def _write_tiles(reader: SlideReader, record: SlideRecord, root: Path, config: T
 
 
 def _status(record: SlideRecord, reader: SlideReader, survey: Survey) -> SlideStatus:
-    word = tables.OK if len(survey.tiles) or len(survey.regions) else tables.NO_TISSUE
+    status = tables.OK if len(survey.tiles) or len(survey.regions) else tables.NO_TISSUE
     return SlideStatus(
         record.slide_id,
-        word,
+        status,
         survey.remark,
         tiles=len(survey.tiles),
         regions=len(survey.regions),

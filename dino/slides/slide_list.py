@@ -23,14 +23,14 @@ class SlideRecord:
     Attributes:
         slide_id: Unique name; also the name of its folder of tiles.
         image_path: The slide's file, absolute.
-        mask_path: Binary tissue mask, absolute, if the user has one.
+        mask_path: Binary tissue mask, absolute, if there is one.
         spacing_at_level_0: µm per px that overrides the slide's metadata.
         patient_id: The patient.
-        centre: The centre that made it.
+        centre: The centre that scanned the slide.
         scanner: The scanner.
         stain: The stain.
         partition: ``pretrain`` or blank for pretraining; any other value excludes it from pretraining.
-        exclude_reason: Why the slide is excluded; blank if it is not.
+        exclude_reason: Reason for excluding the slide; blank if it is not excluded.
     """
 
     slide_id: str
@@ -49,8 +49,8 @@ def read_slide_list(inputs: Sequence[Path], note: Callable[[str], None] = lambda
     """Slides given as any mix of slide files, folders (searched recursively), patterns and CSV lists.
 
     Args:
-        inputs: The user's words. A ``.csv`` is a slide list; its relative paths resolve from its own folder.
-        note: Called with one line for what is unusual but not an error (a column that is not read).
+        inputs: Paths and patterns. A ``.csv`` is a slide list; its relative paths are relative to its folder.
+        note: Called with a one-line warning for an unknown column.
 
     Returns:
         The slides, in the order given; those of a folder or pattern sorted by path.
@@ -104,7 +104,7 @@ def _check_unique_ids(records: Sequence[SlideRecord]) -> None:
 
 
 def _safe_id(slide_id: str, where: str) -> str:
-    """The id, if it can be the name of a folder and a prefix of file names."""
+    """Check that the id can be the name of a folder and a prefix of file names, and return it."""
     bad = not slide_id or slide_id.startswith(".") or len(slide_id) > MAX_ID_LENGTH
     if bad or any(c in "/\\" or not c.isprintable() for c in slide_id):
         raise DataError(
@@ -147,7 +147,7 @@ def _rows(path: Path, note: Callable[[str], None]) -> Iterator[tuple[str, dict[s
 def _check_header(header: Sequence[str], path: Path, note: Callable[[str], None]) -> None:
     missing = [name for name in REQUIRED if name not in header]
     if missing:
-        hint = "; its cells are separated by ';', export it with commas" if any(";" in name for name in header) else ""
+        hint = "; its separator is ';', save it with commas" if any(";" in name for name in header) else ""
         found = ", ".join(name for name in header if name) or "an empty file"
         raise DataError(f"expected columns {' and '.join(REQUIRED)} in {path}, found {found}{hint}")
     for name in header:
@@ -155,7 +155,7 @@ def _check_header(header: Sequence[str], path: Path, note: Callable[[str], None]
             raise DataError(f"expected each column of {path} once, found '{name}' {header.count(name)} times")
         if name and name not in COLUMNS:
             close = difflib.get_close_matches(name, COLUMNS, 1, 0.75)
-            note(f"{path.name}: column '{name}' is not read" + (f"; did you mean '{close[0]}'?" if close else ""))
+            note(f"{path.name}: column '{name}' is ignored" + (f"; did you mean '{close[0]}'?" if close else ""))
 
 
 def _record(row: dict[str, str], folder: Path, where: str) -> SlideRecord:

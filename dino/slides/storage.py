@@ -1,9 +1,9 @@
 """Writes the files of one slide: its tiles, hs2p's coordinates, and previews.
 
-A slide's JPEGs are written into a hidden folder of ROOT, synced, and become ``imgs/<slide>`` by one rename. That is as
-safe as an atomic write of each file, at one rename and a few folder syncs per slide instead of two per tile; an
-interrupted run leaves no incomplete slide under ``imgs`` that training could read. The files that hs2p writes itself
-are written to the same hidden folder and then moved.
+A slide's JPEGs are written to a hidden folder of ROOT, synced, and renamed to ``imgs/<slide>`` at once. That is as safe
+as an atomic write of each file, but needs one rename and a few folder syncs per slide instead of two per tile; an
+interrupted run leaves no incomplete slide under ``imgs`` that training could read. Files that are written by hs2p are
+written to the same hidden folder and then moved.
 """
 
 import io
@@ -58,7 +58,7 @@ def write_jpegs(
     """
     folder = jpeg_folder(root, slide_id)
     if not origins:
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier slide of this name
+        shutil.rmtree(folder, ignore_errors=True)  # tiles of an earlier slide with this name
         return
     with _atomic_folder(root, folder) as partial:
         for x, y in in_blocks(origins):
@@ -83,7 +83,7 @@ def write_tar(root: Path, result: Any, quality: int) -> None:
 
 
 def has_tiles(root: Path, slide_id: str, origins: Iterable[tuple[int, int]], storage: str) -> bool:
-    """True if every recorded tile is still there."""
+    """True if every recorded tile exists."""
     names = {tile_name(slide_id, x, y) for x, y in origins}
     if storage == "none" or not names:
         return True
@@ -96,9 +96,9 @@ def has_tiles(root: Path, slide_id: str, origins: Iterable[tuple[int, int]], sto
 
 
 def in_blocks(origins: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sort origins by square blocks of the slide, so that openslide's cache still has the neighbours' pixels.
+    """Sort origins by square blocks of the slide, so that the pixels of neighbours are still in openslide's cache.
 
-    Row by row, a wide slide would be decoded again for every row of tiles.
+    In row-major order, a wide slide would be decoded again for every row of tiles.
     """
     positions = [(int(x), int(y)) for x, y in origins]
     steps = np.diff(np.unique([x for x, _ in positions]))
@@ -117,7 +117,7 @@ def tar_path(root: Path, slide_id: str) -> Path:
 
 
 def tidy(root: Path) -> None:
-    """Remove unfinished files; only while no other run tiles into ROOT."""
+    """Remove unfinished files. Call it only while no other run is tiling into ROOT."""
     shutil.rmtree(root / PARTIAL_FOLDER, ignore_errors=True)
 
 
@@ -136,7 +136,7 @@ def temporary_folder(root: Path) -> Iterator[Path]:
 def move(partial: Path, path: Path) -> None:
     """Move a finished file from the temporary folder to its final path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.chmod(0o666 & path.parent.stat().st_mode)  # hs2p creates its files readable by their owner only
+    partial.chmod(0o666 & path.parent.stat().st_mode)  # hs2p creates files that only their owner can read
     files.sync(partial)
     partial.replace(path)
     files.sync(path.parent)
@@ -144,12 +144,12 @@ def move(partial: Path, path: Path) -> None:
 
 @contextmanager
 def _atomic_folder(root: Path, folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes ``folder`` (replacing an older one) when the block ends without an error."""
+    """Yield an empty folder, and rename it to ``folder`` (replacing an older one) if the block raises no error."""
     with temporary_folder(root) as parent:
         partial = parent / folder.name
         partial.mkdir()
         yield partial
-        # After all are written, and in parallel: a sync mostly waits, and a journal commits many files at once.
+        # After all files are written, and in parallel: a sync mostly waits, and a journal commits many files at once.
         with ThreadPoolExecutor(SYNC_THREADS) as pool:
             list(pool.map(files.sync, partial.iterdir()))
         files.sync(partial)
@@ -205,7 +205,7 @@ def tiling_result(
 
 
 def _reading(reader: SlideReader) -> dict[str, Any]:
-    """How the tiles of a slide are read, as arguments of hs2p's ``TileGeometry``."""
+    """Arguments of hs2p's ``TileGeometry`` that describe how the tiles of a slide are read."""
     lattice, geometry = reader.lattice, reader.lattice.geometry
     return {
         "requested_tile_size_px": geometry.tile_size_px,
@@ -231,7 +231,7 @@ _FROM_FILTERS += ("filter_blur", "blur_threshold", "qc_spacing_um", "a_t", "a_h"
 
 
 def save_result(root: Path, result: Any) -> None:
-    """Write hs2p's ``<slide>.coordinates.npz`` and ``.coordinates.meta.json`` into ROOT/coordinates."""
+    """Write hs2p's ``<slide>.coordinates.npz`` and ``.coordinates.meta.json`` to ROOT/coordinates."""
     from hs2p.artifacts import save_tiling_result
 
     meta = _meta_path(root, result.sample_id)
@@ -240,13 +240,13 @@ def save_result(root: Path, result: Any) -> None:
         save_tiling_result(result, partial, tiles_dir=partial)
         if (partial / points.name).is_file():
             move(partial / points.name, points)
-        else:  # hs2p writes none where there are no tiles
+        else:  # hs2p writes none if there are no tiles
             points.unlink(missing_ok=True)
         move(partial / meta.name, meta)
 
 
 def has_result(root: Path, slide_id: str) -> bool:
-    """True if hs2p's files of a slide are there."""
+    """True if hs2p's files of a slide exist."""
     return _meta_path(root, slide_id).is_file()
 
 
@@ -257,7 +257,7 @@ def _meta_path(root: Path, slide_id: str) -> Path:
 def save_previews(
     root: Path, slide_id: str, reader: SlideReader, mask: np.ndarray, tiles: np.ndarray, regions: np.ndarray
 ) -> None:
-    """Write hs2p's pictures of the tissue, the tiles and the regions into ROOT/coordinates/previews.
+    """Write hs2p's previews of the tissue, the tiles and the regions to ROOT/coordinates/previews.
 
     Args:
         root: Output folder.
@@ -268,7 +268,7 @@ def save_previews(
         regions: ``(M, 2)`` level-0 origins.
     """
     level = _preview_level(reader)
-    thin = max(1, round(max(reader.slide.level_dimensions[level]) / 1500))  # lines visible at screen size
+    thickness = max(1, round(max(reader.slide.level_dimensions[level]) / 1500))  # lines are visible at screen size
     slide = {
         "wsi_path": reader.path,
         "backend": BACKEND,
@@ -278,18 +278,18 @@ def save_previews(
     side = reader.lattice.step_lv0
     regions_side = side * reader.lattice.geometry.region_cells
     draw = {
-        "tissue": _tissue_picture(slide, slide_id, mask),
-        "tiles": _grid_picture(slide, slide_id, tiles, side, thin),
-        "regions": _grid_picture(slide, slide_id, regions, regions_side, 3 * thin),
+        "tissue": _tissue_preview(slide, slide_id, mask),
+        "tiles": _grid_preview(slide, slide_id, tiles, side, thickness),
+        "regions": _grid_preview(slide, slide_id, regions, regions_side, 3 * thickness),
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Slide spacing override conflict", category=UserWarning)
         for kind, render in draw.items():
-            _save_picture(root, preview_path(root, slide_id, kind), render)
+            _save_preview(root, preview_path(root, slide_id, kind), render)
 
 
-def _tissue_picture(slide: dict[str, Any], slide_id: str, mask: np.ndarray) -> Callable[[Path], object]:
-    """A function that draws the tissue of a slide into a folder."""
+def _tissue_preview(slide: dict[str, Any], slide_id: str, mask: np.ndarray) -> Callable[[Path], object]:
+    """A function that writes a preview of the tissue of a slide to a folder."""
     from hs2p.wsi.visualization import save_overlay_preview
 
     return lambda folder: save_overlay_preview(
@@ -301,10 +301,10 @@ def _tissue_picture(slide: dict[str, Any], slide_id: str, mask: np.ndarray) -> C
     )
 
 
-def _grid_picture(
+def _grid_preview(
     slide: dict[str, Any], slide_id: str, origins: np.ndarray, side: int, thickness: int
 ) -> Callable[[Path], object]:
-    """A function that draws squares of ``side`` level-0 px at ``origins`` into a folder."""
+    """A function that writes a preview with squares of ``side`` level-0 px at ``origins`` to a folder."""
     from hs2p.wsi.visualization import write_coordinate_preview
 
     return lambda folder: write_coordinate_preview(
@@ -323,7 +323,7 @@ def preview_path(root: Path, slide_id: str, kind: str) -> Path:
 
 
 def _preview_level(reader: SlideReader) -> int:
-    """The level that hs2p draws on: the nearest to the preview downsample, unless it is too large for memory."""
+    """The level that hs2p draws on: the one nearest to the preview downsample, unless it is too large for memory."""
     from hs2p.wsi.geometry import select_level_for_downsample
 
     level = select_level_for_downsample(PREVIEW_DOWNSAMPLE, reader.slide.level_downsamples)
@@ -331,8 +331,8 @@ def _preview_level(reader: SlideReader) -> int:
     return level if width * height <= MAX_LEVEL_PX else len(reader.slide.level_dimensions) - 1
 
 
-def _save_picture(root: Path, path: Path, render: Callable[[Path], object]) -> None:
-    """Let hs2p draw into a temporary folder, then move the picture (hs2p draws none where there are no tiles)."""
+def _save_preview(root: Path, path: Path, render: Callable[[Path], object]) -> None:
+    """Let hs2p draw into a temporary folder, then move the image (hs2p draws none if there are no tiles)."""
     with temporary_folder(root) as folder:
         render(folder)
         drawn = folder / path.name

@@ -1,9 +1,9 @@
-"""The tables under ROOT: tiles.csv, regions.csv, slides_status.csv and tiling.json, written and read in one place.
+"""Reads and writes the tables under ROOT: tiles.csv, regions.csv, slides_status.csv and tiling.json.
 
-While slides are being tiled, each slide's rows are kept in files of their own under ROOT/coordinates/parts. A slide's
-part is written after all its other files, and the ``.json`` of the part last: it marks the slide as done. The tables
-are merged from the parts, so that a killed run loses at most the slides it was working on, and several runs may fill
-one ROOT one after the other, each with its own slides.
+While slides are being tiled, the rows of each slide are kept in separate files under ROOT/coordinates/parts. The part
+of a slide is written after all its other files, and the ``.json`` of the part last: it marks the slide as done. The
+tables are merged from the parts. A killed run therefore loses at most the slides it was working on, and several runs
+may tile different slides into one ROOT, one run after the other.
 """
 
 import csv
@@ -107,8 +107,8 @@ class Tiling:
     Attributes:
         geometry: The requested lattice.
         storage: ``jpeg``, ``tar`` or ``none``.
-        settings: Every setting that decides which tiles there are and what they contain.
-        content: The whole file.
+        settings: Every setting that determines the tiles and their content.
+        content: The complete file.
     """
 
     geometry: Geometry
@@ -168,7 +168,7 @@ def read_tiles(root: Path) -> list[TileRecord]:
 
 
 def read_tile_spacings(root: Path) -> dict[str, float]:
-    """Actual spacing in µm/px of the tiles of each slide that has any, in memory for slides only, not for tiles.
+    """Actual spacing in µm/px of the tiles of each slide with tiles; the memory needed does not depend on their number.
 
     Raises:
         DataError: If ROOT/tiles.csv is absent or damaged.
@@ -185,7 +185,7 @@ def read_tile_spacings(root: Path) -> dict[str, float]:
                     first[cells[slide]] = float(cells[spacing])
             return first
     except (OSError, csv.Error, ValueError, IndexError) as error:
-        raise DataError(f"expected {path} as `dino tile` wrote it, could not read it: {error}") from None
+        raise DataError(f"expected {path} as written by `dino tile`, could not read it: {error}") from None
 
 
 def read_regions(root: Path) -> list[RegionRecord]:
@@ -207,7 +207,7 @@ def read_status(root: Path) -> dict[str, SlideStatus]:
 
 
 def read_tiling(root: Path) -> Tiling:
-    """How ROOT was tiled.
+    """Read ROOT/tiling.json.
 
     Raises:
         DataError: If ROOT/tiling.json is absent or damaged.
@@ -221,11 +221,11 @@ def read_tiling(root: Path) -> Tiling:
     except FileNotFoundError:
         raise DataError(f"expected {path}, which `dino tile` writes, found none; is {root} its ROOT?") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"expected {path} as `dino tile` wrote it, could not read it: {error!r}") from None
+        raise DataError(f"expected {path} as written by `dino tile`, could not read it: {error!r}") from None
 
 
 def write_tiling(root: Path, config: TileConfig) -> None:
-    """Write ROOT/tiling.json: the settings that must match, and, for information, how they were applied."""
+    """Write ROOT/tiling.json: the settings that must match, and for information how they were applied."""
     import openslide
 
     geometry = Geometry.of(config)
@@ -245,14 +245,14 @@ def write_tiling(root: Path, config: TileConfig) -> None:
 
 
 def _slide_id(text: str) -> str:
-    """The id, if files can be named after it and stay inside ROOT."""
+    """Check that files can be named after the id and are inside ROOT, and return it."""
     if not text or text in (".", "..") or "/" in text or "\0" in text:
         raise ValueError(f"'{text}' cannot be a slide's name")
     return text
 
 
 def _relative_path(text: str) -> Path:
-    """A path relative to ROOT, if it stays inside it."""
+    """Check that a path relative to ROOT is inside ROOT, and return it."""
     path = Path(text)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in text:
         raise ValueError(f"path '{text}' is not inside ROOT")
@@ -260,7 +260,7 @@ def _relative_path(text: str) -> Path:
 
 
 def _position(row: dict[str, str]) -> tuple[int, int, int]:
-    """Level-0 ``(x, y)`` and step, if they are possible on a slide."""
+    """Level-0 ``(x, y)`` and step, checked against the largest possible slide."""
     x, y, step = (int(row[name]) for name in ("x", "y", "step_lv0"))
     if max(abs(x), abs(y), step) > MAX_SIDE_PX or step < 1:
         raise ValueError(f"({x}, {y}) with cells of {step} px is not a position on a slide")
@@ -312,7 +312,7 @@ def _read_table(path: Path, columns: Sequence[str], convert: Callable[[dict[str,
     except FileNotFoundError:
         raise DataError(f"expected {path}, which `dino tile` writes, found none") from None
     except (OSError, csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"expected {path} as `dino tile` wrote it, could not read it: {error}") from None
+        raise DataError(f"expected {path} as written by `dino tile`, could not read it: {error}") from None
 
 
 def _converted(
@@ -328,8 +328,8 @@ def _converted(
             yield convert(dict(zip(header, cells, strict=True)))
         except ValueError as error:
             raise DataError(
-                f"{path}, line {lines.line_num}: expected a row as `dino tile` wrote it, found another ({error}); "
-                "delete the table and tile again to rebuild it"
+                f"{path}, line {lines.line_num}: expected a row as written by `dino tile`, found an invalid one "
+                f"({error}); delete the table and tile again to rebuild it"
             ) from None
 
 
@@ -358,13 +358,13 @@ def save_part(
 
 
 def save_status(root: Path, status: SlideStatus, made_from: dict[str, Any]) -> None:
-    """Write only the file that marks a slide as done: it has no tiles, or only columns of the slide list changed."""
+    """Write only the file that marks a slide as done, if it has no tiles or only columns of the slide list changed."""
     content = {"status": status_cells(status), "made_from": made_from}
     files.write_json(_part_path(root, status.slide_id, "json"), content)
 
 
 def load_part(root: Path, slide_id: str) -> Part | None:
-    """Record of a slide from an earlier run; None if there is none, or if it is incomplete or damaged."""
+    """Record of a slide from an earlier run; None if it is absent, incomplete or damaged."""
     try:
         content = files.read_json(_part_path(root, slide_id, "json"))
         part = Part(parse_status(content["status"]), dict(content["made_from"]))
@@ -382,7 +382,7 @@ def drop_part(root: Path, slide_id: str) -> None:
 
 
 def tidy(root: Path) -> None:
-    """Remove temporary files of parts and tables of a killed process; only while no other run tiles into ROOT."""
+    """Remove temporary files that killed processes left. Call it only while no other run is tiling into ROOT."""
     files.tidy(_parts_folder(root))
     for name in (TILES_TABLE, REGIONS_TABLE, STATUS_TABLE, TILING_FILE):
         files.tidy(root, name)

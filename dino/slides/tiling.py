@@ -1,4 +1,4 @@
-"""Tiles many slides into one ROOT: keeps what is done, reports what fails, and never mixes settings."""
+"""Tiles many slides into one ROOT: skips finished slides, reports failures, and does not mix different settings."""
 
 import json
 import multiprocessing
@@ -20,7 +20,7 @@ from dino.errors import DataError
 from dino.lock import RunLock
 from dino.slides import storage, tables
 from dino.slides.slide import (
-    Measure,
+    Measurement,
     columns_of,
     expect_root,
     failed,
@@ -32,7 +32,7 @@ from dino.slides.slide_list import SlideRecord
 from dino.slides.tables import SlideStatus
 
 LOCK = "tiling.lock.json"
-DIED = "the process that worked on it died; the file is damaged, or memory ran out (lower num_workers)"
+DIED = "its worker process died; the file is damaged, or memory ran out (lower num_workers)"
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -46,9 +46,9 @@ class TilingSummary:
         root: Output folder.
         statuses: Status of each slide, in the order of the list.
         reused: Number of them that an earlier run had done.
-        dry_run: Whether nothing was written.
-        gigabytes: Dry run: size of the tiles still to be written, estimated from a few that were encoded.
-        files: Dry run: number of files still to be written.
+        dry_run: Whether it was a dry run, which writes nothing.
+        gigabytes: Dry run: size of the tiles to write, estimated from a sample of them.
+        files: Dry run: number of files to write.
         hours: Dry run: estimated time.
     """
 
@@ -82,9 +82,9 @@ class TilingSummary:
 
     def lines(self) -> list[str]:
         """The summary as lines of text."""
-        words = (tables.OK, tables.NO_TISSUE, tables.EXCLUDED, tables.FAILED)
-        counts = {word: sum(status.status == word for status in self.statuses) for word in words}
-        slides = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+        names = (tables.OK, tables.NO_TISSUE, tables.EXCLUDED, tables.FAILED)
+        counts = {name: sum(status.status == name for status in self.statuses) for name in names}
+        slides = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         total = "1 slide" if len(self.statuses) == 1 else f"{len(self.statuses):,} slides"
         lines = [f"{total} ({slides}; {self.reused} done before)"]
         lines.append(f"{self.tiles:,} tiles, {self.regions:,} regions")
@@ -108,9 +108,9 @@ def tile_slides(records: Sequence[SlideRecord], root: Path, config: TileConfig) 
         ConfigError: If another run is tiling into it.
     """
     settings = identity_of(config)
-    refuse_to_mix(root, settings)  # before a lock is left in a folder that is not for this run
+    check_same_settings(root, settings)  # before a lock file is created in a folder of other settings
     with files.oserror_to_data_error(root), RunLock(root, name=LOCK).held():
-        refuse_to_mix(root, settings)  # again: another run may have ended since
+        check_same_settings(root, settings)  # again, because another run may have ended meanwhile
         storage.tidy(root)
         tables.tidy(root)
         if not (root / tables.TILING_FILE).exists():
@@ -156,24 +156,24 @@ def measure_slides(records: Sequence[SlideRecord], root: Path, config: TileConfi
     Raises:
         DataError: If ``root`` was tiled with other settings.
     """
-    refuse_to_mix(root, identity_of(config))
+    check_same_settings(root, identity_of(config))
     statuses = _finished(records, root, config)
     reused = sum(status.status != tables.EXCLUDED for status in statuses.values())
     to_do = [record for record in records if record.slide_id not in statuses]
-    measures: list[Measure] = []
+    measurements: list[Measurement] = []
     with progress.bar("measuring slides", len(to_do)) as bar:
         work = partial(measure_slide, config=config)
-        for measure in run_each(work, to_do, config.num_workers, lambda record: Measure(failed(record, DIED))):
-            measures.append(measure)
-            statuses[measure.status.slide_id] = measure.status
-            _report(measure.status)
-            bar.advance(note=measure.status.slide_id)
+        for measurement in run_each(work, to_do, config.num_workers, lambda record: Measurement(failed(record, DIED))):
+            measurements.append(measurement)
+            statuses[measurement.status.slide_id] = measurement.status
+            _report(measurement.status)
+            bar.advance(note=measurement.status.slide_id)
     done = TilingSummary(root, [statuses[record.slide_id] for record in records], reused, dry_run=True)
-    return _estimate(done, measures, config)
+    return _estimate(done, measurements, config)
 
 
-def refuse_to_mix(root: Path, settings: Mapping[str, Any]) -> None:
-    """Raise a DataError that names the differing settings, if ``root`` was tiled with others."""
+def check_same_settings(root: Path, settings: Mapping[str, Any]) -> None:
+    """Raise a DataError that lists the differing settings, if ``root`` was tiled with different ones."""
     if not (root / tables.TILING_FILE).exists():
         return
     before, now = tables.read_tiling(root).settings, json.loads(json.dumps(dict(settings)))
@@ -186,7 +186,7 @@ def refuse_to_mix(root: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _finished(records: Sequence[SlideRecord], root: Path, config: TileConfig) -> dict[str, SlideStatus]:
-    """Statuses of the slides that need no work: excluded ones, and those that an earlier run completed."""
+    """Statuses of the slides that need no work: excluded slides, and those that an earlier run completed."""
     finished: dict[str, SlideStatus] = {}
     for record in records:
         if record.exclude_reason:
@@ -200,7 +200,7 @@ def _finished(records: Sequence[SlideRecord], root: Path, config: TileConfig) ->
 
 
 def _is_complete(root: Path, status: SlideStatus, config: TileConfig) -> bool:
-    """True if the slide was done and all its files are there."""
+    """True if the slide was tiled and all its files exist."""
     if status.status not in (tables.OK, tables.NO_TISSUE) or not storage.has_result(root, status.slide_id):
         return False
     positions = tables.tile_positions(root, status.slide_id)
@@ -210,7 +210,7 @@ def _is_complete(root: Path, status: SlideStatus, config: TileConfig) -> bool:
 
 
 def _update_record(root: Path, record: SlideRecord, status: SlideStatus) -> None:
-    """Record what changed in the slide list since a slide was tiled: patient, partition, path, or exclusion."""
+    """Record changes in the slide list since a slide was tiled: patient, partition, path or exclusion."""
     part = tables.load_part(root, record.slide_id)
     if part is None or part.status != status:
         tables.save_status(root, status, part.made_from if part else inputs_of(record))
@@ -223,29 +223,29 @@ def _report(status: SlideStatus) -> None:
         progress.warn(f"{status.slide_id}: {status.reason}")
 
 
-def _estimate(summary: TilingSummary, measures: Sequence[Measure], config: TileConfig) -> TilingSummary:
-    sampled = max(1, sum(measure.sampled for measure in measures))
-    bytes_per_tile = sum(measure.sampled_bytes for measure in measures) / sampled
-    seconds_per_tile = sum(measure.sampled_seconds for measure in measures) / sampled
-    slides = sum(measure.status.status != tables.FAILED for measure in measures)
-    tiles = sum(measure.status.tiles for measure in measures)
+def _estimate(summary: TilingSummary, measurements: Sequence[Measurement], config: TileConfig) -> TilingSummary:
+    sampled = max(1, sum(m.sampled for m in measurements))
+    bytes_per_tile = sum(m.sampled_bytes for m in measurements) / sampled
+    seconds_per_tile = sum(m.sampled_seconds for m in measurements) / sampled
+    slides = sum(m.status.status != tables.FAILED for m in measurements)
+    tiles = sum(m.status.tiles for m in measurements)
     cut = tiles if config.storage != "none" else 0
     image_files = {"jpeg": tiles, "tar": 2 * slides, "none": 0}[config.storage]
     other_files = slides * (5 + 3 * config.previews)  # hs2p's two, the part's three, the previews
-    seconds = sum(measure.seconds for measure in measures) + cut * seconds_per_tile
+    seconds = sum(m.seconds for m in measurements) + cut * seconds_per_tile
     return replace(
         summary,
         gigabytes=cut * bytes_per_tile / 1e9,
         files=image_files + other_files,
-        hours=seconds / 3600 / max(1, min(config.num_workers, len(measures))),
+        hours=seconds / 3600 / max(1, min(config.num_workers, len(measurements))),
     )
 
 
 def run_each(work: Callable[[A], R], items: Sequence[A], workers: int, on_death: Callable[[A], R]) -> Iterator[R]:
     """Results of ``work`` for every item, in order of completion.
 
-    Each worker process is driven by its own thread: when a damaged file crashes the process, the thread knows the
-    item, starts another process, and the other items go on.
+    Each worker process is controlled by its own thread. When a damaged file crashes the process, the thread reports the
+    item and starts another process, so that the other items are processed.
 
     Args:
         work: Picklable function. Processes are spawned, since neither openslide nor OpenCV is safe to fork.
@@ -286,9 +286,9 @@ def run_each(work: Callable[[A], R], items: Sequence[A], workers: int, on_death:
 
 
 def _exit_with_parent() -> None:
-    """End this process as soon as its parent is gone, also when the parent was killed.
+    """End this process as soon as its parent has ended, also when the parent was killed.
 
-    A worker that outlived its parent would go on writing to files that a new run writes too.
+    Otherwise the worker would keep writing to files that a new run writes too.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -1,4 +1,4 @@
-"""Tissue of a slide, by hs2p: from a given mask or by segmentation; and hs2p's pixel QC of tiles."""
+"""Tissue of a slide from a given mask or by hs2p's segmentation, and hs2p's pixel QC of tiles."""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def find_tissue(reader: SlideReader, mask_path: Path | None, config: TileConfig)
 
     Args:
         reader: The open slide.
-        mask_path: Binary mask of the whole slide at any scale, tissue marked by 1 or by 255; segmented if None.
+        mask_path: Binary mask of the whole slide at any scale, with tissue 1 or 255; None to segment the slide.
         config: The settings.
 
     Returns:
@@ -62,8 +62,8 @@ def find_tissue(reader: SlideReader, mask_path: Path | None, config: TileConfig)
     if width * height > MAX_LEVEL_PX:
         raise DataError(
             f"expected a level of at most {MAX_LEVEL_PX / 1e6:.0f} megapixels near downsample "
-            f"{config.tissue_downsample} in "
-            f"{reader.path}, found {width} x {height} px; raise tissue_downsample, or save the slide as a pyramid"
+            f"{config.tissue_downsample} in {reader.path}, found {width} x {height} px; raise tissue_downsample, or "
+            "save the slide as a pyramid"
         )
     if mask_path is not None:
         return _read_mask(reader, mask_path, config)
@@ -92,7 +92,7 @@ def tissue_fractions(mask: np.ndarray, origins: np.ndarray, reader: SlideReader)
 
 
 def passes_qc(reader: SlideReader, origins: np.ndarray, config: TileConfig) -> np.ndarray:
-    """Which tiles pass hs2p's pixel QC (white, black, grey, blurred).
+    """Whether each tile passes hs2p's pixel QC (white, black, grey, blurred).
 
     Args:
         reader: The open slide.
@@ -132,6 +132,6 @@ def _read_mask(reader: SlideReader, mask_path: Path, config: TileConfig) -> Any:
         except Exception as error:  # hs2p raises ValueError and RuntimeError, the image libraries their own
             first_error = first_error or error
     raise DataError(
-        f"expected a binary mask (0 and 1, or 0 and 255) of the whole of {reader.path.name} at {mask_path}: "
+        f"expected a binary mask (0 and 1, or 0 and 255) of the whole slide {reader.path.name} at {mask_path}, found: "
         f"{first_error}"
     )

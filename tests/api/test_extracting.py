@@ -1,4 +1,4 @@
-"""Extraction end to end: from a slide painted with its own coordinates to feature files."""
+"""Extraction end to end: from a synthetic slide whose pixels encode their coordinates to feature files."""
 
 import json
 import os
@@ -41,13 +41,13 @@ def make_root(folder: Path, slides: dict[str, np.ndarray], tiling: TileConfig = 
 
 @pytest.fixture
 def root(tmp_path):
-    """7 x 6 cells that contain their coordinates; regions of 4 x 4 cells at every cell: 4 x 3 of them."""
+    """7 x 6 cells that encode their coordinates; 4 x 3 regions of 4 x 4 cells, one at every possible cell."""
     return make_root(tmp_path, {"a_b": coordinates(7 * S, 6 * S, S)})
 
 
 @pytest.fixture
 def model(monkeypatch):
-    """Extraction's model is the mean colour."""
+    """Replaces the model of the extraction by the mean colour."""
     loaded = mean_colour()
     monkeypatch.setattr(extracting, "load_backbone_file", lambda *args, **kwargs: loaded)
     return loaded
@@ -76,7 +76,7 @@ def test_rows_are_row_major_and_each_cell_is_embedded_once(root, model):
     assert summary.pixels == {"slides": 1}
 
 
-def test_files_hold_their_own_features_only(root, model):
+def test_files_contain_only_the_features_of_their_region(root, model):
     extract("RUN", root, CONFIG)
     for path in (root / "region_4096_pretraining").iterdir():
         tensor = torch.load(path, weights_only=True)
@@ -85,7 +85,7 @@ def test_files_hold_their_own_features_only(root, model):
     assert {p.name for p in (root / "region_4096_pretraining").iterdir()} == {r.path.name for r in read_regions(root)}
 
 
-def test_the_record_describes_model_and_pixels(root, model):
+def test_the_record_contains_model_and_settings(root, model):
     extract("RUN", root, CONFIG)
     record = json.loads((root / "extract.json").read_text())
     assert record["fingerprint"] == "mean colour" and record["precision"] == "fp32"
@@ -94,7 +94,7 @@ def test_the_record_describes_model_and_pixels(root, model):
     assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"]
 
 
-def test_what_is_done_is_skipped_and_what_is_damaged_is_made_again(root, model):
+def test_written_files_are_skipped_and_damaged_ones_are_written_again(root, model):
     extract("RUN", root, CONFIG)
     model.backbone.seen = 0
     again = extract("RUN", root, CONFIG)
@@ -128,13 +128,13 @@ def test_models_precisions_and_transforms_are_not_mixed(root, model, monkeypatch
     assert all(torch.equal(a, before[name]) for name, a in features(root).items())
 
 
-def test_a_model_of_another_spacing_is_an_error(root, model, monkeypatch):
+def test_a_model_of_another_spacing_is_rejected(root, model, monkeypatch):
     monkeypatch.setattr(extracting, "load_backbone_file", lambda *a, **k: replace(model, spacing_um=0.25))
     with pytest.raises(DataError, match=r"0\.25 .*found 0\.5"):
         extract("RUN", root, CONFIG)
 
 
-def test_features_of_unknown_origin_are_not_mixed_with(root, model):
+def test_features_without_a_record_are_not_mixed_with_new_ones(root, model):
     folder = root / "region_4096_pretraining"
     folder.mkdir()
     torch.save(torch.zeros(16, 3), folder / "other_0_0.pt")
@@ -142,7 +142,7 @@ def test_features_of_unknown_origin_are_not_mixed_with(root, model):
         extract("RUN", root, CONFIG)
 
 
-def test_killed_half_way_leaves_whole_files_and_resumes(root, model, monkeypatch):
+def test_a_killed_extraction_leaves_complete_files_and_resumes(root, model, monkeypatch):
     class KilledError(BaseException):
         pass
 
@@ -165,7 +165,7 @@ def test_killed_half_way_leaves_whole_files_and_resumes(root, model, monkeypatch
     check_coordinates(root)
 
 
-def test_tiles_give_what_the_slide_gives(tmp_path, model):
+def test_features_from_tiles_equal_those_from_the_slide(tmp_path, model):
     root = make_root(tmp_path, {"a_b": coordinates(7 * S, 6 * S, S)}, replace(TILING, jpeg_quality=100))
     (tmp_path / "slides" / "a_b.tiff").rename(tmp_path / "moved.tiff")
     summary = extract("RUN", root, CONFIG)
@@ -175,7 +175,7 @@ def test_tiles_give_what_the_slide_gives(tmp_path, model):
         assert (grid[..., 0] - torch.arange(region.x // S, region.x // S + 4)).abs().max() < 3  # JPEG
 
 
-def test_a_cell_that_was_not_cut_is_named_and_slides_suggested(root, model):
+def test_the_error_for_a_cell_without_a_tile_suggests_to_read_slides(root, model):
     missing = root / "patch_256_pretraining" / "imgs" / "a_b" / f"a_b_{2 * S}_{S}.jpg"
     missing.unlink()
     summary = extract("RUN", root, replace(CONFIG, source="tiles"))
@@ -190,14 +190,14 @@ def test_moved_slides_are_found(root, tmp_path, model):
     check_coordinates(root)
 
 
-def test_a_slide_is_finished_from_the_pixels_it_was_begun_with(root, model):
+def test_a_slide_is_completed_from_the_same_source_of_pixels(root, model):
     extract("RUN", root, CONFIG)
     next((root / "region_4096_pretraining").glob("*.pt")).unlink()
     with pytest.raises(DataError, match="from its slides"):
         extract("RUN", root, replace(CONFIG, source="tiles"))
 
 
-def test_a_bad_slide_is_named_and_the_others_go_on(tmp_path, model):
+def test_an_unreadable_slide_is_reported_and_does_not_stop_the_others(tmp_path, model):
     slides = {name: coordinates(5 * S, 4 * S, S) for name in ("a", "b")}
     root = make_root(tmp_path, slides)
     (tmp_path / "slides" / "a.tiff").write_bytes(b"no slide")
@@ -206,7 +206,7 @@ def test_a_bad_slide_is_named_and_the_others_go_on(tmp_path, model):
     assert {name[0] for name in features(root)} == {"b"}
 
 
-def test_another_slide_of_the_same_name_is_an_error(root, tmp_path, model):
+def test_another_slide_with_the_same_name_is_rejected(root, tmp_path, model):
     write_slide(tmp_path / "slides" / "a_b.tiff", [coordinates(9 * S, 6 * S, S)], mpp=0.5)
     assert "tile it again" in extract("RUN", root, CONFIG).failures["a_b"]
 
@@ -251,12 +251,12 @@ def test_dry_run_writes_nothing(root, model):
 
 
 @pytest.mark.parametrize("wrong", [{"source": "tile"}, {"precision": "fp16"}, {"batch_size": 0}])
-def test_invalid_settings_are_errors(root, model, wrong):
+def test_wrong_settings_are_rejected(root, model, wrong):
     with pytest.raises(ConfigError):
         extract("RUN", root, replace(CONFIG, **wrong))
 
 
-def test_two_processes_make_the_files_of_one(tmp_path):
+def test_two_processes_write_the_same_files_as_one(tmp_path):
     slides = {name: noise(6 * S, 5 * S, seed) for seed, name in enumerate("abc")}
     root = make_root(tmp_path, slides, replace(TILING, region_overlap_cells=0))
     checkpoint = save_checkpoint(tmp_path / "last.pt")
@@ -291,7 +291,7 @@ def grids(tmp_path):
     return root, str(save_checkpoint(tmp_path / "region.pt", "region", 16))
 
 
-def test_slide_files_read_as_clam_and_trident_read_them(grids):
+def test_slide_files_have_the_layout_of_clam_and_trident(grids):
     root, model = grids
     summary = extract(model, root, CONFIG)
     assert (summary.written, summary.exit_code) == (2, 0)
@@ -319,7 +319,7 @@ def test_level_2_is_not_mixed_with_other_grids(grids, tmp_path):
         extract(model, root, CONFIG)
 
 
-def test_bare_folders_of_grids(tmp_path):
+def test_folders_of_grids_without_tables(tmp_path):
     model = str(save_checkpoint(tmp_path / "region.pt", "region", 8))
     folder = tmp_path / "grids"
     folder.mkdir()
@@ -338,13 +338,13 @@ def test_bare_folders_of_grids(tmp_path):
         np.testing.assert_allclose(file["features"][0], first, atol=1e-6)
 
 
-def test_grids_of_another_dimension_are_an_error(grids, tmp_path):
+def test_grids_of_another_dimension_are_rejected(grids, tmp_path):
     root, _ = grids
     with pytest.raises(DataError, match=r"D=8.*D=16"):
         extract(str(save_checkpoint(tmp_path / "other.pt", "region", 8)), root, CONFIG)
 
 
-def test_an_unfinished_slide_is_named(grids):
+def test_the_error_for_an_incomplete_slide_names_it(grids):
     root, model = grids
     next((root / "region_4096_pretraining").glob("b_*.pt")).unlink()
     summary = extract(model, root, CONFIG)
@@ -352,7 +352,7 @@ def test_an_unfinished_slide_is_named(grids):
     assert not (root / "slide_features" / "b.h5").exists()
 
 
-def test_the_wrong_folder_is_an_error(tmp_path):
+def test_a_wrong_folder_is_rejected(tmp_path):
     region, patch = save_checkpoint(tmp_path / "r.pt", "region", 8), save_checkpoint(tmp_path / "p.pt")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -366,7 +366,7 @@ def test_the_wrong_folder_is_an_error(tmp_path):
         extract(str(tmp_path / "gone.pt"), empty, CONFIG)
 
 
-def test_a_root_in_use_is_an_error(root, model):
+def test_a_root_in_use_is_rejected(root, model):
     with RunLock(root, name="extract_patch.lock.json").held():
         with pytest.raises(ConfigError, match="is in use by PID"):
             extract("RUN", root, CONFIG)

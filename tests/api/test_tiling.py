@@ -1,4 +1,4 @@
-"""`tile` from end to end, on painted slides and on the sample slide."""
+"""`tile` end to end, on synthetic slides and on the sample slide."""
 
 import csv
 import tarfile
@@ -50,7 +50,7 @@ def write_list(path: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def test_the_sample_slide(tmp_path: Path) -> None:
-    """The demo's settings: tiles overlap by half, regions by all but one cell."""
+    """With the settings of the demo: tiles overlap by half, regions by all but one cell."""
     config = TileConfig(overlap=0.5, region_size_px=1024, region_overlap_cells=3, num_workers=1)
     summary = tile([sample_slide()], tmp_path, config)
     assert summary.exit_code == 0 and summary.tiles == 176 and summary.regions == 34
@@ -96,7 +96,7 @@ def test_files_contain_the_cells_for_every_storage(
         assert {tuple(p) for p in reader.lattice.cells_of_region(region.x, region.y)} <= {(t.x, t.y) for t in tiles}
 
 
-def test_coordinates_are_hs2ps_own(slides: Path, tmp_path: Path) -> None:
+def test_coordinates_are_read_by_hs2p(slides: Path, tmp_path: Path) -> None:
     from hs2p.artifacts import load_tiling_result
 
     tile([slides / "one.tiff"], tmp_path, small(storage="none"))
@@ -127,7 +127,7 @@ def test_one_bad_slide_does_not_stop_the_others(slides: Path, tmp_path: Path) ->
     assert again.exit_code == 0 and again.statuses[0].spacing_source == "user"
 
 
-def test_a_second_run_writes_nothing_and_restores_lost_files(slides: Path, tmp_path: Path) -> None:
+def test_a_second_run_writes_only_missing_files(slides: Path, tmp_path: Path) -> None:
     tile([slides], tmp_path, small(previews=True))
     before = contents(tmp_path)
     summary = tile([slides], tmp_path, small(previews=True))
@@ -246,7 +246,7 @@ def test_another_slide_of_the_same_name_is_tiled_again(slides: Path, tmp_path: P
     root = tmp_path / "root"
     tile([path], root, small())
     moved = path.rename(tmp_path / "one.tiff")
-    assert tile([moved], root, small()).reused == 1  # only its place is new
+    assert tile([moved], root, small()).reused == 1  # only its path is new
     assert read_status(root)["one"].image_path == moved
     moved.write_bytes((slides / "glass.tiff").read_bytes())
     assert tile([moved], root, small()).reused == 0

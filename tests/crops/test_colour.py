@@ -1,4 +1,4 @@
-"""Colour operations and blur against torchvision's on the same numbers, stain jitter against the formula in float64."""
+"""Colour operations and blur against torchvision's with equal factors, stain jitter against the formula in float64."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_jitters_equal_torchvision_to_1e_5(images, ours, theirs, factors):
 )
 @pytest.mark.parametrize("count", [2, 3, 5, 8, 16])
 def test_an_image_does_not_depend_on_the_others(operation, factors, count):
-    """To the bit: workers, processes and threads see the same views, however many are computed together."""
+    """Bit for bit: views are the same for any number of workers, processes, threads and images per call."""
     rng = torch.Generator().manual_seed(count)
     images, drawn = torch.rand(count, 3, 24, 24, generator=rng), factors(count, rng)
     together = operation(images.clone(), *drawn)
@@ -75,7 +75,7 @@ def test_solarize_equals_torchvision_and_pillow_on_8_bit_values(images):
 
 
 def direct_hed(image: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Pixel by pixel, as Ruifrok & Johnston 2001 and Tellez et al. 2018 write it; (h, w, 3) float64."""
+    """Stain jitter pixel by pixel, as in Ruifrok & Johnston 2001 and Tellez et al. 2018; (h, w, 3) float64."""
     stains = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
     stains /= np.sqrt((stains**2).sum(axis=1, keepdims=True))
     result = np.empty_like(image)
@@ -95,13 +95,13 @@ def test_stain_jitter_equals_the_formula(images):
         assert np.abs(result.permute(1, 2, 0).numpy() - expected).max() < 1e-5
 
 
-def test_stain_jitter_by_nothing_changes_nothing(images):
+def test_stain_jitter_of_zero_strength_is_the_identity(images):
     images = images.clamp_min(1 / 255)
     ours = colour.hed_jitter(images.clone(), torch.ones(5, 3), torch.zeros(5, 3))
     assert (ours - images).abs().max() < 1e-5
 
 
-def test_more_haematoxylin_absorbs_what_haematoxylin_absorbs():
+def test_more_haematoxylin_absorbs_in_the_ratio_of_haematoxylin():
     white = torch.ones(1, 3, 2, 2)
     moved = colour.hed_jitter(white, torch.ones(1, 3), torch.tensor([[0.05, 0.0, 0.0]]))[0, :, 0, 0]
     vector = torch.tensor([0.65, 0.70, 0.29])
@@ -114,7 +114,7 @@ SIGMAS = [0.1, 0.5, 1.0, 1.7, 2.0]
 @pytest.mark.parametrize("largest_dense", [4, 128])
 @pytest.mark.parametrize(("size", "radius"), [(32, 8), (32, 3), (9, 8)])
 def test_equals_torchvision_to_1e_5(monkeypatch, size, radius, largest_dense):
-    monkeypatch.setattr(colour, "LARGEST_DENSE_PX", largest_dense)  # tap by tap, and by matrices
+    monkeypatch.setattr(colour, "LARGEST_DENSE_PX", largest_dense)  # sums of shifted images, and matrix products
     images = torch.rand(5, 3, size, size, generator=torch.Generator().manual_seed(0))
     ours = colour.gaussian_blur(images.clone(), torch.tensor(SIGMAS), radius)
     for image, sigma, result in zip(images, SIGMAS, ours, strict=True):
@@ -124,7 +124,8 @@ def test_equals_torchvision_to_1e_5(monkeypatch, size, radius, largest_dense):
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
 def test_agrees_with_pillow_to_three_grey_levels_in_the_mean_one(sigma):
-    # Pillow takes three box blurs for a Gaussian, rounds to 8 bits after each, and repeats the edge pixel (left out).
+    # Pillow approximates a Gaussian by three box blurs, rounds to 8 bits after each, and repeats the edge pixel at
+    # borders, which are not compared.
     noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     smooth = tv.gaussian_blur(noise, [5, 5], [1.0, 1.0])
     picture = (smooth * 255).round()

@@ -1,4 +1,4 @@
-"""Crops of feature grids: exact copies of cells, with sizes, flips, turns and tissue as promised."""
+"""Crops of feature grids: exact copies of cells; sizes, flips, rotations and tissue as documented."""
 
 import pickle
 
@@ -27,7 +27,7 @@ def test_sizes(cells, large, small):
     assert GridCrops((cells, cells)).sizes == [(large, large), (small, small)]
 
 
-def test_rectangles_have_a_side_per_axis():
+def test_crops_of_rectangular_grids_are_rectangular():
     crops = GridCrops((8, 16), RegionAugConfig(local_crops_number=3))
     assert crops.sizes == [(7, 14), (3, 6)]
     assert crops.groups == [2, 3]
@@ -79,19 +79,19 @@ def test_positions_flips_and_rotations_are_uniform():
     assert stats.chisquare(np.bincount(np.stack([d["turns"] for d in drawn]).ravel(), minlength=4)).pvalue > 1e-3
 
 
-def share(tissue: np.ndarray, box: np.ndarray) -> float:
+def tissue_fraction(tissue: np.ndarray, box: np.ndarray) -> float:
     top, left, height, width = box
     return float((tissue[top : top + height, left : left + width] >= 0.25).mean())
 
 
-def test_global_crops_are_redrawn_until_a_quarter_holds_tissue():
+def test_global_crops_are_redrawn_until_a_quarter_of_their_cells_has_tissue():
     tissue = np.zeros((16, 16))
     tissue[:8, :8] = 0.3
     with_tissue = GridCrops((16, 16), RegionAugConfig(global_crops_scale=0.5, min_tissue=0.25))
     without = GridCrops((16, 16), RegionAugConfig(global_crops_scale=0.5, redraws=0))
     shares = {
         name: [
-            share(tissue, box)
+            tissue_fraction(tissue, box)
             for d in range(200)
             for box in crops.draw((16, 16), tissue, generator(0, d, "crops"))["box"][:2]
         ]
@@ -104,16 +104,16 @@ def test_global_crops_are_redrawn_until_a_quarter_holds_tissue():
     assert 0.1 < chance < 0.6  # so that a redraw makes a difference
 
 
-def test_the_crop_with_the_most_tissue_is_taken_when_none_has_enough():
+def test_the_crop_with_the_most_tissue_is_used_if_none_has_enough():
     tissue = np.zeros((16, 16))
     tissue[0, 0] = 1.0
     crops = GridCrops((16, 16))
     boxes = np.concatenate([crops.draw((16, 16), tissue, generator(0, d, "crops"))["box"][:2] for d in range(100)])
-    hit = np.mean([share(tissue, box) > 0 for box in boxes])
-    assert hit == pytest.approx(1 - (8 / 9) ** 11, abs=0.12)  # 1/9 of the places show that cell
+    hit = np.mean([tissue_fraction(tissue, box) > 0 for box in boxes])
+    assert hit == pytest.approx(1 - (8 / 9) ** 11, abs=0.12)  # 1/9 of the positions contain this cell
 
 
-def test_unknown_tissue_and_plenty_of_tissue_give_the_same_crops():
+def test_unknown_tissue_and_full_tissue_give_the_same_crops():
     crops = GridCrops((16, 16))
     a, b = (crops.draw((16, 16), t, generator(0, 5, "crops")) for t in (None, np.ones((16, 16))))
     assert all(np.array_equal(a[k], b[k]) for k in a)
@@ -139,10 +139,10 @@ def test_crops_of_row_numbers_equal_those_of_cells(dtype):
     assert all(torch.equal(a, b) and a.dtype == dtype for a, b in zip(found, brought, strict=True))
     with pytest.raises(DataError, match="do not hold"):
         crops.apply(rows, parameters)
-    assert pickle.loads(pickle.dumps(holding)).cells is None  # what workers get, who only draw
+    assert pickle.loads(pickle.dumps(holding)).cells is None  # workers only draw parameters
 
 
-def test_the_memory_layout_is_that_which_the_region_vit_reads():
+def test_the_memory_layout_is_that_of_the_region_vits_input():
     _, groups = apply(GridCrops((8, 8)), torch.randn(3, 5, 8, 8))
     for views in groups:
         assert views.flatten(0, 1).permute(0, 2, 3, 1).is_contiguous()
@@ -158,7 +158,7 @@ def test_views_keep_their_values_while_they_exist():
     assert address in taken and not taken & {view.untyped_storage().data_ptr() for view in held}
 
 
-def test_bad_grids_are_refused():
+def test_wrong_grids_are_rejected():
     with pytest.raises(ConfigError, match="at least 4 x 4"):
         GridCrops((3, 16))
     with pytest.raises(DataError, match="8 x 8 cells, found 8 x 9"):
@@ -168,6 +168,6 @@ def test_bad_grids_are_refused():
 @pytest.mark.parametrize(
     "wrong", [{"global_crops_scale": 0.0}, {"min_tissue": 1.1}, {"redraws": -1}, {"vertical_flip": 2}]
 )
-def test_impossible_settings_are_refused_by_name(wrong):
+def test_the_error_for_an_invalid_setting_names_it(wrong):
     with pytest.raises(ConfigError, match=f"aug.{next(iter(wrong))}"):
         GridCrops((8, 8), RegionAugConfig(**wrong))

@@ -1,4 +1,4 @@
-"""The views of a batch of tiles: each sample by itself, in the right order, against torchvision step by step."""
+"""Views of a batch of tiles against torchvision's functions applied step by step; independence of samples."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ SHAPES = [(64, 64), (50, 61), (64, 40), (33, 35), (64, 64), (57, 64)]
 
 
 def settings(**more) -> PatchAugConfig:
-    """Two global views of 48 px and four local ones of 20 px, on which every operation occurs."""
+    """Two global views of 48 px and four local views of 20 px; every operation has a positive probability."""
     return PatchAugConfig(
         global_crops_size=48,
         local_crops_size=20,
@@ -69,7 +69,7 @@ def crops() -> ImageCrops:
 
 def test_every_view_equals_torchvision_with_the_same_parameters(crops):
     pixels, parameters = batch(crops)
-    # Solarizing is a jump at 128: a value that rounding puts on its other side may differ, as one in 1e4 does.
+    # Solarizing is discontinuous at 128: values near it may be rounded to the other side, as happens for one in 1e4.
     groups = crops.apply(pixels, parameters)
     assert [g.shape for g in groups] == [(2, 6, 3, 48, 48), (4, 6, 3, 20, 20)]
     views = [view for group in groups for view in group]
@@ -91,18 +91,18 @@ def test_a_sample_does_not_depend_on_its_batch(stains):
     for a, b in zip(together, shuffled, strict=True):
         assert close(a[:, order], b)
     for row in range(len(pixels)):
-        height, width = SHAPES[row]  # alone, a tile is not padded either
+        height, width = SHAPES[row]  # a single tile is not padded
         one = {k: v[row : row + 1] for k, v in parameters.items()}
         for a, b in zip(together, crops.apply(pixels[row : row + 1, :, :height, :width], one), strict=True):
             assert close(a[:, row : row + 1], b)
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal to rounding but where solarizing's jump at 128 magnifies it."""
+    """Equal up to rounding, except where the discontinuity of solarizing at 128 magnifies it."""
     return bool((((a - b).abs() > 1e-5).float().mean() < 1e-3).item())
 
 
-def test_the_same_call_gives_the_same_bits_and_leaves_its_input(crops):
+def test_repeated_calls_are_identical_and_do_not_change_their_input(crops):
     pixels, parameters = batch(crops)
     before = pixels.clone(), {k: v.clone() for k, v in parameters.items()}
     first, second = crops.apply(pixels, parameters), crops.apply(pixels, parameters)
@@ -166,7 +166,7 @@ def test_an_empty_batch_gives_no_views(crops):
     assert [g.shape for g in groups] == [(2, 0, 3, 48, 48), (4, 0, 3, 20, 20)]
 
 
-def test_autocast_does_not_touch_pixels(crops):
+def test_autocast_does_not_affect_pixels(crops):
     pixels, parameters = batch(crops)
     expected = crops.apply(pixels, parameters)
     with torch.autocast("cpu", torch.bfloat16):
@@ -187,7 +187,7 @@ def test_drawing_needs_only_the_seed_and_the_draw(crops):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_gives_the_views_of_a_cpu_and_is_never_waited_for(crops):
+def test_views_on_a_gpu_equal_those_on_a_cpu_without_synchronisation(crops):
     pixels, parameters = batch(crops)
     crops.apply(pixels.cuda(), parameters)  # constants are copied once
     torch.cuda.set_sync_debug_mode("error")

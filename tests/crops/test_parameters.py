@@ -1,4 +1,4 @@
-"""Drawn parameters against the distributions that they are meant to have."""
+"""Drawn parameters against their documented distributions."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ from dino.errors import ConfigError
 from dino.randomness import generator
 
 DRAWS = 4000
-LEAST_P = 1e-3  # of each test below; the seeds are fixed, so nothing here fails by chance
+MIN_P_VALUE = 1e-3  # of each test below; the seeds are fixed, so nothing here fails by chance
 SETTINGS: dict[str, Any] = {
     "local_crops_size": 96,
     "local_crops_scale": [0.1, 0.4],
@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, np.ndarray]:
-    """One local view of many, and the second global view of as many tiles."""
+    """A local view and the second global view of many tiles."""
     drawer = ViewDrawer(PatchAugConfig(**SETTINGS, local_crops_number=DRAWS))
     views = {name: value[2:] for name, value in drawer(512, 512, generator(3, 0, "crops")).items()}
     pair = ViewDrawer(PatchAugConfig(**SETTINGS, local_crops_number=0))
@@ -58,16 +58,16 @@ def even_p(values: np.ndarray, choices: int) -> float:
 def test_box_areas_are_uniform_and_ratios_log_uniform(drawn):
     # In a large tile every attempt fits, and rounding to px does not show.
     box = draw_boxes(np.tile([[0.1, 0.4]], (DRAWS, 1)), 20000, 20000, generator(4, 0, "crops")).astype(float)
-    assert uniform_p(box[:, 2] * box[:, 3] / 20000**2, 0.1, 0.4) > LEAST_P
-    assert uniform_p(np.log(box[:, 3] / box[:, 2]), math.log(3 / 4), math.log(4 / 3)) > LEAST_P
+    assert uniform_p(box[:, 2] * box[:, 3] / 20000**2, 0.1, 0.4) > MIN_P_VALUE
+    assert uniform_p(np.log(box[:, 3] / box[:, 2]), math.log(3 / 4), math.log(4 / 3)) > MIN_P_VALUE
     for corner, side in ((box[:, 0], box[:, 2]), (box[:, 1], box[:, 3])):
-        assert uniform_p(corner / (20000 - side), 0, 1) > LEAST_P
+        assert uniform_p(corner / (20000 - side), 0, 1) > MIN_P_VALUE
 
 
 @pytest.mark.parametrize(
     ("height", "width", "scale"), [(256, 256, (0.4, 1.0)), (100, 180, (0.05, 0.9)), (7, 9, (0.05, 0.4))]
 )
-def test_boxes_are_distributed_as_torchvision_draws_them(height, width, scale):
+def test_boxes_have_the_distribution_of_torchvision(height, width, scale):
     # The reference runs torchvision's own code, rejected attempts included.
     torch.manual_seed(0)
     picture = torch.empty(3, height, width)
@@ -82,12 +82,12 @@ def test_boxes_are_distributed_as_torchvision_draws_them(height, width, scale):
             else x[:, quantity]
             for x in (ours, theirs)
         )
-        assert stats.ks_2samp(a, b).pvalue > LEAST_P, quantity
+        assert stats.ks_2samp(a, b).pvalue > MIN_P_VALUE, quantity
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 200), (200, 10), (1, 1), (3, 2)])
 def test_narrow_tiles_get_the_central_box_of_torchvision(height, width):
-    # The whole area never fits at ratios within 3/4 .. 4/3 of a tile this narrow.
+    # In a tile this narrow, the full area does not fit at any ratio within 3/4 .. 4/3.
     if max(height, width) > 4:
         torch.manual_seed(0)
         expected = RandomResizedCrop.get_params(torch.empty(3, height, width), [1.0, 1.0], [3 / 4, 4 / 3])
@@ -100,17 +100,17 @@ def test_narrow_tiles_get_the_central_box_of_torchvision(height, width):
 
 @pytest.mark.parametrize(("name", "chance"), [("flip_x", 0.5), ("flip_y", 0.3), ("grayscale", 0.2), ("solarize", 0.25)])
 def test_probabilities(drawn, name, chance):
-    assert stats.binomtest(int(drawn[name].sum()), DRAWS, chance).pvalue > LEAST_P
+    assert stats.binomtest(int(drawn[name].sum()), DRAWS, chance).pvalue > MIN_P_VALUE
 
 
-def test_turns_are_even(drawn):
-    assert even_p(drawn["turns"], 4) > LEAST_P
+def test_rotations_are_uniform(drawn):
+    assert even_p(drawn["turns"], 4) > MIN_P_VALUE
 
 
 def test_jitter_has_its_probability_and_every_order(drawn):
     on = drawn["jitter_order"] >= 0
-    assert stats.binomtest(int(on.sum()), DRAWS, 0.8).pvalue > LEAST_P
-    assert even_p(drawn["jitter_order"][on], 24) > LEAST_P
+    assert stats.binomtest(int(on.sum()), DRAWS, 0.8).pvalue > MIN_P_VALUE
+    assert even_p(drawn["jitter_order"][on], 24) > MIN_P_VALUE
     assert sorted(Counter(map(tuple, JITTER_ORDERS.tolist()))) == sorted({tuple(o) for o in JITTER_ORDERS.tolist()})
     assert len({tuple(o) for o in JITTER_ORDERS.tolist()}) == 24
 
@@ -121,16 +121,16 @@ def test_jitter_has_its_probability_and_every_order(drawn):
 )
 def test_jitter_factors_are_uniform_and_neutral_when_off(drawn, name, low, high):
     on = drawn["jitter_order"] >= 0
-    assert uniform_p(drawn[name][on], low, high) > LEAST_P
+    assert uniform_p(drawn[name][on], low, high) > MIN_P_VALUE
     assert (drawn[name][~on] == (0 if name == "hue" else 1)).all()
 
 
 def test_stain_jitter(drawn):
     on = (drawn["hed_scale"] != 1).any(axis=1)
-    assert stats.binomtest(int(on.sum()), DRAWS, 0.5).pvalue > LEAST_P
+    assert stats.binomtest(int(on.sum()), DRAWS, 0.5).pvalue > MIN_P_VALUE
     for stain in range(3):
-        assert uniform_p(drawn["hed_scale"][on, stain], 0.95, 1.05) > LEAST_P
-        assert uniform_p(drawn["hed_shift"][on, stain], -0.05, 0.05) > LEAST_P
+        assert uniform_p(drawn["hed_scale"][on, stain], 0.95, 1.05) > MIN_P_VALUE
+        assert uniform_p(drawn["hed_shift"][on, stain], -0.05, 0.05) > MIN_P_VALUE
     assert (drawn["hed_shift"][~on] == 0).all()
     columns = np.concatenate([drawn["hed_scale"][on], drawn["hed_shift"][on]], axis=1)
     assert np.abs(np.corrcoef(columns.T) - np.eye(6)).max() < 0.1
@@ -138,11 +138,11 @@ def test_stain_jitter(drawn):
 
 def test_blur(drawn):
     on = drawn["sigma"] > 0
-    assert stats.binomtest(int(on.sum()), DRAWS, 0.6).pvalue > LEAST_P
-    assert uniform_p(drawn["sigma"][on], 0.1, 2.0) > LEAST_P
+    assert stats.binomtest(int(on.sum()), DRAWS, 0.6).pvalue > MIN_P_VALUE
+    assert uniform_p(drawn["sigma"][on], 0.1, 2.0) > MIN_P_VALUE
 
 
-def test_a_draw_depends_on_seed_and_draw_alone():
+def test_parameters_depend_only_on_seed_and_draw():
     drawer = ViewDrawer(PatchAugConfig(**SETTINGS))
     again = [drawer(256, 224, generator(1, 7, "crops")) for _ in range(2)]
     other = drawer(256, 224, generator(1, 8, "crops"))
@@ -151,14 +151,14 @@ def test_a_draw_depends_on_seed_and_draw_alone():
     assert not np.array_equal(again[0]["box"], other["box"])
 
 
-def test_changing_one_probability_leaves_the_rest_as_drawn():
+def test_changing_one_probability_does_not_change_other_parameters():
     changed = {**SETTINGS, "solarize": 1.0, "color_jitter": 0.0, "blur_local": 0.0, "blur_global": [0.0, 0.0]}
     a, b = (ViewDrawer(PatchAugConfig(**s))(256, 256, generator(0, 0, "crops")) for s in (SETTINGS, changed))
     for name in ("box", "flip_x", "flip_y", "turns", "hed_scale", "hed_shift", "grayscale"):
         assert np.array_equal(a[name], b[name]), name
 
 
-def test_solarize_concerns_the_second_global_view_only(drawn):
+def test_only_the_second_global_view_is_solarized(drawn):
     assert not drawn["solarize_first"].any()
     views = ViewDrawer(PatchAugConfig(solarize=1.0))(256, 256, generator(0, 0, "crops"))
     assert views["solarize"].tolist() == [False, True] + [False] * 8
@@ -215,6 +215,6 @@ def test_views_have_the_documented_types():
         {"solarize": float("nan")},
     ],
 )
-def test_impossible_settings_are_refused_by_name(wrong):
+def test_the_error_for_an_invalid_setting_names_it(wrong):
     with pytest.raises(ConfigError, match=f"aug.{next(iter(wrong))}"):
         check_patch_aug(PatchAugConfig(**wrong))

@@ -1,4 +1,4 @@
-"""Crop and resize against torchvision and Pillow, and the two forms against each other."""
+"""Crop and resize against torchvision and Pillow, and the two implementations against each other."""
 
 import os
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_equals_torchvision_to_1e_5(form, pixels, box, size):
 @pytest.mark.parametrize("box", BOXES)
 @pytest.mark.parametrize("size", [32, 96, 8])
 def test_agrees_with_pillow_to_two_grey_levels(form, pixels, box, size):
-    # Pillow rounds to 8 bits after each of its two passes, and cuts overshoot there: mid-grey noise has none to cut.
+    # Pillow rounds to 8 bits and clips after each of its two passes; noise around mid-grey is never clipped.
     pixels = pixels // 3 + 85
     top, left, height, width = box
     picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).crop((left, top, left + width, top + height))
@@ -56,7 +56,7 @@ def test_agrees_with_pillow_to_two_grey_levels(form, pixels, box, size):
 @pytest.mark.parametrize("turns", range(4))
 @pytest.mark.parametrize("flip_x", [False, True])
 @pytest.mark.parametrize("flip_y", [False, True])
-def test_flips_and_turns_equal_flipping_and_turning_the_crop(form, pixels, turns, flip_x, flip_y):
+def test_flips_and_rotations_equal_those_of_the_resized_crop(form, pixels, turns, flip_x, flip_y):
     folded = fold_rotation(torch.tensor([[flip_x]]), torch.tensor([[flip_y]]), torch.tensor([[turns]]))
     upright = one(form, pixels, BOXES[1], 24)
     expected = upright.flip([-1] * flip_x + [-2] * flip_y)
@@ -76,7 +76,7 @@ def batch_of_crops(rows: int = 5, views: int = 3):
     return pixels, torch.cat([corner, side], dim=-1), *flags
 
 
-def test_both_forms_agree_and_a_sample_stands_alone():
+def test_both_implementations_agree_and_samples_are_independent():
     pixels, box, *flags = batch_of_crops()
     boxed, dense = (form(pixels, box, *flags, 32) for form in FORMS)
     assert boxed.shape == (3, 5, 3, 32, 32)
@@ -96,7 +96,7 @@ def test_padding_is_never_read(form):
     assert (form(padded, box, *flags, 32) - form(pixels, box, *flags, 32)).abs().max() < 255e-6
 
 
-def test_the_dense_form_gives_the_same_in_small_shares(monkeypatch):
+def test_the_dense_implementation_does_not_depend_on_the_chunk_size(monkeypatch):
     pixels, box, *flags = batch_of_crops()
     whole = resize_dense(pixels, box, *flags, 32)
     monkeypatch.setattr(resample, "DENSE_BYTES", 2 * 4 * 3 * 61 * 3 * 32)
@@ -110,7 +110,7 @@ def test_weights_sum_to_one_and_stay_inside_the_crop():
     assert (weights[0, :, :3] == 0).all() and (weights[0, :, 43:] == 0).all() and (weights[2, :, 12:] == 0).all()
 
 
-def test_full_crop_at_its_own_size_changes_nothing(pixels):
+def test_a_full_crop_at_the_size_of_the_tile_is_the_identity(pixels):
     square = pixels[..., :48, :48].contiguous()
     for form in FORMS:
         assert (one(form, square, (0, 0, 48, 48), 48) - square[0]).abs().max() < 1e-4

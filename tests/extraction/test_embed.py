@@ -24,7 +24,7 @@ def tiles():
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-6), ("fp32", 1e-5), ("bf16", 0.02)])
-def test_one_big_batch_agrees_with_many_small(backbone, tiles, precision, tolerance):
+def test_features_do_not_depend_on_the_batch_size(backbone, tiles, precision, tolerance):
     normalise = normaliser(MEAN, STD, 16)
     big = embed(backbone, [tiles], normalise, CPU, precision)
     small = embed(backbone, tiles.split(1), normalise, CPU, precision)
@@ -45,23 +45,23 @@ def test_chunks_of_several_threads_are_concatenated_in_order(backbone, tiles, th
     torch.testing.assert_close(found, one_by_one, rtol=0, atol=1e-6)
 
 
-def test_features_are_those_of_the_bare_backbone(backbone, tiles):
+def test_features_equal_those_of_the_backbone(backbone, tiles):
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     with torch.no_grad():
         wanted = backbone((tiles / 255 - mean) / std).cls
     torch.testing.assert_close(embed(backbone, tiles.split(5), normaliser(MEAN, STD, 16), CPU, "fp32"), wanted)
 
 
-def test_modes_and_number_format_are_restored(backbone, tiles):
+def test_training_modes_and_dtype_are_restored(backbone, tiles):
     backbone.train()
     backbone.vit.blocks[0].eval()
     features = embed(backbone, [tiles], normaliser(MEAN, STD, 16), CPU, "fp64")
     assert backbone.training and backbone.vit.blocks[1].training and not backbone.vit.blocks[0].training
     assert next(backbone.parameters()).dtype == torch.float32
-    (features * torch.ones(32, requires_grad=True)).sum().backward()  # no inference tensor leaves the room
+    (features * torch.ones(32, requires_grad=True)).sum().backward()  # fails for an inference tensor
 
 
-def test_weights_cast_once_give_autocasts_features_and_come_back_exactly(backbone, tiles):
+def test_weights_cast_once_give_the_features_of_autocast_and_are_restored_exactly(backbone, tiles):
     normalise = normaliser(MEAN, STD, 16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         wanted = torch.cat([backbone(normalise(one)).cls.float() for one in tiles.split(1)])
@@ -72,23 +72,23 @@ def test_weights_cast_once_give_autocasts_features_and_come_back_exactly(backbon
     assert {name: tensor.data_ptr() for name, tensor in backbone.state_dict().items()} == pointers
 
 
-def test_modes_are_restored_after_an_error(backbone):
+def test_training_modes_are_restored_after_an_error(backbone):
     backbone.train()
     with pytest.raises(ConfigError):
         embed(backbone, [torch.zeros(1, 5, 32, 32, dtype=torch.uint8)], identity, CPU, "fp32")
     assert backbone.training
 
 
-def test_sizes_that_do_not_fit_are_resized_whole():
+def test_tiles_are_resized_to_a_multiple_of_the_patch_size_without_cropping():
     tile = torch.zeros(1, 3, 50, 71, dtype=torch.uint8)
-    tile[..., :4] = 255  # a bright border, which a centre crop would lose
+    tile[..., :4] = 255  # a bright border, which a centre crop would remove
     normalised = normaliser((0, 0, 0), (1, 1, 1), 16)(tile)
     assert normalised.shape[-2:] == (48, 64)
     assert normalised[..., 0].mean() > 0.9 and normalised[..., -1].mean() < 0.1
     assert normaliser((0, 0, 0), (1, 1, 1), 16, (224, 224))(tile).shape[-2:] == (224, 224)
 
 
-def test_grids_are_embedded_as_they_are():
+def test_grids_are_embedded_without_normalisation():
     backbone = build_backbone(BackboneSpec("vit:dim=16,depth=1,heads=2", "region", 8, (4, 4), 1), seed=0)
     grids = torch.randn(3, 8, 4, 6, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -96,16 +96,16 @@ def test_grids_are_embedded_as_they_are():
     torch.testing.assert_close(embed(backbone, [grids], identity, CPU, "fp32"), wanted)
 
 
-def test_features_that_are_not_finite_are_an_error(backbone):
+def test_non_finite_features_are_an_error(backbone):
     with pytest.raises(DataError, match="finite"):
         embed(backbone, [torch.full((1, 3, 32, 32), torch.nan)], identity, CPU, "fp32")
 
 
-def test_no_batches_make_no_features(backbone):
+def test_no_batches_give_no_features(backbone):
     assert embed(backbone, [], identity, CPU, "fp32").shape == (0, 32)
 
 
-def test_unknown_names_are_errors(backbone, tiles):
+def test_unknown_precisions_are_rejected(backbone, tiles):
     with pytest.raises(ConfigError, match="fp16"):
         embed(backbone, [tiles], normaliser(MEAN, STD, 16), CPU, "fp16")
 
@@ -115,7 +115,7 @@ def test_order_is_kept(workers):
     assert list(read_ahead(lambda i: i * i, range(50), workers, ahead=4)) == [i * i for i in range(50)]
 
 
-def test_reading_stays_a_bounded_number_of_items_ahead():
+def test_the_number_of_items_read_ahead_is_bounded():
     read = []
     stream = read_ahead(lambda i: read.append(i) or i, range(100), 2, ahead=5)
     for _ in range(10):
@@ -129,7 +129,7 @@ def test_reading_happens_in_other_threads():
     assert threading.main_thread() not in set(read_ahead(lambda _: threading.current_thread(), range(4), 2))
 
 
-def test_an_error_surfaces_in_its_place():
+def test_an_error_is_raised_after_the_results_before_it():
     def read(i):
         if i == 3:
             raise ValueError("third")

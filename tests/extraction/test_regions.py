@@ -12,7 +12,7 @@ def region(x, y, grid=(2, 3)):
     return RegionRecord("s", x, y, 10, grid, 0.5, region_path("s", x, y), np.ones(grid, np.float32))
 
 
-def test_shared_cells_are_planned_once():
+def test_cells_of_several_regions_are_planned_once():
     plan = plan_cells([region(0, 0), region(10, 0), region(10, 10)])
     assert len(set(plan.units)) == len(plan.units) == plan.cells == 11
     for record, rows in zip([(0, 0), (10, 0), (10, 10)], plan.rows, strict=True):
@@ -20,7 +20,7 @@ def test_shared_cells_are_planned_once():
         assert [plan.units[i] for i in rows] == wanted
 
 
-def test_regions_are_written_as_soon_as_their_cells_are_there(tmp_path):
+def test_regions_are_written_as_soon_as_their_cells_are_embedded(tmp_path):
     plan = plan_cells([region(0, 0, (1, 2)), region(10, 0, (1, 2)), region(90, 0, (1, 2))])
     paths = [tmp_path / f"{i}.pt" for i in range(3)]
     existing = []
@@ -70,7 +70,7 @@ def test_region_images_are_cut_row_major(tmp_path):
     assert plan_images([image, image]).rows[1].tolist() == [6, 7, 8, 9, 10, 11]
 
 
-def test_views_are_written_with_their_own_memory(tmp_path):
+def test_views_are_written_without_the_rest_of_their_storage(tmp_path):
     big = torch.randn(1000, 8)
     write_features(tmp_path / "a.pt", big[10:14])
     assert torch.load(tmp_path / "a.pt").untyped_storage().nbytes() == 4 * 8 * 4

@@ -1,4 +1,4 @@
-"""Figures of random tissue: their format, their size, and what is drawn where."""
+"""Figures of random tissue: format, size and content."""
 
 import io
 from xml.etree import ElementTree
@@ -118,7 +118,7 @@ def test_curves_are_reproducible():
     assert figures.training_curves(lines) == figures.training_curves(lines)
 
 
-def test_size_on_the_page_is_the_size_that_a_figure_was_drawn_for():
+def test_figures_have_their_intended_size_on_the_page():
     with style.figure(2, 1) as figure:
         content = style.figure_to_jpeg(figure)
     assert decoded(content).shape == (style.JPEG_DPI, 2 * style.JPEG_DPI, 3)

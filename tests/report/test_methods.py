@@ -1,4 +1,4 @@
-"""The methods paragraph has what a reader needs to reproduce the work."""
+"""The methods paragraph contains the settings and versions that are needed to reproduce a run."""
 
 from dino.config.load import to_dict
 from dino.config.schema import PatchConfig, RegionConfig
@@ -31,7 +31,7 @@ def test_methods_has_versions_seeds_and_settings():
     assert "\n" not in text
 
 
-def test_parts_that_are_none_are_left_out():
+def test_parts_that_are_none_are_omitted():
     text = methods(facts(region=None, tiling=None))
     assert "HIPT" not in text
     assert "hs2p 6.1.0" in text  # as a version

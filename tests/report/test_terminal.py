@@ -69,7 +69,7 @@ def test_panel_fits_80_columns_and_24_rows(run: Path, tmp_path: Path) -> None:
     assert text.count("none") == 2 and "dino extract" in text and "dino evaluate knn" in text
 
 
-def test_warnings_are_shown_and_are_no_markup(run: Path) -> None:
+def test_warnings_are_shown_without_interpreting_markup(run: Path) -> None:
     warnings = ["[red]first[/red] \x1b[31m", "second", "third", "fourth"]
     text = shown(
         run, RegionConfig(evaluate=EvaluateConfig(k=[5])), state="early_stopped", bad_files=3, warnings=warnings

@@ -66,10 +66,18 @@ def test_cells_of_a_region_are_row_major() -> None:
 @pytest.mark.parametrize(
     ("spacing", "levels", "wanted", "level", "read", "step", "actual"),
     [
-        (0.499, (1.0,), 0.5, 0, 256, 256, 0.499),  # within the tolerance: as it is
-        (0.25, (1.0, 2.0), 0.5, 1, 256, 512, 0.5),  # a level of its own
+        (0.499, (1.0,), 0.5, 0, 256, 256, 0.499),  # within the tolerance: not resampled
+        (0.25, (1.0, 2.0), 0.5, 1, 256, 512, 0.5),  # a level with this spacing
         (0.25, (1.0, 4.0), 0.5, 0, 512, 512, 0.5),  # resampled from the finer level
-        (0.5, (1.0, 4.0), 0.7, 0, 358, 358, 0.5 * 358 / 256),  # the actual spacing follows the whole pixels read
+        (
+            0.5,
+            (1.0, 4.0),
+            0.7,
+            0,
+            358,
+            358,
+            0.5 * 358 / 256,
+        ),  # the actual spacing follows from the integer number of pixels
         (0.24, (1.0, 2.0), 0.5, 1, 256, 512, 0.48),
     ],
 )
@@ -80,7 +88,7 @@ def test_level_size_and_spacing(spacing, levels, wanted, level, read, step, actu
 
 
 def test_reads_stay_inside_their_level() -> None:
-    # A level that lost its last pixels to rounding: the last column fits at level 0 but not there.
+    # A level whose size was rounded down: the last column fits at level 0 but not at this level.
     place = plan_lattice(
         Pyramid(0.25, [(256, 256), (127, 128)], [1.0, 2.0]), Geometry(tile_size_px=64, region_cells=1), "s"
     )
@@ -106,12 +114,12 @@ def test_a_coarser_slide_is_rejected_by_name() -> None:
         {"region_cells": 4, "region_overlap_cells": 4}, {"region_overlap_cells": -1}, {"tolerance": 0.5},
     ],
 )  # fmt: skip
-def test_values_that_do_not_define_a_lattice(wrong: dict) -> None:
+def test_invalid_geometries_are_rejected(wrong: dict) -> None:
     with pytest.raises(ConfigError, match=list(wrong)[-1]):
         Geometry(**wrong)
 
 
-def test_a_region_is_a_whole_number_of_tiles() -> None:
+def test_the_region_size_must_be_a_multiple_of_the_tile_size() -> None:
     assert cells_per_side(4096, 256) == 16
     with pytest.raises(ConfigError, match="1024 and 1280"):
         cells_per_side(1100, 256)

@@ -1,4 +1,4 @@
-"""The slide list: what is read, and the error message of each mistake."""
+"""The slide list: its columns, and its error messages."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_files_folders_and_patterns(folder: Path) -> None:
     assert [r.slide_id for r in read_slide_list([folder / "slides/**/*.tiff"])] == ["a"]
 
 
-def test_every_column_and_paths_from_the_csvs_own_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_columns_and_paths_relative_to_the_csv(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     header = (
         "sample_id,image_path,mask_path,spacing_at_level_0,patient_id,centre,scanner,stain,partition,exclude_reason"
@@ -53,7 +53,7 @@ def test_an_excluded_slide_need_not_exist(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("", "sample_id.*an empty file"),
         (HEADER, "only its header"),
@@ -76,8 +76,8 @@ def test_an_excluded_slide_need_not_exist(folder: Path) -> None:
         (HEADER + '"x,slides/b.svs\n', "CSV"),
     ],
 )
-def test_mistakes_get_an_error_of_one_line(folder: Path, text: str, words: str) -> None:
-    with pytest.raises(DataError, match=words) as caught:
+def test_wrong_lists_are_errors_of_one_line(folder: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
         listed(folder, text)
     assert "\n" not in str(caught.value)
 
@@ -89,7 +89,7 @@ def test_a_file_that_is_not_text(folder: Path) -> None:
         read_slide_list([path])
 
 
-def test_unknown_columns_are_noted_not_rejected(folder: Path) -> None:
+def test_unknown_columns_are_a_warning(folder: Path) -> None:
     path = folder / "slides.csv"
     path.write_text("sample_id,image_path,patientid,grade\nx,slides/b.svs,p1,3\n")
     notes: list[str] = []

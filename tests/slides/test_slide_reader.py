@@ -23,7 +23,7 @@ def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("spacing_um", [0.25, 0.5, 0.7, 1.0])
-def test_a_regions_cells_are_the_tiles_cut_there(slide: Path, spacing_um: float) -> None:
+def test_the_cells_of_a_region_equal_the_tiles_at_their_positions(slide: Path, spacing_um: float) -> None:
     """One reader cuts all tiles, another reads a region's cells in another order: equal to the last bit."""
     geometry = Geometry(spacing_um=spacing_um, tile_size_px=32, region_cells=3, overlap=0.5)
     with SlideReader(slide, geometry) as reader:
@@ -36,7 +36,7 @@ def test_a_regions_cells_are_the_tiles_cut_there(slide: Path, spacing_um: float)
                 np.testing.assert_array_equal(reader.read_cell(*position), tiles[tuple(position)])
 
 
-def test_native_cells_are_the_slides_own_pixels() -> None:
+def test_cells_at_a_native_spacing_are_not_resampled() -> None:
     with (
         SlideReader(sample_slide(), Geometry(region_cells=4)) as reader,
         openslide.OpenSlide(sample_slide()) as direct,
@@ -48,7 +48,7 @@ def test_native_cells_are_the_slides_own_pixels() -> None:
 
 
 @pytest.mark.parametrize(("spacing_um", "read"), [(1.0, 513), (0.7, 359)])
-def test_resampled_cells_equal_pillows(spacing_um: float, read: int) -> None:
+def test_resampled_cells_equal_those_of_pillow(spacing_um: float, read: int) -> None:
     with SlideReader(sample_slide(), Geometry(spacing_um=spacing_um, region_cells=2)) as reader:
         assert reader.lattice.step_lv0 == read
         x, y = reader.lattice.tile_origins()[-1]
@@ -58,7 +58,7 @@ def test_resampled_cells_equal_pillows(spacing_um: float, read: int) -> None:
 
 
 def test_cells_are_in_row_major_order(tmp_path: Path) -> None:
-    """A slide painted with its own coordinates: the cells of a region, in file order, are row-major (y, then x)."""
+    """On a slide whose pixels encode their coordinates, the cells of a region are in row-major order (y, then x)."""
     path = write_slide(tmp_path / "painted.tiff", [coordinates(640, 512, unit=64)], mpp=0.5)
     with SlideReader(path, Geometry(tile_size_px=64, region_cells=4)) as reader:
         assert reader.lattice.region_origins().tolist() == [[0, 0], [256, 0], [0, 256], [256, 256]]
@@ -68,7 +68,7 @@ def test_cells_are_in_row_major_order(tmp_path: Path) -> None:
     corners = cells[:, 0, 0].reshape(4, 4, 3)  # (row, column, RGB)
     np.testing.assert_array_equal(corners[..., 0], np.tile(np.arange(4, 8), (4, 1)))  # red: x
     np.testing.assert_array_equal(corners[..., 1], np.tile(np.arange(4, 8)[:, None], (1, 4)))  # green: y
-    assert (cells == cells[:, :1, :1]).all()  # no cell straddles two
+    assert (cells == cells[:, :1, :1]).all()  # each cell has one colour
 
 
 def test_encoding_is_plain_pillow() -> None:

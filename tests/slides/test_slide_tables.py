@@ -1,4 +1,4 @@
-"""Tables under ROOT: reading back what was written, and errors that name damaged files."""
+"""Tables under ROOT: round trips, and errors that name damaged files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tissue: segmented or given, counted over the whole mask."""
+"""Tissue from segmentation or from a mask, and tissue fractions."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def test_tissue_is_found(reader: SlideReader, method: str) -> None:
 
 
 def test_fractions_are_means_of_the_whole_mask(reader: SlideReader) -> None:
-    """Two pieces of tissue in one tile count together, wherever their contours are."""
+    """All pieces of tissue in a tile are counted, regardless of their contours."""
     mask = (np.random.default_rng(0).random((HEIGHT, WIDTH)) < 0.4).astype(np.uint8) * 255
     origins = reader.lattice.tile_origins()
     expected = [(mask[y : y + 64, x : x + 64] > 0).mean() for x, y in origins]
