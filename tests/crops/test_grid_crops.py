@@ -131,15 +131,15 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_crops_of_row_numbers_equal_those_of_cells(dtype):
-    held = torch.randn(9, 30, 4, generator=torch.Generator().manual_seed(0)).to(dtype)  # nine grids of 5 x 6
+    cells = torch.randn(9, 30, 4, generator=torch.Generator().manual_seed(0)).to(dtype)  # nine grids of 5 x 6
     rows = torch.tensor([7, 0, 7, 3])
-    crops, holding = GridCrops((5, 6)), GridCrops((5, 6), cells=held)
-    parameters, brought = apply(crops, held[rows].transpose(1, 2).unflatten(2, (5, 6)))
-    found = holding.apply(rows, parameters)
-    assert all(torch.equal(a, b) and a.dtype == dtype for a, b in zip(found, brought, strict=True))
-    with pytest.raises(DataError, match="do not hold"):
+    crops, by_row = GridCrops((5, 6)), GridCrops((5, 6), cells=cells)
+    parameters, expected = apply(crops, cells[rows].transpose(1, 2).unflatten(2, (5, 6)))
+    found = by_row.apply(rows, parameters)
+    assert all(torch.equal(a, b) and a.dtype == dtype for a, b in zip(found, expected, strict=True))
+    with pytest.raises(DataError, match="found row numbers"):
         crops.apply(rows, parameters)
-    assert pickle.loads(pickle.dumps(holding)).cells is None  # workers only draw parameters
+    assert pickle.loads(pickle.dumps(by_row)).cells is None  # workers only draw parameters
 
 
 def test_the_memory_layout_is_that_of_the_region_vits_input():
