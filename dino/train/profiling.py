@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,8 @@ AVERAGE = "teacher average"
 REST = "rest"
 PARTS = (DATA, COPY, CROPS, TEACHER, STUDENT, LOSS, BACKWARD, CLIP, OPTIMIZER, AVERAGE, REST)
 
-BUSY = 0.75  # fraction of the cores in use before a run from which there is a warning
+BUSY = 0.75  # fraction of the cores in use before a run, above which there is a warning
+STAT = Path("/proc/stat")  # the kernel's counts of what all cores have done
 STARVING = 0.1  # fraction of the time spent waiting for data from which there is a warning
 
 Span = Callable[[str], AbstractContextManager[None]]
@@ -140,19 +142,36 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def busy_cores(seconds: float = 0.2) -> float:
+    """Number of the machine's cores that other processes use, measured while this one sleeps; 0 where unknown."""
+
+    def read() -> tuple[int, int]:
+        fields = [int(field) for field in STAT.read_text().split("\n", 1)[0].split()[1:]]
+        return sum(fields[:8]), fields[3] + fields[4]  # all time, and that of idle and iowait, of all cores
+
+    try:
+        total, idle = read()
+        time.sleep(seconds)
+        later_total, later_idle = read()
+    except (OSError, ValueError, IndexError):  # not Linux
+        return 0.0
+    fraction_idle = (later_idle - idle) / max(1, later_total - total)
+    return (1 - fraction_idle) * (os.cpu_count() or 1)
+
+
 def busy_cores_warning(device: torch.device) -> str:
-    """A warning where other processes compete for the CPU that is to train; empty where they do not.
+    """A warning where other processes use the CPU that is to train; empty where they do not.
 
     Args:
         device: Where to train.
     """
-    if device.type != "cpu" or not hasattr(os, "getloadavg"):
+    if device.type != "cpu":
         return ""
-    load, available = os.getloadavg()[0], cores()
-    if load <= BUSY * available:
+    busy, available = busy_cores(), os.cpu_count() or 1
+    if busy <= BUSY * available:
         return ""
     return (
-        f"about {load:.1f} of {available} cores were in use during the last minute; runs that share cores slow each "
+        f"other processes use about {busy:.1f} of the machine's {available} cores; runs that share cores slow each "
         f"other down: run one at a time, or each with fewer threads (OMP_NUM_THREADS={max(1, available // 2)})"
     )
 

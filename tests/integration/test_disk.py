@@ -88,7 +88,7 @@ def test_a_run_whose_folder_was_taken_over_stops_and_writes_nothing(
     tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="taken the folder over"):
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="another process uses the folder now"):
         at_step(patch, {4: lambda: (run / "lock.json").write_text("another's")})
         pretrain(config(tiles, run))
     assert last(run)["step"] == 3 and status(run)["state"] == "running"

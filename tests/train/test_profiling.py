@@ -1,5 +1,7 @@
 """Named spans: the parts add up, and spans cost nothing unless measured."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -115,13 +117,23 @@ def test_a_gpu_is_timed_by_events_of_its_own_queue_and_waited_for_only_when_read
     assert ("wait", None) in done[3:]
 
 
-def test_a_cpu_in_use_by_others_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dino.train.profiling.cores", lambda: 8)
-    monkeypatch.setattr("os.getloadavg", lambda: (7.0, 0.0, 0.0))
-    warning = busy_cores_warning(torch.device("cpu"))
-    assert "7.0 of 8 cores" in warning and "OMP_NUM_THREADS=4" in warning
+def test_a_cpu_in_use_by_others_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    monkeypatch.setattr("dino.train.profiling.STAT", stat)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+
+    def others_use(cores: int) -> str:
+        """The warning where other processes use so many of 8 cores."""
+        stat.write_text("cpu  1000 0 500 8000 500 0 0 0 0 0\ncpu0 ...\n")
+        later = f"cpu  {1000 + 100 * cores} 0 500 {8000 + 100 * (8 - cores)} 500 0 0 0 0 0\n"
+        monkeypatch.setattr("time.sleep", lambda seconds: stat.write_text(later))
+        return busy_cores_warning(torch.device("cpu"))
+
+    warning = others_use(7)
+    assert "7.0 of the machine's 8 cores" in warning and "OMP_NUM_THREADS=4" in warning
+    assert not others_use(5)
     assert not busy_cores_warning(torch.device("cuda", 0))
-    monkeypatch.setattr("os.getloadavg", lambda: (5.0, 8.0, 8.0))
+    stat.unlink()
     assert not busy_cores_warning(torch.device("cpu"))
 
 
