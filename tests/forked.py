@@ -1,4 +1,4 @@
-"""Runs in processes of their own, forked from the test's: they start at once, and are killed like any other."""
+"""Runs in forked processes, which start at once and can be killed."""
 
 import io
 import multiprocessing
@@ -22,12 +22,12 @@ KILLED = -signal.SIGKILL
 
 
 def fork(work: Callable[[], object], rank: int = 0, processes: int = 1, port: int = 0) -> BaseProcess:
-    """Start ``work`` in a process; one of several that train together where ``processes`` says so."""
+    """Start ``work`` in a process, as ``rank`` of a process group if ``processes`` is more than one."""
 
     def run() -> None:
         if processes > 1:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-            os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}})
+            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+            os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in group.items()}})
         work()
 
     process = multiprocessing.get_context("fork").Process(target=run)
@@ -36,7 +36,7 @@ def fork(work: Callable[[], object], rank: int = 0, processes: int = 1, port: in
 
 
 def fork_group(work: Callable[[], object], processes: int) -> list[BaseProcess]:
-    """Start ``work`` in so many processes that train together."""
+    """Start ``work`` in the given number of processes of one process group."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -44,7 +44,7 @@ def fork_group(work: Callable[[], object], processes: int) -> list[BaseProcess]:
 
 
 def exit_codes(group: Sequence[BaseProcess], timeout: float = 120) -> list[int | None]:
-    """Wait for all; None for one that hangs, which is then killed."""
+    """Wait for all processes; None for a process that hangs, which is then killed."""
     until = time.monotonic() + timeout
     for process in group:
         process.join(max(0.1, until - time.monotonic()))
@@ -56,13 +56,13 @@ def exit_codes(group: Sequence[BaseProcess], timeout: float = 120) -> list[int |
 
 @dataclass
 class Point:
-    """A moment of a run: just before the first operation of its kind on a file, while ``step`` steps are done.
+    """A point of a run: just before the first file operation of a kind after ``step`` steps.
 
     Attributes:
         step: Steps done.
         event: Python's audit event ``open`` (to write), ``os.rename`` or ``os.link``; or ``torn``: a checkpoint is
             half-written.
-        name: How the name of the file starts; that of the target, without the dot of a temporary one.
+        name: Prefix of the name of the (target) file, without the leading dot of temporary files.
     """
 
     step: int
@@ -78,11 +78,11 @@ class Point:
 
 
 def die_at(point: Point) -> None:
-    """Let this process be killed at a moment of the run that it is about to begin."""
+    """Kill this process at a point of the run that it is about to start."""
     trainers: list[Trainer] = []
     fit, save = Trainer.fit, torch.save
 
-    def noted_fit(self: Trainer) -> None:
+    def recorded_fit(self: Trainer) -> None:
         trainers.append(self)
         fit(self)
 
@@ -93,20 +93,20 @@ def die_at(point: Point) -> None:
 
     def torn_save(content: object, file: BinaryIO) -> None:
         if (trainers[-1].step if trainers else 0) == point.step:
-            save(content, whole := io.BytesIO())
-            file.write(whole.getvalue()[: whole.tell() // 2])
+            save(content, complete := io.BytesIO())
+            file.write(complete.getvalue()[: complete.tell() // 2])
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
         save(content, file)
 
-    Trainer.fit = noted_fit  # type: ignore[method-assign]
+    Trainer.fit = recorded_fit  # type: ignore[method-assign]
     if point.event == "torn":
         torch.save = torn_save  # type: ignore[assignment]
-    sys.addaudithook(watch)  # cannot be taken away again, and need not: the process does nothing else
+    sys.addaudithook(watch)  # cannot be removed, which is fine: the process does nothing else
 
 
 def kill_at_random(group: Sequence[BaseProcess], log: Path, moments: random.Random, longest: float = 0.3) -> bool:
-    """Kill processes a random fraction of a second after they have cut or written the log; False if they had ended."""
+    """Kill processes a random time after they have changed the log; False if they had ended before."""
     before = log.stat().st_mtime_ns if log.exists() else 0
     while all(p.exitcode is None for p in group) and (not log.exists() or log.stat().st_mtime_ns == before):
         time.sleep(0.002)

@@ -1,8 +1,8 @@
-"""Runs a command of dino in processes that are killed by SIGKILL, each at another of its calls to the file system.
+"""Runs a command of dino in processes that are killed by SIGKILL, each at a different file system call.
 
-``python kill_points.py ROOT POINTS WORD...``: ``dino WORD...`` is run once on a copy of ROOT, to its end, and then on
-other copies, on each killed at one of POINTS moments that are spread evenly over all of its calls which change
-something under its ROOT, and run again. ``{root}`` in a word stands for the copy. Prints a line for each moment.
+``python kill_points.py ROOT POINTS ARGUMENT...`` runs ``dino ARGUMENT...`` once on a copy of ROOT, to its end, and then
+on POINTS other copies: on each it is killed at one of POINTS calls, spread evenly over all calls that change something
+under ROOT, and run again. ``{root}`` in an argument is replaced by the copy. Prints one line per point.
 """
 
 import importlib
@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-# Once, in the parent, which runs none of it: a child would take seconds for them.
+# Imported once, in the parent, because each child would take seconds for them.
 IMPORTED = ["dino.api.extracting", "dino.api.tiling", "dino.cli.main", "h5py", "openslide", "cv2"]
 IMPORTED += ["hs2p.artifacts", "hs2p.tile_qc", "hs2p.tiling.coverage", "hs2p.tiling.generate", "hs2p.tiling.mask"]
 IMPORTED += ["hs2p.tiling.tar", "hs2p.wsi.reader", "hs2p.wsi.visualization"]
@@ -26,8 +26,8 @@ def changes(event: str, arguments: tuple, root: str) -> bool:
     return event in CHANGES and str(arguments[0]).startswith(root)
 
 
-def run(words: list[str], root: Path, kill_at: int = -1) -> tuple[int, int]:
-    """Run ``dino`` in a child that is killed just before change ``kill_at``; its wait status, and how many it made."""
+def run(command: list[str], root: Path, kill_at: int = -1) -> tuple[int, int]:
+    """Run ``dino`` in a child that is killed just before change ``kill_at``; its wait status and number of changes."""
     counts, reports = os.pipe()
     child = os.fork()
     if child:
@@ -47,7 +47,7 @@ def run(words: list[str], root: Path, kill_at: int = -1) -> tuple[int, int]:
     from dino.cli.main import main
 
     sys.addaudithook(watch)
-    sys.argv = ["dino", *(word.format(root=root) for word in words)]
+    sys.argv = ["dino", *(argument.format(root=root) for argument in command)]
     sys.stdout = sys.stderr
     code = 1
     try:
@@ -68,7 +68,7 @@ def visible(root: Path) -> dict[str, bytes]:
 
 
 def everything(root: Path) -> set[str]:
-    """Every path, hidden ones too, but for what a lock leaves: others may be about to take it."""
+    """Every path, including hidden ones, except lock files."""
     return {str(p.relative_to(root)) for p in root.rglob("*") if ".lock.json" not in p.name}
 
 
@@ -76,23 +76,23 @@ def main() -> None:
     """See the module."""
     for name in IMPORTED:
         importlib.import_module(name)
-    start, points, words = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-    whole, root = start.with_name("whole"), start.with_name("killed")
-    shutil.copytree(start, whole)
-    status, total = run(words, whole)
+    start, points, arguments = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    complete, root = start.with_name("complete"), start.with_name("killed")
+    shutil.copytree(start, complete)
+    status, total = run(arguments, complete)
     assert status == 0 and total > points, (status, total)
-    wanted = visible(whole)
+    wanted = visible(complete)
     for point in range(points):
         moment = (2 * point + 1) * total // (2 * points)
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(start, root)
-        status, _ = run(words, root, moment)
+        status, _ = run(arguments, root, moment)
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
         found = visible(root)
         assert all(wanted[name] == content for name, content in found.items()), moment
-        status, _ = run(words, root)
+        status, _ = run(arguments, root)
         assert status == 0, status
-        assert visible(root) == wanted and everything(root) == everything(whole), moment
+        assert visible(root) == wanted and everything(root) == everything(complete), moment
         print(f"killed before change {moment} of {total}, with {len(found)} of {len(wanted)} files", flush=True)
 
 

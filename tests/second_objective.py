@@ -1,4 +1,4 @@
-"""An objective beside DINO, to test that a training uses several of them and whatever names they have."""
+"""A second objective, to test training with several objectives of any names."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Damaged files of every kind that is read: always a typed error or a result, never a traceback and never a hang.
+"""Damaged files of every kind: reading them gives a typed error or a result, never another exception or a hang.
 
 1,530 cases: 170 of each of nine kinds. Damage is what disks, transfers and editors do (bytes flipped, cut out,
 doubled, cut off) and, for tables and records, what people do (cells and values of the wrong kind).
@@ -63,7 +63,7 @@ PATHS = ["../x", "/etc/passwd", "a/../../x", "..", ".", "/", "~/x", "a\\..\\b", 
 
 @st.composite
 def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """One to four pieces of damage, wherever they fall."""
+    """One to four random changes of the content."""
     pieces = draw(
         st.lists(
             st.tuples(
@@ -78,8 +78,8 @@ def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     )
 
     def damage(content: bytes) -> bytes:
-        for kind, place, length, noise in pieces:
-            at = int(place * len(content))
+        for kind, position, length, noise in pieces:
+            at = int(position * len(content))
             if kind == "flip" and content:
                 content = content[:at] + bytes([content[at] ^ (1 << length % 8)]) + content[at + 1 :]
             elif kind == "cut":
@@ -109,7 +109,7 @@ def expect_typed_error_or_result(read: Callable[[], object]) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "tile.png").write_bytes(b"x")
     return folder
@@ -117,10 +117,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @fuzz
 @given(damage=damages(), region=st.booleans())
-def test_config_files(place: Path, damage: Callable[[bytes], bytes], region: bool) -> None:
+def test_config_files(root: Path, damage: Callable[[bytes], bytes], region: bool) -> None:
     schema = RegionConfig if region else PatchConfig
-    (place / "config.yaml").write_bytes(damage(to_yaml(schema()).encode()))
-    expect_typed_error_or_result(lambda: load_config(schema, file=place / "config.yaml"))
+    (root / "config.yaml").write_bytes(damage(to_yaml(schema()).encode()))
+    expect_typed_error_or_result(lambda: load_config(schema, file=root / "config.yaml"))
 
 
 @fuzz
@@ -136,8 +136,8 @@ def test_settings_on_the_command_line(key: str, value: str) -> None:
 
 @fuzz
 @given(damage=damages(), region=st.booleans())
-def test_checkpoints_and_records_of_failures(place: Path, damage: Callable[[bytes], bytes], region: bool) -> None:
-    folder = place / "checkpoints"
+def test_checkpoints_and_records_of_failures(root: Path, damage: Callable[[bytes], bytes], region: bool) -> None:
+    folder = root / "checkpoints"
     folder.mkdir(exist_ok=True)
     whole = saved({"format": "histodino/1", "step": 3, "student": {"w": torch.ones(3, 4)}, "config": {"seed": 0}})
     (folder / "last.pt").write_bytes(damage(whole))
@@ -160,15 +160,15 @@ JUNK = st.one_of(
 )
 
 
-def places_in(content: object, path: tuple = ()) -> Iterator[tuple]:
+def paths_in(content: object, path: tuple = ()) -> Iterator[tuple]:
     """The keys that lead to every value in nested dictionaries."""
     for key, value in content.items() if isinstance(content, dict) else ():
         yield (*path, key)
-        yield from places_in(value, (*path, key))
+        yield from paths_in(value, (*path, key))
 
 
 def replaced(content: dict, path: tuple, value: object, drop: bool) -> dict:
-    """A copy with another value, or none, at one place."""
+    """A copy with one value replaced or removed."""
     if len(path) == 1:
         rest = {k: v for k, v in content.items() if k != path[0]}
         return rest if drop else {**content, path[0]: value}
@@ -177,8 +177,8 @@ def replaced(content: dict, path: tuple, value: object, drop: bool) -> dict:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """A whole one, as this package writes it."""
-    path = save_checkpoint(tmp_path_factory.mktemp("whole") / "last.pt")
+    """The content of an undamaged checkpoint of this package."""
+    path = save_checkpoint(tmp_path_factory.mktemp("undamaged") / "last.pt")
     extra = {"geometry": {"spacing_um": 0.5, "tile_size_px": 256}, "training_slides": {"slide_ids": ["a"]}}
     return {**torch.load(path, weights_only=True), **extra, "config": {"seed": 0}}
 
@@ -186,30 +186,30 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict:
 @fuzz
 @given(data=st.data(), value=JUNK, drop=st.booleans())
 def test_checkpoints_with_a_value_of_another_kind(
-    place: Path, checkpoint: dict, data: st.DataObject, value: object, drop: bool
+    root: Path, checkpoint: dict, data: st.DataObject, value: object, drop: bool
 ) -> None:
-    """Whole files, so that checksums find nothing."""
-    path = data.draw(st.sampled_from(sorted(places_in(checkpoint), key=str)))
-    torch.save(replaced(checkpoint, path, value, drop), place / "odd.pt")
-    expect_typed_error_or_result(lambda: info(str(place / "odd.pt")))
+    """Files with valid checksums."""
+    path = data.draw(st.sampled_from(sorted(paths_in(checkpoint), key=str)))
+    torch.save(replaced(checkpoint, path, value, drop), root / "odd.pt")
+    expect_typed_error_or_result(lambda: info(str(root / "odd.pt")))
 
 
 @fuzz
 @given(damage=damages(), legacy=st.booleans())
-def test_grids(place: Path, damage: Callable[[bytes], bytes], legacy: bool) -> None:
+def test_grids(root: Path, damage: Callable[[bytes], bytes], legacy: bool) -> None:
     buffer = io.BytesIO()
     torch.save(torch.arange(48.0).reshape(16, 3), buffer, _use_new_zipfile_serialization=not legacy)
-    (place / "grid.pt").write_bytes(damage(buffer.getvalue()))
-    expect_typed_error_or_result(lambda: read_grid(place / "grid.pt"))
+    (root / "grid.pt").write_bytes(damage(buffer.getvalue()))
+    expect_typed_error_or_result(lambda: read_grid(root / "grid.pt"))
 
 
 @fuzz
 @given(damage=damages(), kind=st.sampled_from(["PNG", "JPEG", "TIFF", "BMP", "WEBP"]))
-def test_images(place: Path, damage: Callable[[bytes], bytes], kind: str) -> None:
+def test_images(root: Path, damage: Callable[[bytes], bytes], kind: str) -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3)).save(buffer, kind)
-    (place / "image.jpg").write_bytes(damage(buffer.getvalue()))
-    expect_typed_error_or_result(lambda: decode(place / "image.jpg"))
+    (root / "image.jpg").write_bytes(damage(buffer.getvalue()))
+    expect_typed_error_or_result(lambda: decode(root / "image.jpg"))
 
 
 LABELS = "image_path,label,partition,slide_id,patient_id\n" + "".join(
@@ -230,42 +230,42 @@ NAMES = {"labels": "labels.csv", "regions": "regions.csv", "tiles": "tiles.csv",
 TABLES = {"labels": LABELS, "regions": REGIONS, "tiles": TILES, "status": STATUS, "slides": SLIDES}
 
 
-def read_table(place: Path, table: str) -> None:
-    """Read a table as the commands do, and plan what they would read by it."""
+def read_table(root: Path, table: str) -> None:
+    """Read a table as the commands do, and plan the reading."""
     if table == "labels":
-        read_labels(place / "labels.csv")
+        read_labels(root / "labels.csv")
     elif table == "slides":
-        read_slide_list([place / "slides.csv"])
+        read_slide_list([root / "slides.csv"])
     elif table == "tiles":
-        assert all(".." not in tile.path.parts and not tile.path.is_absolute() for tile in read_tiles(place))
+        assert all(".." not in tile.path.parts and not tile.path.is_absolute() for tile in read_tiles(root))
     elif table == "status":
-        read_status(place)
+        read_status(root)
     else:
-        records = read_regions(place)
+        records = read_regions(root)
         assert all(".." not in record.path.parts and not record.path.is_absolute() for record in records)
         plan_cells(records)
 
 
 @fuzz
 @given(damage=damages(), table=st.sampled_from(sorted(TABLES)))
-def test_tables(place: Path, damage: Callable[[bytes], bytes], table: str) -> None:
-    (place / NAMES.get(table, "slides.csv")).write_bytes(damage(TABLES[table].encode()))
-    expect_typed_error_or_result(lambda: read_table(place, table))
+def test_tables(root: Path, damage: Callable[[bytes], bytes], table: str) -> None:
+    (root / NAMES.get(table, "slides.csv")).write_bytes(damage(TABLES[table].encode()))
+    expect_typed_error_or_result(lambda: read_table(root, table))
 
 
 @fuzz
 @given(table=st.sampled_from(["regions", "tiles"]), column=st.integers(0, 8), value=st.sampled_from([*POISON, *PATHS]))
-def test_cells_of_tables(place: Path, table: str, column: int, value: str) -> None:
-    """A table that is whole, but for one cell."""
+def test_cells_of_tables(root: Path, table: str, column: int, value: str) -> None:
+    """A table with one wrong cell."""
     header, first, *rest = TABLES[table].splitlines()
     cells = first.split(",")
     cells[column % len(cells)] = '"' + value.replace('"', '""') + '"'
-    (place / NAMES[table]).write_text("\n".join([header, ",".join(cells), *rest]) + "\n")
-    expect_typed_error_or_result(lambda: read_table(place, table))
+    (root / NAMES[table]).write_text("\n".join([header, ",".join(cells), *rest]) + "\n")
+    expect_typed_error_or_result(lambda: read_table(root, table))
 
 
-def take_lock(place: Path) -> None:
-    with RunLock(place, beat_seconds=0.0, stale_seconds=0.0).held():
+def take_lock(root: Path) -> None:
+    with RunLock(root, beat_seconds=0.0, stale_seconds=0.0).held():
         pass
 
 
@@ -275,12 +275,12 @@ PART = {"status": dict(zip(*(line.split(",") for line in STATUS.splitlines()), s
 RUN = {"state": "running", "step": 3, "run_id": None, "warnings": ["a"], "time": "2026-01-01T00:00:00"}
 LOCK = {"host": "elsewhere", "boot": "", "pid": 1, "started": "1", "launch": None, "token": "a"}
 RECORDS: dict[str, tuple[dict, Callable[[Path], object]]] = {
-    "tiling.json": (TILING, lambda place: check_same_settings(place, {"storage": "tar"})),
-    "extract.json": (EXTRACT, lambda place: check_folder(place / "extract.json", EXTRACT, place / "grids", ".pt")),
-    "coordinates/parts/s.json": (PART, lambda place: load_part(place, "s")),
-    "status.json": (RUN, lambda place: RunFolder(place).update_status(step=4)),
-    "identity.json": ({"seed": 0, "model.arch": "a"}, lambda place: RunFolder(place).check({"seed": 0})),
-    "metrics.jsonl": ({"step": 3, "loss": 1.0}, lambda place: RunFolder(place).last_metrics()),
+    "tiling.json": (TILING, lambda root: check_same_settings(root, {"storage": "tar"})),
+    "extract.json": (EXTRACT, lambda root: check_folder(root / "extract.json", EXTRACT, root / "grids", ".pt")),
+    "coordinates/parts/s.json": (PART, lambda root: load_part(root, "s")),
+    "status.json": (RUN, lambda root: RunFolder(root).update_status(step=4)),
+    "identity.json": ({"seed": 0, "model.arch": "a"}, lambda root: RunFolder(root).check({"seed": 0})),
+    "metrics.jsonl": ({"step": 3, "loss": 1.0}, lambda root: RunFolder(root).last_metrics()),
     "lock.json": (LOCK, take_lock),
 }
 
@@ -295,15 +295,15 @@ def test_records(
     value: object,
     odd: bool,
 ) -> None:
-    place = tmp_path_factory.mktemp("records")
+    root = tmp_path_factory.mktemp("records")
     content, read = RECORDS[name]
-    (place / "grids").mkdir()
-    (place / "grids" / "a.pt").write_bytes(b"x")
-    (place / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / "grids").mkdir()
+    (root / "grids" / "a.pt").write_bytes(b"x")
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
     if odd:
-        path = data.draw(st.sampled_from(sorted(places_in(content), key=str)))
+        path = data.draw(st.sampled_from(sorted(paths_in(content), key=str)))
         text = json.dumps(replaced(content, path, value, False), default=str).encode()
     else:
         text = damage(json.dumps(content).encode())
-    (place / name).write_bytes(text)
-    expect_typed_error_or_result(lambda: read(place))
+    (root / name).write_bytes(text)
+    expect_typed_error_or_result(lambda: read(root))

@@ -11,7 +11,7 @@ from dino.signals import STOP_SIGNALS, StopSignal, ignore_signals_in_worker
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[dict]:
-    """The handlers before the test, which are restored."""
+    """The signal handlers before the test; they are restored after it."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield before
     for number, handler in before.items():
@@ -19,7 +19,7 @@ def handlers() -> Iterator[dict]:
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_is_remembered_during_the_block_alone(number: signal.Signals, handlers: dict) -> None:
+def test_a_signal_is_recorded_only_during_the_block(number: signal.Signals, handlers: dict) -> None:
     with StopSignal().listening() as stop:
         assert stop.received is None
         signal.raise_signal(number)
@@ -37,7 +37,9 @@ def test_a_second_interrupt_is_raised() -> None:
 
 
 def test_workers_ignore_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(signal, "sigwaitinfo", raising=False)  # else the other signals stay blocked in this process
+    monkeypatch.delattr(
+        signal, "sigwaitinfo", raising=False
+    )  # otherwise the other signals would stay blocked in this process
     ignore_signals_in_worker(0)
     signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -47,12 +49,12 @@ def test_workers_ignore_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     ("error", "processes", "caught"),
     [
         (DataError("lost"), 2, {signal.SIGTERM}),
-        (Stopped("asked for"), 2, set()),  # schedulers' own handlers take over
+        (Stopped("requested"), 2, set()),  # handled by the scheduler's handlers
         (DataError("lost"), 0, set()),
         (KeyboardInterrupt(), 2, set()),
     ],
 )
-def test_an_error_of_one_of_several_processes_is_not_cut_off(
+def test_sigterm_does_not_interrupt_the_error_of_one_of_several_processes(
     error: BaseException, processes: int, caught: set, handlers: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": str(processes)}.items() if processes else ():

@@ -1,4 +1,4 @@
-"""Runs of both levels that take a second, and what to ask of the folders they leave behind."""
+"""Runs of both levels that take a second, and comparisons of run folders."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ def config(data: Path, output: Path, **changes: object) -> PatchConfig | RegionC
 def command(
     settings: PatchConfig | RegionConfig, folder: Path, processes: int = 0, torchrun: Sequence[str] = ("--standalone",)
 ) -> list[str]:
-    """The command line that trains with exactly these settings, under torchrun where processes are given."""
+    """The command that trains with exactly these settings, under torchrun if ``processes`` is given."""
     level = "region" if isinstance(settings, RegionConfig) else "patch"
     (folder / "settings.yaml").write_text(to_yaml(settings))
     launcher = ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"] if processes else []
@@ -61,7 +61,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def assert_same_numbers(first: Path, second: Path) -> None:
-    """Equal but for the order of sums over processes, of runs in double precision."""
+    """Two runs in double precision are equal up to the order of sums over processes."""
     for one, other in zip(metrics(first), metrics(second), strict=True):
         assert one.keys() == other.keys()
         assert all(one[key] == pytest.approx(other[key], rel=1e-9) for key in one)
@@ -71,7 +71,7 @@ def assert_same_numbers(first: Path, second: Path) -> None:
 
 
 def assert_same_bits(first: Path, second: Path) -> None:
-    """Two runs came to the same: checkpoints (what they are of, networks, optimizer, all state), log and quarantine."""
+    """Two runs are identical: checkpoints (step, networks, optimizer, all state), log and quarantine."""
     assert _checkpoints(first) == _checkpoints(second)
     for name in _checkpoints(first):
         one, other = (torch.load(run / "checkpoints" / name, weights_only=True) for run in (first, second))
@@ -97,24 +97,24 @@ def _same(one: object, other: object) -> bool:
 
 
 class Crash(BaseException):
-    """Stands for whatever ends a process without letting it tidy up."""
+    """Simulates the end of a process without any cleanup."""
 
 
 def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     from dino.train.loop import Trainer
 
-    honest = Trainer._step
+    original = Trainer._step
 
     def step(self: Trainer, *args: object) -> object:
         if self.step == steps:
             raise Crash
-        return honest(self, *args)  # type: ignore[arg-type]
+        return original(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Trainer, "_step", step)
 
 
 def make_tiles(folder: Path, count: int = 20) -> Path:
-    """Tiles of smooth colour, each its own, of four slides."""
+    """Tiles of four slides, with different smooth colours."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -133,7 +133,7 @@ def make_grids(folder: Path, count: int = 12) -> Path:
 
 
 def add_bad_files(data: Path) -> None:
-    """Two files that cannot be used, among tiles or among grids."""
+    """Add two unusable files to a folder of tiles or grids."""
     if any(data.glob("*.pt")):
         torch.save(torch.full((36, 10), float("nan")), data / "slide_5_0.pt")
         (data / "slide_6_0.pt").write_bytes(b"torn")
@@ -142,8 +142,8 @@ def add_bad_files(data: Path) -> None:
         (data / "slide1_5_0.png").write_bytes(b"")
 
 
-def judged(data: Path, every_steps: int = 2, patience: int = 3) -> dict[str, object]:
-    """Settings of a run that is judged by the files of ``data`` that can be used, in two classes of no meaning."""
+def with_evaluation(data: Path, every_steps: int = 2, patience: int = 3) -> dict[str, object]:
+    """Settings of a run with kNN evaluation on the usable files of ``data``, in two arbitrary classes."""
     bad = {"slide0_5_0.png", "slide1_5_0.png", "slide_5_0.pt", "slide_6_0.pt"}
     paths = [path for path in sorted(data.glob("[!.]*")) if path.name not in bad]
     parts = ["train" if i < 0.6 * len(paths) else "test" for i in range(len(paths))]

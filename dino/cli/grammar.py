@@ -29,8 +29,15 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     positional, overrides = [], []
     for argument in arguments:
-        (overrides if SETTING.match(argument) and not Path(argument).exists() else positional).append(argument)
+        (overrides if SETTING.match(argument) and not _exists(argument) else positional).append(argument)
     return positional, overrides
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # longer than the name of a file can be
+        return False
 
 
 def expect(positional: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -152,6 +152,8 @@ def load_config(
             OmegaConf.to_object(config)
         except OmegaConfBaseException as error:
             raise ConfigError(_plain_message(schema, error, layer, origin)) from None
+        except OverflowError as error:  # an integer that no float can represent
+            raise ConfigError(f"{origin}: could not read the settings: {error}") from None
     return OmegaConf.to_object(config)  # type: ignore[return-value]
 
 
@@ -285,10 +287,12 @@ def _check_lists(schema: type, layer: DictConfig, origin: str) -> None:
             continue
         if not OmegaConf.is_list(value):
             value = OmegaConf.create([value])
-            OmegaConf.update(layer, setting.key, value)
+            OmegaConf.update(layer, setting.key, value, merge=False)
         if setting.length not in (None, len(value)):
-            found = _inline(OmegaConf.to_container(value) if len(value) != 1 else value[0])
-            raise ConfigError(f"{origin}: expected {setting.expected}, found {found}")
+            found: Any = OmegaConf.to_container(value)
+            raise ConfigError(
+                f"{origin}: expected {setting.expected}, found {_inline(found if len(found) != 1 else found[0])}"
+            )
 
 
 def _plain_message(schema: type, error: OmegaConfBaseException, layer: DictConfig, origin: str) -> str:

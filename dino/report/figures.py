@@ -25,7 +25,7 @@ IMAGE_GAP = 0.08
 TEXT_LINE = 0.2  # above a row or below an image
 
 # Attention.
-COLOURS = "OrRd"  # from light to dark: strong attention stands out on pale glass and on grey tissue
+COLOURS = "OrRd"  # from light to dark: strong attention is visible on pale glass and on grey tissue
 FOCUSED = 2.0  # minimum multiple of the uniform weight that is shown in the deepest red
 MAX_OPACITY = 0.85  # opacity of the strongest attention: the tissue below stays visible
 

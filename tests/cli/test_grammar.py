@@ -23,7 +23,7 @@ def test_an_argument_without_a_key_is_positional(argument):
     assert split([argument]) == ([argument], [])
 
 
-@pytest.mark.parametrize("argument", ["a=", "a=b=c", "_x.y_1=[1, 2]", "output_dir=/data/x=1"])
+@pytest.mark.parametrize("argument", ["a=", "a=b=c", "_x.y_1=[1, 2]", "output_dir=/data/x=1", "a=" + "x" * 5000])
 def test_an_argument_with_a_key_is_a_setting(argument):
     assert split([argument]) == ([], [argument])
 

@@ -66,8 +66,8 @@ def test_commented_yaml_loads_to_the_same_config(tmp_path, kind, overrides):
     text = to_commented_yaml(config)
     assert load_config(kind, file=_write(tmp_path, text)) == config
     assert all(len(line) <= 120 or "/x/x" in line for line in text.splitlines())
-    words = " ".join(text.replace("#", " ").split())
-    assert all(item.help in words for item in settings(kind))
+    comments = " ".join(text.replace("#", " ").split())
+    assert all(item.help in comments for item in settings(kind))
     assert text.count("[default:") == len(overrides)
 
 
@@ -96,6 +96,9 @@ def test_yaml_loads_to_the_same_config(tmp_path):
         ("model=vit_small", "model"),
         ("speed.use_fp16=true", "speed.precision"),
         ("model.out_dim=[1", "could not read the value"),
+        ("aug.blur_global={}", "expected two numbers, such as aug.blur_global=[1.0,0.1], found {}"),
+        ("aug.blur_global={a: 1}", "unknown setting 'aug.blur_global.a'"),
+        ("optim.lr=1" + "0" * 400, "could not read the settings"),
         ("--model.out_dim=3", "expected key=value"),
     ],
 )

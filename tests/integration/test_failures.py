@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import exit_codes, fork_group
-from tiny_runs import config, judged, last
+from tiny_runs import config, last, with_evaluation
 from typer.testing import CliRunner
 
 from dino import distributed
@@ -139,7 +139,7 @@ def test_a_gradient_that_is_not_finite_on_one_process_changes_no_bit_on_any(grid
 def test_a_labelled_file_that_one_process_cannot_read_ends_all(
     tiles: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    labels = judged(tiles)
+    labels = with_evaluation(tiles)
     sorted(tiles.iterdir())[1].write_bytes(b"torn")  # a row of the second process
     shared = config(tiles, tmp_path / "run", **labels, **{"training.batch_size_per_gpu": 2})
     assert exit_codes(fork_group(lambda: pretrain(shared), 2)) == [1, 1]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import KILLED, Point, die_at, exit_codes, fork, kill_at_random
-from tiny_runs import Crash, add_bad_files, assert_same_bits, config, crash_after, judged, last
+from tiny_runs import Crash, add_bad_files, assert_same_bits, config, crash_after, last, with_evaluation
 
 from dino.api import evaluating, pretrain
 from dino.config.schema import PatchConfig, RegionConfig
@@ -34,7 +34,7 @@ MOMENTS = [
 
 def settings(data: Path, output: Path, **changes: object) -> PatchConfig | RegionConfig:
     lively = {"training.max_steps": 20, "training.max_bad_fraction": 0.5, "optim.lr": 0.5}
-    return config(data, output, **{**judged(data), **lively, **changes})
+    return config(data, output, **{**with_evaluation(data), **lively, **changes})
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from forked import exit_codes, fork
-from tiny_runs import add_bad_files, config, judged
+from tiny_runs import add_bad_files, config, with_evaluation
 
 from dino.api import pretrain
 from dino.config.schema import PatchConfig, RegionConfig
@@ -56,7 +56,7 @@ def busy(data: Path, run: Path, steps: int, every_steps: int) -> PatchConfig | R
     add_bad_files(data)
     rest = {"training.max_steps": steps, "training.max_bad_fraction": 0.5, "speed.num_workers": 1}
     rest |= {"logging.tensorboard": True, "logging.every_steps": 10, "logging.save_every_steps": every_steps}
-    return config(data, run, **{**judged(data, every_steps=every_steps, patience=0), **rest})
+    return config(data, run, **{**with_evaluation(data, every_steps=every_steps, patience=0), **rest})
 
 
 def test_memory_and_open_files_stay_flat(tiles: Path, tmp_path: Path) -> None:

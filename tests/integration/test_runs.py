@@ -241,14 +241,14 @@ def test_knn_while_training_keeps_the_best_and_stops_early(tiles: Path, tmp_path
     for i, path in enumerate(sorted(tiles.glob("*.png"))):
         rows.append(f"{path},{'ab'[i % 2]},{'train' if i < 12 else 'test'},held{i}")
     (tmp_path / "labels.csv").write_text("\n".join(rows))
-    judged = {
+    with_evaluation = {
         "evaluate.labels": str(tmp_path / "labels.csv"),
         "evaluate.every_steps": 1,
         "evaluate.k": [3],
         "evaluate.early_stopping_patience": 3,
         "training.max_steps": 60,
     }
-    summary = pretrain(config(tiles, tmp_path / "run", **judged))
+    summary = pretrain(config(tiles, tmp_path / "run", **with_evaluation))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     scores = [x["evaluation"]["teacher"]["knn_3_accuracy"] for x in lines if "teacher" in x.get("evaluation", {})]
     best = max(range(len(scores)), key=lambda i: scores[i])

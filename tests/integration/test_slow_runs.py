@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from forked import exit_codes, fork_group, kill_at_random
-from tiny_runs import add_bad_files, assert_same_bits, command, config, judged, metrics
+from tiny_runs import add_bad_files, assert_same_bits, command, config, metrics, with_evaluation
 
 from dino.api import pretrain
 from dino.config.schema import PatchConfig, RegionConfig
@@ -23,7 +23,7 @@ def start(settings: PatchConfig | RegionConfig, folder: Path, processes: int = 0
 def long_run(data: Path, output: Path, **changes: object) -> PatchConfig | RegionConfig:
     """Hundreds of steps with a judge, files that cannot be used, and an end that comes early."""
     rest = {"training.max_steps": 600, "logging.save_every_steps": 7, "training.max_bad_fraction": 0.5}
-    return config(data, output, **{**judged(data, every_steps=25, patience=12), **rest, **changes})
+    return config(data, output, **{**with_evaluation(data, every_steps=25, patience=12), **rest, **changes})
 
 
 @pytest.mark.parametrize("level", ["tiles", "grids"])
