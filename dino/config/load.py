@@ -285,6 +285,8 @@ def _check_lists(schema: type, layer: DictConfig, origin: str) -> None:
         value = _select(layer, setting.key) if setting.is_list else None
         if value is None:
             continue
+        if OmegaConf.is_dict(value):
+            raise ConfigError(f"{origin}: expected {setting.expected}, found {OmegaConf.to_container(value)}")
         if not OmegaConf.is_list(value):
             value = OmegaConf.create([value])
             OmegaConf.update(layer, setting.key, value, merge=False)

@@ -72,6 +72,8 @@ def test_a_signal_saves_and_ends_with_75(tiles: Path, tmp_path: Path, number: si
 
 def test_a_second_interrupt_ends_at_once(tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretrain(config(tiles, tmp_path / "whole"))
+    # A shell lets jobs in its background ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def step(self: Trainer, *arguments: object) -> object:
         if self.step == 5:
@@ -85,7 +87,7 @@ def test_a_second_interrupt_ends_at_once(tiles: Path, tmp_path: Path, monkeypatc
         pretrain(config(tiles, tmp_path / "run"))
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "crashed" and status["step"] == 5 and "after step 3" in status["error"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
     pretrain(config(tiles, tmp_path / "run"))
     assert_same_bits(tmp_path / "whole", tmp_path / "run")
 

@@ -101,7 +101,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         "damaged",
     ),
     "claim before zip files": (lambda: claiming(saved(WHOLE, _use_new_zipfile_serialization=False)), "damaged"),
-    "spread out": (lambda: saved({"teacher": {"w": torch.zeros(1).expand(10**7, 10**5)}}), "to lie in the file"),
+    "spread out": (lambda: saved({"teacher": {"w": torch.zeros(1).expand(10**7, 10**5)}}), "to be stored completely"),
     "pickle that claims": (lambda: b"\x80\x04\x8d" + (2**40).to_bytes(8, "little") + b"abc.", "damaged"),
     "lists in lists": (lambda: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".", "damaged"),
 }
