@@ -155,7 +155,7 @@ def run(setting: Setting) -> Iterator[Row]:
         )
         waits = [sum(r[i][1] for r in results) / sum(r[i][0] for r in results) for i in (0, 1)]
         row.target = 3.0 if setting.on_gpu and not setting.quick and plan.task.arch == "vit_small" else None
-        row.note = f"waiting for data {waits[0]:.2%} of a step (wanted < {LARGEST_WAIT:.0%})"
+        row.note = f"waiting for data {waits[0]:.2%} of a step (target < {LARGEST_WAIT:.0%})"
         row.equality = "asserted by the benchmarks crops and step"
         row.details = {
             "batch": plan.task.batch,

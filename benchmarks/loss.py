@@ -88,7 +88,7 @@ def _measure(batch: int, out_dim: int, setting: Setting, *, overwrite: bool) -> 
     kept = "" if overwrite else ", logits kept"
     row = result.row(f"loss batch {batch}{kept}", batch, "img/s", COMPARATOR, equality=equality)
     row.target = None if setting.quick or not overwrite else 5.0 if setting.on_gpu else 3.0
-    row.note = f"memory above the logits {memory[0] / memory[1]:.2f} of theirs (wanted 0.20)"
+    row.note = f"memory above the logits {memory[0] / memory[1]:.2f} of theirs (target 0.20)"
     row.details = {
         "out_dim": out_dim,
         "logits_mb": round((student.numel() + teacher.numel()) * 4e-6, 1),

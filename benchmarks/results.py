@@ -17,7 +17,7 @@ from torch.cuda import nccl
 
 from benchmarks.measure import Row
 
-COLUMNS = ("what", "ours", "beside", "theirs", "ratio", "wanted", "of the limit", "note")
+COLUMNS = ("benchmark", "ours", "comparator", "theirs", "ratio", "target", "of the limit", "note")
 FIELDS = {field.name for field in fields(Row)}
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg")
 MEASURED = ("dino", "benchmarks", ":!benchmarks/results")  # earlier results do not affect a measurement
@@ -132,7 +132,7 @@ def table_of(rows: Sequence[Row]) -> Table:
     """The table at the end of a run."""
     table = Table(title="more is better; ratio: median (least to greatest) of rounds in turn")
     for title in COLUMNS:
-        table.add_column(title, justify="left" if title in ("what", "beside", "note") else "right")
+        table.add_column(title, justify="left" if title in ("benchmark", "comparator", "note") else "right")
     for row in rows:
         table.add_row(*cells(row))
     return table
@@ -154,14 +154,14 @@ def cells(row: Row) -> list[str]:
     """Cells of a row."""
     if row.skipped:
         return [row.name, "skipped", "", "", "", "", "", row.skipped]
-    wanted = "" if row.target is None else f"{row.target:g}" + ("" if row.met else " (not met)")
+    target = "" if row.target is None else f"{row.target:g}" + ("" if row.met else " (not met)")
     return [
         row.name,
         f"{_number(row.ours)} {row.unit}",
         row.comparator,
         "" if row.theirs is None else _number(row.theirs),
         ratio(row),
-        wanted,
+        target,
         "" if row.limit is None or row.ours is None else f"{row.ours / row.limit:.0%} of {row.limited_by}",
         row.note,
     ]
@@ -178,11 +178,11 @@ def summary(row: Row) -> str:
     """A row as one line."""
     if row.skipped:
         return f"{row.name}: skipped, {row.skipped}"
-    name, ours, beside, theirs, times, wanted, _, note = cells(row)
+    name, ours, comparator, theirs, times, target, _, note = cells(row)
     parts = [
         f"{name}: {ours}",
-        f"{beside} {theirs}: ratio {times}" if beside else "",
-        f"wanted {wanted}" if wanted else "",
+        f"{comparator} {theirs}: ratio {times}" if comparator else "",
+        f"target {target}" if target else "",
     ]
     return "; ".join(part for part in [*parts, note] if part)
 
