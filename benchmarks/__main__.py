@@ -23,12 +23,12 @@ RESULTS = Path(__file__).parent / "results"
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which ones (all): {', '.join(NAMES)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmarks to run (all): {', '.join(NAMES)}")
     parser.add_argument("--facebook-dino", type=Path, metavar="PATH", help="a checkout of facebookresearch/dino")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that all of it runs, records nothing")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where results go (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: checks that everything runs, records nothing")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="results folder (%(default)s)")
     parser.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="measure nothing, print a results file as a table"
+        "--markdown", type=Path, metavar="FILE", help="print a results file, or gpu.json, as a table; measures nothing"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     arguments = parser.parse_args(words)
@@ -43,10 +43,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def run_all(arguments: argparse.Namespace, setting: Setting, path: Path | None) -> tuple[list[Row], int]:
-    """Run the chosen benchmarks one after another; each line is on disk before the next is measured.
+    """Run the chosen benchmarks; each row is written before the next is measured.
 
     Returns:
-        All rows, and how many benchmarks failed.
+        All rows, and the number of failed benchmarks.
     """
     rows, failures = [], 0
     names = arguments.names or NAMES
@@ -59,7 +59,7 @@ def run_all(arguments: argparse.Namespace, setting: Setting, path: Path | None) 
                 for row in importlib.import_module(f"benchmarks.{name}").run(setting):
                     rows.append(record(row, name, found, environment(setting.device), path))
                     progress.say(f"  {summary(rows[-1])}")
-            except Exception as error:  # one that fails, or whose contestants disagree, must not stop the others
+            except Exception as error:  # a failure, or results that differ, must not stop the others
                 failures += 1
                 progress.warn(f"{name}: {type(error).__name__}: {error}")
             bar.advance(1, f"{name}: {time.monotonic() - started:.0f} s")
@@ -67,7 +67,7 @@ def run_all(arguments: argparse.Namespace, setting: Setting, path: Path | None) 
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run, show and record; 1 if a benchmark failed."""
+    """Run the benchmarks and print a table; returns 1 if one failed."""
     arguments = parse(words)
     if arguments.markdown is not None:
         print(markdown(arguments.markdown), end="")
@@ -91,7 +91,7 @@ def main(words: list[str] | None = None) -> int:
     table: Table = table_of(rows)
     progress.console.print(table)
     minutes = (time.monotonic() - started) / 60
-    progress.say(f"{minutes:.1f} minutes; " + (f"results in {path}" if path else "--quick: nothing is recorded"))
+    progress.say(f"{minutes:.1f} minutes; " + (f"results in {path}" if path else "--quick: nothing recorded"))
     return 1 if failures else 0
 
 

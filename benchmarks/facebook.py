@@ -1,4 +1,4 @@
-"""A checkout of facebookresearch/dino as a comparator, through its public modules. Nothing of it is kept here."""
+"""A checkout of facebookresearch/dino as a comparator, used through its public modules; no code of it is copied."""
 
 import importlib
 import sys
@@ -23,7 +23,7 @@ MODULES = ("utils", "vision_transformer", "main_dino")
 
 @contextmanager
 def _modules(checkout: Path) -> Iterator[dict[str, ModuleType]]:
-    """Import its modules, which bear names as common as ``utils``, and forget them again."""
+    """Import its modules, and remove them from ``sys.modules`` afterwards: their names are as common as ``utils``."""
     if not (checkout / "main_dino.py").is_file():
         raise FileNotFoundError(f"expected a checkout of facebookresearch/dino at {checkout}, found no main_dino.py")
     sys.path.insert(0, str(checkout))
@@ -43,7 +43,7 @@ class FacebookStep(Step):
 
 
 class _OneEpoch(nn.Module):
-    """Its loss takes the epoch as a third argument."""
+    """Adapter: the loss takes the epoch as a third argument."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
@@ -54,11 +54,11 @@ class _OneEpoch(nn.Module):
 
 
 def step(task: Task, trainer: Trainer, checkout: Path, precision: str) -> Step:
-    """Its student, teacher and loss with the weights that ``trainer`` has now.
+    """Its student, teacher and loss with the current weights of ``trainer``.
 
     Args:
-        task: What is trained; level 1 only.
-        trainer: Ours.
+        task: Network, batch and views; level 1 only.
+        trainer: This package's trainer.
         checkout: Folder of the checkout.
         precision: ``fp32``, ``bf16`` or ``fp16``.
     """
@@ -79,7 +79,7 @@ def step(task: Task, trainer: Trainer, checkout: Path, precision: str) -> Step:
         head = vits.DINOHead(shape.dim, task.out_dim, norm_last_layer=False)
         head.last_layer = nn.utils.parametrizations.weight_norm(
             nn.Linear(head.last_layer.in_features, task.out_dim, bias=False), dim=0
-        )  # the older form of weight norm cannot be copied for the teacher any more
+        )  # the older form of weight norm does not support deepcopy
         network = found["utils"].MultiCropWrapper(backbone, head).to(trainer.device)
         loss = found["main_dino"].DINOLoss(task.out_dim, task.views, TEACHER_TEMP, TEACHER_TEMP, 0, 1)
     load_named(network, trainer.model.student.published_state())
@@ -88,7 +88,7 @@ def step(task: Task, trainer: Trainer, checkout: Path, precision: str) -> Step:
 
 
 def _one_process() -> None:
-    """Its loss averages over processes and wants a group, if only of one."""
+    """Its loss averages over processes and needs a process group."""
     if not dist.is_initialized():
         store = Path(tempfile.mkdtemp(), "store")
         backend = "nccl" if torch.cuda.is_available() else "gloo"

@@ -1,4 +1,4 @@
-"""What is measured on: tiles of the sample slide in the package as JPEG files, and feature grids as ``.pt`` files."""
+"""Data of the benchmarks: tiles of the package's sample slide as JPEG files, feature grids as ``.pt`` files."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -23,12 +23,12 @@ IMAGENET = TRANSFORMS["imagenet"]
 
 @cache
 def _slide_pixels() -> np.ndarray:
-    with Image.open(sample_slide()) as image:  # its one level reads like any TIFF: nothing else has to be installed
+    with Image.open(sample_slide()) as image:  # Pillow reads its only level as a TIFF, without openslide
         return np.asarray(image.convert("RGB"))
 
 
 def tile_origins(count: int) -> list[tuple[int, int]]:
-    """``(x, y)`` of ``count`` tiles of the sample slide; they repeat where there are more than fit."""
+    """``(x, y)`` of ``count`` tiles of the sample slide; repeated if there are more than fit."""
     height, width = _slide_pixels().shape[:2]
     rows, columns = range(0, height - TILE_PX, STRIDE_PX), range(0, width - TILE_PX, STRIDE_PX)
     places = [(x, y) for y in rows for x in columns]
@@ -43,7 +43,7 @@ def tiles(count: int) -> Tensor:
 
 
 def tile_files(folder: Path, count: int) -> list[Path]:
-    """``count`` tiles as JPEG files under ``folder``; those that are there already stay."""
+    """``count`` tiles as JPEG files under ``folder``; existing files are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"sample_{index}_0.jpg" for index in range(count)]
     missing = [index for index, path in enumerate(paths) if not path.exists()]

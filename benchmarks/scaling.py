@@ -1,5 +1,6 @@
-"""One process and two on one machine; and what ten times as many files cost to open."""
+"""Scaling: two processes against one on one machine, and opening folders of ten times as many files."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.material import random_views
 from benchmarks.measure import Duel, Row, Setting
+from benchmarks.networks import ReadyViews, Task, our_trainer, take_steps
 from benchmarks.results import ROOT
+from dino import distributed
 from dino.data.datasets import TileDataset
 from dino.data.images import list_names
 
@@ -20,7 +24,7 @@ FOLDERS = 100
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Processes first, then files."""
+    """Both benchmarks."""
     if setting.on_gpu and torch.cuda.device_count() < 2:
         yield Row("two processes", skipped=f"needs two GPUs, found {torch.cuda.device_count()}")
     elif not setting.on_gpu and torch.get_num_threads() < 2:
@@ -31,7 +35,7 @@ def run(setting: Setting) -> Iterator[Row]:
 
 
 def _two_processes(setting: Setting) -> Row:
-    """The same work per process, each on one thread (or GPU): two should do twice as much."""
+    """The same work per process, each on one thread (or GPU); the limit is twice the rate of one process."""
     rates: dict[int, list[float]] = {1: [], 2: []}
     for number in setting.rounds(2):
         for processes, found in rates.items():
@@ -45,13 +49,13 @@ def _two_processes(setting: Setting) -> Row:
 
 
 def launch(processes: int, quick: bool) -> float:
-    """Images per second of all ``processes`` together, by torchrun.
+    """Images per second of all ``processes`` together, started by torchrun.
 
     Raises:
-        RuntimeError: If they fail.
+        RuntimeError: If a process fails.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", "benchmarks.worker", *(["--quick"] if quick else [])]
+    command += ["-m", "benchmarks.scaling", *(["--quick"] if quick else [])]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.startswith('{"images_per_second"')]
     if result.returncode or not lines:
@@ -103,3 +107,31 @@ def _open(root: Path) -> tuple[float, int, int]:
     tracemalloc.stop()
     del source
     return seconds, kept, peak
+
+
+def main() -> None:
+    """One of several processes that train together; rank 0 prints the images per second of all of them."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    device = distributed.choose_device("auto")
+    task = Task("vit_tiny", 256 if device.type == "cuda" else 16, 4096, ((2, 96), (6, 48)))
+    if quick:
+        task = Task("vit:dim=64,depth=2,heads=2", 2, 256, ((2, 32), (3, 16)))
+    steps = 1 if quick else 6
+    with distributed.process_group(device):
+        trainer = our_trainer(task, device, "bf16", ReadyViews(random_views(task.batch, 3, task.groups, device)))
+        take_steps(trainer, 2)
+        distributed.barrier()
+        started = time.perf_counter()
+        take_steps(trainer, steps)
+        float(next(trainer.model.parameters()).sum())  # waits for the device
+        distributed.barrier()
+        rate = task.batch * steps * distributed.world_size() / (time.perf_counter() - started)
+    if distributed.is_main():
+        print(json.dumps({"images_per_second": rate}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
