@@ -16,7 +16,7 @@ from dino.api.run import Run
 from dino.config.schema import PatchConfig, PretrainConfig, RegionConfig
 from dino.errors import ConfigError, DinoError, OutOfMemory, ProcessesLost, Stopped
 from dino.files import oserror_to_data_error
-from dino.report.terminal import run_panel
+from dino.report.terminal import next_commands, run_panel
 from dino.train.failure import record_failure
 from dino.train.loop import NonFiniteStep, Trainer
 from dino.train.run_folder import RunFolder
@@ -72,7 +72,7 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
         folder.check(run.identity())
         if folder.is_over():
             progress.say(f"{folder.path}: this run is {folder.status()['state']}; nothing to do")
-            progress.show(run_panel(folder, config))
+            _show_summary(folder, config)
             return _report_end(folder)
         trainer = run.trainer()  # before the folder is claimed, so that a failure here leaves no files
         with oserror_to_data_error(folder.path), folder.lock.held():
@@ -107,7 +107,9 @@ def _rehearse(run: Run) -> RunSummary:
 def _report_end(folder: RunFolder) -> RunSummary:
     status = folder.status()
     if status["state"] == "stopped":
-        raise Stopped(f"{folder.path} was stopped after step {status.get('step')}; run the command again to go on")
+        raise Stopped(
+            f"{folder.path} was stopped after step {status.get('step')}; run the same command again to resume"
+        )
     if status["state"] == "failed":
         raise DinoError(f"{folder.path} failed: {status.get('error')}")
     return RunSummary(folder.path, status["state"], status.get("step", 0), status)
@@ -147,7 +149,7 @@ def _end_recorded(run: Run, trainer: Trainer, folder: RunFolder) -> Iterator[Non
         record("crashed", message)
         raise ProcessesLost(message) from error
     except KeyboardInterrupt:
-        record("crashed", f"interrupted; the same command goes on after step {folder.safe_step()}")
+        record("crashed", f"interrupted; run the same command again to resume after step {folder.safe_step()}")
         raise
     finally:
         folder.write_quarantine(trainer.quarantine)
@@ -160,9 +162,15 @@ def _finish(run: Run, trainer: Trainer, folder: RunFolder, evaluation: Mapping[s
     if distributed.is_main():
         run.export(folder)
     folder.update_status(state=state, step=trainer.step, eta_seconds=0, bad_files=len(trainer.quarantine), **evaluation)
-    progress.show(run_panel(folder, run.config))
+    _show_summary(folder, run.config)
     distributed.barrier()
     return RunSummary(folder.path, state, trainer.step, folder.status())
+
+
+def _show_summary(folder: RunFolder, config: PretrainConfig) -> None:
+    progress.show(run_panel(folder, config))
+    for command in next_commands(folder.path, config):
+        progress.say(f"next: {command}")
 
 
 @contextmanager

@@ -380,7 +380,8 @@ def slurm(
     folder = settings.folder or output.parent / f"{output.name}_slurm"
     submission = api.launch_slurm(work, settings, folder, dry_run=work_config.dry_run)
     rows = [(key, str(value)) for key, value in submission.parameters.items() if value is not None]
-    progress.table([("command", shlex.join(["dino", *name, *rest])), ("output", str(submission.folder)), *rows])
+    command = ["dino", *name, *(word for word in rest if not word.startswith("dry_run="))]
+    progress.table([("command", shlex.join(command)), ("output", str(submission.folder)), *rows])
     typer.echo(f"submitted as job {submission.job}" if submission.job else "dry run: nothing was submitted")
 
 

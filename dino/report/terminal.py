@@ -25,7 +25,7 @@ Rows = list[tuple[str, str]]
 
 
 def run_panel(run: RunReader, config: PretrainConfig) -> RenderableType:
-    """Steps, time, losses, scores, warnings, verdict and next commands, for a terminal of 60 columns or more.
+    """Steps, time, losses, scores, warnings, verdict and files, for a terminal of 60 columns or more.
 
     Args:
         run: The run folder.
@@ -40,7 +40,7 @@ def run_panel(run: RunReader, config: PretrainConfig) -> RenderableType:
     parts = [
         [*_progress(status, losses), *_scores(status, lines, config.evaluate.k), *_problems(status)],
         [("verdict", verdict["text"])],
-        _next_steps(run.path, config),
+        _files(run.path),
     ]
     for i, rows in enumerate(parts):
         if i:
@@ -106,15 +106,25 @@ def _problems(status: Mapping[str, Any]) -> Rows:
     return [*rows, *[("warnings" if i == 0 else "", text) for i, text in enumerate(shown)]]
 
 
-def _next_steps(run: Path, config: PretrainConfig) -> Rows:
-    """Paths of the checkpoint and the export, and commands that use them."""
+def next_commands(run: Path, config: PretrainConfig) -> list[str]:
+    """Commands that use a completed run, quoted for the shell; each is printed on one line, so that it can be copied.
+
+    Args:
+        run: The run folder.
+        config: The run's settings.
+    """
+    quoted = shlex.quote(printable(run))
+    commands = [f"dino evaluate knn {quoted} labels.csv"]
+    if (Path(config.data_dir) / REGIONS_TABLE).exists():
+        commands.insert(0, f"dino extract {quoted} {shlex.quote(printable(config.data_dir))}")
+    return commands
+
+
+def _files(run: Path) -> Rows:
+    """Paths of checkpoint and export."""
     name = printable(run)
     best = (run / "checkpoints" / BEST).exists()
     rows = [("checkpoint", f"{name}/checkpoints/{BEST if best else LAST}")]
     if (run / "backbone" / "config.json").exists():
         rows.append(("export", f"{name}/backbone (of that checkpoint, for timm)"))
-    quoted = shlex.quote(name)
-    commands = [f"dino evaluate knn {quoted} labels.csv"]
-    if (Path(config.data_dir) / REGIONS_TABLE).exists():
-        commands.insert(0, f"dino extract {quoted} {shlex.quote(printable(config.data_dir))}")
-    return [*rows, *[("next" if i == 0 else "", text) for i, text in enumerate(commands)]]
+    return rows

@@ -178,7 +178,9 @@ class Trainer:
                 for callback in self.callbacks:
                     callback.after_step(self, report)
                 if stopping:
-                    message = f"stopped by a signal after step {self.step}; run the same command again to go on"
+                    message = (
+                        f"stopped by a signal after step {self.step}, state saved; run the same command again to resume"
+                    )
                     raise Stopped(message, stop.received)
                 earlier = report
             if earlier is not None:

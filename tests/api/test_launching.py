@@ -168,6 +168,7 @@ def test_the_command_separates_the_settings_of_the_job_from_those_of_the_run(
     shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["launch", "slurm", *words, "--slurm", "site.yaml"])
     assert shown.exit_code == 0, shown.output
     assert "dry run: nothing was submitted" in shown.output
+    assert "dry_run=" not in shown.output  # the command that would be submitted
     assert "dino pretrain patch data runs/patch seed=3" in " ".join(shown.output.split())
     (work, settings, folder), options = made[0]
     assert (settings.nodes, settings.partition, settings.account) == (2, "gpu", "us")
@@ -206,5 +207,5 @@ def test_a_requeued_job_of_two_tasks_ends_as_an_uninterrupted_run(tmp_path: Path
         assert time.monotonic() < until, (tmp_path / "jobs" / f"{controller}_0_log.err").read_text()
         time.sleep(0.1)
     output = (tmp_path / "jobs" / f"{controller}_0_log.out").read_text()
-    assert "run the same command again to go on" in output and "resuming after step" in output
+    assert "run the same command again to resume" in output and "resuming after step" in output
     assert_same_numbers(tmp_path / "one", run)

@@ -61,7 +61,7 @@ def test_a_signal_saves_and_ends_with_75(tiles: Path, tmp_path: Path, number: si
         time.sleep(0.01)
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75 and "run the same command again to go on" in errors and "Traceback" not in errors
+    assert process.returncode == 75 and "run the same command again to resume" in errors and "Traceback" not in errors
     assert ("ctrl-C again ends at once" in errors) == (number == signal.SIGINT)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (
