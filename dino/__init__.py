@@ -19,6 +19,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'dino' has no attribute '{name}'")
 
 
+def __dir__() -> list[str]:
+    """The public names and packages, for completion: they may not be imported yet."""
+    return [*__all__, "api", "config"]
+
+
 def _is_command(argv: list[str], orig_argv: list[str]) -> bool:
     """Whether this process runs ``dino …`` or ``python -m dino …``, or is a worker process of multiprocessing."""
     if any("multiprocessing" in word for word in orig_argv):  # spawn and forkserver name it in their command line

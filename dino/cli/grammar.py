@@ -115,5 +115,9 @@ def refuse_settings_as_options(args: Sequence[str], keys: Collection[str], optio
 
 
 def _listed(arguments: Sequence[str]) -> str:
+    if not arguments:
+        return "no arguments"
     noun = "argument" if len(arguments) == 1 else "arguments"
-    return f"{len(arguments)} {noun} ({' '.join(arguments)})" if arguments else "no arguments"
+    spaced = any(argument.startswith("=") for argument in arguments)
+    hint = "; write settings without spaces around =" if spaced else ""
+    return f"{len(arguments)} {noun} ({shlex.join(arguments)}){hint}"

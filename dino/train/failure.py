@@ -113,6 +113,11 @@ def read_failure(folder: Path) -> Failure:
     Raises:
         CheckpointError: If the record is missing or damaged.
     """
+    if not (folder / RECORD).exists():
+        raise CheckpointError(
+            f"expected the record of a failed step at {folder / RECORD}, found none; a run writes RUN/failure when a "
+            "loss or gradient is not finite"
+        )
     try:
         facts = read_json(folder / RECORD)
         ranks = [read_checkpoint(folder / f"rank_{rank}.pt") for rank in range(len(facts["processes"]))]

@@ -240,6 +240,7 @@ def test_an_unexpected_error_is_not_hidden(run, calls):
 def test_the_public_functions_are_listed_before_they_are_imported():
     from dino import api
 
+    assert {"load_backbone", "api", "config"} <= set(dir(dino)) and "Path" not in dir(dino)
     assert dir(api) == sorted(api.__all__) and "TYPE_CHECKING" not in dir(api)
     assert {"tile", "pretrain", "extract", "launch_slurm"} <= set(dir(api))
     assert all(callable(getattr(api, name)) for name in api.__all__)
