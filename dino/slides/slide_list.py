@@ -13,6 +13,7 @@ SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", "
 REQUIRED = ("sample_id", "image_path")
 DESCRIPTION = ("patient_id", "centre", "scanner", "stain", "partition", "exclude_reason")
 COLUMNS = (*REQUIRED, "mask_path", "spacing_at_level_0", *DESCRIPTION)
+DELIMITERS = ",;\t"  # spreadsheets write semicolons where the comma is the decimal separator
 MAX_ID_LENGTH = 150
 
 
@@ -125,7 +126,9 @@ def _rows(path: Path, note: Callable[[str], None]) -> Iterator[tuple[str, dict[s
     """Each row as stripped cells by column, with its file and line for error messages."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = csv.reader(file, strict=True)
+            first = file.readline()
+            file.seek(0)
+            lines = csv.reader(file, strict=True, delimiter=max(DELIMITERS, key=first.count))
             header = [name.strip() for name in next(lines, [])]
             _check_header(header, path, note)
             for cells in lines:
@@ -147,9 +150,8 @@ def _rows(path: Path, note: Callable[[str], None]) -> Iterator[tuple[str, dict[s
 def _check_header(header: Sequence[str], path: Path, note: Callable[[str], None]) -> None:
     missing = [name for name in REQUIRED if name not in header]
     if missing:
-        hint = "; its separator is ';', save it with commas" if any(";" in name for name in header) else ""
         found = ", ".join(name for name in header if name) or "an empty file"
-        raise DataError(f"expected columns {' and '.join(REQUIRED)} in {path}, found {found}{hint}")
+        raise DataError(f"expected columns {' and '.join(REQUIRED)} in {path}, found {found}")
     for name in header:
         if header.count(name) > 1 and name:
             raise DataError(f"expected each column of {path} once, found '{name}' {header.count(name)} times")

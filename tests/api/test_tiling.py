@@ -256,7 +256,8 @@ def test_another_slide_of_the_same_name_is_tiled_again(slides: Path, tmp_path: P
 def test_a_slide_smaller_than_a_region_still_has_tiles(slides: Path, tmp_path: Path) -> None:
     summary = tile([slides / "one.tiff"], tmp_path, small(region_size_px=1024))
     assert summary.regions == 0 and summary.tiles > 0 and summary.exit_code == 0
-    assert "no region of 16 x 16 cells fits" in read_status(tmp_path)["one"].reason
+    reason = read_status(tmp_path)["one"].reason
+    assert "no region of 16 x 16 cells fits" in reason and "a smaller region_size_px (now 1024)" in reason
     assert read_regions(tmp_path) == []
     smallest = tile([slides / "one.tiff"], tmp_path / "none", small(tile_size_px=512, region_size_px=512))
     assert smallest.statuses[0].status == "no_tissue" and "smaller than one tile" in smallest.statuses[0].reason
