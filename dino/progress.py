@@ -39,9 +39,9 @@ class _RichBar:
 class LineBar:
     """Progress as plain lines: time of day, title, done/total, remaining time and note.
 
-    The first line is printed at the start, the second with the first note, the last one at the end, and the others at
-    least :data:`LINE_SECONDS` apart. If the caller passes notes (training does, every ``logging.every_steps``), lines
-    are printed only together with a new note; otherwise at any step.
+    The first line is printed at the start, the second with the first note after a step, the last one at the end, and
+    the others at least :data:`LINE_SECONDS` apart. If the caller passes notes (training does, every
+    ``logging.every_steps``), lines are printed only together with a new note; otherwise at any step.
 
     Args:
         title: Name of the task.
@@ -73,7 +73,7 @@ class LineBar:
         is_first_note = bool(note) and not self._note
         self.done, self._note = self.done + count, note or self._note
         is_new = note or not self._note
-        if is_first_note or (is_new and self._clock() - self._last >= LINE_SECONDS):
+        if (is_first_note and self.done > self._done_before) or (is_new and self._clock() - self._last >= LINE_SECONDS):
             self._print()
 
     def close(self) -> None:

@@ -79,14 +79,22 @@ def test_a_caller_with_longer_intervals_decides_when_lines_are_printed(clock: Cl
 
 
 def test_without_notes_lines_are_printed_every_30_seconds(clock: Clock) -> None:
-    bar, lines = line_bar(clock, "embed cells", 200)
+    bar, lines = line_bar(clock, "embed tiles", 200)
     for _ in range(20):
         clock.seconds += LINE_SECONDS / 2
         bar.advance(10)
     bar.close()
     assert [line.split("  ")[2] for line in lines] == [f"{done}/200" for done in range(0, 201, 20)]
-    assert lines[5] == "00:01:30  embed cells  100/200  eta 0:02:30"
+    assert lines[5] == "00:01:30  embed tiles  100/200  eta 0:02:30"
     assert len(lines) == 11  # the last line is not repeated at the end
+
+
+def test_a_note_before_the_first_step_does_not_repeat_the_first_line(clock: Clock) -> None:
+    bar, lines = line_bar(clock, "embed tiles", 2)
+    bar.advance(0, "slide a")
+    bar.advance(2)
+    bar.close()
+    assert lines == ["23:59:00  embed tiles  0/2", "23:59:00  embed tiles  2/2  eta 0:00:00  slide a"]
 
 
 def test_a_short_task_prints_its_start_and_its_end(clock: Clock) -> None:

@@ -15,6 +15,7 @@ from dino.train.failure import Failure, SampleFinding, examine, read_failure
 from dino.train.loop import Callback, NonFiniteStep, StepReport, Trainer
 from dino.train.profiling import (
     BACKWARD,
+    CROPS,
     DATA,
     PARTS,
     STARVING,
@@ -146,7 +147,7 @@ def _print_profile(run: Run, numbers: dict[str, Any]) -> None:
 
 def _advice(run: Run, parts: dict[str, float], waiting: float) -> list[str]:
     """What the user can change about these times."""
-    network = sum(fraction(parts, name) for name in (TEACHER, STUDENT, BACKWARD))
+    network, crops = sum(fraction(parts, name) for name in (TEACHER, STUDENT, BACKWARD)), fraction(parts, CROPS)
     lines = [data_advice(waiting, run.config.speed.num_workers)] if waiting > STARVING else []
     if run.config.speed.checkpointing:
         lines.append(
@@ -154,6 +155,11 @@ def _advice(run: Run, parts: dict[str, float], waiting: float) -> list[str]:
         )
     if run.device.type == "cuda" and run.config.speed.compile.lower() == "false":
         lines.append("the blocks are not compiled: speed.compile=auto compiles them")
+    if crops > network:
+        lines.append(
+            f"the crops take {crops:.0%} of a step, the network {network:.0%}: fewer or smaller crops "
+            "(aug.local_crops_number, …) make a step faster, but are another run"
+        )
     if not lines:
         lines.append(
             f"no bottleneck: the network takes {network:.0%} and data is ready in time "

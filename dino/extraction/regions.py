@@ -277,7 +277,7 @@ def is_written(path: Path, cells: int, dim: int) -> bool:
 class RegionExtractor(Extractor):
     """Writes ``ROOT/region_4096_pretraining/<slide>_<x>_<y>.pt`` with a level-1 model."""
 
-    title = "embed cells"
+    title = "embed tiles"
     plan: tuple[PixelSource, list[SlideRegions]]
 
     def prepare(self) -> tuple[PixelSource, list[SlideRegions]]:

@@ -43,7 +43,9 @@ def test_a_wrong_number_of_positional_arguments_is_an_error():
         expect([], ["ROOT", "RUN"])
     with pytest.raises(UsageError, match=r"found 1 argument \('my slides'\)$"):
         expect(["my slides"], ["ROOT", "RUN"])
-    with pytest.raises(UsageError, match=r"found 5 arguments \(a b seed = 1\); write settings without spaces around =$"):
+    with pytest.raises(
+        UsageError, match=r"found 5 arguments \(a b seed = 1\); write settings without spaces around =$"
+    ):
         expect(["a", "b", "seed", "=", "1"], ["ROOT", "RUN"])
     assert expect_many(["a", "b", "c"], "SLIDE", "ROOT") == (["a", "b"], "c")
     with pytest.raises(UsageError, match="at least one SLIDE"):

@@ -3,17 +3,20 @@
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from tiny_runs import command, config
 from typer.testing import CliRunner
 
-from dino.api import pretrain
+from dino.api import pretrain, rehearsal
 from dino.cli.main import app
+from dino.config.schema import PatchConfig
 from dino.data.loader import DrawnBatches
 from dino.errors import ConfigError
-from dino.train.profiling import BACKWARD, DATA, PARTS, REST, HostClock
+from dino.train.profiling import BACKWARD, CROPS, DATA, PARTS, REST, STUDENT, HostClock
 
 WAIT_SECONDS, OTHER_SECONDS = 1.0, 0.01  # of a batch that is slow to come, and between any two looks at the clock
 
@@ -90,6 +93,15 @@ def test_the_command_needs_no_run_folder(tiles: Path, tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["pretrain", "patch", *settings, "output_dir="])
     assert shown.exit_code == 0, shown.output
     assert "waiting for data" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("crops", "words"), [(5.0, "the crops take 50% of a step, the network 40%"), (1.0, "no bottleneck")]
+)
+def test_crops_that_take_longer_than_the_network_are_named(crops: float, words: str) -> None:
+    run = SimpleNamespace(config=PatchConfig(), device=torch.device("cpu"))
+    (line,) = rehearsal._advice(cast(Any, run), {CROPS: crops, STUDENT: 3.0, BACKWARD: 1.0, REST: 1.0}, 0.0)
+    assert line.startswith(words)
 
 
 @pytest.mark.slow
