@@ -27,7 +27,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,10 @@ from xml.etree import ElementTree
 
 import torch
 
+from benchmarks.gpu_report import Event, Report, draw
 from benchmarks.measure import Setting, limits
 from benchmarks.results import ROOT, environment, gpu_facts, summary, with_limit
 from dino import distributed, progress
-from dino.files import write_json
 
 TOTAL_SECONDS = 530.0  # of all parts; starting and drawing the figure come to less than 10
 STARTUP = "startup"
@@ -82,8 +82,6 @@ QUICK_TRAINING = {
 }
 # Double precision, so that the two runs differ by no more than the order of sums.
 TWO_PROCESSES = {**QUICK_TRAINING, "training.max_steps": 3, "speed.precision": "fp64", "speed.num_workers": 0}
-
-Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -338,61 +336,6 @@ def _first_line(error: Exception) -> str:
 # ----------------------------------------------------------------------------------------------- the supervisor
 
 
-@dataclass
-class Report:
-    """Everything that is known so far; saved after each change.
-
-    Attributes:
-        path: The JSON file.
-        content: Its content.
-    """
-
-    path: Path
-    content: dict[str, Any]
-    started: float = field(default_factory=time.monotonic)
-
-    def apply(self, event: Event) -> None:
-        """Record an event of a part."""
-        part = self.part(event["part"])
-        if event.get("state") == "running":
-            part["started"] = time.monotonic()
-        if "row" in event:
-            self.content["rows"].append(event["row"])
-            event = {key: value for key, value in event.items() if key != "row"}
-        elif event.get("note"):
-            part["note"] = event["note"]
-        if event.get("note"):
-            progress.say(f"  {event['part']}: {event['note']}")
-        part["seconds"] = round(time.monotonic() - part.get("started", time.monotonic()), 1)
-        for key, value in event.items():
-            if key in ("tests", "processes", "training"):
-                self.content[key] = value
-            elif key in ("state", "traceback"):
-                part[key] = value
-        self.save()
-
-    def part(self, name: str) -> dict[str, Any]:
-        """The entry of a part."""
-        return next(part for part in self.content["parts"] if part["name"] == name)
-
-    def running(self) -> dict[str, Any] | None:
-        """The entry of the part that is running, if any."""
-        return next((part for part in self.content["parts"] if part["state"] == "running"), None)
-
-    def waiting(self) -> list[str]:
-        """Names of the parts that have not been started."""
-        return [part["name"] for part in self.content["parts"] if part["state"] == "waiting"]
-
-    def failed(self) -> list[str]:
-        """Names of the parts that failed."""
-        return [part["name"] for part in self.content["parts"] if part["state"] == "failed"]
-
-    def save(self) -> None:
-        """Write the JSON file atomically."""
-        self.content["seconds"] = round(time.monotonic() - self.started, 1)
-        write_json(self.path, self.content)
-
-
 def supervise(report: Report, arguments: argparse.Namespace, folder: Path) -> None:
     """Start workers until every part is over."""
     factor = QUICK_FACTOR if arguments.quick else 1
@@ -525,8 +468,6 @@ def finish(report: Report) -> int:
     report.save()
     picture = report.path.with_suffix(".png")
     try:
-        from benchmarks.gpu_figure import draw
-
         draw(report.content, picture)
     except Exception as error:  # the numbers are there without it
         progress.warn(f"no figure: {type(error).__name__}: {error}")

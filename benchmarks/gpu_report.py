@@ -1,13 +1,75 @@
-"""The figure of ``make gpu``: loss curve, ratios of the benchmarks, and environment."""
+"""The results of ``make gpu``: a JSON file that is kept up to date, and a figure."""
 
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from dino import progress
+from dino.files import write_json
+
+Event = dict[str, Any]  # what happened in a part: its state, a note, a benchmark's row, or named results
 
 OURS, THEIRS = "#1f77b4", "#999999"
 
 
+@dataclass
+class Report:
+    """Everything that is known so far; saved after each change.
+
+    Attributes:
+        path: The JSON file.
+        content: Its content.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    started: float = field(default_factory=time.monotonic)
+
+    def apply(self, event: Event) -> None:
+        """Record an event of a part."""
+        part = self.part(event["part"])
+        if event.get("state") == "running":
+            part["started"] = time.monotonic()
+        if "row" in event:
+            self.content["rows"].append(event["row"])
+            event = {key: value for key, value in event.items() if key != "row"}
+        elif event.get("note"):
+            part["note"] = event["note"]
+        if event.get("note"):
+            progress.say(f"  {event['part']}: {event['note']}")
+        part["seconds"] = round(time.monotonic() - part.get("started", time.monotonic()), 1)
+        for key, value in event.items():
+            if key in ("tests", "processes", "training"):
+                self.content[key] = value
+            elif key in ("state", "traceback"):
+                part[key] = value
+        self.save()
+
+    def part(self, name: str) -> dict[str, Any]:
+        """The entry of a part."""
+        return next(part for part in self.content["parts"] if part["name"] == name)
+
+    def running(self) -> dict[str, Any] | None:
+        """The entry of the part that is running, if any."""
+        return next((part for part in self.content["parts"] if part["state"] == "running"), None)
+
+    def waiting(self) -> list[str]:
+        """Names of the parts that have not been started."""
+        return [part["name"] for part in self.content["parts"] if part["state"] == "waiting"]
+
+    def failed(self) -> list[str]:
+        """Names of the parts that failed."""
+        return [part["name"] for part in self.content["parts"] if part["state"] == "failed"]
+
+    def save(self) -> None:
+        """Write the JSON file atomically."""
+        self.content["seconds"] = round(time.monotonic() - self.started, 1)
+        write_json(self.path, self.content)
+
+
 def draw(content: dict[str, Any], path: Path) -> None:
-    """Draw the results.
+    """Draw loss curve, environment, and ratios of the benchmarks.
 
     Args:
         content: Content of ``gpu.json``.
