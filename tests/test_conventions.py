@@ -157,6 +157,16 @@ def test_links_between_pages_exist(page):
     assert [link for link in local if not (page.parent / link).exists()] == []
 
 
+def test_the_tests_named_on_the_page_of_guarantees_exist():
+    text = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    tests = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py")}
+    named = re.findall(r"`[^`]*?(test_\w+\.py)(?:::(\w+))?", text)
+    assert len(named) > 30
+    assert [f"{file}::{test}" for file, test in named if f"def {test}" not in tests.get(file, "")] == []
+    paths = re.findall(r"`(tests/[\w/.]+)", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_settings_in_code_blocks_exist(page):
     kinds = [value for name, value in vars(schema).items() if name.endswith("Config") and isinstance(value, type)]

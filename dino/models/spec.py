@@ -55,7 +55,7 @@ class BackboneSpec:
         level: ``patch`` (images) or ``region`` (feature grids).
         input_dim: Channels of the input: 3, or the D of the grids.
         img_size: (height, width) in px that the position table is for; level 2: in cells.
-        patch_size: Side of a token in px; level 2: 1.
+        patch_size: Patch size in px; level 2: 1.
         pos_resample: Rule that resizes the position table, see ``RULES``.
     """
 

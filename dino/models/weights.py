@@ -274,13 +274,16 @@ def _from_timm(name: str, pretrained: bool) -> LoadedBackbone:
 def _print_summary(loaded: LoadedBackbone) -> None:
     report, spec = loaded.report, loaded.backbone.spec
     modules = sorted({".".join(name.split(".")[:-1]) or name for name in report.unexpected})
-    unexpected = f"{len(report.unexpected)} unexpected keys"
-    if modules:
+    unexpected = "no unexpected keys"
+    if modules and loaded.own:
+        unexpected = "heads not used"
+    elif modules:
+        unexpected = f"{len(report.unexpected)} unexpected keys"
         unexpected += f" ({', '.join(modules[:4])}{', ...' if len(modules) > 4 else ''})"
     transform = f"transform {loaded.transform.name}" if loaded.transform else "no transform"
     say(
         f"{loaded.source}: {spec.arch} ({loaded.level}), {report.loaded} backbone tensors loaded, no missing keys, "
-        f"{unexpected if modules else 'no unexpected keys'}; {transform}"
+        f"{unexpected}; {transform}"
     )
 
 

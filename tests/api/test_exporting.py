@@ -158,7 +158,8 @@ before = list(sys.meta_path)
 assert timm.is_model("hvit_xs") and timm.create_model("hvit_xs").embed_dim == 192
 assert not any(type(finder).__module__.startswith("dino") for finder in sys.meta_path)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(
