@@ -70,7 +70,7 @@ def _evaluate_knn(model: str, labels: Path, config: KnnConfig, device: torch.dev
     level, spec = level_named(loaded.level), loaded.backbone.spec
     embedder = FileEmbedder(
         table.paths,
-        level.labelled_reader(table.paths, spec, config, loaded.source),
+        level.labelled_reader(table.paths, spec, config, loaded.source, loaded.details),
         level.normaliser(loaded.transform, spec.patch_size),
         device,
         config.precision,
@@ -172,7 +172,7 @@ def build_evaluator(run: Run, checkpoints: Checkpoints) -> Evaluator | None:
     transform = replace(level.transform, input_size_px=None) if level.transform else None
     embedder = FileEmbedder(
         table.paths,
-        level.labelled_reader(table.paths, level.spec, run.config, str(checkpoints.folder.path)),
+        level.labelled_reader(table.paths, level.spec, run.config, str(checkpoints.folder.path), run.origin),
         level.normaliser(transform, level.spec.patch_size),
         run.device,
         run.config.speed.precision,

@@ -9,6 +9,7 @@ from dino.config.schema import ExportConfig
 from dino.files import oserror_to_data_error
 from dino.models.backbone import Backbone, BackboneSpec
 from dino.models.export import export_backbone
+from dino.models.grid_source import KEY, recorded
 from dino.models.inputs import input_kind
 from dino.models.transforms import Transform
 from dino.models.weights import LoadedBackbone, load_backbone_file
@@ -112,6 +113,7 @@ def info(source: str, arch: str | None = None) -> dict[str, Any]:
         "step": loaded.step,
         "total_steps": loaded.details.get("total_steps"),
         "versions": loaded.details.get("versions"),
+        **({KEY: recorded(loaded.grids)} if not input_kind(loaded.level).normalized else {}),
         "training_slides": len((loaded.details.get("training_slides") or {}).get("slide_ids", [])) or None,
         "fingerprint": loaded.fingerprint,
         "left_over": loaded.report.unexpected,

@@ -12,32 +12,27 @@ class in :data:`LEVELS`. There are three ways to get one:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from dino.api.roots import Root, check_grids, grid_entries, shapes_of_grids, source_of_grids
 from dino.config.schema import KnnConfig, PatchConfig, PretrainConfig, RegionConfig
 from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
 from dino.data import (
     Dataset,
     GridDataset,
-    GridEntry,
     GridFiles,
     PermutationSampler,
     Sampler,
-    SlideInfo,
     TileDataset,
     decode,
     grid_dtype,
-    keep_partition,
-    list_names,
     open_grids,
     prepare_grids,
     read_grid,
-    slide_of,
 )
 from dino.errors import ConfigError, DataError
 from dino.evaluate.retrieval import pixel_features
@@ -45,23 +40,8 @@ from dino.extraction.embed import Normalise, identity, normaliser
 from dino.extraction.regions import RegionExtractor
 from dino.extraction.slides import SlideExtractor
 from dino.models.backbone import BackboneSpec
+from dino.models.grid_source import KEY, check_same_source, recorded
 from dino.models.weights import TRANSFORMS, Transform, load_backbone_file
-from dino.slides.tables import (
-    OK,
-    REGIONS_FOLDER,
-    REGIONS_TABLE,
-    STATUS_TABLE,
-    TILES_FOLDER,
-    TILES_TABLE,
-    TILING_FILE,
-    RegionRecord,
-    SlideStatus,
-    Tiling,
-    read_regions,
-    read_status,
-    read_tile_spacings,
-    read_tiling,
-)
 
 DEFAULT_TILE_SIZE_PX = 256
 
@@ -82,6 +62,8 @@ class Level(ABC):
         transform: Normalization of images; None for feature grids.
         geometry: What a checkpoint records of the samples: spacing and tile size where known, and the shape of grids.
         slides: ``slide_ids`` and ``patient_ids`` of the samples, as far as they are known.
+        origin: What a run's identity and checkpoints record of the origin of the samples: ``grids``, the level-1 model
+            of feature grids.
     """
 
     name: ClassVar[str]
@@ -95,6 +77,7 @@ class Level(ABC):
     transform: Transform | None
     geometry: dict[str, Any]
     slides: dict[str, list[str]]
+    origin: Mapping[str, Any]
 
     @abstractmethod
     def __init__(self, config: Any) -> None: ...
@@ -112,7 +95,12 @@ class Level(ABC):
     @classmethod
     @abstractmethod
     def labelled_reader(
-        cls, paths: Sequence[Path], spec: BackboneSpec, config: PretrainConfig | KnnConfig, model: str
+        cls,
+        paths: Sequence[Path],
+        spec: BackboneSpec,
+        config: PretrainConfig | KnnConfig,
+        model: str,
+        origin: Mapping[str, Any],
     ) -> Read:
         """How labelled items are read.
 
@@ -121,13 +109,14 @@ class Level(ABC):
             spec: The backbone that they are for.
             config: Settings of the run or of the evaluation.
             model: What to call the model in messages.
+            origin: What is recorded of the origin of the samples that the model was trained on, see ``Level.origin``.
 
         Returns:
             A function of a path to ``(3, H, W)`` uint8 or ``(D, h, w)`` float32. It raises DataError if the file cannot
             be used.
 
         Raises:
-            DataError: If a path is an item of another level.
+            DataError: If a path is an item of another level, or a feature grid of another level-1 model.
         """
 
     @classmethod
@@ -150,13 +139,8 @@ class PatchLevel(Level):
     extractor = RegionExtractor
 
     def __init__(self, config: PatchConfig) -> None:
-        root, aug, model = _Root(Path(config.data_dir)), config.aug, config.model
-        folder = _tile_folder(root)
-        names = keep_partition(list_names(folder, {TILING_FILE: TILES_FOLDER}), slide_of, root.partitions)
-        if not names:
-            raise DataError(
-                f"expected tiles with partition blank or pretrain under {folder}, found only held-out slides"
-            )
+        root, aug, model = Root(Path(config.data_dir)), config.aug, config.model
+        folder, names = root.tiles()
         self.dataset = TileDataset(folder, names, root.slide_infos(root.tile_spacings()), config.speed.ram_cache)
         for name in ("global_crops_size", "local_crops_size"):
             if getattr(aug, name) % model.patch_size:
@@ -170,10 +154,16 @@ class PatchLevel(Level):
         size = (aug.global_crops_size, aug.global_crops_size)
         self.spec = BackboneSpec(model.arch, self.name, 3, size, model.patch_size, model.pos_resample)
         self.geometry, self.slides = root.geometry(), root.slides(self.dataset.slide_ids)
+        self.origin = {}
 
     @classmethod
     def labelled_reader(
-        cls, paths: Sequence[Path], spec: BackboneSpec, config: PretrainConfig | KnnConfig, model: str
+        cls,
+        paths: Sequence[Path],
+        spec: BackboneSpec,
+        config: PretrainConfig | KnnConfig,
+        model: str,
+        origin: Mapping[str, Any],
     ) -> Read:
         """Decode images."""
         grid = next((path for path in paths if path.suffix == ".pt"), None)
@@ -203,13 +193,14 @@ class RegionLevel(Level):
     extractor = SlideExtractor
 
     def __init__(self, config: RegionConfig) -> None:
-        root, model = _Root(Path(config.data_dir)), config.model
-        folder = root.path / REGIONS_FOLDER
-        if not folder.is_dir() and root.tiling is None:
-            folder = root.path
-        regions = root.regions()
+        root, model = Root(Path(config.data_dir)), config.model
+        folder, regions = root.grid_folder, root.regions()
         entries = grid_entries(root.path, folder, regions, root.partitions)
-        files = GridFiles(folder, entries, config.grid_order, grid_dtype(config.speed))
+        source = source_of_grids(folder)
+        if model.init:
+            init = load_backbone_file(model.init, model.init_arch)
+            check_same_source(init.grids, source, model.init, str(folder))
+        files = GridFiles(folder, entries, config.grid_order, grid_dtype(config.speed), source.key if source else "")
         survey, packed, cells = prepare_grids(
             files, config.speed, config.training.max_bad_fraction, may_write=not config.dry_run
         )
@@ -220,19 +211,23 @@ class RegionLevel(Level):
         self.spec = BackboneSpec(model.arch, self.name, survey.dim, (height, width), 1, model.pos_resample)
         self.transform = None
         self.geometry = {**root.geometry(), "region_cells": [survey.height, survey.width]}
-        self.slides = root.slides(self.dataset.slide_ids)
+        self.slides, self.origin = root.slides(self.dataset.slide_ids), {KEY: recorded(source)}
 
     @classmethod
     def labelled_reader(
-        cls, paths: Sequence[Path], spec: BackboneSpec, config: PretrainConfig | KnnConfig, model: str
+        cls,
+        paths: Sequence[Path],
+        spec: BackboneSpec,
+        config: PretrainConfig | KnnConfig,
+        model: str,
+        origin: Mapping[str, Any],
     ) -> Read:
         """Read feature grids; shapes are those of a ``regions.csv`` beside or above them, else square."""
         other = next((path for path in paths if path.suffix != ".pt"), None)
         if other is not None:
             raise DataError(f"expected .pt feature grids for the level-2 model {model}, found {other}")
-        roots = {root for path in paths for root in (path.parent, path.parent.parent)}
-        tables = [read_regions(root) for root in sorted(roots) if (root / REGIONS_TABLE).exists()]
-        shapes = {record.path.name: record.grid for table in tables for record in table}
+        check_grids(paths, origin, model)
+        shapes = shapes_of_grids(paths)
         order: str = getattr(config, "grid_order")  # noqa: B009 - of every config of this level
 
         def read(path: Path) -> Tensor:
@@ -288,110 +283,3 @@ def build_level(config: PretrainConfig) -> Level:
     if not Path(config.data_dir).is_dir():
         raise DataError(f"expected a data folder at {config.data_dir}, found nothing; check the path")
     return level_of(config)(config)
-
-
-class _Root:
-    """The tables of a data folder, as far as there are any.
-
-    Args:
-        path: The folder.
-
-    Raises:
-        DataError: If a table is damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tiling: Tiling | None = read_tiling(path) if (path / TILING_FILE).exists() else None
-        self.status: dict[str, SlideStatus] = read_status(path) if (path / STATUS_TABLE).exists() else {}
-
-    @property
-    def partitions(self) -> dict[str, str]:
-        """Partition of each slide; for a slide that failed or was excluded later, that word instead."""
-        return {slide: row.partition if row.status == OK else row.status for slide, row in self.status.items()}
-
-    def geometry(self) -> dict[str, Any]:
-        """Spacing (µm/px) and size (px) of the tiles, None where not recorded."""
-        known = self.tiling.geometry if self.tiling else None
-        return {
-            "spacing_um": known.spacing_um if known else None,
-            "tile_size_px": known.tile_size_px if known else None,
-        }
-
-    def slides(self, slide_ids: set[str]) -> dict[str, list[str]]:
-        """The slides, and their patients as far as they are recorded."""
-        patients = {self.status[slide].patient_id for slide in slide_ids if slide in self.status}
-        return {"slide_ids": sorted(slide_ids), "patient_ids": sorted(patient for patient in patients if patient)}
-
-    def regions(self) -> list[RegionRecord]:
-        """The regions that are recorded."""
-        return read_regions(self.path) if (self.path / REGIONS_TABLE).exists() else []
-
-    def tile_spacings(self) -> dict[str, float]:
-        """Actual spacing of the tiles of each slide, where recorded."""
-        return read_tile_spacings(self.path) if (self.path / TILES_TABLE).exists() else {}
-
-    def slide_infos(self, spacings: Mapping[str, float]) -> dict[str, SlideInfo]:
-        """What is recorded of each slide, with the actual spacing of its samples."""
-        infos = {}
-        for slide in {*self.status, *spacings}:
-            row, spacing = self.status.get(slide), spacings.get(slide)
-            infos[slide] = SlideInfo(
-                patient_id=(row.patient_id or None) if row else None,
-                centre=(row.centre or None) if row else None,
-                spacing_um=spacing if spacing is not None and isfinite(spacing) else None,
-            )
-        return infos
-
-
-def _tile_folder(root: _Root) -> Path:
-    """The folder whose images are the tiles.
-
-    Raises:
-        DataError: If ``dino tile`` wrote the folder, but no JPEG files into it.
-    """
-    tiles = root.path / TILES_FOLDER / "imgs"
-    if tiles.is_dir():
-        return tiles
-    if root.tiling is not None:  # other images under this folder are previews, not tiles
-        storage = root.tiling.storage
-        if storage == "jpeg":
-            what = "tile the same slides again to cut what is missing"
-        else:
-            what = (
-                f"it was tiled with storage={storage}, which cannot be trained on: tile the slides with storage=jpeg "
-                "into another ROOT"
-            )
-        raise DataError(f"expected tiles in {tiles}, found none; {what}")
-    return root.path / "imgs" if (root.path / "imgs").is_dir() else root.path
-
-
-def grid_entries(
-    root: Path, folder: Path, regions: Sequence[RegionRecord], partitions: Mapping[str, str]
-) -> list[GridEntry]:
-    """Grid files of a folder in order, with slide, shape and tissue where they are recorded.
-
-    Args:
-        root: The data folder, for messages.
-        folder: Where the grids are.
-        regions: What is recorded of them.
-        partitions: Partition of each slide.
-
-    Raises:
-        DataError: If there is no ``.pt`` file that may be trained on.
-    """
-    known = {record.path.name: record for record in regions}
-    paths = sorted(folder.glob("*.pt"))
-    if not paths:
-        raise DataError(f"expected feature grids (*.pt) in {folder}, found none; run `dino extract MODEL {root}` first")
-
-    def slide(path: Path) -> str | None:
-        return known[path.name].slide_id if path.name in known else slide_of(path)
-
-    entries = []
-    for path in keep_partition(paths, slide, partitions):
-        region = known.get(path.name)
-        entries.append(GridEntry(path, region.slide_id, region.grid, region.tissue) if region else GridEntry(path))
-    if not entries:
-        raise DataError(f"expected grids with partition blank or pretrain in {folder}, found only held-out slides")
-    return entries

@@ -10,13 +10,14 @@ import torch
 
 from dino import distributed, progress
 from dino.api.levels import build_level
+from dino.api.roots import check_grids
 from dino.data.loader import DrawnBatches
 from dino.environment import versions
 from dino.errors import ConfigError, DataError
 from dino.files import write_text
 from dino.report import gather
 from dino.report.page import render
-from dino.report.sections import CropData, ReportData, make_page
+from dino.report.sections import AttentionData, CropData, ReportData, make_page
 from dino.report.slides import TiledSlide
 
 SHOWN_CROPS = 4  # samples
@@ -70,7 +71,7 @@ def report(
             features=features,
             self_retrieval=own_place,
             tile_attention=gather.tile_attention(features, patch, spacing, chosen) if features and patch else None,
-            region_attention=gather.region_attention(slide, region, chosen) if slide and region else None,
+            region_attention=_region_attention(slide, region, chosen) if slide and region else None,
             um_per_px=spacing,
             notice=notice,
             device=_hardware(patch or region),
@@ -88,6 +89,16 @@ def _if_readable(part: str, read: Callable[[], Result]) -> Result | None:
     except DataError as error:
         progress.warn(f"report without {part}: {error}")
         return None
+
+
+def _region_attention(slide: TiledSlide, run: gather.LoadedRun, device: torch.device) -> AttentionData | None:
+    """Attention over the shown regions; None without their features, or with those of another level-1 model."""
+
+    def read() -> AttentionData | None:
+        check_grids([slide.root / region.path for region in slide.regions], run.trained.details, run.trained.source)
+        return gather.region_attention(slide, run, device)
+
+    return _if_readable("region attention", read)
 
 
 def _first_crops(run: gather.LoadedRun) -> CropData:

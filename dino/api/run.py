@@ -49,6 +49,7 @@ class Run:
         layout: How the global batch is split over processes and micro-batches.
         length: Its steps.
         peak_lr: Learning rate after the warm-up, for the global batch.
+        origin: What the run's checkpoints record of the origin of its samples: that of its first start.
 
     Raises:
         ConfigError: If settings contradict each other or the data.
@@ -57,6 +58,7 @@ class Run:
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         self.config, self.level, self.device = config, build_level(config), device
+        self.origin = self.level.origin
         training = config.training
         if training.batch_size_per_gpu < 1 or training.gradient_accumulation < 1:
             raise ConfigError("expected training.batch_size_per_gpu and training.gradient_accumulation of at least 1")
@@ -80,6 +82,7 @@ class Run:
             "global_batch": self.layout.global_batch,
             "samples": len(dataset),
             "data": dataset.fingerprint,
+            **self.level.origin,
         }
 
     def claim(self, folder: RunFolder) -> None:
@@ -87,9 +90,11 @@ class Run:
 
         Raises:
             ConfigError: If it holds another run.
+            DataError: If it was started on feature grids of another level-1 model.
         """
-        folder.check(self.identity())
-        folder.claim(self.identity(), to_yaml(self.config))
+        started = folder.check(self.identity())
+        folder.claim(started, to_yaml(self.config))
+        self.origin = folder.origin(started, self.level.origin)
 
     def warmup_steps(self) -> int:
         """Steps until every warm-up is over."""
@@ -204,5 +209,5 @@ class Run:
             "transform": self.level.transform,
             "geometry": self.level.geometry,
             "config": to_dict(self.config),
-            "training_slides": self.level.slides,
+            "training": {"training_slides": self.level.slides, **self.origin},
         }

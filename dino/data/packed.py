@@ -1,7 +1,8 @@
 """All feature grids of a folder in one memory-mapped file, so that reading a sample opens and copies nothing.
 
 ``<cache>/grids-<key>.bin`` contains the cells, ``grids.json`` the key, dtype and shapes. The key is a hash of the
-names, sizes and modification times of the files, so that the grids are packed again after any change.
+names, sizes and modification times of the files and of the record of their model, so that the grids are packed again
+after any change, also where grids of another model were copied over them with their modification times.
 """
 
 import fcntl
@@ -48,17 +49,19 @@ class GridFiles:
         order: Order of the rows in them, ``yx`` or ``xy``.
         dtype: Type that the values are rounded to: float32 (no rounding), or bfloat16 for a network whose first layer
             rounds to it anyway, which halves the bytes to read.
+        source: What is recorded of the model that made the grids; empty if nothing is.
     """
 
     root: Path
     entries: Sequence[GridEntry]
     order: str = "yx"
     dtype: torch.dtype = torch.float32
+    source: str = ""
 
     @cached_property
     def key(self) -> str:
         """Hash of everything that the packed values depend on, as it was at the first access."""
-        digest = hashlib.sha256(f"{FORMAT} {self.order} {self.dtype}".encode())
+        digest = hashlib.sha256(f"{FORMAT} {self.order} {self.dtype}{self.source}".encode())
         for entry in self.entries:
             name = os.fsencode(entry.path.relative_to(self.root))
             digest.update(name + f"\0{entry.shape} {stamp(entry.path)}\0".encode())

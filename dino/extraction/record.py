@@ -9,7 +9,9 @@ from typing import Any
 from dino import files
 from dino.environment import versions
 from dino.errors import DataError
+from dino.models.grid_source import GridSource
 from dino.models.weights import LoadedBackbone
+from dino.slides.tables import REGIONS_FOLDER
 
 RECORD = "extract.json"
 COMPARED = ("level", "fingerprint", "transform", "precision", "geometry", "grids")
@@ -101,6 +103,21 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"expected {path} as written by `dino extract`, found no JSON object; delete it and its folder")
     return content
+
+
+def grid_source(folder: Path) -> GridSource | None:
+    """Source of the feature grids in a folder, from the record in it or in its ROOT; None if there is none.
+
+    Args:
+        folder: The folder with the ``.pt`` files.
+
+    Raises:
+        DataError: If the record is damaged.
+    """
+    folder = folder.absolute()
+    roots = (folder, folder.parent) if folder.name == REGIONS_FOLDER else (folder,)
+    sources = (GridSource.from_extraction(read_record(root / RECORD)) for root in roots)
+    return next((source for source in sources if source), None)
 
 
 def _as_json(value: Any) -> Any:

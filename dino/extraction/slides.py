@@ -18,7 +18,16 @@ from dino.data.grids import open_grids, read_grid
 from dino.errors import DataError
 from dino.extraction.embed import Normalise, batches, identity, read_ahead
 from dino.extraction.extractor import Extractor, ExtractSummary
-from dino.extraction.record import RECORD, check_folder, model_record, prepare_folders, read_record, write_record
+from dino.extraction.record import (
+    RECORD,
+    check_folder,
+    grid_source,
+    model_record,
+    prepare_folders,
+    read_record,
+    write_record,
+)
+from dino.models.grid_source import check_same_source
 from dino.slides.tables import (
     REGIONS_FOLDER,
     REGIONS_TABLE,
@@ -218,6 +227,7 @@ class SlideExtractor(Extractor):
                 f"expected grids of D={expected}, which {self.loaded.source} was trained on, found "
                 f"D={level_1['embed_dim']} of {level_1.get('model')} in {root}; extract with its level-1 model"
             )
+        self._check_source(slides)
         record = {
             **model_record(self.loaded, self.config.precision),
             "geometry": geometry,
@@ -271,6 +281,17 @@ class SlideExtractor(Extractor):
 
     def _read(self, grid: GridFile) -> Tensor:
         return read_grid(grid.path, self.config.grid_order, grid.shape, grid.region)
+
+    def _check_source(self, slides: Sequence[SlideGrids]) -> None:
+        """Check that the grids are of the level-1 model that this model was trained on; say so where it is unknown."""
+        expected, source = self.loaded.grids, self.loaded.source
+        found = {folder: grid_source(folder) for folder in sorted({g.path.parent for s in slides for g in s.grids})}
+        for folder, one in found.items():
+            check_same_source(expected, one, source, str(folder))
+        if expected is None:
+            progress.say(f"{source}: no record of the level-1 model whose grids it was trained on; it is not compared")
+        elif None in found.values():
+            progress.say(f"{self.root}: no record of the model of its grids ({RECORD}); it is not compared")
 
     def _find(self) -> tuple[list[SlideGrids], dict[str, Any] | None]:
         """All slides, and the geometry of their tiles if it is recorded."""

@@ -28,6 +28,7 @@ FORMAT = f"{PACKAGE}/1"
 RUN_CHOICES = ("best.pt", "last.pt")
 # In torch's message: "Unsupported global: GLOBAL pathlib.Path was not ...", "unsupported GLOBAL posix.system whose ..."
 UNSAFE_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+TRAINING = ("total_steps", "versions", "training_slides", "grids")  # what a description may contain besides
 OTHER_KINDS = {"TorchScript": "a TorchScript archive", ".tar": "a file of the old tar format"}  # in torch's messages
 
 # ------------------------------------------------------------------------------------------------- description
@@ -44,8 +45,8 @@ class Description:
         geometry: ``spacing_um`` (µm/px) and ``tile_size_px`` of the tiles trained on; at level 2 also ``region_cells``,
             (height, width) of the grids in cells. None where unknown.
         config: Settings of the run; None where unknown.
-        training: ``total_steps``, ``versions`` (of packages) and ``training_slides`` (``slide_ids`` and
-            ``patient_ids``), as far as they are known.
+        training: ``total_steps``, ``versions`` (of packages), ``training_slides`` (``slide_ids`` and ``patient_ids``)
+            and, at level 2, ``grids`` (:class:`~dino.models.grid_source.GridSource`), as far as they are known.
     """
 
     spec: BackboneSpec
@@ -90,7 +91,7 @@ class Description:
                 content.get("step"),
                 _mapping(content, "geometry"),
                 dict(_mapping(content, "config")) or None,
-                {key: content[key] for key in ("total_steps", "versions", "training_slides") if key in content},
+                {key: content[key] for key in TRAINING if key in content},
             )
 
 

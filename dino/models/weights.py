@@ -28,6 +28,7 @@ from dino.models.checkpoint import (
     readable,
     resolve_run,
 )
+from dino.models.grid_source import KEY, GridSource
 from dino.models.inputs import INPUTS, TILE_SIZE_PX, input_kind
 from dino.models.spec import Shape, arch_of, shape_of
 from dino.models.transforms import TRANSFORMS, Transform, choose_transform, timm_transform
@@ -85,7 +86,7 @@ class LoadedBackbone:
         step: Optimizer steps of training, where known.
         config: Settings of the run, where known.
         fingerprint: SHA-256 of the weights, the number of heads and the position rule.
-        details: ``total_steps``, ``versions``, ``training_slides``, where known.
+        details: ``total_steps``, ``versions``, ``training_slides``, ``grids``, where known.
     """
 
     backbone: Backbone
@@ -101,6 +102,11 @@ class LoadedBackbone:
     config: dict | None = None
     fingerprint: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def grids(self) -> GridSource | None:
+        """The level-1 model of the grids that a level-2 model was trained on; None where unknown."""
+        return GridSource.from_dict(self.details.get(KEY))
 
 
 def load_backbone_file(

@@ -27,12 +27,12 @@ def initial_content(trainer: Trainer, about: Mapping[str, Any]) -> dict[str, Any
 
     Args:
         trainer: The run.
-        about: ``transform``, ``geometry``, ``config`` and ``training_slides``.
+        about: ``transform``, ``geometry``, ``config``, and ``training``: what is recorded of the training data.
     """
     training = {
         "total_steps": trainer.length.total,
         "versions": versions(),
-        "training_slides": about["training_slides"],
+        **about["training"],
     }
     spec = trainer.model.teacher.backbone.spec
     description = Description(spec, about["transform"], trainer.step, about["geometry"], about["config"], training)

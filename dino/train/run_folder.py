@@ -15,6 +15,7 @@ from dino.errors import CheckpointError, ConfigError
 from dino.files import append_text, csv_text, leftovers, read_json, read_json_lines, sync, write_json, write_text
 from dino.lock import LOCK, RunLock
 from dino.models.checkpoint import resolve_run
+from dino.models.grid_source import KEY, UNKNOWN, GridSource, check_same_source
 from dino.train.checkpoint import START
 
 COMPLETE = {"finished", "early_stopped"}
@@ -159,22 +160,42 @@ class RunFolder(RunReader):
         """The step of the last checkpoint, which a restart resumes from."""
         return int(self._status.get("last_checkpoint_step", 0))
 
-    def check(self, identity: Mapping[str, Any]) -> None:
+    def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
         """Check that the folder is new or holds this run; nothing is written.
 
         Args:
             identity: What the run computes, by dotted key.
 
+        Returns:
+            The identity of the run: the one it was started with.
+
         Raises:
             ConfigError: If the folder holds another run, or files of something else.
+            DataError: If the run was started on feature grids of another level-1 model.
         """
+        started = dict(identity)
         if (self.path / "identity.json").exists():
-            self._expect_same(self.identity(), json.loads(json.dumps(identity)))
+            started = self.identity()
+            self._expect_same(started, json.loads(json.dumps(identity)))
         elif self.path.exists() and self._other_files():
             raise ConfigError(
                 f"expected an empty folder or a run at {self.path}, found other files; name another folder"
             )
         distributed.barrier()  # no process writes before every process has checked
+        return started
+
+    def origin(self, started: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+        """The origin of the samples that the run was started with; it stays unknown in a run that did not record it.
+
+        Args:
+            started: The identity that :meth:`check` returned.
+            found: The origin of the samples at hand.
+        """
+        recorded = {key: started.get(key, UNKNOWN) for key in found}
+        for key, value in recorded.items():
+            if value == UNKNOWN != found[key]:
+                progress.say(f"{self.path}: no record of the model of its {key}; it stays unknown")
+        return recorded
 
     def _other_files(self) -> set[Path]:
         """Everything in the folder except locks and temporary files of a process that was killed at its start."""
@@ -195,8 +216,10 @@ class RunFolder(RunReader):
             write_text(self.path / "config.yaml", config_yaml)
 
     def _expect_same(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        if not changed:
+        changed = [key for key in {**old, **new} if key != KEY and old.get(key) != new.get(key)]
+        if not changed:  # not even the grids' names, but perhaps the model that they were extracted with
+            before, now = (GridSource.from_dict(identity.get(KEY)) for identity in (old, new))
+            check_same_source(before, now, str(self.path), "its data folder")
             return
         shown = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed[:4])
         raise ConfigError(

@@ -177,11 +177,11 @@ def test_labelled_items_of_another_level_raise_errors(tmp_path: Path) -> None:
     image, grid = tmp_path / "picture.png", tmp_path / "grid.pt"
     spec = levels.BackboneSpec("hvit_xs", "region", 3, (4, 6), 1)
     with pytest.raises(DataError, match=r"expected images for the level-1 model M, found the feature grid .*grid\.pt"):
-        PatchLevel.labelled_reader([image, grid], spec, PatchConfig(), "M")
+        PatchLevel.labelled_reader([image, grid], spec, PatchConfig(), "M", {})
     with pytest.raises(DataError, match=r"expected \.pt feature grids for the level-2 model M, found .*picture\.png"):
-        RegionLevel.labelled_reader([image, grid], spec, RegionConfig(), "M")
-    assert PatchLevel.labelled_reader([image], spec, PatchConfig(), "M")(image).shape == (3, 24, 32)
-    read = RegionLevel.labelled_reader([grid], spec, RegionConfig(), "M")
+        RegionLevel.labelled_reader([image, grid], spec, RegionConfig(), "M", {})
+    assert PatchLevel.labelled_reader([image], spec, PatchConfig(), "M", {})(image).shape == (3, 24, 32)
+    read = RegionLevel.labelled_reader([grid], spec, RegionConfig(), "M", {})
     with pytest.raises(DataError, match="square"):  # no regions.csv
         read(grid)
     torch.save(torch.randn(16, 5), grid)

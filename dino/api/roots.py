@@ -1,0 +1,192 @@
+"""Data folders: what is recorded of the tiles or feature grids in them, and which of them may be trained on."""
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from dino import progress
+from dino.data import GridEntry, SlideInfo, keep_partition, list_names, slide_of
+from dino.errors import DataError
+from dino.extraction.record import RECORD, grid_source
+from dino.models.grid_source import KEY, GridSource, check_same_source
+from dino.slides.tables import (
+    OK,
+    REGIONS_FOLDER,
+    REGIONS_TABLE,
+    STATUS_TABLE,
+    TILES_FOLDER,
+    TILES_TABLE,
+    TILING_FILE,
+    RegionRecord,
+    SlideStatus,
+    Tiling,
+    read_regions,
+    read_status,
+    read_tile_spacings,
+    read_tiling,
+)
+
+
+class Root:
+    """The tables of a data folder, as far as there are any.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        DataError: If a table is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tiling: Tiling | None = read_tiling(path) if (path / TILING_FILE).exists() else None
+        self.status: dict[str, SlideStatus] = read_status(path) if (path / STATUS_TABLE).exists() else {}
+
+    @property
+    def grid_folder(self) -> Path:
+        """The folder whose ``.pt`` files are the feature grids."""
+        folder = self.path / REGIONS_FOLDER
+        return folder if folder.is_dir() or self.tiling is not None else self.path
+
+    def tiles(self) -> tuple[Path, list[str]]:
+        """The folder of the tiles, and their names in it without those of held-out slides.
+
+        Raises:
+            DataError: If there are no tiles that may be trained on.
+        """
+        folder = tile_folder(self)
+        names = keep_partition(list_names(folder, {TILING_FILE: TILES_FOLDER}), slide_of, self.partitions)
+        if not names:
+            raise DataError(
+                f"expected tiles with partition blank or pretrain under {folder}, found only held-out slides"
+            )
+        return folder, names
+
+    @property
+    def partitions(self) -> dict[str, str]:
+        """Partition of each slide; for a slide that failed or was excluded later, that word instead."""
+        return {slide: row.partition if row.status == OK else row.status for slide, row in self.status.items()}
+
+    def geometry(self) -> dict[str, Any]:
+        """Spacing (µm/px) and size (px) of the tiles, None where not recorded."""
+        known = self.tiling.geometry if self.tiling else None
+        return {
+            "spacing_um": known.spacing_um if known else None,
+            "tile_size_px": known.tile_size_px if known else None,
+        }
+
+    def slides(self, slide_ids: set[str]) -> dict[str, list[str]]:
+        """The slides, and their patients as far as they are recorded."""
+        patients = {self.status[slide].patient_id for slide in slide_ids if slide in self.status}
+        return {"slide_ids": sorted(slide_ids), "patient_ids": sorted(patient for patient in patients if patient)}
+
+    def regions(self) -> list[RegionRecord]:
+        """The regions that are recorded."""
+        return read_regions(self.path) if (self.path / REGIONS_TABLE).exists() else []
+
+    def tile_spacings(self) -> dict[str, float]:
+        """Actual spacing of the tiles of each slide, where recorded."""
+        return read_tile_spacings(self.path) if (self.path / TILES_TABLE).exists() else {}
+
+    def slide_infos(self, spacings: Mapping[str, float]) -> dict[str, SlideInfo]:
+        """What is recorded of each slide, with the actual spacing of its samples."""
+        infos = {}
+        for slide in {*self.status, *spacings}:
+            row, spacing = self.status.get(slide), spacings.get(slide)
+            infos[slide] = SlideInfo(
+                patient_id=(row.patient_id or None) if row else None,
+                centre=(row.centre or None) if row else None,
+                spacing_um=spacing if spacing is not None and isfinite(spacing) else None,
+            )
+        return infos
+
+
+def tile_folder(root: Root) -> Path:
+    """The folder whose images are the tiles.
+
+    Raises:
+        DataError: If ``dino tile`` wrote the folder, but no JPEG files into it.
+    """
+    tiles = root.path / TILES_FOLDER / "imgs"
+    if tiles.is_dir():
+        return tiles
+    if root.tiling is not None:  # other images under this folder are previews, not tiles
+        storage = root.tiling.storage
+        if storage == "jpeg":
+            what = "tile the same slides again to cut what is missing"
+        else:
+            what = (
+                f"it was tiled with storage={storage}, which cannot be trained on: tile the slides with storage=jpeg "
+                "into another ROOT"
+            )
+        raise DataError(f"expected tiles in {tiles}, found none; {what}")
+    return root.path / "imgs" if (root.path / "imgs").is_dir() else root.path
+
+
+def grid_entries(
+    root: Path, folder: Path, regions: Sequence[RegionRecord], partitions: Mapping[str, str]
+) -> list[GridEntry]:
+    """Grid files of a folder in order, with slide, shape and tissue where they are recorded.
+
+    Args:
+        root: The data folder, for messages.
+        folder: Where the grids are.
+        regions: What is recorded of them.
+        partitions: Partition of each slide.
+
+    Raises:
+        DataError: If there is no ``.pt`` file that may be trained on.
+    """
+    known = {record.path.name: record for record in regions}
+    paths = sorted(folder.glob("*.pt"))
+    if not paths:
+        raise DataError(f"expected feature grids (*.pt) in {folder}, found none; run `dino extract MODEL {root}` first")
+
+    def slide(path: Path) -> str | None:
+        return known[path.name].slide_id if path.name in known else slide_of(path)
+
+    entries = []
+    for path in keep_partition(paths, slide, partitions):
+        region = known.get(path.name)
+        entries.append(GridEntry(path, region.slide_id, region.grid, region.tissue) if region else GridEntry(path))
+    if not entries:
+        raise DataError(f"expected grids with partition blank or pretrain in {folder}, found only held-out slides")
+    return entries
+
+
+def source_of_grids(folder: Path) -> GridSource | None:
+    """The level-1 model of the grids in a folder; None, and a line that says so, where it is not recorded."""
+    source = grid_source(folder)
+    if source is None:
+        progress.say(f"{folder}: no record of the model of these grids ({RECORD}); it is recorded as unknown")
+    return source
+
+
+def check_grids(paths: Sequence[Path], origin: Mapping[str, Any], model: str) -> None:
+    """Check that feature grids are of one level-1 model, that whose grids a level-2 model was trained on.
+
+    Args:
+        paths: Their files.
+        origin: What is recorded of the samples that the model was trained on, see ``Level.origin``.
+        model: The level-2 model, for the message.
+
+    Raises:
+        DataError: If they are of another model, or of several.
+    """
+    expected = GridSource.from_dict(origin.get(KEY))
+    for folder in sorted({path.parent for path in paths}):
+        source = grid_source(folder)
+        check_same_source(expected, source, model, str(folder))
+        expected = expected or source
+
+
+def shapes_of_grids(paths: Sequence[Path]) -> dict[str, tuple[int, int]]:
+    """``(h, w)`` of feature grids by file name, from a ``regions.csv`` beside or above them.
+
+    Raises:
+        DataError: If a table is damaged.
+    """
+    roots = {root for path in paths for root in (path.parent, path.parent.parent)}
+    tables = [read_regions(root) for root in sorted(roots) if (root / REGIONS_TABLE).exists()]
+    return {record.path.name: record.grid for table in tables for record in table}
