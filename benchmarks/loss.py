@@ -7,7 +7,8 @@ from torch import Tensor
 
 from benchmarks.measure import Row, Setting, duel, expect_close, peak_bytes, relative_error
 from benchmarks.reference.loss import PairwiseLoss
-from dino.objectives.dino import Centre, dino_loss
+from dino.objectives.cross_entropy import dino_loss
+from dino.objectives.targets import Centre
 
 TITLE = "loss alone"
 VIEWS, STUDENT_TEMP, TEACHER_TEMP = 10, 0.1, 0.04

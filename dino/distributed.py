@@ -152,11 +152,23 @@ def process_lost_message(error: BaseException) -> str:
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
     """Average of ``tensor`` over all processes, in the dtype of ``tensor``; the tensor itself on one process."""
-    if world_size() == 1:
-        return tensor
+    return tensor if world_size() == 1 else sum_over_ranks(tensor) / world_size()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Sum of ``tensor`` over all processes, in the dtype of ``tensor``; the tensor itself on one process."""
+    return tensor if world_size() == 1 else _reduced(tensor, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """Largest value of ``tensor`` on all processes, a scalar."""
+    return tensor.amax() if world_size() == 1 else _reduced(tensor.amax(), dist.ReduceOp.MAX)
+
+
+def _reduced(tensor: Tensor, operation: Any) -> Tensor:
     result = tensor.clone()
-    dist.all_reduce(result)
-    return result / world_size()
+    dist.all_reduce(result, operation)
+    return result
 
 
 def agree(flags: Tensor) -> Tensor:

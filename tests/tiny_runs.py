@@ -64,7 +64,8 @@ def assert_same_numbers(first: Path, second: Path) -> None:
     """Two runs in double precision are equal up to the order of sums over processes."""
     for one, other in zip(metrics(first), metrics(second), strict=True):
         assert one.keys() == other.keys()
-        assert all(one[key] == pytest.approx(other[key], rel=1e-9) for key in one)
+        differ = {key: (one[key], other[key]) for key in one if one[key] != pytest.approx(other[key], rel=1e-9)}
+        assert differ == {}, differ
     for part in ("student", "teacher"):
         one, other = last(first)[part], last(second)[part]
         assert all(torch.allclose(one[name], other[name], rtol=1e-7, atol=1e-9) for name in one)

@@ -69,7 +69,7 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
         if folder.was_ended_by_this_launch():
             return _report_end(folder)
         run = Run(config, device)
-        folder.check(run.identity())
+        run.check(folder)
         if folder.is_over():
             progress.say(f"{folder.path}: this run is {folder.status()['state']}; nothing to do")
             _show_summary(folder, config)

@@ -85,6 +85,19 @@ class Run:
             **self.level.origin,
         }
 
+    def check(self, folder: RunFolder) -> dict[str, Any]:
+        """Check that the folder is new or this run's; nothing is written.
+
+        Returns:
+            The identity that the run was started with.
+
+        Raises:
+            ConfigError: If it holds another run.
+            DataError: If it was started on feature grids of another level-1 model.
+        """
+        defaults = identity_of(self.level.schema())  # of settings that the version that wrote the run did not have
+        return folder.check(self.identity(), defaults)
+
     def claim(self, folder: RunFolder) -> None:
         """Make the folder this run's.
 
@@ -92,7 +105,7 @@ class Run:
             ConfigError: If it holds another run.
             DataError: If it was started on feature grids of another level-1 model.
         """
-        started = folder.check(self.identity())
+        started = self.check(folder)
         folder.claim(started, to_yaml(self.config))
         self.origin = folder.origin(started, self.level.origin)
 
@@ -107,13 +120,17 @@ class Run:
         """Batches of this run's samples by draw number.
 
         Args:
-            depth: Blocks of the backbone, each with its own drop-path multipliers; 0 for none.
+            depth: Blocks of the backbone, each with its own drop-path multipliers; 0 for batches that are not trained
+                on, which have neither these nor masks.
             seed: Seed of everything that is drawn.
             batch_size: Samples in a batch.
         """
         level, rate = self.level, self.config.model.drop_path_rate
         drop_path = DropPath(rate, depth, sum(level.crops.groups)) if depth and rate > 0 else None
-        return DrawnBatches(level.dataset, level.sampler(seed), level.crops.draw, drop_path, batch_size, seed)
+        objective = self.config.objective
+        masked = depth > 0 and distill.needs_masks(objective)
+        masks = level.crops.masks(objective, level.spec.patch_size) if masked else None
+        return DrawnBatches(level.dataset, level.sampler(seed), level.crops.draw, drop_path, batch_size, seed, masks)
 
     def batches(self, depth: int, first: int, last: int) -> DataLoader:
         """This process's micro-batches of steps ``first ... last - 1``."""

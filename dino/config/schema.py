@@ -59,6 +59,26 @@ class ModelConfig:
 
 
 @dataclass
+class ObjectiveConfig:
+    """What the network learns: a weight of 0 leaves a part out, at no cost."""
+
+    dino: float = identity(1.0, "weight of DINO: self-distillation of the cls token")
+    ibot: float = identity(0.0, "weight of iBOT: self-distillation of masked tokens (DINOv2: 1)")
+    koleo: float = identity(0.0, "weight of KoLeo, which spreads the cls tokens of different samples (DINOv2: 0.1)")
+    kde: float = identity(0.0, "weight of the kernel density estimator, another spreading term (0.001 to 0.05)")
+    targets: str = identity("centring", "targets of dino and ibot: centring (moving average) or sinkhorn")
+    ibot_head: str = identity("shared", "head of ibot: shared (that of dino) or separate")
+    ibot_out_dim: int | None = identity(None, "number of prototypes of a separate ibot head; null: model.out_dim")
+    kde_concentration: float = identity(10.0, "concentration of the kernel of kde")
+    spread_group: int = identity(
+        16, "koleo and kde compare groups of this many consecutive samples; must divide training.batch_size_per_gpu"
+    )
+    mask_shape: str = identity("blocks", "masks: blocks (as BEiT and DINOv2), squares (four), or random tokens")
+    mask_probability: float = identity(0.5, "fraction of the global crops that are masked")
+    mask_ratio: list[float] = identity([0.1, 0.5], "range of the masked fraction of a masked crop's tokens", 2)
+
+
+@dataclass
 class TrainingConfig:
     """Length, batch size and gradient clipping."""
 
@@ -211,6 +231,7 @@ class PretrainConfig:
     profile: bool = runtime(False, "train a few steps, print the time of each part, and stop; writes no run")
     profile_steps: int = runtime(20, "steps that profile=true measures, after a warm-up")
     model: ModelConfig = group(ModelConfig)
+    objective: ObjectiveConfig = group(ObjectiveConfig)
     training: TrainingConfig = group(TrainingConfig)
     optim: OptimConfig = group(OptimConfig)
     speed: SpeedConfig = group(SpeedConfig)

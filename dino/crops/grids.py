@@ -1,13 +1,14 @@
 """Crops of feature grids (level 2): cells are copied, never resampled."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dino.config.schema import RegionAugConfig
+from dino.config.schema import ObjectiveConfig, RegionAugConfig
+from dino.crops.masks import MaskDrawer
 from dino.crops.memory import MemoryPool
 from dino.crops.parameters import GLOBAL_VIEWS, check_range
 from dino.crops.resample import fold_rotation, to_device
@@ -145,6 +146,35 @@ class GridCrops:
             enough = [i for i, fraction in enumerate(fractions) if fraction >= self.aug.min_tissue]
             chosen.append(corners[enough[0] if enough else int(np.argmax(fractions))])
         return chosen
+
+    def masks(self, settings: ObjectiveConfig, patch_size: int) -> MaskDrawer:
+        """What draws the masks of the global views: of cells with tissue, each of which is a token.
+
+        Raises:
+            ConfigError: If a setting is out of its range.
+        """
+        return MaskDrawer(settings, (self.sizes[0][0], self.sizes[0][1]), self.tissue_cells)
+
+    def tissue_cells(self, parameters: Mapping[str, np.ndarray], tissue: np.ndarray | None) -> np.ndarray | None:
+        """Which cells of the global views contain tissue.
+
+        Args:
+            parameters: What :meth:`draw` returned.
+            tissue: (h, w) tissue fraction of each cell; None if unknown.
+
+        Returns:
+            (G, s_h, s_w) bool; None if unknown.
+        """
+        if tissue is None:
+            return None
+        views = []
+        names = ("box", "flip_x", "flip_y", "turns")
+        for box, flip_x, flip_y, turns in zip(*(parameters[name][:GLOBAL_VIEWS] for name in names), strict=True):
+            top, left, height, width = box
+            view = tissue[top : top + height, left : left + width] >= CELL_TISSUE
+            view = view[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+            views.append(np.rot90(view, turns))
+        return np.stack(views)
 
     @torch.no_grad()
     def apply(self, grids: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:

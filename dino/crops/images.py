@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino.config.schema import PatchAugConfig
+from dino.config.schema import ObjectiveConfig, PatchAugConfig
 from dino.crops import colour
+from dino.crops.masks import MaskDrawer
 from dino.crops.memory import MemoryPool
 from dino.crops.parameters import JITTER_ORDERS, ViewDrawer
 from dino.crops.resample import fold_rotation, resize_boxed, resize_dense, resize_one, to_device
@@ -85,6 +86,15 @@ class ImageCrops:
             One array per parameter with leading dim V (see :class:`dino.crops.parameters.ViewDrawer`).
         """
         return self._drawer(*shape, rng)
+
+    def masks(self, settings: ObjectiveConfig, patch_size: int) -> MaskDrawer:
+        """What draws the masks of the global views.
+
+        Raises:
+            ConfigError: If a setting is out of its range.
+        """
+        side = self.sizes[0] // patch_size
+        return MaskDrawer(settings, (side, side))
 
     @torch.no_grad()
     def apply(self, pixels: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:

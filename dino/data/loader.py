@@ -21,6 +21,7 @@ ATTEMPTS = 20  # samples that are tried for one draw
 IN_MESSAGE = 2**16  # bytes of the largest tensor that is sent in the message of a worker itself
 
 Draw = Callable[[tuple[int, int], np.ndarray | None, np.random.Generator], Mapping[str, np.ndarray]]
+DrawMask = Callable[[Mapping[str, np.ndarray], np.ndarray | None, np.random.Generator], np.ndarray]
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Batch:
         draws: ``(B,)`` int64 draw numbers.
         parameters: Crop parameters by name, each ``(B, V, ...)``.
         keep: ``(B, V, depth, 2)`` float32 multipliers of the residual branches (drop-path), or None.
+        mask: ``(B, G, N)`` bool, masked tokens of the global views, or None.
         names: Name of each sample.
         slide_ids: Slide of each sample, where known.
         bad: ``(name, reason)`` of samples that could not be used and were replaced.
@@ -45,6 +47,7 @@ class Batch:
     names: list[str]
     slide_ids: list[str | None]
     bad: list[tuple[str, str]] = field(default_factory=list)
+    mask: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Small tensors as arrays, which are sent in a worker's message; each tensor would take shared memory."""
@@ -101,7 +104,8 @@ class DrawnBatches(TorchDataset):
         draw: Draws one sample's crop parameters from its shape, tissue and generator.
         drop_path: Draws the skipped branches; None for no stochastic depth.
         batch_size: Samples of a batch.
-        seed: Seed of crops and stochastic depth.
+        seed: Seed of crops, stochastic depth and masks.
+        masks: Draws the masked tokens from a sample's crop parameters and tissue; None for no masks.
     """
 
     def __init__(
@@ -112,10 +116,12 @@ class DrawnBatches(TorchDataset):
         drop_path: DropPath | None,
         batch_size: int,
         seed: int,
+        masks: DrawMask | None = None,
     ) -> None:
         self.dataset, self.sampler, self.draw, self.drop_path = dataset, sampler, draw, drop_path
-        self.batch_size, self.seed = batch_size, seed
-        self._crops, self._drop_path = (randomness.Stream(seed, purpose) for purpose in ("crops", "drop_path"))
+        self.masks, self.batch_size, self.seed = masks, batch_size, seed
+        purposes = ("crops", "drop_path", "masks")
+        self._crops, self._drop_path, self._masks = (randomness.Stream(seed, purpose) for purpose in purposes)
 
     def __getitem__(self, first_draw: int) -> Batch:
         """The batch of draws ``first_draw ... first_draw + batch_size - 1``.
@@ -132,6 +138,7 @@ class DrawnBatches(TorchDataset):
             draws=torch.tensor(list(draws)),
             parameters={key: _stacked([one[key] for one in drawn]) for key in drawn[0]},
             keep=self._keep(draws),
+            mask=self._mask(draws, drawn, samples),
             names=[sample.name for sample in samples],
             slide_ids=[sample.slide_id for sample in samples],
             bad=bad,
@@ -153,6 +160,15 @@ class DrawnBatches(TorchDataset):
             return None
         masks = [self.drop_path.draw(self._drop_path.at(draw)) for draw in draws]
         return torch.from_numpy(np.stack(masks))  # (B, V, depth, 2)
+
+    def _mask(
+        self, draws: Sequence[int], drawn: Sequence[Mapping[str, np.ndarray]], samples: Sequence[Sample]
+    ) -> Tensor | None:
+        if self.masks is None:
+            return None
+        triples = zip(draws, drawn, samples, strict=True)
+        masks = [self.masks(parameters, sample.tissue, self._masks.at(draw)) for draw, parameters, sample in triples]
+        return torch.from_numpy(np.stack(masks))  # (B, G, N)
 
 
 def _stacked(arrays: Sequence[np.ndarray]) -> Tensor:

@@ -84,10 +84,18 @@ class Backbone(nn.Module):
         self.depth = len(blocks)
         self.num_heads: int = blocks[0].attn.num_heads
         self.checkpointing = False
+        self.mask_token: nn.Parameter | None
+        self.register_parameter("mask_token", None)
         self._matrices: dict[tuple, Tensor] = {}
         self._ropes: dict[tuple, Tensor] = {}
 
-    def forward(self, x: Tensor, keep: Tensor | None = None, cls_only: bool = False) -> Tokens:
+    def add_mask_token(self) -> None:
+        """Give it a ``mask_token``, (1, D), which starts at 0 as in DINOv2."""
+        self.mask_token = nn.Parameter(torch.zeros(1, self.embed_dim))
+
+    def forward(
+        self, x: Tensor, keep: Tensor | None = None, cls_only: bool = False, mask: Tensor | None = None
+    ) -> Tokens:
         """Tokens of images or grids.
 
         Args:
@@ -95,6 +103,7 @@ class Backbone(nn.Module):
             keep: (B, depth, 2) multipliers of the residual branches, 0 or 1 / (1 - p) (stochastic depth, Huang et al.
                 2016, arXiv 1603.09382); None for 1.
             cls_only: Return the cls token only, which makes the last block cheaper. Exact.
+            mask: (B, N) bool, patch tokens that are replaced by the mask token; None for none.
 
         Returns:
             The tokens.
@@ -102,7 +111,7 @@ class Backbone(nn.Module):
         Raises:
             ConfigError: The input does not fit.
         """
-        tokens = self.embed(x)
+        tokens = self.embed(x, mask)
         keeps = _by_block(keep, tokens, self.depth)
         ropes = self._rotary(x)
         for index, block in enumerate(self.vit.blocks):
@@ -136,13 +145,17 @@ class Backbone(nn.Module):
         weights = last.attn.weights(last.norm1(tokens), first=1, rope=ropes[-1])  # (B, heads, 1, 1 + R + N)
         return weights[:, :, 0, self.vit.num_prefix_tokens :]
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Tokens (B, 1 + R + N, D) that enter the first block."""
+    def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens (B, 1 + R + N, D) that enter the first block; arguments as in ``forward``."""
         input_kind(self.spec.level).check_input(x, self.spec)
         vit = self.vit
         patches = vit.patch_embed(x)  # (B, h, w, D)
         size = (patches.shape[1], patches.shape[2])
         patches = patches.flatten(1, 2)  # (B, N, D)
+        if mask is not None:
+            assert self.mask_token is not None
+            # Selecting keeps the mask token in the graph, and its gradient 0, where nothing is masked.
+            patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
         prefix = [token.expand(len(x), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
         if vit.pos_embed is None:
             tokens = torch.cat([*prefix, patches], dim=1)

@@ -50,7 +50,7 @@ TIMM = "timm:"
 ADAPTABLE = {"img_size", "num_classes", "global_pool", "in_chans", "dynamic_img_size"}
 CONTAINERS = ("state_dict", "model")
 PREFIX = re.compile(r"^(module\.|backbone\.)+")
-HEADS = re.compile(r"^(\w*head|fc_norm|last_layer|mlp)\.")
+HEADS = re.compile(r"^(\w*head\.|fc_norm\.|last_layer\.|mlp\.|mask_token$)")
 RENAMED = {"phi.0.weight": "patch_embed.proj.weight", "phi.0.bias": "patch_embed.proj.bias"}
 
 

@@ -1,30 +1,48 @@
 """Self-distillation: student, teacher and objectives, and what one micro-batch and one optimizer step do to them."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dino import distributed, progress
-from dino.config.schema import ModelConfig, PretrainConfig
+from dino.config.schema import ObjectiveConfig, PretrainConfig
+from dino.crops.parameters import GLOBAL_VIEWS
+from dino.errors import ConfigError
 from dino.models.backbone import Backbone, BackboneSpec, Tokens, build_backbone, compile_blocks, should_compile
 from dino.models.weights import init_from
-from dino.objectives import Objective, Outputs
+from dino.objectives import Inputs, Masked, Objective, Outputs
 from dino.objectives.dino import DINO
+from dino.objectives.ibot import IBOT
+from dino.objectives.spread import KDE, KoLeo
 from dino.train.optimizer import Length, Ramp
 from dino.train.profiling import BACKWARD, LOSS, STUDENT, TEACHER, Span, no_span
 
 DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of weights; bf16 is autocast
-TEACHER_VIEWS = 2  # the teacher's input is the two global views
+
+
+class Head(NamedTuple):
+    """How an objective uses a head of a network.
+
+    Attributes:
+        module: Name of the head in the network.
+        project: See :meth:`Objective.project`.
+        of_teacher: Whether the teacher's is used.
+    """
+
+    module: str
+    project: Callable[[nn.Module, Sequence[Tokens], Masked | None], Tensor]
+    of_teacher: bool
 
 
 class Network(nn.Module):
-    """A backbone with the head of each objective.
+    """A backbone with the heads of the objectives.
 
     Args:
-        backbone: The backbone.
+        backbone: The backbone; it gets a mask token if an objective masks.
         objectives: They build the heads.
     """
 
@@ -32,32 +50,49 @@ class Network(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.cls_only = all(objective.cls_only for objective in objectives)
-        self.head_inputs = {objective.head: objective.head_inputs for objective in objectives}
+        if backbone.mask_token is None and any(objective.masks for objective in objectives):
+            backbone.add_mask_token()
+        self.heads: dict[str, Head] = {}
         for objective in objectives:
-            self.add_module(objective.head, objective.build_head(backbone.embed_dim))
+            if objective.head is None:
+                continue
+            self.heads[objective.name] = Head(objective.head, objective.project, objective.teacher_head)
+            if not hasattr(self, objective.head):
+                self.add_module(objective.head, objective.build_head(backbone.embed_dim))
 
-    def forward(self, groups: Sequence[Tensor], keep: Tensor | None = None) -> Outputs:
+    def forward(
+        self,
+        groups: Sequence[Tensor],
+        keep: Tensor | None = None,
+        masked: Masked | None = None,
+        as_teacher: bool = False,
+    ) -> Outputs:
         """Tokens and logits of every view.
 
         Args:
-            groups: Views of one size each, (V_g, B, C, h, w).
+            groups: Views of one size each, (V_g, B, C, h, w); the first group begins with the global views.
             keep: (B, V, depth, 2) multipliers of the residual branches, or None.
+            masked: The masked tokens, where an objective masks.
+            as_teacher: Do not replace the masked tokens, and use the teacher's heads only.
 
         Returns:
-            Tokens of each group, (V_g, B, ...), and the logits of each head, fp32 or fp64.
+            Tokens of each group, (V_g, B, ...), and the logits of each objective, fp32 or fp64.
         """
         tokens, first = [], 0
         for views in groups:
             count, batch = views.shape[:2]
             # (B, V, depth, 2) -> (V_g * B, depth, 2), in the order of the flattened views
             kept = None if keep is None else keep[:, first : first + count].transpose(0, 1).flatten(0, 1)
-            tokens.append(_by_view(self.backbone(views.flatten(0, 1), keep=kept, cls_only=self.cls_only), count, batch))
+            mask = None if masked is None or as_teacher or first else _padded(masked.mask, count).flatten(0, 1)
+            found = self.backbone(views.flatten(0, 1), keep=kept, cls_only=self.cls_only or first > 0, mask=mask)
+            tokens.append(_by_view(found, count, batch))
             first += count
-        logits = {}
-        for name, head_inputs in self.head_inputs.items():
-            inputs = head_inputs(tokens)  # (..., D)
-            logits[name] = getattr(self, name)(inputs.flatten(0, -2)).unflatten(0, inputs.shape[:-1])
-        return Outputs(tokens, logits)
+        logits = {
+            name: head.project(getattr(self, head.module), tokens, masked)
+            for name, head in self.heads.items()
+            if head.of_teacher or not as_teacher
+        }
+        return Outputs(tokens, logits, masked)
 
     def published_state(self) -> dict[str, Tensor]:
         """The weights by facebookresearch/dino's names (``backbone.cls_token``, ``head.mlp.0…``)."""
@@ -71,6 +106,12 @@ class Network(nn.Module):
 
 def _published(name: str) -> str:
     return name.replace("backbone.vit.", "backbone.", 1)
+
+
+def _padded(mask: Tensor, views: int) -> Tensor:
+    """A (G, B, N) mask for this many views, (V_g, B, N); of the further ones nothing is masked."""
+    more = views - len(mask)
+    return torch.cat([mask, mask.new_zeros(more, *mask.shape[1:])]) if more else mask
 
 
 def _by_view(tokens: Tokens, count: int, batch: int) -> Tokens:
@@ -120,12 +161,29 @@ class SelfDistillation(nn.Module):
         """Scheduled values of all objectives at ``step``, counted from 0."""
         return {name: value for objective in self.objectives for name, value in objective.scheduled(step).items()}
 
+    @property
+    def whole_step(self) -> bool:
+        """Whether an objective needs the teacher's outputs of all micro-batches before the student's."""
+        return any(objective.whole_step for objective in self.objectives)
+
+    @torch.no_grad()
+    def teach(self, inputs: Inputs, span: Span = no_span) -> Outputs:
+        """The teacher's outputs for the global views of a micro-batch."""
+        with span(TEACHER):
+            return self.teacher([inputs.groups[0][:GLOBAL_VIEWS]], masked=inputs.masked, as_teacher=True)
+
+    def prepare(self, teacher: Sequence[Outputs], values: Mapping[str, float]) -> None:
+        """Targets that depend on all micro-batches of a step; needed where :attr:`whole_step`."""
+        for objective in self.objectives:
+            if objective.whole_step:
+                objective.prepare(teacher, values)
+
     def accumulate(
         self,
-        groups: Sequence[Tensor],
-        keep: Tensor | None,
+        inputs: Inputs,
         values: Mapping[str, float],
         *,
+        teacher: Outputs | None = None,
         fraction: float,
         last: bool,
         span: Span = no_span,
@@ -133,19 +191,19 @@ class SelfDistillation(nn.Module):
         """Forward and backward of one micro-batch; gradients add up.
 
         Args:
-            groups: Views by size, (V_g, B, C, h, w); the first two views are the global ones.
-            keep: (B, V, depth, 2) multipliers of the student's residual branches, or None.
+            inputs: The micro-batch.
             values: Scheduled values of the objectives.
+            teacher: What :meth:`teach` returned for it; None to compute it here.
             fraction: Weight of this micro-batch in the step (1 / accumulation).
             last: Whether it is the step's last: only then are gradients averaged over processes.
             span: Measures each part of the work.
         """
-        with span(TEACHER), torch.no_grad():
-            teacher = self.teacher([groups[0][:TEACHER_VIEWS]])
+        if teacher is None:
+            teacher = self.teach(inputs, span)
         parallel = self._parallel[0]
         with distributed.without_gradient_sync(parallel, not last):
             with span(STUDENT):
-                student = parallel(groups, keep)
+                student = parallel(*inputs)
             with span(LOSS):
                 terms = [objective(student, teacher, values) for objective in self.objectives]
                 pairs = zip(self.objectives, terms, strict=True)
@@ -178,19 +236,37 @@ class SelfDistillation(nn.Module):
             objective.step(finite)
 
 
-def build_objectives(model: ModelConfig, length: Length, seed: int) -> list[Objective]:
-    """The objectives of a run; the only place that lists them.
+def build_objectives(config: PretrainConfig, length: Length, seed: int) -> list[Objective]:
+    """The objectives of a run, those with a weight; the only place that lists them.
 
     Args:
-        model: Their settings.
+        config: Settings of the run.
         length: Converts epochs to steps.
         seed: Seed of the heads' initial weights.
 
     Raises:
-        ConfigError: If a setting is out of range.
+        ConfigError: If a setting is out of range, or no objective has a weight.
     """
-    warmup = length.steps(model.warmup_teacher_temp_epochs)
-    return [DINO(model, Ramp(model.warmup_teacher_temp, model.teacher_temp, warmup), seed)]
+    model, weights, batch_size = config.model, config.objective, config.training.batch_size_per_gpu
+    temp = Ramp(model.warmup_teacher_temp, model.teacher_temp, length.steps(model.warmup_teacher_temp_epochs))
+    builders: dict[str, Callable[[], Objective]] = {
+        "dino": lambda: DINO(model, temp, seed, weights.targets, weights.dino),
+        "ibot": lambda: IBOT(model, weights, temp, seed + 1),
+        "koleo": lambda: KoLeo(weights.koleo, weights.spread_group, batch_size),
+        "kde": lambda: KDE(weights.kde, weights.kde_concentration, weights.spread_group, batch_size),
+    }
+    for name in builders:
+        if getattr(weights, name) < 0:
+            raise ConfigError(f"expected objective.{name} of at least 0, found {getattr(weights, name)}")
+    built = [build() for name, build in builders.items() if getattr(weights, name) > 0]
+    if all(objective.head is None for objective in built):
+        raise ConfigError("expected a weight above 0 for objective.dino or objective.ibot, found none: set one")
+    return built
+
+
+def needs_masks(weights: ObjectiveConfig) -> bool:
+    """Whether an objective with a weight masks."""
+    return any(getattr(weights, objective.name) > 0 for objective in (IBOT,))
 
 
 def build(config: PretrainConfig, spec: BackboneSpec, length: Length, device: torch.device) -> SelfDistillation:
@@ -209,7 +285,7 @@ def build(config: PretrainConfig, spec: BackboneSpec, length: Length, device: to
     backbone = build_backbone(spec, config.seed)
     if model.init:
         init_from(backbone, model.init, model.init_arch)
-    objectives = build_objectives(model, length, config.seed + 1)
+    objectives = build_objectives(config, length, config.seed + 1)
     student = Network(backbone, objectives).to(device, dtype)
     student.backbone.checkpointing = speed.checkpointing
     if should_compile(speed.compile, device):

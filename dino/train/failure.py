@@ -16,8 +16,7 @@ from dino.errors import CheckpointError
 from dino.files import atomic_path, read_json, write_json
 from dino.models.backbone import Tokens
 from dino.models.checkpoint import read_checkpoint
-from dino.objectives import Outputs
-from dino.train.distill import TEACHER_VIEWS
+from dino.objectives import Masked, Outputs
 from dino.train.loop import StepReport, Trainer
 
 RECORD = "failure.json"
@@ -145,15 +144,18 @@ def examine(trainer: Trainer, batch: Batch, step: int) -> list[SampleFinding]:
         step: Step whose scheduled values to use, counted from 0.
     """
     model, values = trainer.model, trainer.model.scheduled(step)
-    groups, keep = trainer.views(batch)
+    inputs = trainer.inputs(batch)
     with trainer.autocast():
-        teacher = model.teacher([groups[0][:TEACHER_VIEWS]])
-        student = model.student(groups, keep)
-    largest = torch.stack([views.abs().amax((0, 2, 3, 4)) for views in groups]).amax(0)  # (B,)
+        teacher, student = model.teach(inputs), model.student(*inputs)
+    largest = torch.stack([views.abs().amax((0, 2, 3, 4)) for views in inputs.groups]).amax(0)  # (B,)
+    broken = [(_broken_views(teacher, i), _broken_views(student, i)) for i in range(len(batch.names))]
+    model.prepare([teacher], values)
     findings = []
     for i, name in enumerate(batch.names):
         total, losses = 0.0, {}
         for objective in copy.deepcopy(model.objectives):  # copies, because an objective may update its state
+            if objective.across_samples:  # it has no loss of a single sample
+                continue
             own = objective(_sample(student, i), _sample(teacher, i), values).losses
             losses |= {key: float(loss) for key, loss in own.items()}
             total += objective.weight * sum(float(loss) for loss in own.values())
@@ -162,8 +164,7 @@ def examine(trainer: Trainer, batch: Batch, step: int) -> list[SampleFinding]:
                 name,
                 int(batch.draws[i]),
                 total,
-                _broken_views(teacher, i),
-                _broken_views(student, i),
+                *broken[i],
                 float(largest[i]),
                 losses,
             )
@@ -178,15 +179,30 @@ def _sample(outputs: Outputs, index: int) -> Outputs:
     for group in outputs.tokens:
         rest = (t if t is None else t[:, part].clone() for t in (group.registers, group.patches))
         tokens.append(Tokens(group.cls[:, part].clone(), *rest))
-    return Outputs(tokens, {name: logits[:, part].clone() for name, logits in outputs.logits.items()})
+    logits = {name: found[_rows(outputs, found, index)].clone() for name, found in outputs.logits.items()}
+    masked = outputs.masked
+    if masked is not None:
+        masked = Masked.of(masked.mask[:, part].transpose(0, 1).cpu()).to(masked.mask.device)
+    return Outputs(tokens, logits, masked)
+
+
+def _rows(outputs: Outputs, logits: Tensor, index: int) -> Any:
+    """Index of a sample's logits: (V, 1, ...), or its masked tokens of (M, K)."""
+    if logits.ndim > 2:
+        return slice(None), slice(index, index + 1)
+    assert outputs.masked is not None
+    _, batch, count = outputs.masked.mask.shape
+    return (outputs.masked.index // count) % batch == index
 
 
 def _broken_views(outputs: Outputs, index: int) -> list[int]:
     """Views of a sample whose logits are not finite, of any head."""
-    views = {
-        view
-        for logits in outputs.logits.values()  # (V, B, ...)
-        for view, finite in enumerate(torch.isfinite(logits[:, index]).flatten(1).all(-1).tolist())
-        if not finite
-    }
+    views: set[int] = set()
+    for logits in outputs.logits.values():
+        rows = _rows(outputs, logits, index)
+        broken = ~torch.isfinite(logits[rows]).flatten(1).all(-1)
+        if logits.ndim > 2:
+            views.update(broken.nonzero()[:, 0].tolist())
+        elif outputs.masked is not None:
+            views.update((outputs.masked.index[rows][broken] // outputs.masked.mask[0].numel()).tolist())
     return sorted(views)

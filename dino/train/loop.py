@@ -12,6 +12,7 @@ from dino import distributed, progress
 from dino.crops.resample import to_device
 from dino.data.loader import Batch
 from dino.errors import DataError, Stopped, TrainingFault
+from dino.objectives import Inputs, Masked, Outputs
 from dino.signals import StopSignal
 from dino.train.distill import DTYPES, SelfDistillation
 from dino.train.optimizer import Length, Schedules, StepValues, clip_gradients, gated_step
@@ -206,15 +207,14 @@ class Trainer:
         """One optimizer step; nothing in it makes the host wait for the device."""
         values, scheduled = self.schedules.at(self.step), self.model.scheduled(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        used, parts = [], []
-        for micro in range(self.accumulation):
-            with self.span(DATA):
-                batch = next(batches)
-            views, keep = self.views(batch)
+        used: list[Batch] = []
+        parts = []
+        for micro, (inputs, teacher) in enumerate(self._micro_batches(batches, scheduled, used)):
             last, fraction = micro == self.accumulation - 1, 1 / self.accumulation
             with self.autocast():
-                part = self.model.accumulate(views, keep, scheduled, fraction=fraction, last=last, span=self.span)
-            used.append(batch)
+                part = self.model.accumulate(
+                    inputs, scheduled, teacher=teacher, fraction=fraction, last=last, span=self.span
+                )
             parts.append(part)
         if values.freeze_last_layer:
             self.model.freeze_last_layer()
@@ -232,16 +232,44 @@ class Trainer:
         features = torch.stack([part.features[:RANKED] for part in parts])
         return StepReport(self.step, values, scheduled, loss, losses, diagnostics, norm, features, used, flags)
 
-    def views(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
-        """Inputs of the networks for a batch: views by size, and the multipliers of the residual branches."""
+    def _micro_batches(
+        self, batches: Iterator[Batch], scheduled: dict[str, float], used: list[Batch]
+    ) -> Iterator[tuple[Inputs, Outputs | None]]:
+        """Inputs of the step's micro-batches, with the teacher's outputs where all are needed before the first.
+
+        Args:
+            batches: Where they come from.
+            scheduled: Scheduled values of the objectives.
+            used: Receives the batches.
+        """
+
+        def following() -> Inputs:
+            with self.span(DATA):
+                used.append(next(batches))
+            return self.inputs(used[-1])
+
+        if not self.model.whole_step:
+            for _ in range(self.accumulation):
+                yield following(), None
+            return
+        held = [following() for _ in range(self.accumulation)]
+        with self.autocast():
+            teacher = [self.model.teach(inputs, span=self.span) for inputs in held]
+        self.model.prepare(teacher, scheduled)
+        yield from zip(held, teacher, strict=True)
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """Inputs of the networks for a batch."""
         dtype, keep = DTYPES[self.precision], batch.keep
         with self.span(COPY):
-            inputs = batch.inputs.to(self.device, non_blocking=True)
+            pixels = batch.inputs.to(self.device, non_blocking=True)
             keep = None if keep is None else keep.to(self.device, dtype, non_blocking=True)
+            masked = None if batch.mask is None else Masked.of(batch.mask).to(self.device)
         with self.span(CROPS):
-            views = self.crops.apply(inputs, batch.parameters)
+            views = self.crops.apply(pixels, batch.parameters)
             # Autocast accepts any dtype; bf16 views would only be copied to fp32 and back.
-            return views if self.precision == "bf16" else [view.to(dtype) for view in views], keep
+            views = views if self.precision == "bf16" else [view.to(dtype) for view in views]
+            return Inputs(views, keep, masked)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Precision of forward passes."""

@@ -160,11 +160,12 @@ class RunFolder(RunReader):
         """The step of the last checkpoint, which a restart resumes from."""
         return int(self._status.get("last_checkpoint_step", 0))
 
-    def check(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+    def check(self, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Check that the folder is new or holds this run; nothing is written.
 
         Args:
             identity: What the run computes, by dotted key.
+            defaults: Values of settings that the identity of an old run does not contain.
 
         Returns:
             The identity of the run: the one it was started with.
@@ -175,7 +176,7 @@ class RunFolder(RunReader):
         """
         started = dict(identity)
         if (self.path / "identity.json").exists():
-            started = self.identity()
+            started = {**(defaults or {}), **self.identity()}
             self._expect_same(started, json.loads(json.dumps(identity)))
         elif self.path.exists() and self._other_files():
             raise ConfigError(

@@ -17,7 +17,7 @@ from dino.api.run import Run
 from dino.crops.grids import GridCrops
 from dino.extraction.embed import embed, normaliser
 from dino.models.backbone import BackboneSpec, build_backbone
-from dino.objectives.dino import dino_loss
+from dino.objectives.cross_entropy import dino_loss
 from dino.randomness import generator
 from dino.signals import StopSignal
 from dino.train.loop import Trainer
@@ -155,7 +155,7 @@ def test_views_of_grids_do_not_depend_on_the_gpu_cache(
     for name, where, cache in (("wanted", "cpu", None), ("found", device, cache_gb)):
         run = run_of(grids, tmp_path / name, where, **{"speed.gpu_cache": cache})
         trainer, batches = trainer_of(run)
-        views[name] = [view for _ in range(2) for view in trainer.views(next(batches))[0]]
+        views[name] = [view for _ in range(2) for view in trainer.inputs(next(batches)).groups]
     assert all(view.device.type == device for view in views["found"])
     assert all(torch.equal(a, b.cpu()) for a, b in zip(views["wanted"], views["found"], strict=True))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino.objectives import dino as dino_losses
-from dino.objectives.dino import dino_loss
+from dino.objectives import cross_entropy
+from dino.objectives.cross_entropy import dino_loss
 
 CASES = [(2, 10, 3, 5000), (2, 2, 1, 7), (1, 4, 2, 64), (3, 5, 2, 4096), (2, 3, 2, 8193)]  # G, V, B, K
 
@@ -73,15 +73,15 @@ def test_the_check_before_first_use_knows_right_from_wrong() -> None:
     program = """
 import warnings
 import torch
-from dino.objectives import dino, kernel
+from dino.objectives import cross_entropy, kernel
 
 cpu = torch.device("cpu")
 with warnings.catch_warnings():
     warnings.simplefilter("error")
-    assert kernel.usable(cpu, dino._loss_and_gradient)
+    assert kernel.usable(cpu, cross_entropy._loss_and_gradient)
 
 def other(*given):
-    return dino._loss_and_gradient(*given) * 1.001
+    return cross_entropy._loss_and_gradient(*given) * 1.001
 
 def failing(*given):
     raise OSError("no C compiler\\nfound")
@@ -131,15 +131,15 @@ class Pretended:
 
 def test_it_is_used_on_a_gpu_where_it_is_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = pytest.importorskip("dino.objectives.kernel")
-    written = dino_losses._loss_and_gradient
+    written = cross_entropy._loss_and_gradient
     for usable, expected in ((True, kernel.loss_and_gradient), (False, written)):
         monkeypatch.setattr(kernel, "usable", lambda device, reference, usable=usable: usable)
-        assert dino_losses._fastest(Pretended(), Pretended()) is expected  # type: ignore[arg-type]
+        assert cross_entropy._fastest(Pretended(), Pretended()) is expected  # type: ignore[arg-type]
     monkeypatch.setattr(kernel, "usable", lambda device, reference: True)
     for other in (Pretended(torch.float64), Pretended(contiguous=False)):
-        assert dino_losses._fastest(other, Pretended()) is written  # type: ignore[arg-type]
-    monkeypatch.setattr(dino_losses, "find_spec", lambda name: None)  # no triton
-    assert dino_losses._fastest(Pretended(), Pretended()) is written  # type: ignore[arg-type]
+        assert cross_entropy._fastest(other, Pretended()) is written  # type: ignore[arg-type]
+    monkeypatch.setattr(cross_entropy, "find_spec", lambda name: None)  # no triton
+    assert cross_entropy._fastest(Pretended(), Pretended()) is written  # type: ignore[arg-type]
     student = torch.randn(3, 2, 8, requires_grad=True)
     dino_loss(student, torch.rand(2, 2, 8).softmax(-1), 0.1).backward()  # on a CPU: torch's operations
     assert student.grad is not None
@@ -150,4 +150,4 @@ def test_it_is_used_on_a_gpu_where_it_is_usable(monkeypatch: pytest.MonkeyPatch)
 def test_it_is_usable_on_this_gpu() -> None:
     from dino.objectives import kernel
 
-    assert kernel.usable(torch.device("cuda", 0), dino_losses._loss_and_gradient)
+    assert kernel.usable(torch.device("cuda", 0), cross_entropy._loss_and_gradient)

@@ -16,7 +16,8 @@ from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dino.config.schema import ModelConfig, PatchAugConfig
+from dino import objectives as seams
+from dino.config.schema import ModelConfig, ObjectiveConfig, PatchAugConfig
 from dino.crops import grids as grid_crops
 from dino.crops import images as image_crops
 from dino.crops import resample
@@ -24,7 +25,10 @@ from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
 from dino.data.loader import Batch, DropPath
 from dino.models.backbone import BackboneSpec, build_backbone
+from dino.objectives import Objective
 from dino.objectives.dino import DINO
+from dino.objectives.ibot import IBOT
+from dino.objectives.spread import KDE, KoLeo
 from dino.signals import StopSignal
 from dino.train import loop
 from dino.train.distill import Network, SelfDistillation
@@ -32,7 +36,7 @@ from dino.train.loop import Trainer
 from dino.train.optimizer import Cosine, Length, Ramp, Schedules, build_optimizer
 
 DEVICE = torch.device("meta")
-K, DIM, DEPTH, BATCH = 16, 32, 2, 5
+K, DIM, DEPTH, BATCH = 16, 32, 2, 6
 
 
 class Waits(AssertionError):
@@ -74,7 +78,7 @@ class NoWaiting(TorchDispatchMode):
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> NoWaiting:
     mode = NoWaiting()
-    for module in (resample, image_crops, grid_crops, loop):
+    for module in (resample, image_crops, grid_crops, loop, seams):
         monkeypatch.setattr(module, "to_device", mode.to_device)
     # torch knows neither autocast nor fused optimizers for this device; both are the same for it as without.
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
@@ -107,11 +111,22 @@ def batch(crops: ImageCrops | GridCrops, inputs: torch.Tensor, size: tuple[int, 
     views = DropPath(0.3, DEPTH, sum(crops.groups))
     keep = torch.from_numpy(np.stack([views.draw(np.random.default_rng(i)) for i in range(BATCH)]))
     parameters = {key: torch.from_numpy(np.stack([one[key] for one in drawn])) for key in drawn[0]}
-    return Batch(inputs, torch.arange(BATCH), parameters, keep, [""] * BATCH, [None] * BATCH)
+    masks = crops.masks(ObjectiveConfig(mask_ratio=[0.3, 0.5]), 16)
+    mask = torch.from_numpy(np.stack([masks(one, None, np.random.default_rng(i)) for i, one in enumerate(drawn)]))
+    return Batch(inputs, torch.arange(BATCH), parameters, keep, [""] * BATCH, [None] * BATCH, mask=mask)
 
 
-def trainer(make: Callable[[], tuple[Any, Batch]], checkpointing: bool) -> Trainer:
+def objectives(targets: str) -> list[Objective]:
+    settings, temp = ModelConfig(out_dim=K, hidden_dim=24, bottleneck_dim=8), Ramp(0.04, 0.07, 3)
+    weights = ObjectiveConfig(ibot=1.0, targets=targets)
+    spreading = [KoLeo(0.1, 2, BATCH), KDE(0.1, 10.0, 2, BATCH)]
+    return [DINO(settings, temp, 0, targets), IBOT(settings, weights, temp, seed=0), *spreading]
+
+
+def trainer(make: Callable[[], tuple[Any, Batch]], checkpointing: bool, parts: list[Objective]) -> Trainer:
     crops, one = make()
+    if not any(objective.masks for objective in parts):
+        one.mask = None
     size, patch = crops.sizes[0], 16 if isinstance(crops, ImageCrops) else 1
     level, side = ("patch", (size, size)) if isinstance(crops, ImageCrops) else ("region", size)
     input_dim = 3 if isinstance(crops, ImageCrops) else one.inputs.shape[-1]
@@ -120,11 +135,9 @@ def trainer(make: Callable[[], tuple[Any, Batch]], checkpointing: bool) -> Train
     def network() -> Network:
         backbone = build_backbone(spec, seed=0)
         backbone.checkpointing = checkpointing
-        return Network(backbone, [objective]).to(DEVICE)
+        return Network(backbone, parts).to(DEVICE)
 
-    settings = ModelConfig(out_dim=K, hidden_dim=24, bottleneck_dim=8)
-    objective = DINO(settings, Ramp(0.04, 0.07, 3), seed=0)
-    model = SelfDistillation(network(), network(), [objective.to(DEVICE)], DEVICE)
+    model = SelfDistillation(network(), network(), [objective.to(DEVICE) for objective in parts], DEVICE)
     return Trainer(
         model=model,
         optimizer=build_optimizer("adamw", model.student),
@@ -143,8 +156,10 @@ def trainer(make: Callable[[], tuple[Any, Batch]], checkpointing: bool) -> Train
 
 @pytest.mark.parametrize("make", [image_batch, grid_batch])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-def test_a_step_never_waits(make: Any, checkpointing: bool, no_waiting: NoWaiting) -> None:
-    training = trainer(make, checkpointing)
+@pytest.mark.parametrize("parts", ["dino", "centring", "sinkhorn"])
+def test_a_step_never_waits(make: Any, checkpointing: bool, parts: str, no_waiting: NoWaiting) -> None:
+    chosen = objectives("centring")[:1] if parts == "dino" else objectives(parts)
+    training = trainer(make, checkpointing, chosen)
     batches = iter(training.batches(0, 3))
     for step in range(3):
         with no_waiting if step else nullcontext():  # the first one fills caches: matrices of positions, constants
