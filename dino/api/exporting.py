@@ -11,8 +11,10 @@ from dino.models.backbone import Backbone, BackboneSpec
 from dino.models.export import export_backbone
 from dino.models.grid_source import KEY, recorded
 from dino.models.inputs import input_kind
+from dino.models.sharing import identifying
 from dino.models.transforms import Transform
 from dino.models.weights import LoadedBackbone, load_backbone_file
+from dino.privacy import count
 from dino.progress import say
 
 
@@ -63,19 +65,19 @@ def export(source: str, directory: Path, config: ExportConfig) -> Path:
     Args:
         source: As in ``load_backbone``.
         directory: Folder to write ``config.json`` and ``model.safetensors`` into.
-        config: Transform to record, and the tile size that the position table is resized to.
+        config: Transform to record, the tile size that the position table is resized to, and whether ids are written.
 
     Returns:
         ``directory``.
 
     Raises:
         CheckpointError: The source is missing, damaged or unsafe, or its tensors do not fit.
-        ConfigError: The patch size does not divide the tile size.
+        ConfigError: The patch size does not divide the tile size, or the source has no ids to write.
         DataError: The disk does not take what is written.
     """
     loaded = load_backbone_file(source, config.arch, config.transform)
     with oserror_to_data_error(Path(directory)):
-        export_backbone(loaded, Path(directory), config.tile_size_px)
+        export_backbone(loaded, Path(directory), config.tile_size_px, ids=config.ids)
     needs = input_kind(loaded.level).export_needs
     say(f'wrote {directory}: {needs}timm.create_model("local-dir:{directory}", pretrained=True, num_classes=0)')
     return Path(directory)
@@ -85,8 +87,9 @@ def info(source: str, arch: str | None = None) -> dict[str, Any]:
     """Describe a checkpoint in plain values; the arguments are those of ``load_backbone``.
 
     Returns:
-        Kind, level, architecture, dims, parameter count, transform, spacing (µm/px), tile size (px), steps, settings of
-        the run, fingerprint of the weights, and unexpected keys (``left_over``); None where unknown.
+        Kind, level, architecture, dims, parameter count, transform, spacing (µm/px), tile size (px), steps, what the
+        file tells about slides, patients and folders (``contains``), settings of the run, fingerprint of the weights,
+        and unexpected keys (``left_over``); None where unknown.
 
     Raises:
         CheckpointError: The source is missing, damaged or unsafe, or its tensors do not fit.
@@ -114,7 +117,8 @@ def info(source: str, arch: str | None = None) -> dict[str, Any]:
         "total_steps": loaded.details.get("total_steps"),
         "versions": loaded.details.get("versions"),
         **({KEY: recorded(loaded.grids)} if not input_kind(loaded.level).normalized else {}),
-        "training_slides": len((loaded.details.get("training_slides") or {}).get("slide_ids", [])) or None,
+        "training_slides": count(loaded.details.get("training_slides") or {}, "slide") or None,
+        "contains": identifying(loaded.details, loaded.config),
         "fingerprint": loaded.fingerprint,
         "left_over": loaded.report.unexpected,
         "config": loaded.config,

@@ -225,7 +225,8 @@ ExportArguments = Annotated[list[str] | None, typer.Argument(metavar="RUN DIR [K
 def export(arguments: ExportArguments = None, config: ConfigFile = None) -> None:
     """Export the teacher's backbone to a folder that timm can load.
 
-    RUN is a run folder or a checkpoint file (also an external one). To load the export in Python:
+    RUN is a run folder or a checkpoint file (also an external one). The export contains no folders, and salted hashes
+    of the slides and patients of the pretraining; ids=true writes their ids. To load it in Python:
 
         timm.create_model("local-dir:DIR", pretrained=True)
 
@@ -253,13 +254,15 @@ InfoAll = Annotated[bool, typer.Option("--all", help="Print all values, includin
 INFO_KEYS = (
     *("source", "kind", "level", "arch", "embed_dim", "patch_size"),
     *("transform.name", "spacing_um", "tile_size_px", "step"),
+    *("contains.slides", "contains.patients", "contains.folders"),
 )
 
 
 def info(arguments: InfoArguments = None, config: ConfigFile = None, everything: InfoAll = False) -> None:
-    """Describe a checkpoint: architecture, training, transform, spacing and tile size.
+    """Describe a checkpoint: architecture, training, transform, spacing and tile size, and what it tells of the data.
 
-    CHECKPOINT is a run folder, a checkpoint file (also an external one) or an export.
+    CHECKPOINT is a run folder, a checkpoint file (also an external one) or an export. `contains` says whether it names
+    slides, patients and folders.
 
     For example:
 

@@ -366,6 +366,7 @@ class ExportConfig:
         None,
         "tile size in px that the position table is resized to; null: 256 or the multiple of the patch size below",
     )
+    ids: bool = runtime(False, "write ids of the slides and patients of the pretraining (false: salted hashes)")
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 
 from dino.errors import DataError
 from dino.files import printable
+from dino.privacy import count, known
 
 COLUMNS = ("image_path", "label", "partition")
 PARTITIONS = {"train": "train", "reference": "train", "test": "test", "query": "test"}
@@ -88,7 +89,8 @@ def check_leakage(table: LabelTable, training_slides: Mapping[str, Any] | None, 
 
     Args:
         table: The labels.
-        training_slides: ``slide_ids`` and ``patient_ids`` of the checkpoint; None or empty if it records none.
+        training_slides: ``slide_ids`` and ``patient_ids`` of the checkpoint, or hashes of them as
+            :func:`dino.privacy.hash_record` returns; None or empty if it records none.
         allow: Accept slides and patients of the pretraining; they are listed in the result.
 
     Returns:
@@ -97,13 +99,11 @@ def check_leakage(table: LabelTable, training_slides: Mapping[str, Any] | None, 
     Raises:
         DataError: If test rows are from slides or patients of the pretraining, and ``allow`` is False.
     """
-    trained = {key: {str(i) for i in (training_slides or {}).get(key) or []} for key in ("slide_ids", "patient_ids")}
+    trained = training_slides or {}
     test = table.rows("test")
     named = table.slide_ids or [""] * len(table.paths)
-    slides = {named[i] or slide_of_name(table.paths[i].name) for i in test}
-    seen_slides = sorted(slides & trained["slide_ids"])
-    patients = {table.patient_ids[i] for i in test} if table.patient_ids else set()
-    seen_patients = sorted((patients - {""}) & trained["patient_ids"])
+    seen_slides = sorted(known((named[i] or slide_of_name(table.paths[i].name) for i in test), trained, "slide"))
+    seen_patients = sorted(known((table.patient_ids[i] for i in test) if table.patient_ids else (), trained, "patient"))
     facts = {
         "compared": _compared(table, trained),
         "seen_slides": seen_slides,
@@ -126,13 +126,14 @@ def slide_of_name(name: str) -> str:
     return parts[0] if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit() else stem
 
 
-def _compared(table: LabelTable, trained: Mapping[str, set[str]]) -> str:
-    if not trained["slide_ids"] and not trained["patient_ids"]:
+def _compared(table: LabelTable, trained: Mapping[str, Any]) -> str:
+    slides, patients = (count(trained, kind) > 0 for kind in ("slide", "patient"))
+    if not slides and not patients:
         return "nothing: the model has no record of the slides it was pretrained on"
     what = []
-    if trained["slide_ids"]:
+    if slides:
         what.append("slides by slide_id" if table.slide_ids else "slides by file name")
-    if trained["patient_ids"] and table.patient_ids:
+    if patients and table.patient_ids:
         what.append("patients by patient_id")
     return " and ".join(what) or "nothing: the labels have no patient_id"
 

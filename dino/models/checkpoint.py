@@ -45,8 +45,9 @@ class Description:
         geometry: ``spacing_um`` (µm/px) and ``tile_size_px`` of the tiles trained on; at level 2 also ``region_cells``,
             (height, width) of the grids in cells. None where unknown.
         config: Settings of the run; None where unknown.
-        training: ``total_steps``, ``versions`` (of packages), ``training_slides`` (``slide_ids`` and ``patient_ids``)
-            and, at level 2, ``grids`` (:class:`~dino.models.grid_source.GridSource`), as far as they are known.
+        training: ``total_steps``, ``versions`` (of packages), ``training_slides`` (``slide_ids`` and ``patient_ids``,
+            or hashes as :func:`dino.privacy.hash_record` returns) and, at level 2, ``grids``
+            (:class:`~dino.models.grid_source.GridSource`), as far as they are known.
     """
 
     spec: BackboneSpec
@@ -83,7 +84,7 @@ class Description:
         with readable(source):
             transform, slides = _mapping(content, "transform"), _mapping(content, "training_slides")
             for key, ids in slides.items():
-                if not isinstance(ids, list):
+                if not isinstance(ids, str if key == "salt" else list):
                     raise TypeError(f"training_slides.{key} is {type(ids).__name__}")
             return cls(
                 BackboneSpec.from_dict(dict(_mapping(content, "spec"))),

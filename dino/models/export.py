@@ -13,12 +13,15 @@ from dino.files import atomic_path, write_json
 from dino.models.backbone import timm_arguments
 from dino.models.checkpoint import PACKAGE, Description
 from dino.models.inputs import input_kind
+from dino.models.sharing import base_name, shareable
 from dino.models.spec import BackboneSpec, shape_of
 from dino.models.transforms import TRANSFORMS
 from dino.models.weights import LoadedBackbone
 
 
-def export_backbone(loaded: LoadedBackbone, directory: Path, tile_size_px: int | None = None) -> None:
+def export_backbone(
+    loaded: LoadedBackbone, directory: Path, tile_size_px: int | None = None, *, ids: bool = False
+) -> None:
     """Write ``config.json`` and ``model.safetensors``.
 
     timm resizes position tables by a rule of its own. So the table is written as this package's rule resizes it for
@@ -30,9 +33,10 @@ def export_backbone(loaded: LoadedBackbone, directory: Path, tile_size_px: int |
         directory: Where; created when absent, files in it replaced.
         tile_size_px: Size of the tiles that a level-1 export is for; None for 256, or the largest multiple of the patch
             size below.
+        ids: Write the ids of the slides and patients of the pretraining, not salted hashes of them.
 
     Raises:
-        ConfigError: The patch size does not divide ``tile_size_px``.
+        ConfigError: The patch size does not divide ``tile_size_px``, or the source has no ids to write.
     """
     spec = loaded.backbone.spec
     spec = replace(spec, img_size=input_kind(spec.level).export_size(spec, tile_size_px, loaded.region_cells))
@@ -44,7 +48,7 @@ def export_backbone(loaded: LoadedBackbone, directory: Path, tile_size_px: int |
         "global_pool": "token",
         "model_args": arguments,
         "pretrained_cfg": _pretrained_config(loaded, spec),
-        PACKAGE: _section(loaded, spec),
+        PACKAGE: _section(loaded, spec, ids),
     }
     weights, about = directory / "model.safetensors", directory / "config.json"
 
@@ -93,8 +97,8 @@ def _pretrained_config(loaded: LoadedBackbone, spec: BackboneSpec) -> dict[str, 
     return config
 
 
-def _section(loaded: LoadedBackbone, spec: BackboneSpec) -> dict[str, Any]:
-    """The description of a checkpoint, and where the weights come from."""
+def _section(loaded: LoadedBackbone, spec: BackboneSpec, ids: bool) -> dict[str, Any]:
+    """The description of a checkpoint as it is given to others, and where the weights come from."""
     geometry = {
         "spacing_um": loaded.spacing_um,
         "tile_size_px": loaded.tile_size_px,
@@ -102,8 +106,8 @@ def _section(loaded: LoadedBackbone, spec: BackboneSpec) -> dict[str, Any]:
     }
     description = Description(spec, loaded.transform, loaded.step, geometry, loaded.config, loaded.details)
     return {
-        **description.to_dict(),
+        **shareable(description, loaded.fingerprint, ids=ids, source=loaded.source).to_dict(),
         "own": loaded.own,
-        "source": loaded.source,
+        "source": base_name(loaded.source),
         "source_fingerprint": loaded.fingerprint,
     }

@@ -1,18 +1,24 @@
 """Exports read back by timm in a fresh process and by this package; the description of checkpoints."""
 
+import csv
+import getpass
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from painted_slide import halved, noise, write_slide
 from safetensors.torch import load_file
+from tiny_runs import config as run_config
 
 import dino
+from dino import api
 from dino.api.exporting import export, info, load_backbone
-from dino.config.schema import ExportConfig
-from dino.errors import ConfigError
+from dino.config.schema import ExportConfig, KnnConfig, TileConfig
+from dino.errors import ConfigError, DataError
 from dino.models.backbone import Backbone, BackboneSpec, build_backbone
 
 # Level 1 must load where this package was never imported; level 2 once it is, although timm came before it.
@@ -147,6 +153,73 @@ def test_info_says_what_a_checkpoint_is(tmp_path: Path) -> None:
     expected |= {"training_slides": 2, "config": {"seed": 3}, "left_over": []}
     assert {key: said[key] for key in expected} == expected
     assert said["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def private_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two slides of a patient each, in a folder with a name in it; ``run/`` has ``labels.csv`` beside it."""
+    folder = tmp_path_factory.mktemp("home") / "annasmith"
+    folder.mkdir()
+    rows = [("sample_id", "image_path", "patient_id")]
+    for seed, (slide, patient) in enumerate([("S19-4711", "P-1961"), ("S20-0815", "P-1984")]):
+        write_slide(folder / f"{slide}.tiff", [noise(517, 391, seed), halved(noise(517, 391, seed))])
+        rows.append((slide, f"{slide}.tiff", patient))
+    with (folder / "slides.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    settings = TileConfig(tile_size_px=64, region_size_px=256, num_workers=1)
+    assert api.tile([folder / "slides.csv"], folder / "root", settings).exit_code == 0
+    tiles = sorted((folder / "root").glob("patch_*/imgs/*/*.jpg"))[:4]
+    parts = ("train", "train", "test", "test")
+    lines = [f"{path},{i % 2},{parts[i]},new{i}" for i, path in enumerate(tiles)]
+    (folder / "labels.csv").write_text("\n".join(["image_path,label,partition,slide_id", *lines]))
+    init = checkpoint(
+        build_backbone(BackboneSpec("vit:dim=32,depth=2,heads=2", "patch", 3, (32, 32), 16), 0), folder / "i.pt"
+    )
+    changes = {"training.max_steps": 2, "evaluate.labels": str(folder / "labels.csv"), "evaluate.k": [1]}
+    api.pretrain(run_config(folder / "root", folder / "run", **{"model.init": str(init), **changes}))
+    return folder / "run"
+
+
+IDS = {"S19-4711", "S20-0815", "P-1961", "P-1984"}
+
+
+def test_an_export_names_neither_slides_nor_patients_nor_folders(private_run: Path, tmp_path: Path) -> None:
+    export(str(private_run), tmp_path / "shared", ExportConfig())
+    export(str(tmp_path / "shared"), tmp_path / "again", ExportConfig())
+    for folder in (private_run / "backbone", tmp_path / "shared", tmp_path / "again"):
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert files.keys() == {"config.json", "model.safetensors"}
+        for private in (*IDS, "annasmith", str(tmp_path), f"{getpass.getuser()}/", f'"{platform.node()}'):
+            assert not [name for name, content in files.items() if private.encode() in content], private
+    said = info(str(tmp_path / "shared"))
+    assert said["contains"] == {"slides": "2 salted hashes", "patients": "2 salted hashes", "folders": "none"}
+    assert said["training_slides"] == 2 and said["config"]["optim"]["lr"] == 0.05
+    assert said["config"]["model"]["init"] == "i.pt"
+    plain = info(str(private_run))["contains"]
+    assert plain["slides"] == "2 ids" and {"data_dir", "output_dir", "model.init"} <= set(plain["folders"].split(", "))
+
+
+def test_an_export_has_ids_if_asked_and_no_folders(private_run: Path, tmp_path: Path) -> None:
+    export(str(private_run), tmp_path / "out", ExportConfig(ids=True))
+    text = (tmp_path / "out" / "config.json").read_text()
+    assert "annasmith" not in text and {name for name in IDS if name in text} == IDS
+    with pytest.raises(ConfigError, match="found only hashes; export the run itself"):
+        export(str(private_run / "backbone"), tmp_path / "out", ExportConfig(ids=True))
+
+
+def test_leakage_is_found_with_an_export(private_run: Path) -> None:
+    config = KnnConfig(k=[1], device="cpu", precision="fp32")
+    rows = (private_run.parent / "labels.csv").read_text().splitlines()[1:]
+    for slide, patient, seen in [("S19-4711", "new", "S19-4711"), ("new", "P-1984", "P-1984"), ("new", "new", "")]:
+        lines = [f"{row.rsplit(',', 1)[0]},{slide},{patient}" for row in rows]
+        table = private_run.parent / f"{slide}-{patient}.csv"
+        table.write_text("\n".join(["image_path,label,partition,slide_id,patient_id", *lines]))
+        if seen:
+            with pytest.raises(DataError, match=rf"not been pretrained on, found 1 that it has \({seen}\)"):
+                api.evaluate_knn(str(private_run / "backbone"), table, config)
+        else:
+            leakage = api.evaluate_knn(str(private_run / "backbone"), table, config)["about"]["leakage"]
+            assert leakage["compared"] == "slides by slide_id and patients by patient_id"
 
 
 @pytest.mark.parametrize("order", ["import dino, timm", "import timm, dino"])

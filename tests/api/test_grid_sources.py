@@ -61,8 +61,8 @@ def train(grids: Path, name: str = "run", **changes: object) -> Path:
 
 
 def refused(action: object, *arguments: object) -> str:
-    """The message of a refusal, which names both models."""
-    with pytest.raises(DataError, match=r"runs/x/best\.pt \(1{12}\).*runs/y/best\.pt \(2{12}\)") as caught:
+    """The message of a refusal, which names both models (that of an export without its folder)."""
+    with pytest.raises(DataError, match=r"(runs/x/)?best\.pt \(1{12}\).*runs/y/best\.pt \(2{12}\)") as caught:
         action(*arguments)  # type: ignore[operator]
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
     return str(caught.value)
@@ -82,14 +82,15 @@ def test_identity_checkpoint_and_export_record_the_model_of_the_grids(grids: Pat
     run = train(grids)
     api.export(str(run), tmp_path / "export", ExportConfig())
     found = [
+        api.info(str(run))["grids"],
         json.loads((run / "identity.json").read_text())["grids"],
         *(tiny_runs.last(run)["grids"], torch.load(run / "checkpoints" / "start.pt", weights_only=True)["grids"]),
-        *(json.loads((folder / "config.json").read_text())["histodino"]["grids"] for folder in (run / "backbone",)),
-        json.loads((tmp_path / "export" / "config.json").read_text())["histodino"]["grids"],
-        *(api.info(str(source))["grids"] for source in (run, tmp_path / "export")),
     ]
+    exports = [api.info(str(folder))["grids"] for folder in (run / "backbone", tmp_path / "export")]
     expected = {key: X[key] for key in ("model", "fingerprint", "transform", "precision")}
-    assert all(one == {**expected, "spacing_um": 0.5, "tile_size_px": 256} for one in found)
+    expected |= {"spacing_um": 0.5, "tile_size_px": 256}
+    assert all(one == expected for one in found)
+    assert all(one == {**expected, "model": "best.pt"} for one in exports)  # without its folder
 
 
 @pytest.mark.parametrize("changed", OTHERS)

@@ -91,7 +91,8 @@ def test_a_run_an_export_and_a_checkpoint_give_the_same_features(old: Path, leve
         first, second = (model(inputs) for model in models)
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
     assert first.shape == (2, 8)
-    assert api.info(str(run / "backbone"))["level"] == level
+    said = api.info(str(run / "backbone"))
+    assert said["level"] == level and said["contains"]["slides"] == "2 ids"
 
 
 def test_grids_are_known_as_done_and_those_of_a_slide_that_are_gone_are_made_again(old: Path) -> None:
