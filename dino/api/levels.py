@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dino.api.roots import Root, check_grids, grid_entries, shapes_of_grids, source_of_grids
+from dino.api.roots import Root, Split, check_grids, grid_entries, shapes_of_grids, source_of_grids
 from dino.config.schema import KnnConfig, PatchConfig, PretrainConfig, RegionConfig
 from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
@@ -64,6 +64,8 @@ class Level(ABC):
         slides: ``slide_ids`` and ``patient_ids`` of the samples, as far as they are known.
         origin: What a run's identity and checkpoints record of the origin of the samples: ``grids``, the level-1 model
             of feature grids.
+        split: How many samples are trained on, and how many are held out.
+        warnings: What to tell the user about the data.
     """
 
     name: ClassVar[str]
@@ -78,6 +80,8 @@ class Level(ABC):
     geometry: dict[str, Any]
     slides: dict[str, list[str]]
     origin: Mapping[str, Any]
+    split: Split
+    warnings: list[str]
 
     @abstractmethod
     def __init__(self, config: Any) -> None: ...
@@ -140,7 +144,7 @@ class PatchLevel(Level):
 
     def __init__(self, config: PatchConfig) -> None:
         root, aug, model = Root(Path(config.data_dir)), config.aug, config.model
-        folder, names = root.tiles()
+        folder, names, held_out = root.tiles()
         self.dataset = TileDataset(folder, names, root.slide_infos(root.tile_spacings()), config.speed.ram_cache)
         for name in ("global_crops_size", "local_crops_size"):
             if getattr(aug, name) % model.patch_size:
@@ -155,6 +159,8 @@ class PatchLevel(Level):
         self.spec = BackboneSpec(model.arch, self.name, 3, size, model.patch_size, model.pos_resample)
         self.geometry, self.slides = root.geometry(), root.slides(self.dataset.slide_ids)
         self.origin = {}
+        self.split = Split("tiles", len(self.dataset), len(self.slides["slide_ids"]), held_out)
+        self.warnings = root.unknown_partitions()
 
     @classmethod
     def labelled_reader(
@@ -195,7 +201,7 @@ class RegionLevel(Level):
     def __init__(self, config: RegionConfig) -> None:
         root, model = Root(Path(config.data_dir)), config.model
         folder, regions = root.grid_folder, root.regions()
-        entries = grid_entries(root.path, folder, regions, root.partitions)
+        entries, held_out = grid_entries(root.path, folder, regions, root.partitions)
         source = source_of_grids(folder)
         if model.init:
             init = load_backbone_file(model.init, model.init_arch)
@@ -212,6 +218,8 @@ class RegionLevel(Level):
         self.transform = None
         self.geometry = {**root.geometry(), "region_cells": [survey.height, survey.width]}
         self.slides, self.origin = root.slides(self.dataset.slide_ids), {KEY: recorded(source)}
+        self.split = Split("regions", len(self.dataset), len(self.slides["slide_ids"]), held_out)
+        self.warnings = root.unknown_partitions()
 
     @classmethod
     def labelled_reader(

@@ -64,7 +64,9 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
     device = distributed.choose_device(config.speed.device)
     with distributed.process_group(device, config.speed.timeout_minutes), _memory_advised(config):
         if rehearsal:
-            return _rehearse(Run(config, device))
+            run = Run(config, device)
+            _announce(run)
+            return _rehearse(run)
         folder = RunFolder(Path(config.output_dir))
         if folder.was_ended_by_this_launch():
             return _report_end(folder)
@@ -74,6 +76,7 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
             progress.say(f"{folder.path}: this run is {folder.status()['state']}; nothing to do")
             _show_summary(folder, config)
             return _report_end(folder)
+        _announce(run)
         trainer = run.trainer()  # before the folder is claimed, so that a failure here leaves no files
         with oserror_to_data_error(folder.path), folder.lock.held():
             run.claim(folder)  # checks once more: another run may have started and ended since
@@ -81,7 +84,13 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
                 checkpoints = run.checkpoints(folder)
                 evaluator = build_evaluator(run, checkpoints)
                 metrics = run.connect(trainer, folder, checkpoints, evaluator)
-                folder.update_status(state="running", step=trainer.step, total_steps=run.length.total, error=None)
+                folder.update_status(
+                    state="running",
+                    step=trainer.step,
+                    total_steps=run.length.total,
+                    error=None,
+                    data=run.level.split.to_dict(),
+                )
                 with progress.bar(f"pretrain {run.level.name}", run.length.total, trainer.step) as metrics.bar:
                     trainer.fit()
                 samples = min(VERDICT_SAMPLES, len(run.level.dataset))
@@ -94,6 +103,13 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
                     evaluator,
                 )
                 return _finish(run, trainer, folder, evaluation)
+
+
+def _announce(run: Run) -> None:
+    """Say what is trained on and what is held out."""
+    progress.say(f"{run.config.data_dir}: training on {run.level.split}")
+    for warning in run.level.warnings:
+        progress.warn(warning)
 
 
 def _rehearse(run: Run) -> RunSummary:

@@ -63,7 +63,9 @@ def dry_run(run: Run) -> dict[str, Any]:
     numbers = {
         "level": run.level.name,
         "samples": len(run.level.dataset),
-        "slides": len(run.level.slides["slide_ids"]),
+        "slides": run.level.split.slides,
+        "held_out_samples": run.level.split.held_out_samples,
+        "held_out_slides": run.level.split.held_out_slides,
         "steps": total,
         "global_batch": run.layout.global_batch,
         "effective_lr": run.peak_lr,

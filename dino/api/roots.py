@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dino import progress
-from dino.data import GridEntry, SlideInfo, keep_partition, list_names, slide_of
+from dino.data import GridEntry, SlideInfo, list_names, slide_of
 from dino.errors import DataError
 from dino.extraction.record import RECORD, grid_source
 from dino.models.grid_source import KEY, GridSource, check_same_source
+from dino.slides.partitions import Split, split_files, unknown_values
 from dino.slides.tables import (
     OK,
     REGIONS_FOLDER,
@@ -26,6 +27,10 @@ from dino.slides.tables import (
     read_tile_spacings,
     read_tiling,
 )
+
+__all__ = ["Root", "Split", "check_grids", "grid_entries", "shapes_of_grids", "source_of_grids"]
+
+HeldOut = dict[str, tuple[int, int]]  # number of slides and of their samples by partition
 
 
 class Root:
@@ -49,19 +54,21 @@ class Root:
         folder = self.path / REGIONS_FOLDER
         return folder if folder.is_dir() or self.tiling is not None else self.path
 
-    def tiles(self) -> tuple[Path, list[str]]:
-        """The folder of the tiles, and their names in it without those of held-out slides.
+    def tiles(self) -> tuple[Path, list[str], HeldOut]:
+        """The folder of the tiles, their names in it without those of held-out slides, and counts of the latter.
 
         Raises:
             DataError: If there are no tiles that may be trained on.
         """
         folder = tile_folder(self)
-        names = keep_partition(list_names(folder, {TILING_FILE: TILES_FOLDER}), slide_of, self.partitions)
+        names, held_out = split_files(list_names(folder, {TILING_FILE: TILES_FOLDER}), slide_of, self.partitions)
         if not names:
-            raise DataError(
-                f"expected tiles with partition blank or pretrain under {folder}, found only held-out slides"
-            )
-        return folder, names
+            raise _only_held_out("tiles", folder, held_out)
+        return folder, names, held_out
+
+    def unknown_partitions(self) -> list[str]:
+        """Warnings about values of ``partition`` that are not known."""
+        return unknown_values(row.partition for row in self.status.values() if row.status == OK)
 
     @property
     def partitions(self) -> dict[str, str]:
@@ -126,8 +133,8 @@ def tile_folder(root: Root) -> Path:
 
 def grid_entries(
     root: Path, folder: Path, regions: Sequence[RegionRecord], partitions: Mapping[str, str]
-) -> list[GridEntry]:
-    """Grid files of a folder in order, with slide, shape and tissue where they are recorded.
+) -> tuple[list[GridEntry], HeldOut]:
+    """Grid files of a folder in order, with slide, shape and tissue where they are recorded, and held-out counts.
 
     Args:
         root: The data folder, for messages.
@@ -147,12 +154,21 @@ def grid_entries(
         return known[path.name].slide_id if path.name in known else slide_of(path)
 
     entries = []
-    for path in keep_partition(paths, slide, partitions):
+    kept, held_out = split_files(paths, slide, partitions)
+    for path in kept:
         region = known.get(path.name)
         entries.append(GridEntry(path, region.slide_id, region.grid, region.tissue) if region else GridEntry(path))
     if not entries:
-        raise DataError(f"expected grids with partition blank or pretrain in {folder}, found only held-out slides")
-    return entries
+        raise _only_held_out("grids", folder, held_out)
+    return entries, held_out
+
+
+def _only_held_out(items: str, folder: Path, held_out: HeldOut) -> DataError:
+    found = ", ".join(f"{slides} of partition '{word}'" for word, (slides, _) in held_out.items())
+    return DataError(
+        f"expected {items} of slides whose partition is blank or pretrain in {folder}, found only held-out slides "
+        f"({found}); change partition in slides.csv and run `dino tile` again, which cuts nothing twice"
+    )
 
 
 def source_of_grids(folder: Path) -> GridSource | None:

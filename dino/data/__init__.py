@@ -1,6 +1,6 @@
 """Datasets, samplers and batches of tiles and feature grids."""
 
-from dino.data.datasets import BadSample, Dataset, GridDataset, Sample, SlideInfo, TileDataset, keep_partition, slide_of
+from dino.data.datasets import BadSample, Dataset, GridDataset, Sample, SlideInfo, TileDataset, slide_of
 from dino.data.grids import GridEntry, open_grids, read_grid
 from dino.data.images import decode, list_images, list_names
 from dino.data.loader import Batch, DrawnBatches, DropPath, Layout, load_batches
@@ -24,7 +24,6 @@ __all__ = [
     "TileDataset",
     "decode",
     "grid_dtype",
-    "keep_partition",
     "list_images",
     "list_names",
     "load_batches",

@@ -3,11 +3,11 @@
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from dino.data.tile_cache import tile_cache
 from dino.errors import DataError
 from dino.files import printable
 
-F = TypeVar("F", Path, str)
 TILE_NAME = re.compile(r"(?P<slide>.+)_(?P<x>\d+)_(?P<y>\d+)")
 
 
@@ -122,20 +121,6 @@ def slide_of(path: Path | str) -> str | None:
     name = os.fspath(path).rpartition(os.sep)[2]
     match = TILE_NAME.fullmatch(name.rpartition(".")[0] or name)
     return match["slide"] if match else None
-
-
-def keep_partition(
-    files: Sequence[F], slide_of_file: Callable[[F], str | None], partitions: Mapping[str, str]
-) -> list[F]:
-    """The files that may be pretrained on: those of slides whose partition is blank or ``pretrain``.
-
-    Args:
-        files: Names or paths.
-        slide_of_file: Returns the slide of a file.
-        partitions: Partition of each slide; slides that are not listed are kept.
-    """
-    held_out = {slide for slide, partition in partitions.items() if partition not in {"", "pretrain"}}
-    return [file for file in files if slide_of_file(file) not in held_out] if held_out else list(files)
 
 
 class TileDataset:

@@ -46,6 +46,7 @@ class LoadedRun:
         reader, training, backbone = self.reader, self.config.training, self.trained.backbone
         status = reader.status()
         batch_size = status.get("global_batch", training.batch_size_per_gpu * training.gradient_accumulation)
+        split = methods.split_of(status)
         shape = backbone.embed_dim, backbone.depth, backbone.num_heads
         return RunData(
             level=reader.level(),
@@ -54,7 +55,7 @@ class LoadedRun:
             last=reader.last_metrics(),
             status=status,
             settings=flatten(to_dict(self.config)),
-            method=methods.Run(to_dict(self.config), self.trained.step or 0, batch_size, *shape),
+            method=methods.Run(to_dict(self.config), self.trained.step or 0, batch_size, *shape, split=split),
         )
 
     def normalise(self) -> Normalise:

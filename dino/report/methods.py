@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dino.slides.partitions import Split
+
 Settings = Mapping[str, Any]
 
 
@@ -12,16 +14,18 @@ class Tiling:
     """Tiles and regions.
 
     Attributes:
-        slides: Number of slides.
-        tiles: Number of tiles.
-        regions: Number of regions.
+        slides: Number of slides to pretrain on.
+        tiles: Number of their tiles.
+        regions: Number of their regions.
         geometry: Settings of ``tiling.json``: spacing_um, tile_size_px, overlap, region_size_px, min_tissue, ...
+        held_out: Number of further slides, which are held out.
     """
 
     slides: int
     tiles: int
     regions: int
     geometry: Settings
+    held_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Run:
         embed_dim: Width of its features.
         depth: Number of blocks.
         num_heads: Attention heads.
+        split: Number of samples that it was trained on; None where that is not recorded.
     """
 
     config: Settings
@@ -43,6 +48,7 @@ class Run:
     embed_dim: int
     depth: int
     num_heads: int
+    split: Split | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,11 @@ class Facts:
     region: Run | None
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = ""
+
+
+def split_of(status: Settings) -> Split | None:
+    """What a run was trained on, from its ``status.json``; None in runs of earlier versions."""
+    return Split.from_dict(status["data"]) if status.get("data") else None
 
 
 def methods(facts: Facts) -> str:
@@ -100,6 +111,9 @@ def _tiling(tiling: Tiling, versions: Mapping[str, str]) -> list[str]:
         side = g.get("region_size_px", 4096)
         cells = f"{side // size} x {side // size} tiles of the same lattice"
         sentences.append(f"{_count(tiling.regions, 'region')} of {side} x {side} px were formed from {cells}.")
+    if tiling.held_out:
+        were = "was" if tiling.held_out == 1 else "were"
+        sentences.append(f"{_count(tiling.held_out, 'further slide')} {were} held out from pretraining.")
     return sentences
 
 
@@ -114,7 +128,7 @@ def _patch(run: Run) -> list[str]:
     )
     return [
         f"A vision transformer ({c['model']['arch']}, patch size {c['model']['patch_size']} px, {_shape(run)}) was "
-        f"pretrained {initial} with DINO (Caron et al. 2021) {_training(run)}",
+        f"pretrained {initial}{_on(run)} with DINO (Caron et al. 2021) {_training(run)}",
         crops,
         "Tiles are represented by the cls token of the teacher after its final layer norm.",
     ]
@@ -123,11 +137,19 @@ def _patch(run: Run) -> list[str]:
 def _region(run: Run) -> list[str]:
     aug = run.config.get("aug", {})
     return [
-        f"A second transformer ({run.config['model']['arch']}, {_shape(run)}) was pretrained with the same objective "
-        f"on the grids of tile features of the regions, as in HIPT (Chen et al. 2022), {_training(run)}",
+        f"A second transformer ({run.config['model']['arch']}, {_shape(run)}) was pretrained{_on(run)} with the same "
+        f"objective on the grids of tile features of regions, as in HIPT (Chen et al. 2022), {_training(run)}",
         f"Its global crops take {aug['global_crops_scale']:g} and its {aug['local_crops_number']} local crops "
         f"{aug['local_crops_scale']:g} of a grid's side.",
     ]
+
+
+def _on(run: Run) -> str:
+    """What the run was trained on."""
+    if run.split is None:
+        return ""
+    slides = f" of {_count(run.split.slides, 'slide')}" if run.split.slides else ""
+    return f" on {_count(run.split.samples, run.split.items.removesuffix('s'))}{slides}"
 
 
 def _training(run: Run) -> str:

@@ -31,6 +31,7 @@ class SlideData:
         slides: Number of slides.
         all_tiles: Number of tiles of all slides.
         all_regions: Number of regions of all slides.
+        held_out: Numbers of slides, tiles and regions among these that are held out from pretraining.
         settings: Settings of the tiling.
     """
 
@@ -45,6 +46,7 @@ class SlideData:
     all_tiles: int
     all_regions: int
     settings: Mapping[str, Any]
+    held_out: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,8 @@ def make_sections(data: ReportData) -> list[Section]:
         introduction = (
             "Loss and entropy are divided by ln K, so that runs with different numbers of prototypes K can be compared."
         )
+        trained = [f" {run.name}: trained on {run.method.split}." for run in data.runs if run.method.split]
+        introduction += "".join(trained)
         found.append(Section("Training", introduction, [curves_figure(run) for run in data.runs]))
     if data.features and data.slide:
         found.append(features_section(data.features, data.slide, data.self_retrieval))
@@ -330,7 +334,9 @@ def region_attention_figure(attention: AttentionData) -> Figure:
 def _counts(slide: SlideData) -> str:
     scope = "One slide" if slide.slides == 1 else f"{slide.slides:,} slides"
     shown = "" if slide.slides == 1 else f" Slide {slide.slide_id} is shown."
-    return f"{scope}, {slide.all_tiles:,} tiles, {slide.all_regions:,} regions.{shown}"
+    slides, tiles, regions = slide.held_out
+    held_out = f" Held out from pretraining: slides {slides:,}, tiles {tiles:,}, regions {regions:,}." if slides else ""
+    return f"{scope}, {slide.all_tiles:,} tiles, {slide.all_regions:,} regions.{held_out}{shown}"
 
 
 def _facts(data: ReportData) -> list[tuple[str, str]]:
@@ -349,6 +355,13 @@ def _facts(data: ReportData) -> list[tuple[str, str]]:
 def _method_facts(data: ReportData) -> methods.Facts:
     tiling = None
     if data.slide:
-        tiling = methods.Tiling(data.slide.slides, data.slide.all_tiles, data.slide.all_regions, data.slide.settings)
+        slides, tiles, regions = data.slide.held_out
+        tiling = methods.Tiling(
+            data.slide.slides - slides,
+            data.slide.all_tiles - tiles,
+            data.slide.all_regions - regions,
+            data.slide.settings,
+            slides,
+        )
     runs = {run.level: run.method for run in data.runs}
     return methods.Facts(tiling, runs.get("patch"), runs.get("region"), data.versions or {}, data.device)

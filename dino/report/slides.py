@@ -12,6 +12,7 @@ from dino import progress
 from dino.data.grids import read_grid
 from dino.report.figures import Thumbnail
 from dino.report.sections import SlideData
+from dino.slides.partitions import PRETRAIN
 from dino.slides.reader import SlideReader
 from dino.slides.tables import OK, RegionRecord, TileRecord, read_regions, read_status, read_tiles, read_tiling
 
@@ -67,8 +68,15 @@ class TiledSlide:
             slides=sum(row.status == OK for row in self.status.values()),
             all_tiles=len(self.all_tiles),
             all_regions=len(self.all_regions),
+            held_out=self._held_out(),
             settings={**self.tiling.settings, "region_size_px": self.tiling.geometry.region_size_px},
         )
+
+    def _held_out(self) -> tuple[int, int, int]:
+        """Numbers of slides, tiles and regions that are held out from pretraining."""
+        slides = {row.slide_id for row in self.status.values() if row.status == OK and row.partition not in PRETRAIN}
+        tiles = sum(tile.slide_id in slides for tile in self.all_tiles)
+        return len(slides), tiles, sum(region.slide_id in slides for region in self.all_regions)
 
     def map_tiles(self) -> tuple[list[TileRecord], np.ndarray, float]:
         """Tiles for a map of features, at most ``MAX_MAP_TILES``.

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from dino.config.schema import PretrainConfig
 from dino.files import printable
+from dino.report.methods import split_of
 from dino.slides.tables import REGIONS_TABLE
 from dino.train.checkpoint import BEST, LAST
 from dino.train.run_folder import RunReader
@@ -55,8 +56,10 @@ def run_panel(run: RunReader, config: PretrainConfig) -> RenderableType:
 
 
 def _progress(status: Mapping[str, Any], losses: Sequence[Mapping[str, float]]) -> Rows:
-    """Steps, time and losses."""
+    """Steps, data, time and losses."""
     rows = [("steps", f"{status.get('step', 0):,} of {status.get('total_steps', 0):,}")]
+    if split := split_of(status):
+        rows.append(("data", str(split)))
     if not losses:
         return rows
     first, last = losses[0], losses[-1]

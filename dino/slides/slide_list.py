@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dino.errors import DataError
+from dino.slides.partitions import unknown_values
 
 SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".czi"}
 REQUIRED = ("sample_id", "image_path")
@@ -30,7 +31,7 @@ class SlideRecord:
         centre: The centre that scanned the slide.
         scanner: The scanner.
         stain: The stain.
-        partition: ``pretrain`` or blank for pretraining; any other value excludes it from pretraining.
+        partition: ``pretrain`` or blank for pretraining; any other value holds it out, see :mod:`.partitions`.
         exclude_reason: Reason for excluding the slide; blank if it is not excluded.
     """
 
@@ -51,7 +52,7 @@ def read_slide_list(inputs: Sequence[Path], note: Callable[[str], None] = lambda
 
     Args:
         inputs: Paths and patterns. A ``.csv`` is a slide list; its relative paths are relative to its folder.
-        note: Called with a one-line warning for an unknown column.
+        note: Called with a one-line warning for an unknown column or partition.
 
     Returns:
         The slides, in the order given; those of a folder or pattern sorted by path.
@@ -119,6 +120,8 @@ def _read_csv(path: Path, note: Callable[[str], None]) -> list[SlideRecord]:
     records = [_record(row, path.parent, where) for where, row in _rows(path, note)]
     if not records:
         raise DataError(f"expected at least one slide in {path}, found only its header")
+    for warning in unknown_values(record.partition for record in records if not record.exclude_reason):
+        note(f"{path.name}: {warning}")
     return records
 
 
