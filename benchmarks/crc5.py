@@ -2,7 +2,7 @@
 
     DINO_TEST_DATA=… python benchmarks/crc5.py OUTPUT [--seeds 0,1,2] [KEY=VALUE…]
 
-Each seed prints the 20-NN accuracy of the teacher, of its untrained initial network, and of 8 x 8 pixels; at the end
+Each seed prints the 20-NN accuracy of the teacher, of its random initialization, and of 8 x 8 pixels; at the end
 the mean gain and its standard error. Arguments ``key=value`` override the recipe. Results go to OUTPUT/crc5.json.
 """
 
@@ -57,7 +57,7 @@ def run_seed(seed: int, data: Path, output: Path, overrides: list[str]) -> dict[
     api.pretrain(load_config(PatchConfig, recipe="patch_pathology", overrides=[*words, *overrides]))
     minutes = (time.monotonic() - started) / 60
     scores = api.evaluate_knn(str(run), data / "labels.csv", load_config(KnnConfig, overrides=[f"k=[{K}]"]))
-    result = {name: scores[name][f"knn_{K}_accuracy"] for name in ("model", "untrained", "pixels_8x8")}
+    result = {name: scores[name][f"knn_{K}_accuracy"] for name in ("model", "random_initialization", "pixels_8x8")}
     shown = ", ".join(f"{name} {score:.3f}" for name, score in result.items())
     print(f"seed {seed}: {K}-NN accuracy {shown}; {minutes:.1f} min")
     return {"seed": seed, "minutes": round(minutes, 2), **result}
@@ -86,7 +86,7 @@ def main() -> None:
     if not data.is_dir():
         parser.error(f"expected the tiles at {data}, found nothing; set DINO_TEST_DATA to the folder that holds crc5/")
     results = [run_seed(seed, data, arguments.output, arguments.overrides) for seed in arguments.seeds]
-    gains = [result["model"] - result["untrained"] for result in results]
+    gains = [result["model"] - result["random_initialization"] for result in results]
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
     summary = {"mean_gain": statistics.mean(gains), "standard_error": error, "wanted_gain": WANTED_GAIN}
     recipe = {**RECIPE, **dict(word.split("=", 1) for word in arguments.overrides)}

@@ -235,7 +235,7 @@ def run_training(setting: Setting, seconds: float = TRAINING_SECONDS) -> Iterato
         k = 2 if setting.quick else 20
         words = [f"k=[{k}]", f"device={setting.device}"] if setting.quick else [f"k=[{k}]"]
         scores = api.evaluate_knn(str(run), labels, load_config(KnnConfig, overrides=words))
-        found = {name: scores[name][f"knn_{k}_accuracy"] for name in ("model", "untrained", "pixels_8x8")}
+        found = {name: scores[name][f"knn_{k}_accuracy"] for name in ("model", "random_initialization", "pixels_8x8")}
         shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
         yield {"note": f"{note}; {k}-NN accuracy: {shown}", "training": {**facts, "k": k, "knn": found}}
 

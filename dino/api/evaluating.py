@@ -1,8 +1,8 @@
-"""``evaluate knn``, and the evaluation of a run during and after training."""
+"""``evaluate knn``: scores of a model's features on labelled images."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +11,44 @@ from torch import Tensor
 
 from dino import distributed, files, progress
 from dino.api.levels import level_named
-from dino.api.run import Run
 from dino.config.schema import KnnConfig
 from dino.evaluate import LabelTable, check_k, check_leakage, knn_scores, read_labels
+from dino.evaluate.selection import check_selection, recorded_selection
+from dino.evaluate.verdict import INITIAL, RANDOM
 from dino.extraction.embed import FileEmbedder, check_settings
+from dino.files import printable
 from dino.models.backbone import Backbone, build_backbone
 from dino.models.weights import LoadedBackbone, load_backbone_file
-from dino.train.callbacks import Checkpoints
-from dino.train.evaluator import Evaluator, evaluate_run, paired_features
+from dino.train.checkpoint import START
+from dino.train.run_folder import SCORES_FILE
 
-SCORES_FILE = "knn_{labels}.json"  # one file per table of labels
 TIMEOUT_MINUTES = 24 * 60  # processes synchronise only after each has embedded its part
-VERDICT_SAMPLES = 256
-VERDICT_BATCH = 16
 
 
 def evaluate_knn(model: str, labels: str | Path, config: KnnConfig) -> dict[str, Any]:
     """Score the features of a model by weighted kNN on labelled images (level 2: labelled ``.pt`` grids).
 
-    Two baselines are scored in the same way: an untrained network of the same architecture, and features that need no
-    network (images: 8 x 8 pixels less their mean; grids: the mean of their cells). Under ``torchrun`` every process
+    Baselines are scored in the same way: the weights that a run with ``model.init`` started from, a random
+    initialization of the same architecture, and features that need no network (images: 8 x 8 pixels less their mean;
+    grids: the mean of their cells). Under ``torchrun`` every process
     embeds a part of the images.
 
     Args:
         model: Run folder, checkpoint, export, external checkpoint, or ``timm:NAME``.
-        labels: CSV of ``image_path,label,partition[,slide_id,patient_id]``.
+        labels: CSV of ``image_path,label,partition[,slide_id,patient_id]``; its train rows are the references, its
+            test rows the queries.
         config: Settings.
 
     Returns:
-        ``model``, ``untrained`` and ``pixels_8x8`` (or ``mean_of_cells``), each with ``knn_<k>_accuracy``,
-        ``knn_<k>_balanced_accuracy`` and ``knn_<k>_auc``; ``standard_errors`` of the accuracies of each of them, and
-        ``standard_error`` of the model's alone; ``about`` with counts, settings and the leakage check. Written as JSON
-        to ``config.output``, else to ``RUN/knn_<name of the table>.json`` for a run.
+        ``model``, ``initial_weights`` (where there are any), ``random_initialization`` and ``pixels_8x8`` (or
+        ``mean_of_cells``), each with ``knn_<k>_accuracy``, ``knn_<k>_balanced_accuracy`` and ``knn_<k>_auc``;
+        ``standard_errors`` of the accuracies of each of them, and ``standard_error`` of the model's alone; ``about``
+        with counts, settings and the leakage checks. Written as JSON to ``config.output``, else to
+        ``RUN/knn_<name of the table>.json`` for a run.
 
     Raises:
-        DataError: If the labels are invalid, name files of the other level, or test on slides the model was trained on;
-            if the disk cannot be written.
+        DataError: If the labels are invalid, name files of the other level, test on slides the model was trained on or
+            on rows that chose its checkpoint; if the disk cannot be written.
         CheckpointError: If the model cannot be loaded.
         ConfigError: If a setting is invalid.
     """
@@ -65,8 +67,15 @@ def _evaluate_knn(model: str, labels: Path, config: KnnConfig, device: torch.dev
     loaded = load_backbone_file(model, config.arch, config.transform)
     leakage = check_leakage(table, loaded.details.get("training_slides"), config.allow_leakage)
     progress.say(f"{labels}: compared with the pretraining: {leakage['compared']}")
+    selection = check_selection(table, recorded_selection(loaded.details), config.allow_leakage)
+    progress.say(f"{labels}: compared with the choice of the checkpoint: {selection['compared']}")
     if leakage["allowed"]:
         progress.warn("test data that was pretrained on is allowed (allow_leakage=true): the score is optimistic")
+    if selection["allowed"]:
+        progress.warn(
+            f"{selection['seen_rows']} test rows that chose the checkpoint are allowed (allow_leakage=true): the score "
+            "is optimistic"
+        )
     level, spec = level_named(loaded.level), loaded.backbone.spec
     embedder = FileEmbedder(
         table.paths,
@@ -77,17 +86,19 @@ def _evaluate_knn(model: str, labels: Path, config: KnnConfig, device: torch.dev
         config.batch_size,
         config.num_workers,
     )
-    untrained = build_backbone(spec, (loaded.config or {}).get("seed", 0))
-    with progress.bar("embed labelled data", 2 * len(embedder.own_paths)) as bar:
-        features = embedder.embed(loaded.backbone, level.baseline_features, advance=bar.advance)
-        features += embedder.embed(untrained, advance=bar.advance)
+    networks = {"model": loaded.backbone, **_baseline_networks(loaded)}
+    scores: dict[str, dict[str, float | None]] = {}
     k = _used_k(config.k, len(table.rows("train")))
-    names = ("model", level.baseline, "untrained")
-    by_name = dict(zip(names, (table_scores(table, f, k, config.temperature) for f in features), strict=True))
-    scores = {name: by_name[name] for name in ("model", "untrained", level.baseline)}
+    with progress.bar("embed labelled data", len(networks) * len(embedder.own_paths)) as bar:
+        for name, network in networks.items():
+            plain = [] if scores else [level.baseline_features]  # every file is read for it once
+            features = embedder.embed(network, *plain, advance=bar.advance)
+            for column, values in zip((name, level.baseline), features, strict=False):
+                scores[column] = table_scores(table, values, k, config.temperature)
+    scores[level.baseline] = scores.pop(level.baseline)  # the last column
     errors = {name: _standard_errors(found, len(table.rows("test"))) for name, found in scores.items()}
     result: dict[str, Any] = {**scores, "standard_error": errors["model"], "standard_errors": errors}
-    result["about"] = _about(loaded, table, labels, config, leakage)
+    result["about"] = _about(loaded, table, labels, config, {"leakage": leakage, "selection": selection})
     output = _output(model, labels, config)
     if output is not None and distributed.is_main():
         with files.oserror_to_data_error(output.parent):
@@ -96,7 +107,27 @@ def _evaluate_knn(model: str, labels: Path, config: KnnConfig, device: torch.dev
     return result
 
 
-def table_scores(table: LabelTable, features: Tensor, k: Sequence[int], temperature: float) -> dict[str, float | None]:
+def _baseline_networks(loaded: LoadedBackbone) -> dict[str, Backbone]:
+    """The weights that a model's run started from, if it was ``model.init`` and they are there, and random ones."""
+    config = loaded.config or {}
+    random = {RANDOM: build_backbone(loaded.backbone.spec, config.get("seed", 0))}
+    model = config.get("model")
+    if not isinstance(model, Mapping) or not model.get("init"):
+        return random
+    source = Path(loaded.source)  # a checkpoint of a run, or its export RUN/backbone
+    start = (source.parent / "checkpoints" if source.is_dir() else source.parent) / START
+    if start.is_file():
+        initial = load_backbone_file(start)
+        others = {**((initial.config or {}).get("model") or {}), "init": model["init"]}  # without folders in an export
+        if others == model:
+            return {INITIAL: initial.backbone, **random}
+    progress.say(f"the initial weights, {printable(model['init'])}, are not scored: they are not at {start}")
+    return random
+
+
+def table_scores(
+    table: LabelTable, features: Tensor, k: Sequence[int], temperature: float, queries: str = "test"
+) -> dict[str, float | None]:
     """KNN scores of the test rows of a table, with its train rows as the reference set.
 
     Args:
@@ -104,11 +135,12 @@ def table_scores(table: LabelTable, features: Tensor, k: Sequence[int], temperat
         features: ``(N, D)`` features of its rows.
         k: Numbers of neighbours.
         temperature: Temperature of the votes.
+        queries: The partition that is scored.
 
     Returns:
         See :func:`dino.evaluate.knn.knn_scores`.
     """
-    train, test = table.rows("train"), table.rows("test")
+    train, test = table.rows("train"), table.rows(queries)
     reference_labels, query_labels = ([table.labels[i] for i in rows] for rows in (train, test))
     return knn_scores(features[train], reference_labels, features[test], query_labels, k, temperature)
 
@@ -131,7 +163,7 @@ def _standard_errors(scores: dict[str, float | None], queries: int) -> dict[str,
 
 
 def _about(
-    loaded: LoadedBackbone, table: LabelTable, labels: Path, config: KnnConfig, leakage: dict[str, Any]
+    loaded: LoadedBackbone, table: LabelTable, labels: Path, config: KnnConfig, checks: Mapping[str, Any]
 ) -> dict[str, Any]:
     transform = loaded.transform
     return {
@@ -144,7 +176,7 @@ def _about(
         "classes": len(table.classes),
         "references": len(table.rows("train")),
         "queries": len(table.rows("test")),
-        "leakage": leakage,
+        **checks,
         "settings": asdict(config),
     }
 
@@ -154,76 +186,3 @@ def _output(model: str, labels: Path, config: KnnConfig) -> Path | None:
         return Path(config.output)
     name = SCORES_FILE.format(labels=labels.stem)
     return Path(model) / name if (Path(model) / "checkpoints").is_dir() else None
-
-
-def build_evaluator(run: Run, checkpoints: Checkpoints) -> Evaluator | None:
-    """The callback that scores a run on ``evaluate.labels``; None without labels.
-
-    Raises:
-        DataError: If the labels are invalid, name missing files, or share slides or patients with the training data.
-    """
-    settings, level = run.config.evaluate, run.level
-    if settings.labels is None:
-        return None
-    table = read_labels(Path(settings.labels))
-    facts = check_leakage(table, level.slides, settings.allow_leakage)
-    progress.say(f"{settings.labels}: compared with the training data: {facts['compared']}")
-    # Tiles are scored at their own size during training, also where the initial weights have another input size.
-    transform = replace(level.transform, input_size_px=None) if level.transform else None
-    embedder = FileEmbedder(
-        table.paths,
-        level.labelled_reader(table.paths, level.spec, run.config, str(checkpoints.folder.path), run.origin),
-        level.normaliser(transform, level.spec.patch_size),
-        run.device,
-        run.config.speed.precision,
-    )
-
-    def score(backbone: Backbone) -> dict[str, float]:
-        (features,) = embedder.embed(backbone)
-        return table_scores(table, features, settings.k, settings.temperature)  # type: ignore[return-value]
-
-    return Evaluator(
-        score,
-        f"knn_{settings.k[0]}_accuracy",
-        len(table.rows("test")),
-        settings.every_steps or run.length.steps(1) or 1,
-        settings.early_stopping_patience,
-        checkpoints,
-    )
-
-
-def final_verdict(
-    run: Run, teacher: Backbone, initial: Path, last: Mapping[str, float], evaluator: Evaluator | None
-) -> dict[str, Any]:
-    """Compare the teacher of a finished run with the network before training.
-
-    Every process computes the same, so that nothing has to be exchanged.
-
-    Args:
-        run: The run.
-        teacher: The teacher's backbone after the last step.
-        initial: Checkpoint of the initial weights.
-        last: Metrics of the last step.
-        evaluator: The callback that scored the run on labels, if any.
-
-    Returns:
-        ``verdict``, ``floor`` (the numbers it is based on) and ``last_metrics``, for ``status.json``.
-    """
-    untrained = load_backbone_file(str(initial)).backbone
-    untrained.to(run.device, next(teacher.parameters()).dtype)
-    verdict, numbers = evaluate_run(
-        *(_paired_features(run, backbone) for backbone in (teacher, untrained)),
-        entropy=last.get("teacher_entropy_relative"),
-        loss=last.get("loss_relative"),
-        labelled=evaluator.comparison() if evaluator else None,
-    )
-    return {"verdict": verdict.to_dict(), "floor": numbers, "last_metrics": dict(last)}
-
-
-def _paired_features(run: Run, backbone: Backbone) -> Tensor:
-    """``(2, N, D)`` features of two views of the first :data:`VERDICT_SAMPLES` samples of a separate random order."""
-    count = min(VERDICT_SAMPLES, len(run.level.dataset))
-    size = min(VERDICT_BATCH, count)
-    drawn = run.drawn_batches(0, run.config.seed + 1, size)
-    batches = (drawn[first] for first in range(0, count - size + 1, size))
-    return paired_features(backbone, batches, run.level.crops, run.device)

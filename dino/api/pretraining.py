@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dino import distributed, progress
-from dino.api.evaluating import VERDICT_SAMPLES, build_evaluator, final_verdict
+from dino.api.judging import VERDICT_SAMPLES, build_evaluator, final_verdict
 from dino.api.rehearsal import dry_run, profile
 from dino.api.run import Run
 from dino.config.schema import PatchConfig, PretrainConfig, RegionConfig
@@ -94,14 +94,8 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
                 with progress.bar(f"pretrain {run.level.name}", run.length.total, trainer.step) as metrics.bar:
                     trainer.fit()
                 samples = min(VERDICT_SAMPLES, len(run.level.dataset))
-                progress.say(f"evaluating: features of two views of {samples} samples, trained and untrained …")
-                evaluation = final_verdict(
-                    run,
-                    trainer.model.teacher.backbone,
-                    folder.initial_checkpoint(),
-                    folder.last_metrics(),
-                    evaluator,
-                )
+                progress.say(f"evaluating: features of two views of {samples} samples, now and at the start …")
+                evaluation = final_verdict(run, trainer, folder.initial_checkpoint(), folder.last_metrics(), evaluator)
                 return _finish(run, trainer, folder, evaluation)
 
 

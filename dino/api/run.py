@@ -1,6 +1,7 @@
 """A pretraining run as its settings describe it: data, model, schedules, and the trainer with its callbacks."""
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,9 @@ class Run:
         length: Its steps.
         peak_lr: Learning rate after the warm-up, for the global batch.
         origin: What the run's checkpoints record of the origin of its samples: that of its first start.
+        inherited: The sets of labelled rows that chose the weights it starts from; set by
+            :func:`~dino.api.evaluating.build_evaluator`.
+        selection: Those, and the rows that choose its checkpoints; set there too.
 
     Raises:
         ConfigError: If settings contradict each other or the data.
@@ -72,6 +76,8 @@ class Run:
         )
         self.length = Length.of(len(self.level.dataset), self.layout.global_batch, training.nepochs, training.max_steps)
         self.peak_lr = config.optim.lr * self.layout.global_batch / REFERENCE_BATCH
+        self.inherited: Sequence[Mapping[str, Any]] = ()
+        self.selection: Sequence[Mapping[str, Any]] = ()
 
     def identity(self) -> dict[str, Any]:
         """What the run computes: identity settings, the global batch, and the data."""
@@ -171,10 +177,10 @@ class Run:
 
     def checkpoints(self, folder: RunFolder) -> Checkpoints:
         """The callback that writes the run's checkpoints."""
-        log, description = self.config.logging, self.description()
+        log = self.config.logging
         return Checkpoints(
             CheckpointFolder(folder.checkpoints),
-            lambda trainer: checkpoint_content(trainer, description),
+            lambda trainer: checkpoint_content(trainer, self.description(self.selection)),
             folder,
             log.save_every_steps,
             log.keep_every_steps,
@@ -213,18 +219,22 @@ class Run:
         if saved is not None:
             restore(trainer, saved)
         elif distributed.is_main():
-            checkpoints.files.save(initial_content(trainer, self.description()), START)
+            checkpoints.files.save(initial_content(trainer, self.description(self.inherited)), START)
         return metrics
 
     def export(self, folder: RunFolder) -> None:
         """Write the teacher's backbone of the best checkpoint, or else the last, to ``RUN/backbone``."""
         export_teacher(CheckpointFolder(folder.checkpoints), folder.path / "backbone", self.level.export_size_px)
 
-    def description(self) -> dict[str, Any]:
-        """What a checkpoint records of the run besides its state."""
+    def description(self, selection: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What a checkpoint records of the run besides its state.
+
+        Args:
+            selection: The sets of labelled rows that chose it.
+        """
         return {
             "transform": self.level.transform,
             "geometry": self.level.geometry,
             "config": to_dict(self.config),
-            "training": {"training_slides": self.level.slides, **self.origin},
+            "training": {"training_slides": self.level.slides, "selection": list(selection), **self.origin},
         }

@@ -2,10 +2,9 @@
 
 import dataclasses
 import shlex
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -179,9 +178,10 @@ def knn(arguments: KnnArguments = None, config: ConfigFile = None) -> None:
     """Evaluate frozen features by weighted k-nearest-neighbour classification.
 
     RUN is a run folder, a checkpoint file or timm:NAME. LABELS is a CSV (commas, semicolons or tabs) with the columns
-    image_path, label and partition (train or test), and optionally slide_id and patient_id. Paths are relative to the
-    folder of the CSV. It is an error if the model was pretrained on test slides or patients. The scores of a run are
-    written to RUN/knn_LABELS.json, named after the CSV; output=FILE writes them to another file.
+    image_path, label and partition (train, val or test), and optionally slide_id and patient_id: test rows are
+    classified by train rows. Paths are relative to the folder of the CSV. It is an error if the model was pretrained on
+    test slides or patients, or if test rows chose its checkpoint (evaluate.labels). The scores of a run are written to
+    RUN/knn_LABELS.json, named after the CSV; output=FILE writes them to another file.
 
     For example:
 
@@ -191,28 +191,10 @@ def knn(arguments: KnnArguments = None, config: ConfigFile = None) -> None:
     model, labels = expect(positional, ["RUN", "LABELS"])
     settings = load_config(KnnConfig, file=config, overrides=overrides)
     from dino import api, progress
+    from dino.evaluate.scores import score_table
 
     result = api.evaluate_knn(model, Path(labels), settings)
-    progress.table(*_score_table(result))
-
-
-def _score_table(result: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
-    """Rows and header of the scores: one column per network or baseline, one row per metric and standard error."""
-    errors = result["standard_errors"]
-    columns = list(errors)
-    rows = []
-    for metric in result[columns[0]]:
-        rows.append([metric, *(_format_score(result[name][metric]) for name in columns)])
-        if metric in errors[columns[0]]:
-            k = metric.removeprefix("knn_").removesuffix("_accuracy")
-            rows.append(
-                [f"{k}-NN accuracy, standard error", *(_format_score(errors[name].get(metric)) for name in columns)]
-            )
-    return rows, ["", *columns]
-
-
-def _format_score(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
+    progress.table(*score_table(result))
 
 
 knn_command = with_settings(KnnConfig)

@@ -199,12 +199,19 @@ class RegionSpeedConfig(SpeedConfig):
 class EvaluateConfig:
     """Evaluation during training."""
 
-    labels: str | None = runtime(None, "CSV with image_path,label,partition for kNN evaluation during training")
+    labels: str | None = runtime(
+        None, "CSV with image_path,label,partition (train, val) for kNN evaluation during training"
+    )
     every_steps: int = runtime(0, "steps between kNN evaluations, 0 for one per epoch")
     k: list[int] = runtime([20], "numbers of neighbours; the score for the first one selects best.pt")
     temperature: float = runtime(0.07, "temperature of the neighbours' weights exp(cosine / temperature)")
     early_stopping_patience: int = runtime(0, "stop after this many evaluations without a better score, 0 for never")
-    allow_leakage: bool = runtime(False, "accept test slides or patients that were used for pretraining")
+    decline_patience: int | None = runtime(
+        None,
+        "stop after this many evaluations in a row with a score significantly below that of the initial weights, 0 for "
+        "never; null: 3 with model.init and labels, else 0",
+    )
+    allow_leakage: bool = runtime(False, "accept val or test slides or patients that were used for pretraining")
 
 
 @dataclass
@@ -347,7 +354,9 @@ class KnnConfig:
     transform: str = runtime("auto", "normalisation: auto (recorded in the checkpoint), imagenet, hipt or timm")
     grid_order: str = runtime("yx", "order of the rows in .pt files without regions.csv: yx (row-major) or xy")
     allow_leakage: bool = runtime(
-        False, "accept test slides or patients that were used for pretraining (noted in the report)"
+        False,
+        "accept test slides or patients that were used for pretraining, and test rows that chose the checkpoint (noted "
+        "in every table)",
     )
     precision: str = runtime("bf16", "bf16 (autocast), fp32 or fp64")
     batch_size: int = runtime(64, "images per forward pass")

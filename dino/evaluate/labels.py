@@ -11,7 +11,7 @@ from dino.files import printable
 from dino.privacy import count, known
 
 COLUMNS = ("image_path", "label", "partition")
-PARTITIONS = {"train": "train", "reference": "train", "test": "test", "query": "test"}
+PARTITIONS = {"train": "train", "reference": "train", "val": "val", "test": "test", "query": "test"}
 MISSING = {"", "nan", "<na>"}
 DELIMITERS = ",;\t"  # spreadsheets write semicolons where the comma is the decimal separator
 NAMED = 3  # examples listed in an error
@@ -24,7 +24,7 @@ class LabelTable:
     Attributes:
         paths: Where the images (or ``.pt`` grids) are; all exist.
         labels: Class names.
-        partition: ``train`` (the reference set) or ``test`` (the queries).
+        partition: ``train`` (the reference set), ``val`` (chooses checkpoints) or ``test`` (the queries).
         slide_ids: Slide of each row, None without that column.
         patient_ids: Patient of each row, None without that column.
     """
@@ -36,7 +36,7 @@ class LabelTable:
     patient_ids: list[str] | None = None
 
     def rows(self, partition: str) -> list[int]:
-        """Indices of the rows of ``train`` or of ``test``."""
+        """Indices of the rows of ``train``, ``val`` or ``test``."""
         return [i for i, name in enumerate(self.partition) if name == partition]
 
     @property
@@ -45,14 +45,15 @@ class LabelTable:
         return sorted(set(self.labels))
 
 
-def read_labels(path: Path) -> LabelTable:
+def read_labels(path: Path, required: Sequence[str] = ("train", "test")) -> LabelTable:
     """Read ``image_path,label,partition[,slide_id,patient_id]``.
 
-    Labels may be text, numbers (1 and 1.0 are one class) or booleans. The partition is train or test, or equivalently
-    reference or query. Relative paths resolve from the table's folder.
+    Labels may be text, numbers (1 and 1.0 are one class) or booleans. The partition is train, val or test; reference is
+    equivalent to train, and query to test. Relative paths resolve from the table's folder.
 
     Args:
         path: A text file of columns separated by commas, semicolons or tabs, whichever the header line contains.
+        required: Partitions that must have rows.
 
     Returns:
         The table.
@@ -65,7 +66,9 @@ def read_labels(path: Path) -> LabelTable:
     labels = _canonical([row["label"] for row in rows])
     _require_none(path, [i for i, label in enumerate(labels) if label.lower() in MISSING], "a label", "blank ones")
     partition = [PARTITIONS.get(row["partition"].lower(), "") for row in rows]
-    _require_none(path, [i for i, name in enumerate(partition) if not name], "train or test as partition", "others")
+    _require_none(
+        path, [i for i, name in enumerate(partition) if not name], "train, val or test as partition", "others"
+    )
     paths = [path.parent / Path(row["image_path"]).expanduser() for row in rows]
     absent = [p for p in paths if not p.is_file()]
     if absent:
@@ -73,15 +76,17 @@ def read_labels(path: Path) -> LabelTable:
             f"{path}: expected every image_path to exist, found {len(absent)} of {len(paths)} missing "
             f"({_first(absent)}); relative paths resolve from {path.parent}"
         )
-    for wanted in ("train", "test"):
+    for wanted in required:
         if wanted not in partition:
-            raise DataError(f"{path}: expected rows of partition train and test, found none of {wanted}")
+            raise DataError(f"{path}: expected rows of partition {' and '.join(required)}, found none of {wanted}")
     if len(set(labels)) < 2:
         raise DataError(f"{path}: expected at least two classes, found only '{labels[0]}'")
     return LabelTable(paths, labels, partition, _column(rows, "slide_id"), _column(rows, "patient_id"))
 
 
-def check_leakage(table: LabelTable, training_slides: Mapping[str, Any] | None, allow: bool) -> dict[str, Any]:
+def check_leakage(
+    table: LabelTable, training_slides: Mapping[str, Any] | None, allow: bool, held_out: Sequence[str] = ("test",)
+) -> dict[str, Any]:
     """Check that a model was not pretrained on the slides or patients of the test rows.
 
     Without a ``slide_id`` column the slide is parsed from the file name (``<slide>_<x>_<y>``, from the right); a name
@@ -92,6 +97,7 @@ def check_leakage(table: LabelTable, training_slides: Mapping[str, Any] | None, 
         training_slides: ``slide_ids`` and ``patient_ids`` of the checkpoint, or hashes of them as
             :func:`dino.privacy.hash_record` returns; None or empty if it records none.
         allow: Accept slides and patients of the pretraining; they are listed in the result.
+        held_out: Partitions whose slides and patients must not have been pretrained on.
 
     Returns:
         ``compared`` (a description), ``seen_slides``, ``seen_patients`` and ``allowed``.
@@ -100,7 +106,7 @@ def check_leakage(table: LabelTable, training_slides: Mapping[str, Any] | None, 
         DataError: If test rows are from slides or patients of the pretraining, and ``allow`` is False.
     """
     trained = training_slides or {}
-    test = table.rows("test")
+    test = [i for partition in held_out for i in table.rows(partition)]
     named = table.slide_ids or [""] * len(table.paths)
     seen_slides = sorted(known((named[i] or slide_of_name(table.paths[i].name) for i in test), trained, "slide"))
     seen_patients = sorted(known((table.patient_ids[i] for i in test) if table.patient_ids else (), trained, "patient"))
@@ -113,8 +119,8 @@ def check_leakage(table: LabelTable, training_slides: Mapping[str, Any] | None, 
     if (seen_slides or seen_patients) and not allow:
         kind, seen = ("slides", seen_slides) if seen_slides else ("patients", seen_patients)
         raise DataError(
-            f"expected test {kind} that the model has not been pretrained on, found {len(seen)} that it has "
-            f"({_first(seen)}); remove them, or accept an optimistic score with allow_leakage=true"
+            f"expected {' and '.join(held_out)} {kind} that the model has not been pretrained on, found {len(seen)} "
+            f"that it has ({_first(seen)}); remove them, or accept an optimistic score with allow_leakage=true"
         )
     return facts
 

@@ -1,4 +1,4 @@
-"""The verdict on a finished run: learning, flat or collapsed, with the numbers it rests on."""
+"""The verdict on a finished run: learning, flat, declined or collapsed, with the numbers it rests on."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,36 +19,98 @@ COLLAPSED_RANK = 1.5
 REDUCED_LOSS = 0.95
 
 
+INITIAL = "initial_weights"  # what a run with model.init started from
+RANDOM = "random_initialization"  # what every other run started from
+UNTRAINED = "untrained"  # in files of versions up to 0.1.0: either of them
+STUDENT, TEACHER = "student", "teacher"
+
+
+def in_words(name: str) -> str:
+    """The name of a network or a baseline as it is shown."""
+    return name.replace("_", " ")
+
+
+def baselines_of(scores: Mapping[str, Any], pretrained: bool) -> dict[str, Any]:
+    """The baselines among named scores, of any version of this package; first what the run started from.
+
+    Args:
+        scores: Scores, or whatever else, by name; other names are left out.
+        pretrained: Whether the run started from ``model.init``.
+    """
+    start = INITIAL if pretrained else RANDOM
+    named = {start if name == UNTRAINED else name: found for name, found in scores.items()}
+    return {name: named[name] for name in (INITIAL, RANDOM) if name in named}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What the teacher's accuracy exceeds that of a baseline by.
+
+    Attributes:
+        baseline: :data:`INITIAL` or :data:`RANDOM`.
+        value: The baseline's accuracy.
+        difference: The teacher's less the baseline's.
+        standard_error: Of the difference.
+    """
+
+    baseline: str
+    value: float
+    difference: float
+    standard_error: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Two standard errors on either side: it contains the true difference in about 95 of 100 cases."""
+        reach = SIGNIFICANT_STANDARD_ERRORS * self.standard_error
+        return self.difference - reach, self.difference + reach
+
+    @property
+    def is_higher(self) -> bool:
+        """Whether the teacher is significantly better than the baseline: the interval is above 0."""
+        return self.difference > 0 and self.interval[0] > 0
+
+    @property
+    def is_lower(self) -> bool:
+        """Whether the teacher is significantly worse than the baseline: the interval is below 0."""
+        return self.difference < 0 and self.interval[1] < 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``status.json``."""
+        return {"value": self.value, "difference": self.difference, "interval": list(self.interval)}
+
+
 @dataclass(frozen=True)
 class Score:
-    """A score of the teacher and of the untrained network.
+    """An accuracy of the teacher and of its baselines.
 
     Attributes:
         name: What was measured, such as "20-NN accuracy".
         teacher: The trained teacher's.
-        untrained: That of the network before training.
-        standard_error: Of the difference of the two.
+        baselines: That of each baseline by name (:data:`INITIAL`, :data:`RANDOM`), first what the run started from.
+        queries: Number of samples that each is a mean over.
     """
 
     name: str
     teacher: float
-    untrained: float
-    standard_error: float
+    baselines: Mapping[str, float]
+    queries: int
+
+    def differences(self) -> list[Difference]:
+        """The difference to each baseline."""
+        return [
+            Difference(name, value, self.teacher - value, difference_error(self.teacher, value, self.queries))
+            for name, value in self.baselines.items()
+        ]
 
     @property
-    def standard_errors(self) -> float:
-        """The difference in units of its standard error."""
-        return (self.teacher - self.untrained) / max(self.standard_error, 1e-12)
+    def from_start(self) -> Difference:
+        """The difference to what the run started from."""
+        return self.differences()[0]
 
-    @property
-    def is_higher(self) -> bool:
-        """Whether the teacher is significantly better than the untrained network."""
-        return self.standard_errors > SIGNIFICANT_STANDARD_ERRORS
-
-    @property
-    def is_lower(self) -> bool:
-        """Whether the teacher is significantly worse than the untrained network."""
-        return self.standard_errors < -SIGNIFICANT_STANDARD_ERRORS
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``status.json``."""
+        differences = {found.baseline: found.to_dict() for found in self.differences()}
+        return {"score": self.name, TEACHER: self.teacher, "queries": self.queries, **differences}
 
 
 @dataclass(frozen=True)
@@ -61,7 +123,8 @@ class Signs:
         effective_rank: Effective rank of the teacher's features.
         cosine: Mean cosine similarity between two of the teacher's features.
         embed_dim: Dimension D of the features.
-        score: Score of the teacher and of the untrained network.
+        score: Score of the teacher and of the baselines.
+        best_step: Step of ``best.pt``, 0 for the weights that the run started from; None without one.
     """
 
     entropy: float | None = None
@@ -70,22 +133,28 @@ class Signs:
     cosine: float | None = None
     embed_dim: int | None = None
     score: Score | None = None
+    best_step: int | None = None
 
     def is_finite(self) -> bool:
         """Whether every measurement is a finite number."""
         numbers = [self.entropy, self.loss, self.effective_rank, self.cosine]
-        numbers += [self.score.teacher, self.score.untrained] if self.score else []
+        numbers += [self.score.teacher, *self.score.baselines.values()] if self.score else []
         return all(math.isfinite(number) for number in numbers if number is not None)
 
     def facts(self) -> list[str]:
         """The measurements in words, one string each."""
         found = []
         if self.score:
-            s = self.score
             found.append(
-                f"{s.name} {s.teacher:.3f}, untrained {s.untrained:.3f}: {s.teacher - s.untrained:+.3f}, "
-                f"{s.standard_errors:+.1f} standard errors (significant above {SIGNIFICANT_STANDARD_ERRORS:g})"
+                f"{self.score.name} {self.score.teacher:.3f} ({self.score.queries:,} queries, intervals of two "
+                "standard errors)"
             )
+            for one in self.score.differences():
+                low, high = one.interval
+                found.append(
+                    f"{in_words(one.baseline)} {one.value:.3f}: {one.difference:+.3f}, "
+                    f"interval {low:+.3f} to {high:+.3f}"
+                )
         if self.loss is not None:
             found.append(f"loss {self.loss:.3f} of ln K")
         if self.entropy is not None:
@@ -103,7 +172,7 @@ class Verdict:
     """The verdict on a run, as data; :attr:`text` makes a paragraph of it.
 
     Attributes:
-        word: ``learning``, ``flat`` or ``collapsed``.
+        word: ``learning``, ``flat``, ``declined`` (from ``model.init``) or ``collapsed``.
         reason: One or two sentences.
         facts: The measurements, one string each.
     """
@@ -154,11 +223,13 @@ def verdict(signs: Signs) -> Verdict:
     """The verdict that follows from the measurements.
 
     1. A number that is not finite: collapsed.
-    2. A score that exceeds the untrained network's by more than two standard errors: learning. It takes precedence over
-       signs of collapse, because features that distinguish tissue have not collapsed, whatever the loss.
+    2. A score that exceeds that of the weights which the run started from by more than two standard errors: learning.
+       It takes precedence over signs of collapse, because features that distinguish tissue have not collapsed, whatever
+       the loss.
     3. Features that are all alike, or targets of either collapse of DINO: collapsed.
-    4. No score, but a loss well below ln K: learning, and the reason names what it is based on.
-    5. Otherwise: flat.
+    4. A score that is lower than that of ``model.init`` by more than two standard errors: declined.
+    5. No score, but a loss well below ln K: learning, and the reason names what it is based on.
+    6. Otherwise: flat.
 
     Args:
         signs: What was measured.
@@ -171,17 +242,33 @@ def _decide(signs: Signs) -> tuple[str, str]:
     if not signs.is_finite():
         return "collapsed", "A loss or feature is not a finite number."
     collapse, score = _collapse(signs), signs.score
-    if score and score.is_higher:
+    if score and score.from_start.is_higher:
         warning = f" However: {collapse[0].lower()}{collapse[1:]}" if collapse else ""
-        return "learning", f"The features are significantly better than those of the untrained network.{warning}"
+        return "learning", f"{_compared_to_start(signs, score)}{warning}"
+    pretrained = score is not None and INITIAL in score.baselines
     if collapse:
-        return "collapsed", collapse
+        return "collapsed", f"{collapse} {_compared_to_start(signs, score)}" if score and pretrained else collapse
     if score:
-        relation = "significantly worse than" if score.is_lower else "indistinguishable from"
-        return "flat", f"So far the features are {relation} those of the untrained network."
+        declined = pretrained and score.from_start.is_lower
+        return "declined" if declined else "flat", _compared_to_start(signs, score)
     if signs.loss is not None and signs.loss < REDUCED_LOSS:
         return "learning", "The loss has decreased. No score of the features is available, only the loss."
     return "flat", "The loss has hardly decreased, and no score of the features is available."
+
+
+def _compared_to_start(signs: Signs, score: Score) -> str:
+    """How the end of a run compares with its start, and which weights are kept as the best."""
+    start = score.from_start
+    relation = "indistinguishable from"
+    if start.is_higher or start.is_lower:
+        relation = f"significantly {'better' if start.is_higher else 'worse'} than"
+    if start.baseline != INITIAL:
+        return f"The features are {relation} those of a random initialization."
+    sentence = f"The features are {relation} those of the initial weights."
+    if signs.best_step is None:
+        return sentence
+    best = f"of step {signs.best_step:,}" if signs.best_step else "the initial weights: no later ones were better"
+    return f"{sentence} The best checkpoint, which is exported, is {best}."
 
 
 def _collapse(signs: Signs) -> str:

@@ -28,7 +28,7 @@ FORMAT = f"{PACKAGE}/1"
 RUN_CHOICES = ("best.pt", "last.pt")
 # In torch's message: "Unsupported global: GLOBAL pathlib.Path was not ...", "unsupported GLOBAL posix.system whose ..."
 UNSAFE_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
-TRAINING = ("total_steps", "versions", "training_slides", "grids")  # what a description may contain besides
+TRAINING = ("total_steps", "versions", "training_slides", "selection", "grids")  # further keys of a description
 OTHER_KINDS = {"TorchScript": "a TorchScript archive", ".tar": "a file of the old tar format"}  # in torch's messages
 
 # ------------------------------------------------------------------------------------------------- description
@@ -46,7 +46,8 @@ class Description:
             (height, width) of the grids in cells. None where unknown.
         config: Settings of the run; None where unknown.
         training: ``total_steps``, ``versions`` (of packages), ``training_slides`` (``slide_ids`` and ``patient_ids``,
-            or hashes as :func:`dino.privacy.hash_record` returns) and, at level 2, ``grids``
+            or hashes as :func:`dino.privacy.hash_record` returns), ``selection`` (the sets of labelled rows that chose
+            it, as :func:`dino.evaluate.selection.row_set` returns) and, at level 2, ``grids``
             (:class:`~dino.models.grid_source.GridSource`), as far as they are known.
     """
 

@@ -33,7 +33,8 @@ def shareable(description: Description, salt: str, *, ids: bool, source: str) ->
             f"expected ids of slides in {source} for ids=true, found only hashes; export the run itself, or leave out "
             "ids=true"
         )
-    kept = {key: description.training[key] for key in ("total_steps", "versions") if key in description.training}
+    shared = ("total_steps", "versions", "selection")  # the last one contains hashes of files only
+    kept = {key: description.training[key] for key in shared if key in description.training}
     if KEY in description.training:
         grids = GridSource.from_dict(description.training[KEY])
         kept[KEY] = recorded(replace(grids, model=base_name(grids.model)) if grids else None)

@@ -20,6 +20,7 @@ from dino.files import read_json
 from dino.models.backbone import Backbone, BackboneSpec, init_weights, make_timm
 from dino.models.checkpoint import (
     PACKAGE,
+    RUN_CHOICES,
     Description,
     fingerprint,
     is_own,
@@ -43,6 +44,7 @@ __all__ = [
     "init_from",
     "load_backbone_file",
     "load_tensors",
+    "read_training",
 ]
 
 TIMM = "timm:"
@@ -86,7 +88,7 @@ class LoadedBackbone:
         step: Optimizer steps of training, where known.
         config: Settings of the run, where known.
         fingerprint: SHA-256 of the weights, the number of heads and the position rule.
-        details: ``total_steps``, ``versions``, ``training_slides``, ``grids``, where known.
+        details: ``total_steps``, ``versions``, ``training_slides``, ``selection``, ``grids``, where known.
     """
 
     backbone: Backbone
@@ -147,6 +149,29 @@ def load_backbone_file(
     loaded.backbone.eval()
     _print_summary(loaded)
     return loaded
+
+
+def read_training(source: str | Path) -> Mapping[str, Any]:
+    """What a model of this package records of its training (:attr:`LoadedBackbone.details`), without building it.
+
+    Empty for any other source. Nothing is printed.
+
+    Args:
+        source: A run folder, a checkpoint, an export, or anything else that names a model.
+
+    Raises:
+        CheckpointError: A file is damaged or unsafe.
+    """
+    path = Path(source)
+    config = path / "config.json"
+    if config.is_file():
+        with readable(str(path)):
+            content = read_json(config).get(PACKAGE) or {}
+    else:
+        candidates = [path, *(path / "checkpoints" / name for name in RUN_CHOICES)]
+        file = next((candidate for candidate in candidates if candidate.is_file()), None)
+        content = read_checkpoint(file, mmap=True) if file else {}
+    return Description.from_dict(content, str(path)).training if is_own(content) else {}
 
 
 def init_from(backbone: Backbone, source: str | Path, arch: str | None = None) -> LoadedBackbone:

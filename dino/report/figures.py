@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dino.evaluate.verdict import STUDENT, TEACHER, baselines_of, in_words
 from dino.report import style
 
 if TYPE_CHECKING:
@@ -367,11 +368,12 @@ def attention_montage(
 # ------------------------------------------------------------------------------------------ training curves
 
 
-def training_curves(lines: Lines) -> bytes:
+def training_curves(lines: Lines, pretrained: bool = False) -> bytes:
     """Loss, teacher entropy, learning rate, and kNN scores (without scores: the gradient norm) over the steps.
 
     Args:
         lines: Lines of a run's ``metrics.jsonl``; a panel without values shows "not recorded".
+        pretrained: Whether the run started from ``model.init``.
 
     Returns:
         SVG.
@@ -385,7 +387,7 @@ def training_curves(lines: Lines) -> bytes:
         axes[2].yaxis.set_major_formatter(lambda value, _: f"{value:.1e}".replace("e-0", "e-") if value else "0")
         metric = _knn_metric(lines)
         if metric:
-            _knn_panel(axes[3], lines, metric)
+            _knn_panel(axes[3], lines, metric, pretrained)
         else:
             _curve_panel(axes[3], lines, "grad_norm", "Gradient norm before clipping")
         figure.tight_layout(w_pad=2.0)
@@ -421,18 +423,19 @@ def _knn_metric(lines: Lines) -> str | None:
     return None
 
 
-def _knn_panel(axes: "Axes", lines: Lines, metric: str) -> None:
+def _knn_panel(axes: "Axes", lines: Lines, metric: str, pretrained: bool) -> None:
     axes.set_title(metric.replace("_", " ").replace("knn", "kNN"))
     _step_axis(axes)
-    colours = {"teacher": style.TRAINED, "student": style.REGION, "untrained": style.UNTRAINED}
-    for network, colour in colours.items():
-        scores = [(x["step"], x["evaluation"].get(network, {}).get(metric)) for x in lines if "evaluation" in x]
-        points = [(step, score) for step, score in scores if score is not None]
-        if points and network == "untrained":
-            axes.axhline(points[0][1], color=colour, linewidth=1, linestyle=(0, (4, 3)), label=network)
-        elif points:
+    evaluations = [(line["step"], line["evaluation"]) for line in lines if "evaluation" in line]
+    for network, colour in ((TEACHER, style.TRAINED), (STUDENT, style.REGION)):
+        points = [(step, found[network][metric]) for step, found in evaluations if metric in found.get(network, {})]
+        if points:
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, color=colour, marker="o", markersize=3, label=network)
+    baselines = {name: x for _, found in evaluations for name, x in baselines_of(found, pretrained).items()}
+    for (name, scores), dashes in zip(baselines.items(), ((4, 3), (1, 2)), strict=False):
+        line = {"color": style.UNTRAINED, "linewidth": 1, "linestyle": (0, dashes), "label": in_words(name)}
+        axes.axhline(scores[metric], **line)
     axes.legend(loc="best")
 
 

@@ -55,6 +55,7 @@ class LoadedRun:
             last=reader.last_metrics(),
             status=status,
             settings=flatten(to_dict(self.config)),
+            scores=reader.scores(),
             method=methods.Run(to_dict(self.config), self.trained.step or 0, batch_size, *shape, split=split),
         )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dino.evaluate.scores import leakage_marks, score_table
 from dino.evaluate.verdict import Verdict
 from dino.report import figures, methods
 from dino.report.figures import MontageImage, Thumbnail
@@ -60,6 +61,7 @@ class RunData:
         last: Its last metrics.
         status: Its ``status.json``.
         settings: Its settings by dotted key.
+        scores: What ``dino evaluate`` wrote into its folder, by name of the file.
         method: Its part of the methods paragraph.
     """
 
@@ -69,7 +71,13 @@ class RunData:
     last: Mapping[str, float]
     status: Mapping[str, Any]
     settings: Mapping[str, Any]
+    scores: Mapping[str, Mapping[str, Any]]
     method: methods.Run
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether it started from ``model.init``."""
+        return bool(self.settings.get("model.init"))
 
     @property
     def name(self) -> str:
@@ -197,6 +205,9 @@ def make_sections(data: ReportData) -> list[Section]:
         trained = [f" {run.name}: trained on {run.method.split}." for run in data.runs if run.method.split]
         introduction += "".join(trained)
         found.append(Section("Training", introduction, [curves_figure(run) for run in data.runs]))
+    tables = [scores_table(run, name, result) for run in data.runs for name, result in run.scores.items()]
+    if tables:
+        found.append(Section("Scores", "Frozen features on labelled data, beside their baselines.", tables))
     if data.features and data.slide:
         found.append(features_section(data.features, data.slide, data.self_retrieval))
     attention = []
@@ -236,12 +247,29 @@ def crops_figure(crops: CropData, um_per_px: float) -> Figure:
 def curves_figure(run: RunData) -> Figure:
     """Training curves of one run."""
     return Figure(
-        figures.training_curves(run.lines),
+        figures.training_curves(run.lines, run.is_pretrained),
         f"Training curves of the {run.level}-level run: loss, teacher entropy, learning rate, and a fourth panel.",
         f"{run.name}. The loss is 1 for a uniform prediction. The teacher entropy should fall below 1 and stay well "
         "above 0: at 1 the targets are uniform over all prototypes, at 0 every image has the same prototype; both are "
         "collapse. The targets change during training, so the loss may rise while the features improve.",
     )
+
+
+def scores_table(run: RunData, name: str, result: Mapping[str, Any]) -> Table:
+    """The scores that ``dino evaluate`` wrote, with a mark if the test data chose the checkpoint or was trained on.
+
+    Args:
+        run: The run.
+        name: Name of the file.
+        result: Its content.
+    """
+    rows, header = score_table(result)
+    about = result.get("about", {})
+    counts = f"{about.get('queries', '?')} test and {about.get('references', '?')} reference rows"
+    step = f", checkpoint of step {about['step']:,}" if isinstance(about.get("step"), int) else ""
+    marks = "; ".join(f"{text}: {count}" for text, count in leakage_marks(result))
+    warning = f" These scores are optimistic: {marks}." if marks else ""
+    return Table(header, rows, f"{run.name}, {name}: {counts} of {about.get('labels', '?')}{step}.{warning}")
 
 
 def features_section(features: FeatureData, slide: SlideData, self_retrieval: Mapping[str, Any] | None) -> Section:

@@ -12,15 +12,19 @@ from rich.table import Table
 from rich.text import Text
 
 from dino.config.schema import PretrainConfig
+from dino.errors import DataError
+from dino.evaluate.labels import read_labels
+from dino.evaluate.verdict import INITIAL, TEACHER, baselines_of, in_words
 from dino.files import printable
 from dino.report.methods import split_of
 from dino.slides.tables import REGIONS_TABLE
 from dino.train.checkpoint import BEST, LAST
+from dino.train.evaluator import OWN_PLACE
 from dino.train.run_folder import RunReader
 
 WARNINGS_SHOWN = 2  # status.json contains all
 TITLES = {"finished": "finished", "early_stopped": "stopped early: the score has not improved"}
-COLOURS = {"learning": "green", "flat": "yellow", "collapsed": "red"}
+COLOURS = {"learning": "green", "flat": "yellow", "declined": "red", "collapsed": "red"}
 
 Rows = list[tuple[str, str]]
 
@@ -39,7 +43,7 @@ def run_panel(run: RunReader, config: PretrainConfig) -> RenderableType:
     grid.add_column(no_wrap=True, style="bold")
     grid.add_column(overflow="fold")
     parts = [
-        [*_progress(status, losses), *_scores(status, lines, config.evaluate.k), *_problems(status)],
+        [*_progress(status, losses), *_scores(status, lines, config), *_problems(status)],
         [("verdict", verdict["text"])],
         _files(run.path),
     ]
@@ -81,21 +85,27 @@ def _progress(status: Mapping[str, Any], losses: Sequence[Mapping[str, float]]) 
     return rows
 
 
-def _scores(status: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], k: Sequence[int]) -> Rows:
-    """The best and the last score, and that of the untrained network."""
+def _scores(status: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], config: PretrainConfig) -> Rows:
+    """The best and the last score, and those of the baselines."""
+    k, pretrained = config.evaluate.k, bool(config.model.init)
     tracked = f"knn_{k[0]}_accuracy" if k else ""
     evaluations = [(line["step"], line["evaluation"]) for line in lines if "evaluation" in line]
-    scores = [(step, found["teacher"][tracked]) for step, found in evaluations if tracked in found.get("teacher", {})]
+    scores = [(step, found[TEACHER][tracked]) for step, found in evaluations if tracked in found.get(TEACHER, {})]
     if scores:
-        step, best = max(scores, key=lambda score: score[1])  # the first of equal ones, as for best.pt
-        baseline = next((f["untrained"][tracked] for _, f in evaluations if tracked in f.get("untrained", {})), None)
-        untrained = "" if baseline is None else f", untrained {baseline:.3f}"
-        return [(f"{k[0]}-NN", f"best {best:.3f} at step {step:,}, last {scores[-1][1]:.3f}{untrained}")]
-    numbers = status.get("floor")
-    if not numbers:
+        found = [baselines_of(found, pretrained) for _, found in evaluations]
+        first = {name: values[tracked] for one in reversed(found) for name, values in one.items() if tracked in values}
+        start = [(0, first[INITIAL])] if INITIAL in first else []
+        step, best = max([*start, *scores], key=lambda score: score[1])  # the first of equal ones, as for best.pt
+        return [(f"{k[0]}-NN", f"best {best:.3f} at step {step:,}, last {scores[-1][1]:.3f}{_shown(first, '.3f')}")]
+    numbers = {name.removeprefix(OWN_PLACE): number for name, number in (status.get("floor") or {}).items()}
+    if TEACHER not in numbers:
         return []
-    teacher, initial = numbers["own_place_teacher"], numbers["own_place_untrained"]
-    return [("self-retrieval", f"{teacher:.1%} of the samples, untrained {initial:.1%}")]
+    baselines = _shown(baselines_of(numbers, pretrained), ".1%")
+    return [("self-retrieval", f"{numbers[TEACHER]:.1%} of the samples{baselines}")]
+
+
+def _shown(baselines: Mapping[str, float], style: str) -> str:
+    return "".join(f", {in_words(name)} {value:{style}}" for name, value in baselines.items())
 
 
 def _problems(status: Mapping[str, Any]) -> Rows:
@@ -117,10 +127,21 @@ def next_commands(run: Path, config: PretrainConfig) -> list[str]:
         config: The run's settings.
     """
     quoted = shlex.quote(printable(run))
-    commands = [f"dino evaluate knn {quoted} labels.csv"]
+    labels = config.evaluate.labels
+    commands = [f"dino evaluate knn {quoted} labels.csv"] if labels is None else []
+    if labels is not None and _has_test_rows(Path(labels)):  # which did not choose the checkpoint
+        allowed = " allow_leakage=true" if config.evaluate.allow_leakage else ""
+        commands = [f"dino evaluate knn {quoted} {shlex.quote(printable(labels))}{allowed}"]
     if (Path(config.data_dir) / REGIONS_TABLE).exists():
         commands.insert(0, f"dino extract {quoted} {shlex.quote(printable(config.data_dir))}")
     return commands
+
+
+def _has_test_rows(labels: Path) -> bool:
+    try:
+        return bool(read_labels(labels).rows("test"))
+    except DataError:  # also where there are none
+        return False
 
 
 def _files(run: Path) -> Rows:

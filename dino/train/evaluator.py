@@ -1,6 +1,7 @@
 """Evaluation of a run: the callback that scores it on labelled images, and the verdict at its end."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,51 +10,89 @@ from torch import Tensor
 from dino import distributed, progress
 from dino.data import Batch
 from dino.evaluate.retrieval import effective_rank, mean_pairwise_cosine, self_retrieval_accuracy
-from dino.evaluate.verdict import Score, Signs, Verdict, difference_error, verdict
+from dino.evaluate.verdict import INITIAL, STUDENT, TEACHER, Score, Signs, Verdict, in_words, verdict
 from dino.models.backbone import Backbone
 from dino.train.callbacks import Checkpoints
 from dino.train.checkpoint import BEST
 from dino.train.loop import Callback, Crops, StepReport, Trainer
 
 Scores = dict[str, float]
+SELF_RETRIEVAL = "self_retrieval_accuracy"
+OWN_PLACE = "own_place_"  # of each network's self-retrieval accuracy in status.json, since version 0.1.0
+STATE = ("tracked", "rows", "best", "best_step", "misses", "declines", "baselines", "latest")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a run is scored while it trains.
+
+    Attributes:
+        score: Scores of a backbone; called on every process, and returns the same numbers on each.
+        tracked: Name of the score that decides, e.g. ``knn_20_accuracy``.
+        name: The same in words.
+        queries: Number of samples that it is a mean over.
+        rows: Identifies the samples: scores over others are not compared.
+        labelled: Whether it measures what the features are for, so that the highest score is the best. Self-retrieval
+            does not; it only excludes checkpoints that are significantly worse than the initial weights.
+    """
+
+    score: Callable[[Backbone], Scores]
+    tracked: str
+    name: str
+    queries: int
+    rows: str
+    labelled: bool = True
 
 
 class Evaluator(Callback):
-    """Scores teacher and student on labelled images, keeps ``best.pt``, and ends a run that no longer improves.
+    """Scores teacher and student, keeps ``best.pt``, and ends a run that no longer improves, or that declines.
+
+    With initial weights from ``model.init``, these are the first ``best.pt``.
 
     Args:
-        score: Scores of a backbone; called on every process, and returns the same numbers on each.
-        tracked: Name of the score that decides, e.g. ``knn_20_accuracy``.
-        queries: Number of labelled images that an accuracy is a mean over.
+        measure: How.
+        baselines: What the teacher is compared with, by name; first what the run started from. Each returns a backbone.
         every_steps: Steps between evaluations.
         patience: Evaluations without a better score after which the run ends, 0 for never.
+        decline_patience: Evaluations in a row that are significantly worse than the start, after which the run ends; 0
+            for never.
         checkpoints: Saves ``last.pt``, which ``best.pt`` is a copy of.
     """
 
     def __init__(
         self,
-        score: Callable[[Backbone], Scores],
-        tracked: str,
-        queries: int,
+        measure: Measure,
+        baselines: Mapping[str, Callable[[Trainer], Backbone]],
         every_steps: int,
         patience: int,
+        decline_patience: int,
         checkpoints: Checkpoints,
     ) -> None:
-        self.score, self.tracked, self.queries = score, tracked, queries
-        self.every_steps, self.patience = every_steps, patience
+        self.measure, self.tracked, self.rows = measure, measure.tracked, measure.rows
+        self.build_baselines = baselines
+        self.every_steps, self.patience, self.decline_patience = every_steps, patience, decline_patience
         self.checkpoints, self.folder = checkpoints, checkpoints.folder
+        self._reset()
+
+    def _reset(self) -> None:
         self.best: float | None = None
         self.best_step: int | None = None
-        self.misses = 0
-        self.untrained: Scores = {}
+        self.misses = self.declines = 0
+        self.baselines: dict[str, Scores] = {}
         self.latest: Scores = {}
 
     def start(self, trainer: Trainer) -> None:
-        """Score the initial weights of a new run; check ``best.pt`` of one that is resumed."""
+        """Score the baselines of a new run; check ``best.pt`` of one that is resumed."""
         if trainer.step == 0:
-            self.untrained = self.score(trainer.model.teacher.backbone)
-            self.folder.log({"step": 0, "evaluation": {"untrained": self.untrained}})
-            progress.say(f"untrained: {_text(self.untrained)}")
+            self._reset()  # a run that was killed at its start has a checkpoint of step 0
+        if not self.baselines:
+            self.baselines = {name: self.measure.score(build(trainer)) for name, build in self.build_baselines.items()}
+            for name, scores in self.baselines.items():
+                progress.say(f"{in_words(name)}: {_text(scores)}")
+        if trainer.step == 0:
+            self.folder.log({"step": 0, "evaluation": self.baselines})
+            if INITIAL in self.baselines:
+                self._keep(trainer, self.baselines[INITIAL][self.tracked], 0)
         elif self.best_step == trainer.step:
             self.checkpoints.name(BEST)  # the process may have been killed after it wrote last.pt and before this
         elif self.best_step is not None and distributed.is_main():
@@ -65,53 +104,65 @@ class Evaluator(Callback):
         if report.step % self.every_steps and report.step != trainer.length.total:
             return
         trainer.settle(report)
-        scores = {"teacher": self.score(trainer.model.teacher.backbone)}
-        scores["student"] = self.score(trainer.model.student.backbone)
-        self.latest = scores["teacher"]
+        scores = {TEACHER: self.measure.score(trainer.model.teacher.backbone)}
+        scores[STUDENT] = self.measure.score(trainer.model.student.backbone)
+        self.latest = scores[TEACHER]
         self.folder.log({"step": report.step, "evaluation": scores})
-        progress.say(f"step {report.step}: teacher {_text(scores['teacher'])}; student {_text(scores['student'])}")
-        if self.best is None or self.latest[self.tracked] > self.best:
-            before = self.best, self.best_step
-            self.misses = 0
-            self.best, self.best_step = self.latest[self.tracked], report.step  # first: the checkpoint contains them
-            if not (self.checkpoints.save(trainer) and self.checkpoints.name(BEST)):
-                self.best, self.best_step = before
-            return
-        self.misses += 1
+        progress.say(f"step {report.step}: teacher {_text(scores[TEACHER])}; student {_text(scores[STUDENT])}")
+        score = self._compare()
+        self.declines = self.declines + 1 if score.from_start.is_lower else 0
+        if self.best is None or (score.teacher > self.best if self.measure.labelled else not self.declines):
+            self._keep(trainer, score.teacher, report.step)
+        else:
+            self.misses += 1
         trainer.stop_early = self._is_out_of_patience()
+        if 0 < self.decline_patience <= self.declines:
+            self.folder.warn(
+                f"step {report.step}: stopping, because {self.measure.name} has been significantly below that of the "
+                f"{in_words(score.from_start.baseline)} in {self.declines} evaluations; for the next run lower optim.lr"
+            )
+
+    def comparison(self) -> Score | None:
+        """The tracked score of the teacher and of its baselines; None before the first evaluation."""
+        return self._compare() if self.latest else None
+
+    def _compare(self) -> Score:
+        baselines = {name: scores[self.tracked] for name, scores in self.baselines.items()}
+        return Score(self.measure.name, self.latest[self.tracked], baselines, self.measure.queries)
+
+    def _keep(self, trainer: Trainer, score: float, step: int) -> None:
+        """Save the state, which is the best so far, as ``last.pt`` and ``best.pt``."""
+        before = self.best, self.best_step
+        self.misses = 0
+        self.best, self.best_step = score, step  # first: the checkpoint contains them
+        if not (self.checkpoints.save(trainer) and self.checkpoints.name(BEST)):
+            self.best, self.best_step = before
 
     @property
     def state_name(self) -> str:
         """The key in checkpoints since version 0.1.0, in which this class had another name."""
         return "Judge"
 
-    def comparison(self) -> Score | None:
-        """The tracked score of the teacher and of the untrained network; None before the first evaluation."""
-        if not self.latest or not self.untrained:
-            return None
-        teacher, untrained = self.latest[self.tracked], self.untrained[self.tracked]
-        name = f"{self.tracked.split('_')[1]}-NN accuracy"
-        return Score(name, teacher, untrained, difference_error(teacher, untrained, self.queries))
-
     def state_dict(self) -> dict[str, Any]:
-        """Best score and its step, misses, and the scores of the initial weights and of the last evaluation."""
-        names = ("tracked", "best", "best_step", "misses", "untrained", "latest")
-        return {name: getattr(self, name) for name in names}
+        """Best score and its step, counts of evaluations, scores of the baselines and of the last evaluation."""
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint; from the beginning if its run was not evaluated, or tracked another score."""
-        if state.get("tracked", self.tracked) != self.tracked:
+        """Continue from a checkpoint; from the beginning if its run was not evaluated, or by other rows or scores."""
+        if not state:
+            return
+        if (state.get("tracked"), state.get("rows")) != (self.tracked, self.rows):
+            rows = "" if state.get("rows") == self.rows else " on other rows than before"
             progress.warn(
-                f"the best checkpoint is now chosen by {self.tracked}, no longer by {state['tracked']}: "
+                f"the best checkpoint is now chosen by {self.tracked}{rows}, before by {state.get('tracked')}: "
                 "earlier scores are not compared"
             )
             return
-        self.best, self.best_step = state.get("best"), state.get("best_step")
-        self.misses = state.get("misses", 0)
-        self.untrained, self.latest = state.get("untrained", {}), state.get("latest", {})
+        for name in STATE:
+            setattr(self, name, state[name])
 
     def _is_out_of_patience(self) -> bool:
-        return 0 < self.patience <= self.misses
+        return 0 < self.patience <= self.misses or 0 < self.decline_patience <= self.declines
 
     def _check_best(self, step: int) -> None:
         """Warn if ``best.pt`` is not the checkpoint of the best score, as after damage to the disk."""
@@ -153,26 +204,51 @@ def paired_features(backbone: Backbone, batches: Iterable[Batch], crops: Crops, 
     return torch.cat(features, dim=1)
 
 
+def label_free_scores(features: Tensor) -> Scores:
+    """Self-retrieval accuracy, effective rank and mean cosine of ``(2, N, D)`` features of pairs of views."""
+    return {
+        SELF_RETRIEVAL: self_retrieval_accuracy(*features),
+        "effective_rank": effective_rank(features[0]),
+        "mean_cosine": mean_pairwise_cosine(features[0]),
+    }
+
+
 def evaluate_run(
-    teacher: Tensor, untrained: Tensor, *, entropy: float | None, loss: float | None, labelled: Score | None
-) -> tuple[Verdict, dict[str, float]]:
+    teacher: Tensor,
+    baselines: Mapping[str, Tensor],
+    *,
+    entropy: float | None,
+    loss: float | None,
+    evaluator: Evaluator | None,
+) -> tuple[Verdict, dict[str, Any]]:
     """The verdict on a finished run, and the numbers it is based on.
 
     Args:
         teacher: ``(2, N, D)`` features of pairs of views by the trained teacher.
-        untrained: The same by the initial weights.
+        baselines: The same by what the teacher is compared with, by name; first what the run started from.
         entropy: Teacher entropy as a fraction of ln K.
         loss: Loss as a fraction of ln K.
-        labelled: kNN accuracy if labels were given; without it, self-retrieval decides.
+        evaluator: What scored the run while it trained; without labels, self-retrieval decides.
     """
-    accuracies = {"teacher": self_retrieval_accuracy(*teacher), "untrained": self_retrieval_accuracy(*untrained)}
-    error = difference_error(accuracies["teacher"], accuracies["untrained"], teacher.shape[1])
-    score = labelled or Score("self-retrieval accuracy", **accuracies, standard_error=error)
+    own = label_free_scores(teacher)
+    others = {name: label_free_scores(features) for name, features in baselines.items()}
+    retrieval = {name: scores[SELF_RETRIEVAL] for name, scores in others.items()}
+    score = evaluator.comparison() if evaluator and evaluator.measure.labelled else None
+    score = score or Score("self-retrieval accuracy", own[SELF_RETRIEVAL], retrieval, teacher.shape[1])
+    signs = Signs(
+        entropy,
+        loss,
+        own["effective_rank"],
+        own["mean_cosine"],
+        teacher.shape[-1],
+        score,
+        evaluator.best_step if evaluator else None,
+    )
     numbers = {
-        "own_place_teacher": accuracies["teacher"],
-        "own_place_untrained": accuracies["untrained"],
-        "effective_rank": effective_rank(teacher[0]),
-        "mean_cosine": mean_pairwise_cosine(teacher[0]),
+        f"{OWN_PLACE}{TEACHER}": own[SELF_RETRIEVAL],
+        **{f"{OWN_PLACE}{name}": accuracy for name, accuracy in retrieval.items()},
+        "effective_rank": own["effective_rank"],
+        "mean_cosine": own["mean_cosine"],
+        "comparison": score.to_dict(),
     }
-    signs = Signs(entropy, loss, numbers["effective_rank"], numbers["mean_cosine"], teacher.shape[-1], score)
     return verdict(signs), numbers

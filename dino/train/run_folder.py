@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dino.models.checkpoint import resolve_run
 from dino.models.grid_source import KEY, UNKNOWN, GridSource, check_same_source
 from dino.train.checkpoint import START
 
+SCORES_FILE = "knn_{labels}.json"  # one file per table of labels
 COMPLETE = {"finished", "early_stopped"}
 FINAL_STATES = COMPLETE | {"stopped", "failed"}
 
@@ -72,6 +73,16 @@ class RunReader:
         """Finite values of the newest line of ``metrics.jsonl`` whose loss is finite; empty without such a line."""
         losses = [line for line in self.log_lines() if _is_finite(line.get("loss"))]
         return {k: v for k, v in losses[-1].items() if _is_finite(v)} if losses else {}
+
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """What ``dino evaluate`` wrote into the folder, by name of the file."""
+        found = {}
+        for path in sorted(self.path.glob(SCORES_FILE.format(labels="*"))):
+            with suppress(OSError, ValueError):
+                content = read_json(path)
+                if isinstance(content, dict) and isinstance(content.get("model"), dict):
+                    found[path.name] = content
+        return found
 
     def identity(self) -> dict[str, Any]:
         """What the run computes, by dotted key.

@@ -40,19 +40,20 @@ def run(tmp_path):
 
 def test_scores_are_returned_with_their_baselines(labelled, run):
     result = evaluate_knn(str(run), labelled, CONFIG)
-    assert {"model", "untrained", "pixels_8x8"} <= result.keys()
-    for name in ("model", "untrained", "pixels_8x8"):
+    names = ["model", "random_initialization", "pixels_8x8"]
+    assert [name for name in result if name in names] == names and "initial_weights" not in result
+    for name in names:
         assert {f"knn_{k}_{s}" for k in (1, 5, 16) for s in ("accuracy", "balanced_accuracy", "auc")} == set(
             result[name]
         )
-    assert result["model"] != result["untrained"]  # another seed
+    assert result["model"] != result["random_initialization"]  # another seed
     assert result["about"]["queries"] == 8 and result["about"]["references"] == 16
     assert json.loads((run / "knn_labels.json").read_text())["model"] == result["model"]
 
 
 def test_every_accuracy_has_its_standard_error(labelled, run):
     result = evaluate_knn(str(run), labelled, CONFIG)
-    assert result["standard_errors"].keys() == {"model", "untrained", "pixels_8x8"}
+    assert result["standard_errors"].keys() == {"model", "random_initialization", "pixels_8x8"}
     for name, errors in result["standard_errors"].items():
         assert errors.keys() == {f"knn_{k}_accuracy" for k in (1, 5, 16)}
         for metric, error in errors.items():

@@ -38,10 +38,10 @@ def calls(monkeypatch):
         "export": None,
         "evaluate_knn": {
             "model": {"knn_20_accuracy": 0.51234, "knn_20_auc": None},
-            "untrained": {"knn_20_accuracy": 0.4, "knn_20_auc": 0.5},
+            "random_initialization": {"knn_20_accuracy": 0.4, "knn_20_auc": 0.5},
             "standard_error": {"knn_20_accuracy": 0.01},
-            "standard_errors": {"model": {"knn_20_accuracy": 0.01}, "untrained": {"knn_20_accuracy": 0.02}},
-            "about": {"tiles": 12},
+            "standard_errors": {"model": {"knn_20_accuracy": 0.01}, "random_initialization": {"knn_20_accuracy": 0.02}},
+            "about": {"queries": 12, "selection": {"seen_rows": 3}, "leakage": {"seen_slides": ["s"]}},
         },
         "info": {"arch": "vit_tiny", "transform": {"name": "imagenet"}, "config": {"min_lr": 1e-6}},
     }.items():
@@ -95,10 +95,12 @@ def test_extract_evaluate_export_info(run, calls):
     assert run("extract", "model=run", "data_dir=root").exit_code == 0
     result = run("evaluate", "knn", "run", "labels.csv", "k=[5]")
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert lines[0] == ["model", "untrained"]
+    assert lines[0] == ["model", "random", "initialization"]
     assert lines[1] == ["knn_20_accuracy", "0.5123", "0.4000"]
     assert lines[2] == ["20-NN", "accuracy,", "standard", "error", "0.0100", "0.0200"]
     assert lines[3] == ["knn_20_auc", "undefined", "0.5000"]
+    assert " ".join(lines[4]) == "optimistic: test rows that chose the checkpoint 3 of 12"
+    assert " ".join(lines[5]) == "optimistic: test slides that were pretrained on 1"
     assert run("export", "run", "folder").exit_code == 0
     assert "transform.name" in run("info", "run").stdout
     assert "lr" not in run("info", "run").stdout and "1e-06" in run("info", "run", "--all").stdout

@@ -69,7 +69,7 @@ def test_one_class_has_one_spelling(write, first, second, third, classes):
         ("image_path,label,partition\na,x,train\nb,x,test\n", "only 'x'"),
         ("image_path,label,partition\na,,train\nb,x,test\n", r"blank ones \(line 2\)"),
         ("image_path,label,partition\na,1,train\nb,nan,test\n", r"blank ones \(line 3\)"),
-        ("image_path,label,partition\na,x,train\nb,y,val\n", r"train or test as partition.*line 3"),
+        ("image_path,label,partition\na,x,train\nb,y,dev\n", r"train, val or test as partition.*line 3"),
     ],
 )
 def test_invalid_tables_are_one_line_errors(write, text, message):

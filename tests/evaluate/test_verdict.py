@@ -3,13 +3,17 @@ import math
 
 import pytest
 
-from dino.evaluate.verdict import Score, Signs, Verdict, difference_error, verdict
+from dino.evaluate.verdict import INITIAL, RANDOM, Score, Signs, Verdict, baselines_of, difference_error, verdict
 
 HEALTHY = {"entropy": 0.6, "loss": 0.8, "effective_rank": 20.0, "cosine": 0.4, "embed_dim": 192}
 
 
-def score(teacher, untrained=0.45, error=0.02):
-    return Score("20-NN accuracy", teacher, untrained, error)
+def score(teacher, random=0.45, queries=1250):  # with a standard error of about 0.02
+    return Score("20-NN accuracy", teacher, {RANDOM: random}, queries)
+
+
+def continued(teacher, initial=0.6, random=0.45, queries=1250):
+    return Score("20-NN accuracy", teacher, {INITIAL: initial, RANDOM: random}, queries)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +31,10 @@ def score(teacher, untrained=0.45, error=0.02):
         (Signs(**{**HEALTHY, "effective_rank": 1.1}), "collapsed"),
         (Signs(**{**HEALTHY, "effective_rank": 1.1}, score=score(0.55)), "learning"),
         (Signs(**{**HEALTHY, "loss": math.nan}, score=score(0.55)), "collapsed"),
+        (Signs(**HEALTHY, score=continued(0.70)), "learning"),
+        (Signs(**HEALTHY, score=continued(0.61)), "flat"),  # far better than random weights, but no better than before
+        (Signs(**HEALTHY, score=continued(0.50)), "declined"),
+        (Signs(**{**HEALTHY, "cosine": 0.99999}, score=continued(0.50)), "collapsed"),
     ],
 )
 def test_rules(signs, word):
@@ -38,12 +46,39 @@ def test_the_text_contains_the_numbers():
     for part in (
         "Learning.",
         "20-NN accuracy 0.550",
-        "untrained 0.450",
-        "+5.0 standard errors",
+        "1,250 queries",
+        "random initialization 0.450: +0.100, interval +0.060 to +0.140",
         "20.0 of 192",
         "0.800",
     ):
         assert part in text
+
+
+def test_the_end_is_compared_with_the_start_and_the_best_checkpoint_is_named():
+    text = verdict(Signs(**HEALTHY, score=continued(0.5), best_step=0)).text
+    low, high = (-0.1 + sign * 2 * math.sqrt((0.5 * 0.5 + 0.6 * 0.4) / 1250) for sign in (-1, 1))
+    for part in (
+        "significantly worse than those of the initial weights",
+        "best checkpoint, which is exported, is the initial weights",
+        f"initial weights 0.600: -0.100, interval {low:+.3f} to {high:+.3f}",
+        "random initialization 0.450: +0.050",
+    ):
+        assert part in text
+    assert "is of step 1,200" in verdict(Signs(**HEALTHY, score=continued(0.7), best_step=1200)).reason
+    assert "random" in verdict(Signs(**HEALTHY, score=score(0.55), best_step=1200)).reason
+
+
+def test_a_comparison_is_plain_data():
+    found = json.loads(json.dumps(continued(0.7).to_dict()))
+    assert found["teacher"] == 0.7 and found["queries"] == 1250
+    assert found[INITIAL]["difference"] == pytest.approx(0.1)
+    assert found[INITIAL]["interval"][0] < 0.1 < found[INITIAL]["interval"][1]
+
+
+def test_old_names_of_baselines_are_read():
+    assert baselines_of({"untrained": 1, "teacher": 2}, pretrained=False) == {RANDOM: 1}
+    assert baselines_of({"untrained": 1}, pretrained=True) == {INITIAL: 1}
+    assert list(baselines_of({RANDOM: 1, INITIAL: 2}, pretrained=True)) == [INITIAL, RANDOM]
 
 
 def test_a_significant_score_with_a_sign_of_collapse_carries_a_warning():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dino.config.schema import LEVEL_CONFIGS, EvaluateConfig, PatchConfig, RegionConfig
+from dino.config.schema import LEVEL_CONFIGS, EvaluateConfig, ModelConfig, PatchConfig, RegionConfig
 from dino.report.terminal import next_commands, run_panel
 from dino.train.run_folder import RunReader
 
@@ -25,7 +25,7 @@ def evaluation(step: int, score: float) -> dict:
 
 
 LINES = [
-    {"step": 0, "evaluation": {"untrained": {"knn_20_accuracy": 0.5}}},
+    {"step": 0, "evaluation": {"random_initialization": {"knn_20_accuracy": 0.5}}},
     line(600, 8.0),
     *[evaluation(600, 0.75), line(1200, 6.0), evaluation(1200, 0.75)],
 ]
@@ -59,7 +59,7 @@ def test_panel_fits_80_columns_and_24_rows(run: Path) -> None:
         "1,200 of 1,200, 1.5 passes",
         "1:00:00, 50.0 img/s",
         "8.000 -> 6.000 (1.000 -> 0.750 of ln K)",
-        "best 0.750 at step 600, last 0.750, untrained 0.500",
+        "best 0.750 at step 600, last 0.750, random initialization 0.500",
         "Learning. The features beat",
         f"{run}/checkpoints/best.pt".replace(" ", ""),
     ):
@@ -77,11 +77,30 @@ def test_warnings_are_shown_without_interpreting_markup(run: Path) -> None:
     assert "pretrain region: stopped early" in text and "5-NN" not in text
 
 
-def test_self_retrieval_is_shown_without_labels(run: Path) -> None:
-    floor = {"own_place_teacher": 0.9, "own_place_untrained": 0.25}
+@pytest.mark.parametrize("key", ["random_initialization", "untrained"])
+def test_self_retrieval_is_shown_without_labels(run: Path, key: str) -> None:
+    floor = {"own_place_teacher": 0.9, f"own_place_{key}": 0.25, "comparison": {}}
     (run / "metrics.jsonl").write_text(json.dumps(line(1200, 6.0)) + "\n")
     text = shown(run, PatchConfig(), floor=floor)
-    assert "90.0% of the samples, untrained 25.0%" in text and "last.pt" in text
+    assert "90.0% of the samples, random" in text and "initialization 25.0%" in text and "last.pt" in text
+
+
+def test_initial_weights_and_random_ones_are_shown_and_the_former_may_be_the_best(run: Path) -> None:
+    start = {"initial_weights": {"knn_20_accuracy": 0.875}, "random_initialization": {"knn_20_accuracy": 0.5}}
+    log = [{"step": 0, "evaluation": start}, *LINES[1:]]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in log))
+    config = PatchConfig(evaluate=EvaluateConfig(k=[20]), model=ModelConfig(init="timm:vit_tiny"))
+    text = shown(run, config)
+    plain = " ".join(row.strip("│ ") for row in text.splitlines())
+    assert "best 0.875 at step 0, last 0.750, initial weights 0.875, random initialization 0.500" in " ".join(
+        plain.split()
+    )
+    old = [
+        {"step": 0, "evaluation": {"untrained": {"knn_20_accuracy": 0.875}}},
+        *LINES[1:],
+    ]  # as version 0.1.0 wrote it
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in old))
+    assert "initial weights" in " ".join(shown(run, config).split())
 
 
 def test_losses_of_any_names_are_shown(run: Path) -> None:

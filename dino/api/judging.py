@@ -1,0 +1,173 @@
+"""The evaluation of a run: what scores it while it trains, and the verdict at its end."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dino import progress
+from dino.api.evaluating import table_scores
+from dino.api.run import Run
+from dino.evaluate import check_leakage, read_labels
+from dino.evaluate.selection import recorded_selection, row_set, select_rows
+from dino.evaluate.verdict import INITIAL, RANDOM
+from dino.extraction.embed import FileEmbedder
+from dino.models.backbone import Backbone, build_backbone
+from dino.models.weights import load_backbone_file, read_training
+from dino.train.callbacks import Checkpoints
+from dino.train.evaluator import (
+    SELF_RETRIEVAL,
+    Evaluator,
+    Measure,
+    evaluate_run,
+    label_free_scores,
+    paired_features,
+)
+from dino.train.loop import Trainer
+
+VERDICT_SAMPLES = 256
+VERDICT_BATCH = 16
+EVALUATIONS = 10  # of a run without labels, at most, unless evaluate.every_steps says otherwise
+DECLINE_PATIENCE = 3  # default of evaluate.decline_patience with model.init and labels
+
+
+def build_evaluator(run: Run, checkpoints: Checkpoints) -> Evaluator | None:
+    """The callback that scores a run while it trains, and what the run records of the rows that choose its checkpoints.
+
+    With ``evaluate.labels`` it scores by kNN on val rows, or on a part of the train rows, never on test rows. Without,
+    a run with ``model.init`` is scored by self-retrieval, and any other is not.
+
+    Raises:
+        DataError: If the labels are invalid, name missing files, or share slides or patients with the training data.
+    """
+    settings, init = run.config.evaluate, run.config.model.init
+    run.inherited = run.selection = recorded_selection(read_training(init) if init else {}) or []
+    if settings.labels is not None:
+        measure, every = _knn_measure(run, Path(settings.labels), str(checkpoints.folder.path)), run.length.steps(1)
+    elif init:
+        measure, every = _label_free_measure(run), max(run.length.steps(1), math.ceil(run.length.total / EVALUATIONS))
+    else:
+        return None
+    decline_patience = settings.decline_patience
+    if decline_patience is None:
+        decline_patience = DECLINE_PATIENCE if init and measure.labelled else 0
+    return Evaluator(
+        measure,
+        _baselines(run, checkpoints.folder.initial_checkpoint),
+        settings.every_steps or every or 1,
+        settings.early_stopping_patience,
+        decline_patience,
+        checkpoints,
+    )
+
+
+def _knn_measure(run: Run, labels: Path, name: str) -> Measure:
+    """KNN on the rows of a table that choose the checkpoint; they are added to the run's record."""
+    settings, level = run.config.evaluate, run.level
+    table = read_labels(labels, required=("train",))
+    facts = check_leakage(table, level.slides, settings.allow_leakage, ("val", "test"))
+    progress.say(f"{labels}: compared with the training data: {facts['compared']}")
+    selection = select_rows(table)
+    progress.say(f"{labels}: the best checkpoint is chosen by {selection.origin}; test rows are not used")
+    tracked, rows = f"knn_{settings.k[0]}_accuracy", selection.restrict(table)
+    record = row_set(rows, tracked)
+    run.selection = [record, *run.inherited]
+    # Tiles are scored at their own size during training, also where the initial weights have another input size.
+    transform = replace(level.transform, input_size_px=None) if level.transform else None
+    embedder = FileEmbedder(
+        rows.paths,
+        level.labelled_reader(rows.paths, level.spec, run.config, name, run.origin),
+        level.normaliser(transform, level.spec.patch_size),
+        run.device,
+        run.config.speed.precision,
+    )
+
+    def score(backbone: Backbone) -> dict[str, float]:
+        (features,) = embedder.embed(backbone)
+        return table_scores(rows, features, settings.k, settings.temperature, "val")  # type: ignore[return-value]
+
+    return Measure(score, tracked, f"{settings.k[0]}-NN accuracy", len(selection.queries), record["salt"])
+
+
+def _label_free_measure(run: Run) -> Measure:
+    """Self-retrieval of training samples, as in the final verdict."""
+    batch_size, batches = _verdict_batches(run)
+    return Measure(
+        lambda backbone: label_free_scores(_paired_features(run, backbone)),
+        SELF_RETRIEVAL,
+        "self-retrieval accuracy",
+        batch_size * batches,
+        rows="training samples",
+        labelled=False,
+    )
+
+
+def _baselines(run: Run, start: Callable[[], Path]) -> dict[str, Callable[[Trainer], Backbone]]:
+    """What a run is compared with, by name; first what it started from.
+
+    Args:
+        run: The run.
+        start: Returns the path of the checkpoint of the initial weights.
+    """
+
+    def initial(trainer: Trainer) -> Backbone:
+        now = trainer.model.teacher.backbone
+        return now if trainer.step == 0 else _like(now, load_backbone_file(start()).backbone)
+
+    def random(trainer: Trainer) -> Backbone:
+        now = trainer.model.teacher.backbone
+        return _like(now, build_backbone(now.spec, run.config.seed))
+
+    return {INITIAL: initial, RANDOM: random} if run.config.model.init else {RANDOM: initial}
+
+
+def _like(other: Backbone, backbone: Backbone) -> Backbone:
+    """The backbone on the device and in the dtype of another."""
+    return backbone.to(next(other.parameters()))
+
+
+def final_verdict(
+    run: Run, trainer: Trainer, initial: Path, last: Mapping[str, float], evaluator: Evaluator | None
+) -> dict[str, Any]:
+    """Compare the teacher of a finished run with what it started from, and with a random initialization.
+
+    Every process computes the same, so that nothing has to be exchanged.
+
+    Args:
+        run: The run.
+        trainer: After the last step.
+        initial: Checkpoint of the initial weights.
+        last: Metrics of the last step.
+        evaluator: The callback that scored the run while it trained, if any.
+
+    Returns:
+        ``verdict``, ``floor`` (the numbers it is based on) and ``last_metrics``, for ``status.json``.
+    """
+    baselines = _baselines(run, lambda: initial)
+    teacher = _paired_features(run, trainer.model.teacher.backbone)
+    verdict, numbers = evaluate_run(
+        teacher,
+        {name: _paired_features(run, build(trainer)) for name, build in baselines.items()},
+        entropy=last.get("teacher_entropy_relative"),
+        loss=last.get("loss_relative"),
+        evaluator=evaluator,
+    )
+    return {"verdict": verdict.to_dict(), "floor": numbers, "last_metrics": dict(last)}
+
+
+def _verdict_batches(run: Run) -> tuple[int, int]:
+    """Size and number of the batches of samples that the verdict is based on: :data:`VERDICT_SAMPLES` at most."""
+    count = min(VERDICT_SAMPLES, len(run.level.dataset))
+    size = min(VERDICT_BATCH, count)
+    return size, count // size
+
+
+def _paired_features(run: Run, backbone: Backbone) -> Tensor:
+    """``(2, N, D)`` features of two views of the first samples of a separate random order."""
+    size, number = _verdict_batches(run)
+    drawn = run.drawn_batches(0, run.config.seed + 1, size)
+    batches = (drawn[i * size] for i in range(number))
+    return paired_features(backbone, batches, run.level.crops, run.device)
