@@ -81,6 +81,9 @@ def identifying(training: Mapping[str, Any], config: Mapping[str, Any] | None) -
     slides = training.get("training_slides") or {}
     what = "salted hashes" if "salt" in slides else "ids"
     found = {f"{kind}s": f"{count(slides, kind)} {what}" if count(slides, kind) else "none" for kind in KINDS}
+    rows = sum(int(one.get("count", 0)) for one in training.get("selection") or [])
+    if rows:
+        found["labels"] = f"{rows} salted hashes of the files that chose the checkpoint"
     return {**found, "folders": ", ".join(_folders(config or {})) or "none"}
 
 

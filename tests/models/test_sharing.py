@@ -80,4 +80,5 @@ def test_what_a_file_tells_is_told() -> None:
         "patients": "1 salted hashes",
         "folders": "none",
     }
+    assert "14 salted hashes" in identifying({"selection": [{"count": 14}]}, None)["labels"]
     assert identifying({}, None) == {"slides": "none", "patients": "none", "folders": "none"}

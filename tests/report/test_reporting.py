@@ -1,5 +1,6 @@
 """Reports on a small slide and two short runs: complete, in parts, and with names that contain markup."""
 
+import json
 import re
 import shutil
 
@@ -52,6 +53,21 @@ def test_complete_report(chain, tmp_path):
     links = re.findall(r'(?:src|href|srcset|action)="([^"]*)"', html) + re.findall(r"url\(([^)]*)\)", html)
     assert all(link.startswith(("data:", "#")) for link in links)
     assert "@import" not in html and "<script" not in html and "<iframe" not in html
+
+
+def test_scores_are_shown_with_their_marks(chain, tmp_path):
+    run = shutil.copytree(chain.patch, tmp_path / "run")
+    scores = {"knn_20_accuracy": 0.8125}
+    about = {"labels": "l.csv", "queries": 9, "references": 5, "step": 2, "selection": {"seen_rows": 4}}
+    result = {"model": scores, "initial_weights": scores, "random_initialization": scores, "about": about}
+    (run / "knn_l.json").write_text(json.dumps(result))
+    (run / "knn_old.json").write_text(json.dumps({"model": scores, "untrained": scores}))
+    (run / "knn_damaged.json").write_text("{")
+    html = report(None, run, None, tmp_path / "r.html").read_text()
+    assert "Scores" in headings(html) and html.count("0.8125") == 5
+    assert "initial weights" in html and "random initialization" in html and "untrained" not in html
+    assert "optimistic: test rows that chose the checkpoint" in html and "4 of 9" in html
+    assert "These scores are optimistic" in html
 
 
 def test_report_without_a_region_run(chain, tmp_path):
