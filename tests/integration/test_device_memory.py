@@ -22,11 +22,11 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
 
     calls, honest = [], Backbone.embed
 
-    def embed(self: Backbone, x: torch.Tensor) -> torch.Tensor:
+    def embed(self: Backbone, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         calls.append(1)
         if len(calls) == call:
             raise torch.OutOfMemoryError(REASON)
-        return honest(self, x)
+        return honest(self, x, mask)
 
     monkeypatch.setattr(Backbone, "embed", embed)
 
