@@ -12,7 +12,7 @@ from benchmarks.measure import expect_close, relative_error
 from benchmarks.reference.loss import PairwiseLoss
 from benchmarks.reference.network import Head, MultiCrop, VisionTransformer
 from benchmarks.reference.step import Step
-from dino.config.schema import ModelConfig
+from dino.config.schema import ModelConfig, OptimConfig
 from dino.data.loader import Batch
 from dino.models.backbone import BackboneSpec, build_backbone
 from dino.models.spec import shape_of
@@ -89,7 +89,7 @@ def our_trainer(
     lr, decay, momentum = (Cosine(value, value, 1) for value in (LR, WEIGHT_DECAY, MOMENTUM))
     return Trainer(
         model=model,
-        optimizer=build_optimizer("adamw", model.student),
+        optimizer=build_optimizer(OptimConfig(), model.student),
         crops=crops,
         batches=batches or ready_batches(task.batch),
         accumulation=1,

@@ -32,10 +32,8 @@ from dino.train.checkpoint import (
     restore,
 )
 from dino.train.loop import Callback, Trainer
-from dino.train.optimizer import CLIP_MODES, Cosine, Length, Schedules, build_optimizer
+from dino.train.optimizer import CLIP_MODES, Cosine, Length, Schedules, build_optimizer, scaled_lr
 from dino.train.run_folder import RunFolder
-
-REFERENCE_BATCH = 256  # optim.lr is given for this many images (Goyal et al. 2017, arXiv 1706.02677)
 
 
 class Run:
@@ -75,7 +73,7 @@ class Run:
             training.batch_size_per_gpu, training.gradient_accumulation, distributed.world_size(), distributed.rank()
         )
         self.length = Length.of(len(self.level.dataset), self.layout.global_batch, training.nepochs, training.max_steps)
-        self.peak_lr = config.optim.lr * self.layout.global_batch / REFERENCE_BATCH
+        self.peak_lr = scaled_lr(config.optim, self.layout.global_batch)
         self.inherited: Sequence[Mapping[str, Any]] = ()
         self.selection: Sequence[Mapping[str, Any]] = ()
 
@@ -119,7 +117,12 @@ class Run:
         """Steps until every warm-up is over."""
         model, training = self.config.model, self.config.training
         return self.length.steps(
-            max(training.warmup_epochs, training.freeze_last_layer, model.warmup_teacher_temp_epochs)
+            max(
+                training.warmup_epochs,
+                training.freeze_last_layer,
+                training.freeze_backbone,
+                model.warmup_teacher_temp_epochs,
+            )
         )
 
     def drawn_batches(self, depth: int, seed: int, batch_size: int) -> DrawnBatches:
@@ -157,7 +160,7 @@ class Run:
         model = distill.build(self.config, self.level.spec, self.length, self.device)
         return Trainer(
             model=model,
-            optimizer=build_optimizer(optim.name, model.student),
+            optimizer=build_optimizer(optim, model.student),
             crops=self.level.crops,
             batches=partial(self.batches, model.student.backbone.depth),
             accumulation=self.layout.accumulation,
@@ -166,6 +169,7 @@ class Run:
                 Cosine(decay.weight_decay, decay.weight_decay_end, total),
                 Cosine(self.config.model.momentum_teacher, 1.0, total),
                 steps(training.freeze_last_layer),
+                steps(training.freeze_backbone),
             ),
             length=self.length,
             device=self.device,

@@ -86,6 +86,9 @@ class TrainingConfig:
     max_steps: int | None = identity(None, "number of optimizer steps, used instead of nepochs")
     warmup_epochs: float = identity(10, "epochs of linear learning-rate warm-up")
     freeze_last_layer: float = identity(1, "epochs during which the head's last layer is frozen")
+    freeze_backbone: float = identity(
+        0, "epochs during which the backbone is frozen, so that new heads fit pretrained weights first"
+    )
     batch_size_per_gpu: int = runtime(
         64, "samples per process and micro-batch; only the global batch is part of the run's identity"
     )
@@ -113,8 +116,17 @@ class OptimConfig:
     """Optimizer."""
 
     name: str = identity("adamw", "adamw or sgd")
-    lr: float = identity(0.0005, "peak learning rate per 256 images of the global batch (linear scaling)")
+    lr: float = identity(0.0005, "peak learning rate for a global batch of 256 (lr_scaling=linear) or 1024 (sqrt)")
+    lr_scaling: str = identity(
+        "linear", "linear: lr x global batch / 256 (DINO); sqrt: lr x sqrt(global batch / 1024) (DINOv2)"
+    )
     lr_scheduler: LrSchedulerConfig = group(LrSchedulerConfig)
+    layer_decay: float = identity(1.0, "learning rate of a block as a fraction of the next one's (DINOv2: 0.9)")
+    patch_embed_lr_factor: float = identity(1.0, "further factor of the patch embedding's learning rate (DINOv2: 0.2)")
+    weight_decay_on: str = identity(
+        "weights", "weights: all but biases and 1-D parameters (norms, LayerScale); all: every parameter"
+    )
+    beta2: float = identity(0.999, "AdamW: decay of the average of squared gradients")
 
 
 @dataclass

@@ -221,6 +221,12 @@ class SelfDistillation(nn.Module):
             if ".last_layer." in name:
                 parameter.grad = None
 
+    def freeze_backbone(self) -> None:
+        """Drop the gradients of the backbone; a mask token is trained, because start weights often have none."""
+        for name, parameter in self.student.named_parameters():
+            if name.startswith("backbone.") and name != "backbone.mask_token":
+                parameter.grad = None
+
     @torch.no_grad()
     def update_teacher(self, momentum: float, finite: Tensor) -> None:
         """Teacher = momentum * teacher + (1 - momentum) * student, and the objectives' state; only if ``finite``."""

@@ -218,6 +218,8 @@ class Trainer:
             parts.append(part)
         if values.freeze_last_layer:
             self.model.freeze_last_layer()
+        if values.freeze_backbone:
+            self.model.freeze_backbone()
         with self.span(CLIP):
             norm, finite = clip_gradients(self.model.student.parameters(), self.clip_grad, self.clip_mode)
         loss = torch.stack([part.loss for part in parts]).sum()

@@ -1,16 +1,26 @@
 """Schedules, parameter groups, gradient clipping, and an optimizer step that a non-finite gradient leaves undone."""
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from dino.config.schema import OptimConfig
 from dino.errors import ConfigError
 
 NAMES = ("adamw", "sgd")
 CLIP_MODES = ("per_parameter", "global")
+DECAYS = ("weights", "all")
+LR_SCALINGS: dict[str, Callable[[int], float]] = {
+    "linear": lambda batch: batch / 256,
+    "sqrt": lambda batch: math.sqrt(batch / 1024),
+}
+BETA1 = 0.9
+BLOCK = re.compile(r"^backbone\.vit\.blocks\.(\d+)\.")
+BEFORE_BLOCKS = re.compile(r"^backbone\.(mask_token$|vit\.(cls_token|reg_token|pos_embed|patch_embed|norm_pre)\b)")
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class StepValues:
     weight_decay: float
     momentum: float
     freeze_last_layer: bool
+    freeze_backbone: bool
 
 
 @dataclass(frozen=True)
@@ -66,19 +77,22 @@ class Schedules:
 
     Attributes:
         lr: Learning rate, already scaled to the global batch.
-        weight_decay: Decay of all 2-D parameters.
+        weight_decay: Decay of the parameters that decay.
         momentum: Momentum of the teacher's average.
         freeze_steps: First steps during which the heads' last layers are not updated.
+        backbone_freeze_steps: First steps during which the backbone is not updated.
     """
 
     lr: Cosine
     weight_decay: Cosine
     momentum: Cosine
     freeze_steps: int
+    backbone_freeze_steps: int = 0
 
     def at(self, step: int) -> StepValues:
         """The values of ``step``, counted from 0."""
-        return StepValues(self.lr(step), self.weight_decay(step), self.momentum(step), step < self.freeze_steps)
+        frozen = (step < self.freeze_steps, step < self.backbone_freeze_steps)
+        return StepValues(self.lr(step), self.weight_decay(step), self.momentum(step), *frozen)
 
 
 @dataclass(frozen=True)
@@ -123,29 +137,89 @@ class Length:
         return step * self.global_batch / self.samples
 
 
-def parameter_groups(module: nn.Module) -> list[dict]:
-    """Two groups as in facebookresearch/dino: weights with weight decay; biases and 1-D parameters without."""
+def scaled_lr(optim: OptimConfig, global_batch: int) -> float:
+    """Peak learning rate of a global batch.
+
+    Args:
+        optim: ``lr`` and ``lr_scaling``: linear (Goyal et al. 2017, arXiv 1706.02677) or the square root (DINOv2, arXiv
+            2304.07193, appendix B).
+        global_batch: Samples of one optimizer step.
+
+    Raises:
+        ConfigError: If the scaling is unknown.
+    """
+    if optim.lr_scaling not in LR_SCALINGS:
+        raise ConfigError(f"expected optim.lr_scaling {' or '.join(LR_SCALINGS)}, found '{optim.lr_scaling}'")
+    return optim.lr * LR_SCALINGS[optim.lr_scaling](global_batch)
+
+
+def lr_factor(name: str, depth: int, optim: OptimConfig) -> float:
+    """Learning rate of a parameter of the student, as a fraction of the scheduled one (DINOv2's layer-wise decay).
+
+    ``layer_decay ** (depth - i)`` for block i of ``depth``, counted from 0; one further factor for what comes before
+    the blocks (tokens and embeddings), and ``patch_embed_lr_factor`` on top for the patch embedding. The final norm and
+    the heads have 1 (Bao et al. 2022, arXiv 2106.08254; Oquab et al. 2024, arXiv 2304.07193).
+
+    Args:
+        name: Name in the student, such as ``backbone.vit.blocks.3.norm1.weight``.
+        depth: Number of blocks.
+        optim: ``layer_decay`` and ``patch_embed_lr_factor``.
+    """
+    block = BLOCK.search(name)
+    if block:
+        return optim.layer_decay ** (depth - int(block[1]))
+    if not BEFORE_BLOCKS.search(name):
+        return 1.0
+    return optim.layer_decay ** (depth + 1) * (optim.patch_embed_lr_factor if ".patch_embed." in name else 1.0)
+
+
+def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict]:
+    """Parameters by what scales their learning rate and whether they decay, the largest learning rate first.
+
+    With the default settings these are the two groups of facebookresearch/dino: weights with weight decay; biases and
+    1-D parameters without.
+
+    Args:
+        module: The student.
+        optim: ``layer_decay``, ``patch_embed_lr_factor`` and ``weight_decay_on``.
+
+    Returns:
+        Groups with ``params``, ``lr_factor`` and ``decays``, for :func:`gated_step`.
+    """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    fixed = [p for name, p in named if name.endswith(".bias") or p.ndim == 1]
-    decayed = [p for name, p in named if not (name.endswith(".bias") or p.ndim == 1)]
-    return [{"params": decayed, "decays": True}, {"params": fixed, "decays": False, "weight_decay": 0.0}]
+    depth = 1 + max((int(found[1]) for name, _ in named if (found := BLOCK.search(name))), default=-1)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        decays = optim.weight_decay_on == "all" or not (name.endswith(".bias") or parameter.ndim == 1)
+        groups.setdefault((lr_factor(name, depth, optim), decays), []).append(parameter)
+    return [
+        {"params": groups[factor, decays], "lr_factor": factor, "decays": decays, "weight_decay": 0.0}
+        for factor, decays in sorted(groups, reverse=True)
+    ]
 
 
-def build_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(optim: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """AdamW or SGD with momentum 0.9, as fused kernels, which skip the step where ``found_inf`` is set.
 
     Args:
-        name: ``adamw`` or ``sgd``; learning rate and weight decay are set at each step by :func:`gated_step`.
+        optim: Its settings; learning rate and weight decay are set at each step by :func:`gated_step`.
         module: The student.
 
     Raises:
-        ConfigError: If the name is unknown.
+        ConfigError: If a name is unknown, or a factor is not positive.
     """
-    if name not in NAMES:
-        raise ConfigError(f"expected optim.name {' or '.join(NAMES)}, found '{name}'")
-    groups = parameter_groups(module)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    if optim.name not in NAMES:
+        raise ConfigError(f"expected optim.name {' or '.join(NAMES)}, found '{optim.name}'")
+    if optim.weight_decay_on not in DECAYS:
+        raise ConfigError(f"expected optim.weight_decay_on {' or '.join(DECAYS)}, found '{optim.weight_decay_on}'")
+    for name in ("layer_decay", "patch_embed_lr_factor"):
+        if not 0 < getattr(optim, name) <= 1:
+            raise ConfigError(f"expected optim.{name} above 0 and at most 1, found {getattr(optim, name)}")
+    if not 0 < optim.beta2 < 1:
+        raise ConfigError(f"expected optim.beta2 between 0 and 1, found {optim.beta2}")
+    groups = parameter_groups(module, optim)
+    if optim.name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=(BETA1, optim.beta2), fused=True)
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
 
 
@@ -173,9 +247,15 @@ def gated_step(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float,
     """One optimizer step that changes nothing where ``finite`` is false, without a host synchronization.
 
     Fused optimizers read ``found_inf`` on the device, which gradient scalers use for the same purpose.
+
+    Args:
+        optimizer: With the groups of :func:`parameter_groups`.
+        lr: Scheduled learning rate, before the factors of the groups.
+        weight_decay: Scheduled weight decay of the groups that decay.
+        finite: Bool scalar on the device.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)  # checkpoints of versions up to 0.1.0 have no factors
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
     optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     optimizer.step()

@@ -19,6 +19,14 @@ PARTS = {
     "objective.mask_ratio": [0.25, 0.5],
     "model.patch_size": 8,
 }
+OPTIMIZER = {
+    "optim.layer_decay": 0.7,
+    "optim.patch_embed_lr_factor": 0.2,
+    "optim.weight_decay_on": "all",
+    "optim.beta2": 0.99,
+    "optim.lr_scaling": "sqrt",
+    "training.freeze_backbone": 0.1,
+}
 LOSSES = {"loss/dino", "loss/ibot", "loss/koleo", "loss/kde"}
 
 
@@ -48,7 +56,7 @@ def test_processes_and_micro_batches_do_not_matter(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_crash_changes_no_bit(tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    own = parts("tiles")
+    own = parts("tiles", **OPTIMIZER)
     pretrain(config(tiles, tmp_path / "whole", **own))
     with monkeypatch.context() as patch, pytest.raises(Crash):
         crash_after(patch, 5)

@@ -148,6 +148,14 @@ def test_freezing_drops_the_gradients_of_the_last_layer_alone() -> None:
     assert without == {"head.last_layer.weight_v"}
 
 
+def test_freezing_the_backbone_leaves_the_heads() -> None:
+    both = model()
+    accumulate(both, views())
+    both.freeze_backbone()
+    with_gradient = {name for name, p in both.student.named_parameters() if p.grad is not None}
+    assert with_gradient and all(name.startswith("head.") for name in with_gradient)
+
+
 def test_names_are_those_of_dino_and_load_back() -> None:
     both = model()
     state = both.teacher.published_state()

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dino import objectives as seams
-from dino.config.schema import ModelConfig, ObjectiveConfig, PatchAugConfig
+from dino.config.schema import ModelConfig, ObjectiveConfig, OptimConfig, PatchAugConfig
 from dino.crops import grids as grid_crops
 from dino.crops import images as image_crops
 from dino.crops import resample
@@ -140,7 +140,7 @@ def trainer(make: Callable[[], tuple[Any, Batch]], checkpointing: bool, parts: l
     model = SelfDistillation(network(), network(), [objective.to(DEVICE) for objective in parts], DEVICE)
     return Trainer(
         model=model,
-        optimizer=build_optimizer("adamw", model.student),
+        optimizer=build_optimizer(OptimConfig(), model.student),
         crops=crops,
         batches=lambda first, last: [one] * 2 * (last - first),
         accumulation=2,
