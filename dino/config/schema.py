@@ -64,11 +64,14 @@ class ObjectiveConfig:
 
     dino: float = identity(1.0, "weight of DINO: self-distillation of the cls token")
     ibot: float = identity(0.0, "weight of iBOT: self-distillation of masked tokens (DINOv2: 1)")
+    regression: float = identity(0.0, "weight of the regression of masked features through a predictor (I-JEPA: 1)")
     koleo: float = identity(0.0, "weight of KoLeo, which spreads the cls tokens of different samples (DINOv2: 0.1)")
     kde: float = identity(0.0, "weight of the kernel density estimator, another spreading term (0.001 to 0.05)")
     targets: str = identity("centring", "targets of dino and ibot: centring (moving average) or sinkhorn")
     ibot_head: str = identity("shared", "head of ibot: shared (that of dino) or separate")
     ibot_out_dim: int | None = identity(None, "number of prototypes of a separate ibot head; null: model.out_dim")
+    predictor_width: int | None = identity(None, "width of the predictor of regression; null: the backbone's")
+    predictor_depth: int = identity(4, "blocks of the predictor of regression")
     kde_concentration: float = identity(10.0, "concentration of the kernel of kde")
     spread_group: int = identity(
         16, "koleo and kde compare groups of this many consecutive samples; must divide training.batch_size_per_gpu"

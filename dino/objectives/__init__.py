@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dino.crops.parameters import GLOBAL_VIEWS
 from dino.crops.resample import to_device
 from dino.models.backbone import Tokens
 
@@ -28,18 +29,21 @@ class Masked(NamedTuple):
         index: (M,) int64, where ``mask.flatten()`` is true; known to the host, so that gathering them does not wait.
         weight: (M,) float64, 1 / (G B m) for a token of a view with m masked tokens: a mean over the masked tokens
             of a view, and over all views, masked or not (as in DINOv2).
+        views: (n,) int64, those of the G * B views that have masked tokens; known to the host as well.
     """
 
     mask: Tensor
     index: Tensor
     weight: Tensor
+    views: Tensor
 
     @classmethod
     def of(cls, mask: Tensor) -> "Masked":
         """The masked tokens of a (B, G, N) mask on the CPU."""
         mask = mask.transpose(0, 1).contiguous()  # (G, B, N)
         per_view = mask.sum(-1, keepdim=True).double() * len(mask) * mask.shape[1]  # (G, B, 1)
-        return cls(mask, mask.flatten().nonzero()[:, 0], (1 / per_view).expand(mask.shape)[mask])
+        index, views = mask.flatten().nonzero()[:, 0], mask.any(-1).flatten().nonzero()[:, 0]
+        return cls(mask, index, (1 / per_view).expand(mask.shape)[mask], views)
 
     def to(self, device: torch.device) -> "Masked":
         """The same on a device, without waiting for it."""
@@ -48,6 +52,19 @@ class Masked(NamedTuple):
     def gather(self, patches: Tensor) -> Tensor:
         """The masked ones, (M, D), of the patch tokens (V, B, N, D) of the first group of views, V >= G."""
         return patches[: len(self.mask)].flatten(0, 2)[self.index]
+
+    def gather_views(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """All tokens of the views that have masked ones.
+
+        Args:
+            patches: (V, B, N, D) of the first group of views, V >= G.
+
+        Returns:
+            The tokens (n, N, D), and the places of the masked ones among these n * N, (M,) int64.
+        """
+        count = self.mask.shape[-1]
+        view = torch.searchsorted(self.views, self.index // count)
+        return patches[: len(self.mask)].flatten(0, 1)[self.views], view * count + self.index % count
 
 
 class Inputs(NamedTuple):
@@ -63,6 +80,11 @@ class Inputs(NamedTuple):
     keep: Tensor | None = None
     masked: Masked | None = None
 
+    @property
+    def global_views(self) -> Tensor:
+        """The global views, (G, B, C, h, w)."""
+        return self.groups[0][:GLOBAL_VIEWS]
+
 
 class Outputs(NamedTuple):
     """What a network returns for V views of B samples; a tuple, so that hooks find its tensors.
@@ -71,7 +93,7 @@ class Outputs(NamedTuple):
         tokens: The backbone's tokens of each group of views of one size, with leading dimensions (V_g, B); patch tokens
             of the first group alone, and only where an objective reads them.
         logits: What each objective's head makes of them (:meth:`Objective.project`), by the objective's name:
-            (V, B, ...), or (M, K) of the masked tokens; V may be the first views alone.
+            (V, B, ...), or (M, ...) of the masked tokens; V may be the first views alone.
         masked: The masked tokens, where an objective masks.
     """
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from dino import distributed, progress
 from dino.config.schema import ObjectiveConfig, PretrainConfig
-from dino.crops.parameters import GLOBAL_VIEWS
 from dino.errors import ConfigError
 from dino.models.backbone import Backbone, BackboneSpec, Tokens, build_backbone, compile_blocks, should_compile
 from dino.models.weights import init_from
 from dino.objectives import Inputs, Masked, Objective, Outputs
 from dino.objectives.dino import DINO
 from dino.objectives.ibot import IBOT
+from dino.objectives.regression import Regression
 from dino.objectives.spread import KDE, KoLeo
 from dino.train.optimizer import Length, Ramp
 from dino.train.profiling import BACKWARD, LOSS, STUDENT, TEACHER, Span, no_span
@@ -170,7 +170,7 @@ class SelfDistillation(nn.Module):
     def teach(self, inputs: Inputs, span: Span = no_span) -> Outputs:
         """The teacher's outputs for the global views of a micro-batch."""
         with span(TEACHER):
-            return self.teacher([inputs.groups[0][:GLOBAL_VIEWS]], masked=inputs.masked, as_teacher=True)
+            return self.teacher([inputs.global_views], masked=inputs.masked, as_teacher=True)
 
     def prepare(self, teacher: Sequence[Outputs], values: Mapping[str, float]) -> None:
         """Targets that depend on all micro-batches of a step; needed where :attr:`whole_step`."""
@@ -258,6 +258,7 @@ def build_objectives(config: PretrainConfig, length: Length, seed: int) -> list[
     builders: dict[str, Callable[[], Objective]] = {
         "dino": lambda: DINO(model, temp, seed, weights.targets, weights.dino),
         "ibot": lambda: IBOT(model, weights, temp, seed + 1),
+        "regression": lambda: Regression(weights, seed + 2),
         "koleo": lambda: KoLeo(weights.koleo, weights.spread_group, batch_size),
         "kde": lambda: KDE(weights.kde, weights.kde_concentration, weights.spread_group, batch_size),
     }
@@ -266,13 +267,15 @@ def build_objectives(config: PretrainConfig, length: Length, seed: int) -> list[
             raise ConfigError(f"expected objective.{name} of at least 0, found {getattr(weights, name)}")
     built = [build() for name, build in builders.items() if getattr(weights, name) > 0]
     if all(objective.head is None for objective in built):
-        raise ConfigError("expected a weight above 0 for objective.dino or objective.ibot, found none: set one")
+        raise ConfigError(
+            "expected a weight above 0 for objective.dino, objective.ibot or objective.regression, found none: set one"
+        )
     return built
 
 
 def needs_masks(weights: ObjectiveConfig) -> bool:
     """Whether an objective with a weight masks."""
-    return any(getattr(weights, objective.name) > 0 for objective in (IBOT,))
+    return any(getattr(weights, objective.name) > 0 for objective in (IBOT, Regression))
 
 
 def build(config: PretrainConfig, spec: BackboneSpec, length: Length, device: torch.device) -> SelfDistillation:

@@ -13,6 +13,9 @@ from dino.objectives import ibot
 
 PARTS = {
     "objective.ibot": 1.0,
+    "objective.regression": 1.0,
+    "objective.predictor_width": 16,
+    "objective.predictor_depth": 1,
     "objective.koleo": 0.1,
     "objective.kde": 0.05,
     "objective.spread_group": 2,
@@ -27,7 +30,7 @@ OPTIMIZER = {
     "optim.lr_scaling": "sqrt",
     "training.freeze_backbone": 0.1,
 }
-LOSSES = {"loss/dino", "loss/ibot", "loss/koleo", "loss/kde"}
+LOSSES = {"loss/dino", "loss/ibot", "loss/regression", "loss/koleo", "loss/kde"}
 
 
 def parts(level: str, **changes: object) -> dict[str, object]:
@@ -65,7 +68,7 @@ def test_a_crash_changes_no_bit(tiles: Path, tmp_path: Path, monkeypatch: pytest
     assert_same_bits(tmp_path / "whole", tmp_path / "cut")
     saved = last(tmp_path / "whole")
     assert saved["student"]["backbone.mask_token"].abs().max() > 0
-    assert [sorted(state) for state in saved["objectives"]] == [["centre.center"], ["centre.center"], [], []]
+    assert [sorted(state) for state in saved["objectives"]] == [["centre.center"], ["centre.center"], [], [], []]
 
 
 def test_a_failed_step_is_replayed_sample_by_sample(
@@ -82,8 +85,9 @@ def test_a_failed_step_is_replayed_sample_by_sample(
         pretrain(config(tiles, tmp_path / "run", **parts("tiles")))
     found = replay(tmp_path / "run" / "failure")
     assert not found.again and len(found.samples) == 4
-    assert all(sample.losses.keys() == {"dino", "ibot"} and sample.is_finite for sample in found.samples)
-    assert all(sample.losses["ibot"] > 0 for sample in found.samples)  # each has one masked view
+    assert all(sample.losses.keys() == {"dino", "ibot", "regression"} for sample in found.samples)
+    # Each sample has one masked view.
+    assert all(sample.is_finite and min(sample.losses.values()) > 0 for sample in found.samples)
 
 
 def test_other_parts_are_another_run_and_none_is_no_run(tiles: Path, tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ from torch.nn import functional as F
 
 from dino.config.schema import ModelConfig, ObjectiveConfig
 from dino.errors import ConfigError
+from dino.models.backbone import Tokens
+from dino.models.predictor import Predictor
 from dino.objectives import Masked, Outputs
 from dino.objectives.cross_entropy import masked_loss
 from dino.objectives.ibot import IBOT
+from dino.objectives.regression import Regression
 from dino.objectives.spread import KDE, KoLeo, kde, koleo
 from dino.objectives.targets import SinkhornKnopp
 
@@ -103,6 +106,103 @@ def test_masked_tokens_are_gathered_in_the_order_of_the_masks() -> None:
     assert torch.equal(Masked.of(mask).gather(patches), expected)
 
 
+def regressed(masked: Masked, predicted: Tensor, patches: Tensor) -> tuple[Tensor, float]:
+    """Loss and diagnostic of given predictions (M, D) and the teacher's tokens (G, B, N, D)."""
+    objective = Regression(ObjectiveConfig(regression=1.0), seed=0)
+    teacher = Outputs([Tokens(patches[:, :, 0], None, patches)], {}, masked)
+    terms = objective(Outputs([], {"regression": predicted}, masked), teacher, {})
+    return terms.losses["regression"], float(terms.diagnostics["regression_variance"])
+
+
+def test_regression_is_the_smooth_distance_to_the_normed_tokens_at_the_masked_places() -> None:
+    mask = masks()
+    masked = Masked.of(mask)
+    predicted = random(int(mask.sum()), 5).mul(2).requires_grad_()
+    patches = random(2, 3, 6, 5, seed=1).mul(3).add(1)
+    loss, variance = regressed(masked, predicted, patches)
+    (found,) = torch.autograd.grad(loss, predicted)
+
+    rows = iter(range(len(predicted)))
+    total, spread = torch.zeros((), dtype=torch.float64), 0.0
+    for view in range(2):
+        for sample in range(3):
+            losses, targets = [], []
+            for place in mask[sample, view].nonzero()[:, 0].tolist():
+                token = patches[view, sample, place]
+                target = (token - token.mean()) / (token.var(unbiased=False) + 1e-5).sqrt()
+                distance = (predicted[next(rows)] - target).abs()
+                losses.append(torch.where(distance < 1, distance.square() / 2, distance - 0.5).mean())
+                targets.append(target)
+            if losses:
+                total = total + torch.stack(losses).mean() / 6
+                spread += float(torch.stack(targets).var(0, unbiased=False).mean()) / 6
+    (expected,) = torch.autograd.grad(total, predicted)
+    assert loss.item() == pytest.approx(total.item(), rel=1e-12)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    assert variance == pytest.approx(spread / 0.5, abs=1e-4)  # half of the views are masked; the norm has an epsilon
+
+    # Tokens that are not masked, such as cells without tissue, do not count.
+    there = patches.clone().masked_fill_(~masked.mask[..., None], torch.nan)
+    assert regressed(masked, predicted, there) == (loss, variance)
+    same = patches[:, :, :1].expand_as(patches)
+    assert regressed(masked, predicted, same)[1] == pytest.approx(0, abs=1e-4)  # collapsed
+
+
+def test_regression_of_nothing_is_zero() -> None:
+    masked = Masked.of(torch.zeros(2, 2, 4, dtype=torch.bool))
+    predictor, patches = Predictor(6, 6, depth=1).double(), random(2, 2, 4, 6).requires_grad_()
+    loss, variance = regressed(masked, predictor(*masked.gather_views(patches)), patches.detach())
+    loss.backward()
+    assert float(loss) == 0 == variance and torch.equal(patches.grad, torch.zeros_like(patches))  # type: ignore[arg-type]
+    assert all(p.grad is not None and not p.grad.any() for p in predictor.parameters())
+
+
+def test_the_predictor_is_a_transformer_on_the_masked_views() -> None:
+    """Attention, MLP and norms written out, view by view."""
+    mask, patches = masks(), random(4, 3, 6, 5)  # the last two views are not global
+    masked = Masked.of(mask)
+    predictor = Predictor(5, 8, depth=2, seed=1).double()
+    weights = {name: 5 * value for name, value in predictor.state_dict().items()}
+    predictor.load_state_dict(weights)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    expected = []
+    for view in range(2):
+        for sample in range(3):
+            x = linear(patches[view, sample], "embed")
+            for block in ("blocks.0", "blocks.1"):
+                query, key, value = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").split(8, -1)
+                x = x + linear((query @ key.T / 8**0.5).softmax(-1) @ value, f"{block}.attn.proj")
+                x = x + linear(F.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")), f"{block}.mlp.fc2")
+            expected.append(linear(norm(x, "norm"), "proj")[mask[sample, view]])
+    torch.testing.assert_close(predictor(*masked.gather_views(patches)), torch.cat(expected), rtol=1e-10, atol=1e-12)
+
+
+def test_gradient_of_regression_by_differences() -> None:
+    masked, teacher = Masked.of(masks(2, 3)), random(2, 2, 3, 4, seed=1)
+    predictor = Predictor(4, 4, depth=1).double()
+
+    def loss(patches: Tensor) -> Tensor:
+        return regressed(masked, Regression.project(predictor, [Tokens(patches, None, patches)], masked), teacher)[0]
+
+    assert torch.autograd.gradcheck(loss, random(2, 2, 3, 4).requires_grad_())
+
+
+def test_the_predictor_is_given_by_its_seed_and_leaves_the_global_generator() -> None:
+    before = torch.get_rng_state()
+    first, again, other = (Predictor(6, 6, depth=1, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["embed.weight"], other["embed.weight"])
+    assert [Predictor(4, width, 1).blocks[0].attn.num_heads for width in (8, 96, 128, 200)] == [1, 1, 2, 2]  # type: ignore[union-attr]
+
+
 def published_sinkhorn(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
     """The algorithm as the papers print it, on (N, K), with all matrices written out."""
     q = (logits / temp).exp().T
@@ -185,8 +285,6 @@ def test_kde_is_the_logarithm_of_the_kernel_density_and_its_descent_spreads() ->
     "make", [lambda size, batch: KoLeo(0.1, size, batch), lambda size, batch: KDE(0.1, 10.0, size, batch)]
 )
 def test_spreading_terms_compare_groups_of_consecutive_samples(make) -> None:
-    from dino.models.backbone import Tokens
-
     cls = random(3, 8, 6)
 
     def loss(rows: slice, batch: int) -> float:
@@ -198,6 +296,12 @@ def test_spreading_terms_compare_groups_of_consecutive_samples(make) -> None:
     assert loss(slice(0, 8), 8) == pytest.approx((loss(slice(0, 4), 4) + loss(slice(4, 8), 4)) / 2, rel=1e-12)
     with pytest.raises(ConfigError, match="nearest is 4"):
         make(4, 1)
+
+
+def test_bad_settings_of_the_predictor_are_refused() -> None:
+    for changes in ({"predictor_width": 0}, {"predictor_depth": 0}):
+        with pytest.raises(ConfigError, match="of at least 1, found 0"):
+            Regression(ObjectiveConfig(regression=1.0, **changes), seed=0)
 
 
 def test_bad_settings_of_ibot_are_refused() -> None:

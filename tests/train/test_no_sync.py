@@ -28,6 +28,7 @@ from dino.models.backbone import BackboneSpec, build_backbone
 from dino.objectives import Objective
 from dino.objectives.dino import DINO
 from dino.objectives.ibot import IBOT
+from dino.objectives.regression import Regression
 from dino.objectives.spread import KDE, KoLeo
 from dino.signals import StopSignal
 from dino.train import loop
@@ -118,9 +119,9 @@ def batch(crops: ImageCrops | GridCrops, inputs: torch.Tensor, size: tuple[int, 
 
 def objectives(targets: str) -> list[Objective]:
     settings, temp = ModelConfig(out_dim=K, hidden_dim=24, bottleneck_dim=8), Ramp(0.04, 0.07, 3)
-    weights = ObjectiveConfig(ibot=1.0, targets=targets)
-    spreading = [KoLeo(0.1, 2, BATCH), KDE(0.1, 10.0, 2, BATCH)]
-    return [DINO(settings, temp, 0, targets), IBOT(settings, weights, temp, seed=0), *spreading]
+    weights = ObjectiveConfig(ibot=1.0, regression=1.0, targets=targets)
+    masked = [IBOT(settings, weights, temp, seed=0), Regression(weights, seed=0)]
+    return [DINO(settings, temp, 0, targets), *masked, KoLeo(0.1, 2, BATCH), KDE(0.1, 10.0, 2, BATCH)]
 
 
 def trainer(make: Callable[[], tuple[Any, Batch]], checkpointing: bool, parts: list[Objective]) -> Trainer:
