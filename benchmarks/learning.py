@@ -43,6 +43,11 @@ DINO_STEPS, QUARTERS, K = 312, 4, 20
 ROUNDS, TIMED_STEPS = 3, 6
 ALPHAS = tuple(10.0**power for power in range(-1, 5))
 
+SQUARES = {  # the masks of nanopath (MedARC)
+    "objective.mask_shape": "squares",
+    "objective.mask_probability": 1.0,
+    "objective.mask_ratio": [0.34, 0.4],
+}
 # What each recipe adds to the small recipe of benchmarks/crc5.py, which is DINO.
 RECIPES: dict[str, dict[str, Any]] = {
     "dino": {},
@@ -52,6 +57,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ibot+kde": {"objective.ibot": 1.0, "objective.kde": 0.01},
     "ibot+kde+sinkhorn": {"objective.ibot": 1.0, "objective.kde": 0.01, "objective.targets": "sinkhorn"},
     "sinkhorn": {"objective.targets": "sinkhorn"},
+    "regression": {"objective.regression": 1.0, **SQUARES},
+    "regression+kde": {"objective.regression": 1.0, "objective.kde": 0.01, **SQUARES},
 }
 
 

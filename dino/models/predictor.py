@@ -1,6 +1,7 @@
 """The predictor of masked features: a small transformer on the student's patch tokens."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block as TimmBlock
@@ -27,7 +28,7 @@ class Predictor(nn.Module):
 
     def __init__(self, dim: int, width: int, depth: int = 4, seed: int = 0) -> None:
         super().__init__()
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         heads = max(count for count in range(1, max(1, width // HEAD_DIM) + 1) if width % count == 0)
         with torch.random.fork_rng(devices=[]):  # torch and timm draw while they build
             self.embed = nn.Linear(dim, width)

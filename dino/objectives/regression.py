@@ -22,11 +22,13 @@ class Regression(Objective):
     With ``p_m`` the prediction for a masked token from all of the student's tokens of its view, ``t_m`` the teacher's
     token at the same place in the unmasked view, and ``w_m`` the weights of :class:`~dino.objectives.Masked`::
 
-        L = sum_m w_m 1/D sum_d smooth_l1(p_md - layer_norm(t_m)_d)        smooth_l1(x) = x^2 / 2 if |x| < 1, else |x| - 1/2
+        L = sum_m w_m 1/D sum_d smooth_l1(p_md - layer_norm(t_m)_d)
+        smooth_l1(x) = x^2 / 2 if |x| < 1, else |x| - 1/2
 
-    Unlike in I-JEPA the student sees mask tokens instead of leaving tokens out, so that one pass serves DINO, iBOT and
-    this objective, and one predictor pass serves all blocks of a view; as in nanopath (MedARC), which masks four squares
-    in each crop: ``objective.mask_shape=squares``, ``objective.mask_probability=1``.
+    Unlike in I-JEPA, the masked tokens are not left out of the student's input but replaced by the mask token, so that
+    one pass of the student serves DINO, iBOT and this objective, and one pass of the predictor all masked tokens of a
+    view. So does nanopath (MedARC), which masks four squares, each a tenth of the tokens, in every global crop:
+    ``objective.mask_shape=squares objective.mask_probability=1 objective.mask_ratio=[0.34,0.4]``.
 
     Args:
         objective: Weight, width and depth of the predictor, and how many views are masked.
@@ -72,7 +74,7 @@ class Regression(Objective):
         Args:
             student: With (M, D) predictions.
             teacher: With patch tokens (G, B, N, D).
-            values: None.
+            values: Not used.
         """
         masked, patches = student.masked, teacher.tokens[0].patches
         assert masked is not None and patches is not None

@@ -90,6 +90,15 @@ def test_a_failed_step_is_replayed_sample_by_sample(
     assert all(sample.is_finite and min(sample.losses.values()) > 0 for sample in found.samples)
 
 
+def test_regression_alone_trains_on_squares(tiles: Path, tmp_path: Path) -> None:
+    alone = {"objective.dino": 0.0, "objective.ibot": 0.0, "objective.koleo": 0.0, "objective.kde": 0.0}
+    squares = {"objective.mask_shape": "squares", "objective.mask_probability": 1.0, "objective.mask_ratio": [0.4, 0.4]}
+    pretrain(config(tiles, tmp_path / "run", **parts("tiles", **alone, **squares, **{"optim.lr": 0.5})))
+    lines = metrics(tmp_path / "run")
+    assert {name for name in lines[0] if "loss" in name or "variance" in name} == {"loss", "regression_variance"}
+    assert lines[-1]["loss"] < lines[0]["loss"] and all(0 < line["regression_variance"] < 1 for line in lines)
+
+
 def test_other_parts_are_another_run_and_none_is_no_run(tiles: Path, tmp_path: Path) -> None:
     pretrain(config(tiles, tmp_path / "run", **parts("tiles")))
     with pytest.raises(ConfigError, match=r"objective.koleo 0.1 -> 0.2"):
