@@ -21,6 +21,8 @@ from dino.train.failure import record_failure
 from dino.train.loop import NonFiniteStep, Trainer
 from dino.train.run_folder import RunFolder
 
+MANY_TILES = 1_000_000  # with fewer, training from random weights does not pay
+
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:
@@ -99,9 +101,30 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
                 return _finish(run, trainer, folder, evaluation)
 
 
+def recommended_recipe(config: PretrainConfig, samples: int) -> str | None:
+    """One line that names the recipe for these start weights and this amount of data; None if it is in use.
+
+    Args:
+        config: Settings of the run.
+        samples: Tiles, or feature grids.
+    """
+    if not isinstance(config, PatchConfig) or config.optim.layer_decay < 1:  # both recipes named below set it
+        return None
+    if config.model.init:
+        return "model.init is set: --recipe patch_continue has the settings to continue from pretrained weights"
+    if samples < MANY_TILES:
+        return (
+            f"fewer than {MANY_TILES:,} tiles: pretrained weights learn faster than random ones; see model.init and "
+            "--recipe patch_continue"
+        )
+    return f"at least {MANY_TILES:,} tiles: --recipe patch_dinov2 has the settings of DINOv2"
+
+
 def _announce(run: Run) -> None:
-    """Say what is trained on and what is held out."""
+    """Say what is trained on and what is held out, and which recipe suits it better than the settings given."""
     progress.say(f"{run.config.data_dir}: training on {run.level.split}")
+    if advice := recommended_recipe(run.config, len(run.level.dataset)):
+        progress.say(advice)
     for warning in run.level.warnings:
         progress.warn(warning)
 

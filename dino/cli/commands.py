@@ -56,9 +56,11 @@ tile_command = with_settings(TileConfig)
 
 PretrainArguments = Annotated[list[str] | None, typer.Argument(metavar="ROOT RUN [KEY=VALUE]...", hidden=True)]
 PatchRecipe = Annotated[
-    str, typer.Option("--recipe", metavar="NAME", help="Recipe with the defaults: patch_pathology or patch.")
+    str, typer.Option("--recipe", metavar="NAME", help=f"Recipe with the defaults: {', '.join(RECIPES[PatchConfig])}.")
 ]
-RegionRecipe = Annotated[str, typer.Option("--recipe", metavar="NAME", help="Recipe with the defaults.")]
+RegionRecipe = Annotated[
+    str, typer.Option("--recipe", metavar="NAME", help=f"Recipe with the defaults: {', '.join(RECIPES[RegionConfig])}.")
+]
 
 
 def patch(
@@ -72,7 +74,7 @@ def patch(
     For example:
 
         dino pretrain patch data runs/patch training.nepochs=100 speed.num_workers=8
-        dino pretrain patch data runs/patch model.init=timm:vit_small_patch16_224.dino
+        dino pretrain patch data runs/patch --recipe patch_continue model.init=timm:vit_small_patch16_224.dino
         torchrun --nproc_per_node=8 -m dino pretrain patch data runs/patch
     """
     pretrain_level("patch", arguments or [], config, recipe)

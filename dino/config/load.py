@@ -19,7 +19,10 @@ from dino.errors import ConfigError
 C = TypeVar("C")
 
 # Recipes of each schema (NAME.yaml in this folder); the first one is the default of the command.
-RECIPES: dict[type, tuple[str, ...]] = {PatchConfig: ("patch_pathology", "patch"), RegionConfig: ("region",)}
+RECIPES: dict[type, tuple[str, ...]] = {
+    PatchConfig: ("patch_pathology", "patch_dinov2", "patch_continue", "patch"),
+    RegionConfig: ("region", "region_ibot"),
+}
 
 # Keys of the original system that no longer exist, and their replacements.
 REPLACED = {

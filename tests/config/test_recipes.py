@@ -92,9 +92,13 @@ def test_the_original_recipe_contains_the_published_values():
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [
-        (schema.PatchConfig, "pathology", r"\(patch_pathology, patch\), found 'pathology'; did you mean 'patch_path"),
-        (schema.PatchConfig, "region", "patch_pathology, patch"),
-        (schema.RegionConfig, "patch", r"expected a recipe \(region\)"),
+        (
+            schema.PatchConfig,
+            "pathology",
+            r"\(patch_pathology, .*, patch\), found 'pathology'; did you mean 'patch_path",
+        ),
+        (schema.PatchConfig, "region", "patch_pathology, patch_dinov2"),
+        (schema.RegionConfig, "patch", r"expected a recipe \(region, region_ibot\)"),
         (schema.PatchConfig, "my.yaml", "--config"),
         (schema.TileConfig, "tile", "has none"),
     ],
