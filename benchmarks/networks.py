@@ -19,7 +19,7 @@ from dino.models.spec import shape_of
 from dino.objectives.dino import DINO
 from dino.train.distill import Network, SelfDistillation
 from dino.train.loop import Callback, Crops, StepReport, Trainer
-from dino.train.optimizer import Cosine, Length, Schedules, build_optimizer
+from dino.train.optimizer import Cosine, Length, Schedules, SegmentedSchedules, build_optimizer
 
 LR, WEIGHT_DECAY, MOMENTUM, TEACHER_TEMP = 1e-4, 0.04, 0.996, 0.04
 Groups = Sequence[tuple[int, int]]  # (number of views, their side) of each size
@@ -93,7 +93,7 @@ def our_trainer(
         crops=crops,
         batches=batches or ready_batches(task.batch),
         accumulation=1,
-        schedules=Schedules(lr, decay, momentum, 0),
+        schedules=SegmentedSchedules(Schedules(lr, decay, momentum, 0)),
         length=Length(task.batch, task.batch, 0),
         device=device,
         precision=precision,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dino.api.exporting import export, info, load_backbone
     from dino.api.extracting import extract
     from dino.api.launching import launch_slurm
-    from dino.api.pretraining import pretrain
+    from dino.api.pretraining import pretrain, resume
     from dino.api.rehearsal import replay
     from dino.api.reporting import report
     from dino.api.tiling import tile
@@ -27,6 +27,7 @@ __all__ = [
     "pretrain",
     "replay",
     "report",
+    "resume",
     "tile",
 ]
 
@@ -40,6 +41,7 @@ _MODULES = {
     "pretrain": "pretraining",
     "replay": "rehearsal",
     "report": "reporting",
+    "resume": "pretraining",
     "tile": "tiling",
 }
 

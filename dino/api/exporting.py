@@ -115,6 +115,7 @@ def info(source: str, arch: str | None = None) -> dict[str, Any]:
         "region_cells": list(loaded.region_cells) if loaded.region_cells else None,
         "step": loaded.step,
         "total_steps": loaded.details.get("total_steps"),
+        "segments": loaded.details.get("segments"),
         "versions": loaded.details.get("versions"),
         **({KEY: recorded(loaded.grids)} if not input_kind(loaded.level).normalized else {}),
         "training_slides": count(loaded.details.get("training_slides") or {}, "slide") or None,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from dino import distributed, progress
 from dino.api.judging import VERDICT_SAMPLES, build_evaluator, final_verdict
 from dino.api.rehearsal import dry_run, profile
 from dino.api.run import Run
-from dino.config.schema import PatchConfig, PretrainConfig, RegionConfig
+from dino.config.schema import ExtendConfig, PatchConfig, PretrainConfig, RegionConfig
 from dino.errors import ConfigError, DinoError, OutOfMemory, ProcessesLost, Stopped
 from dino.files import oserror_to_data_error
 from dino.report.terminal import next_commands, run_panel
 from dino.train.failure import record_failure
 from dino.train.loop import NonFiniteStep, Trainer
-from dino.train.run_folder import RunFolder
+from dino.train.run_folder import RunFolder, RunReader
 
 MANY_TILES = 1_000_000  # with fewer, training from random weights does not pay
 
@@ -41,17 +41,19 @@ class RunSummary:
     numbers: dict[str, Any]
 
 
-def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
+def pretrain(config: PatchConfig | RegionConfig, extend: ExtendConfig | None = None) -> RunSummary:
     """Train one level, or resume a run that was interrupted.
 
     Args:
         config: Settings of the level: :class:`PatchConfig` (level 1) or :class:`RegionConfig` (level 2).
+        extend: Train a finished run further, in a segment with a schedule of its own; the same settings extend it once.
 
     Returns:
         The run's summary. A run that is complete is reported as such and not changed.
 
     Raises:
-        ConfigError: If settings contradict each other, or the folder belongs to another run or is in use.
+        ConfigError: If settings contradict each other, or the folder belongs to another run or is in use; if a run is
+            to be extended that is not finished.
         DataError: If the data cannot be trained on.
         Stopped: If a signal asked for it; the state is saved.
         TrainingFault: If a loss or gradient was not finite.
@@ -65,20 +67,24 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
         raise ConfigError("expected a run folder, found none; name RUN (output_dir=…)")
     device = distributed.choose_device(config.speed.device)
     with distributed.process_group(device, config.speed.timeout_minutes), _memory_advised(config):
-        if rehearsal:
-            run = Run(config, device)
-            _announce(run)
-            return _rehearse(run)
+        if rehearsal and extend is None:
+            return _rehearse(Run(config, device))
         folder = RunFolder(Path(config.output_dir))
         if folder.was_ended_by_this_launch():
             return _report_end(folder)
-        run = Run(config, device)
+        run = Run(config, device, folder.segments())
         run.check(folder)
-        if folder.is_over():
-            progress.say(f"{folder.path}: this run is {folder.status()['state']}; nothing to do")
+        if extend is not None:
+            run.extend(folder, extend)
+            progress.say(f"{folder.path} is extended: {run.segments[-1]}")
+            if rehearsal:
+                return RunSummary(folder.path, "dry_run", run.total, {"segment": run.segments[-1].to_dict()})
+        if folder.is_over() and run.segments == folder.segments():
+            done = f"{folder.path}: this run is {folder.status()['state']}; nothing to do"
+            progress.say(f"{done} (`dino resume {shlex.quote(str(folder.path))} {run.further()}` extends it)")
             _show_summary(folder, config)
             return _report_end(folder)
-        _announce(run)
+        _announce(run, folder.warn)
         trainer = run.trainer()  # before the folder is claimed, so that a failure here leaves no files
         with oserror_to_data_error(folder.path), folder.lock.held():
             run.claim(folder)  # checks once more: another run may have started and ended since
@@ -86,14 +92,9 @@ def pretrain(config: PatchConfig | RegionConfig) -> RunSummary:
                 checkpoints = run.checkpoints(folder)
                 evaluator = build_evaluator(run, checkpoints)
                 metrics = run.connect(trainer, folder, checkpoints, evaluator)
-                folder.update_status(
-                    state="running",
-                    step=trainer.step,
-                    total_steps=run.length.total,
-                    error=None,
-                    data=run.level.split.to_dict(),
-                )
-                with progress.bar(f"pretrain {run.level.name}", run.length.total, trainer.step) as metrics.bar:
+                data = run.level.split.to_dict()
+                folder.update_status(state="running", step=trainer.step, total_steps=run.total, error=None, data=data)
+                with progress.bar(f"pretrain {run.level.name}", run.total, trainer.step) as metrics.bar:
                     trainer.fit()
                 samples = min(VERDICT_SAMPLES, len(run.level.dataset))
                 progress.say(f"evaluating: features of two views of {samples} samples, now and at the start …")
@@ -120,17 +121,41 @@ def recommended_recipe(config: PretrainConfig, samples: int) -> str | None:
     return f"at least {MANY_TILES:,} tiles: --recipe patch_dinov2 has the settings of DINOv2"
 
 
-def _announce(run: Run) -> None:
-    """Say what is trained on and what is held out, and which recipe suits it better than the settings given."""
+def resume(
+    run: str | Path, changes: Sequence[str] | Mapping[str, Any] = (), extend: ExtendConfig | None = None
+) -> RunSummary:
+    """Resume a run with the settings in its folder, or extend it.
+
+    Args:
+        run: The run folder; it may have been moved.
+        changes: Runtime settings to change, as ``key=value`` words or by dotted key.
+        extend: As for :func:`pretrain`.
+
+    Returns:
+        As :func:`pretrain`.
+
+    Raises:
+        ConfigError: If there is no run, and as for :func:`pretrain`.
+        DinoError: As for :func:`pretrain`.
+    """
+    config = RunReader(Path(run)).config(changes)
+    return pretrain(dataclasses.replace(config, output_dir=str(run)), extend)
+
+
+def _announce(run: Run, warn: Callable[[str], None]) -> None:
+    """Say what is trained on and what is held out, which recipe suits it better, and warn of likely mistakes."""
     progress.say(f"{run.config.data_dir}: training on {run.level.split}")
     if advice := recommended_recipe(run.config, len(run.level.dataset)):
         progress.say(advice)
     for warning in run.level.warnings:
         progress.warn(warning)
+    for warning in run.warnings():
+        warn(warning)
 
 
 def _rehearse(run: Run) -> RunSummary:
     """Train some steps without a run folder: to find out what the run would take, or where a step's time goes."""
+    _announce(run, progress.warn)
     numbers = profile(run) if run.config.profile else dry_run(run)
     return RunSummary(
         Path(run.config.output_dir), "profile" if run.config.profile else "dry_run", numbers["steps"], numbers
@@ -194,7 +219,8 @@ def _finish(run: Run, trainer: Trainer, folder: RunFolder, evaluation: Mapping[s
     state = "early_stopped" if trainer.stop_early else "finished"
     if distributed.is_main():
         run.export(folder)
-    folder.update_status(state=state, step=trainer.step, eta_seconds=0, bad_files=len(trainer.quarantine), **evaluation)
+    counts = {"step": trainer.step, "segments": len(run.segments), "bad_files": len(trainer.quarantine)}
+    folder.update_status(state=state, eta_seconds=0, **counts, **evaluation)
     _show_summary(folder, run.config)
     distributed.barrier()
     return RunSummary(folder.path, state, trainer.step, folder.status())

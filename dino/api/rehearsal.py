@@ -219,7 +219,7 @@ def _rebuild(reader: RunReader, failure: Failure, changes: Sequence[str]) -> Run
     """The run on one process, with the same global batch."""
     micro_batches = len(failure.facts["processes"]) * reader.config().training.gradient_accumulation
     config = reader.config([f"training.gradient_accumulation={micro_batches}", "speed.num_workers=0", *changes])
-    run = Run(config, distributed.choose_device(config.speed.device))
+    run = Run(config, distributed.choose_device(config.speed.device), reader.segments())
     if run.layout.global_batch != len(failure.draws):
         raise ConfigError(
             f"expected a global batch of {len(failure.draws)} as in the failed step, found {run.layout.global_batch}; "

@@ -1,8 +1,11 @@
 """A pretraining run as its settings describe it: data, model, schedules, and the trainer with its callbacks."""
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +14,7 @@ from torch.utils.data import DataLoader
 from dino import distributed
 from dino.api.levels import build_level
 from dino.config.load import identity_of, to_dict, to_yaml
-from dino.config.schema import PretrainConfig
+from dino.config.schema import ExtendConfig, PretrainConfig
 from dino.data.loader import DrawnBatches, DropPath, Layout, load_batches
 from dino.errors import ConfigError
 from dino.train import distill
@@ -32,7 +35,17 @@ from dino.train.checkpoint import (
     restore,
 )
 from dino.train.loop import Callback, Trainer
-from dino.train.optimizer import CLIP_MODES, Cosine, Length, Schedules, build_optimizer, scaled_lr
+from dino.train.optimizer import (
+    CLIP_MODES,
+    SEGMENTS,
+    Cosine,
+    Length,
+    Schedules,
+    Segment,
+    SegmentedSchedules,
+    build_optimizer,
+    scaled_lr,
+)
 from dino.train.run_folder import RunFolder
 
 
@@ -42,11 +55,12 @@ class Run:
     Args:
         config: Its settings.
         device: Where this process computes.
+        segments: Those by which it was extended.
 
     Attributes:
         level: Its data, crops and backbone.
         layout: How the global batch is split over processes and micro-batches.
-        length: Its steps.
+        length: Its steps, without further segments.
         peak_lr: Learning rate after the warm-up, for the global batch.
         origin: What the run's checkpoints record of the origin of its samples: that of its first start.
         inherited: The sets of labelled rows that chose the weights it starts from; set by
@@ -58,9 +72,9 @@ class Run:
         DataError: If the data cannot be trained on.
     """
 
-    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+    def __init__(self, config: PretrainConfig, device: torch.device, segments: Sequence[Segment] = ()) -> None:
         self.config, self.level, self.device = config, build_level(config), device
-        self.origin = self.level.origin
+        self.origin, self.segments = self.level.origin, list(segments)
         training = config.training
         if training.batch_size_per_gpu < 1 or training.gradient_accumulation < 1:
             raise ConfigError("expected training.batch_size_per_gpu and training.gradient_accumulation of at least 1")
@@ -76,6 +90,11 @@ class Run:
         self.peak_lr = scaled_lr(config.optim, self.layout.global_batch)
         self.inherited: Sequence[Mapping[str, Any]] = ()
         self.selection: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def total(self) -> int:
+        """Steps of the run, with all its segments."""
+        return self.segments[-1].end if self.segments else self.length.total
 
     def identity(self) -> dict[str, Any]:
         """What the run computes: identity settings, the global batch, and the data."""
@@ -110,8 +129,59 @@ class Run:
             DataError: If it was started on feature grids of another level-1 model.
         """
         started = self.check(folder)
-        folder.claim(started, to_yaml(self.config))
+        if folder.segments() not in (self.segments, self.segments[:-1]):
+            raise ConfigError(f"expected {folder.path} as it was a moment ago, found that it was extended; try again")
+        further = {SEGMENTS: [segment.to_dict() for segment in self.segments]} if self.segments else {}
+        data_dir = str(Path(self.config.data_dir).absolute())  # so that it can be resumed from any working directory
+        folder.claim({**started, **further}, to_yaml(replace(self.config, data_dir=data_dir)))
         self.origin = folder.origin(started, self.level.origin)
+
+    def extend(self, folder: RunFolder, extend: ExtendConfig) -> None:
+        """Add the segment that is asked for, unless the run has it: the same settings add it once.
+
+        Raises:
+            ConfigError: If the run is not complete without it, is longer already, or has it with other settings.
+        """
+        path, command = folder.path, f"`dino resume {shlex.quote(str(folder.path))}`"
+        over, last = folder.is_over(), self.segments[-1] if self.segments else None
+        if last is None and not over:
+            raise ConfigError(f"expected a finished run to extend, found {path} unfinished; first run {command}")
+        first = self.segments[0].start if self.segments else folder.steps_done()
+        make = partial(Segment.of, extend, self.config, self.length, first)
+        found = make(last.start if last else first)
+        if last is not None and found.end == last.end:
+            if found != last:
+                raise ConfigError(f"expected the extension that {path} has ({last}), found another one ({found})")
+            return
+        found = make(self.total if last else first)
+        if found.end < found.start:
+            raise ConfigError(
+                f"expected an extension by more than the {found.start - first} steps that {path} already has, found "
+                f"{found.end - first}; extensions are counted from the end of the first schedule, step {first}"
+            )
+        if not over:
+            raise ConfigError(f"expected {path} to have finished ({last}), found that it has not; first run {command}")
+        self.segments.append(found)
+
+    def further(self) -> str:
+        """The setting that extends the finished run by about ten epochs."""
+        extended = self.length.epoch(self.total - self.segments[0].start) if self.segments else 0
+        return f"training.nepochs=+{math.ceil(extended) + 10}"
+
+    def warnings(self) -> list[str]:
+        """What is likely to be a mistake in the settings."""
+        epochs = self.length.epoch(self.length.total)
+        periods = {
+            "training.warmup_epochs": (self.config.training.warmup_epochs, "the learning rate does not reach its peak"),
+            "training.freeze_last_layer": (self.config.training.freeze_last_layer, "the last layer is never trained"),
+            "training.freeze_backbone": (self.config.training.freeze_backbone, "the backbone is never trained"),
+        }
+        return [
+            f"{key}={value:g} is not shorter than the run of {epochs:.3g} epochs ({self.length.total} steps): "
+            f"{effect}; lower it, or raise training.nepochs"
+            for key, (value, effect) in periods.items()
+            if value > 0 and value >= epochs
+        ]
 
     def warmup_steps(self) -> int:
         """Steps until every warm-up is over."""
@@ -164,14 +234,18 @@ class Run:
             crops=self.level.crops,
             batches=partial(self.batches, model.student.backbone.depth),
             accumulation=self.layout.accumulation,
-            schedules=Schedules(
-                Cosine(self.peak_lr, decay.min_lr, total, steps(training.warmup_epochs)),
-                Cosine(decay.weight_decay, decay.weight_decay_end, total),
-                Cosine(self.config.model.momentum_teacher, 1.0, total),
-                steps(training.freeze_last_layer),
-                steps(training.freeze_backbone),
+            schedules=SegmentedSchedules(
+                Schedules(
+                    Cosine(self.peak_lr, decay.min_lr, total, steps(training.warmup_epochs)),
+                    Cosine(decay.weight_decay, decay.weight_decay_end, total),
+                    Cosine(self.config.model.momentum_teacher, 1.0, total),
+                    steps(training.freeze_last_layer),
+                    steps(training.freeze_backbone),
+                ),
+                self.segments,
+                decay.weight_decay_end,
             ),
-            length=self.length,
+            length=replace(self.length, total=self.total),
             device=self.device,
             precision=self.config.speed.precision,
             clip_grad=training.clip_grad,
@@ -209,9 +283,7 @@ class Run:
         metrics = MetricsLog(
             folder,
             log.every_steps,
-            build_trackers(
-                folder.path, to_dict(self.config), tensorboard=log.tensorboard, wandb=log.wandb, mlflow=log.mlflow
-            ),
+            build_trackers(folder.path, to_dict(self.config), log),
             [
                 CollapseWatch(signs, self.warmup_steps(), self.layout.global_batch),
                 StarvationWatch(self.config.speed.num_workers),

@@ -39,7 +39,8 @@ class Command(TyperCommand):
         """Print the help, followed by every setting with its default."""
         super().format_help(ctx, formatter)
         if self.schema is not None:
-            _print_settings(self.schema, self.recipe)
+            in_file = any("--config" in param.opts for param in self.get_params(ctx))
+            _print_settings(self.schema, self.recipe, " or in a YAML file with --config" if in_file else "")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments; a setting that is written as an option is an error with a hint."""
@@ -102,7 +103,7 @@ def _process() -> str:
     return "" if rank == "0" or "WORLD_SIZE" not in os.environ else f" in process {rank}"
 
 
-def _print_settings(schema: type, recipe: str | None) -> None:
+def _print_settings(schema: type, recipe: str | None, elsewhere: str) -> None:
     from dino.config.load import flatten, load_config, settings, to_dict
 
     values = flatten(to_dict(load_config(schema, recipe=recipe)))
@@ -118,7 +119,7 @@ def _print_settings(schema: type, recipe: str | None) -> None:
         table.add_row(item.key, _format(values[item.key]), item.help)
     console = Console(highlight=False)
     origin = f" Defaults of the recipe {recipe}:" if recipe else ""
-    console.print(f"Settings, passed as KEY=VALUE or in a YAML file with --config.{origin}\n")
+    console.print(f"Settings, passed as KEY=VALUE{elsewhere}.{origin}\n")
     console.print(table, markup=False)
 
 

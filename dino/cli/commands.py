@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dino.cli.command import ConfigFile, end, flat_scalars, with_settings
-from dino.cli.grammar import UsageError, expect, expect_many, named_or_positional, split
+from dino.cli.grammar import FURTHER, UsageError, expect, expect_many, named_or_positional, split
 from dino.config.load import RECIPES, flatten, load_config, recipe_comment, to_commented_yaml, to_dict
 from dino.config.load import settings as all_settings
 from dino.config.schema import (
@@ -114,6 +114,10 @@ def pretrain_settings(level: str, arguments: list[str], file: Path | None, recip
         UsageError: If one of the two folders is missing.
     """
     folders, overrides = named_or_positional(arguments, {"data_dir": "ROOT", "output_dir": "RUN"})
+    further = next((word for word in overrides if FURTHER.fullmatch(word)), None)
+    if further:
+        run = shlex.quote(folders.get("output_dir", "RUN"))
+        raise UsageError(f"expected a length, found {further}; `dino resume {run} {further}` extends a finished run")
     settings = load_config(LEVEL_CONFIGS[level], recipe=recipe, file=file, overrides=overrides)
     settings = dataclasses.replace(settings, **folders)
     needed = ("data_dir",) if settings.dry_run or settings.profile else ("data_dir", "output_dir")
@@ -265,59 +269,6 @@ def info(arguments: InfoArguments = None, config: ConfigFile = None, everything:
 
 
 info_command = with_settings(InfoConfig)
-
-# --------------------------------------------------------------------------------------------------- replay
-
-ReplayArguments = Annotated[list[str] | None, typer.Argument(metavar="RUN/failure [KEY=VALUE]...", hidden=True)]
-REPLAY_HEADER = ("sample", "draw", "loss", "largest input", "non-finite teacher views", "non-finite student views")
-
-
-def replay(arguments: ReplayArguments = None) -> None:
-    """Repeat a training step with a non-finite loss or gradient, and find the samples that cause it.
-
-    RUN/failure is the folder that the run wrote. Settings can be changed for the replay. Nothing is written.
-
-    For example:
-
-        dino replay runs/patch/failure
-        dino replay runs/patch/failure speed.precision=fp32
-    """
-    positional, changes = split(arguments or [])
-    (folder,) = expect(positional, ["RUN/failure"])
-    from dino import api, progress
-
-    found = api.replay(Path(folder), changes)
-    names = list(found.samples[0].losses) if found.samples else []
-    names = names if len(names) > 1 else []  # a single loss is the loss
-    rows = [
-        (
-            s.name,
-            str(s.draw),
-            f"{s.loss:.4g}",
-            f"{s.largest_input:.4g}",
-            _format_views(s.teacher_views),
-            _format_views(s.student_views),
-            *(f"{s.losses[name]:.4g}" for name in names),
-        )
-        for s in found.samples
-    ]
-    progress.table(rows, (*REPLAY_HEADER, *(f"loss/{name}" for name in names)))
-    typer.echo(_conclusion(found.step, found.again, [sample.name for sample in found.suspects]))
-
-
-def _format_views(views: list[int]) -> str:
-    return " ".join(str(view) for view in views) or "-"
-
-
-def _conclusion(step: int, again: bool, suspects: list[str]) -> str:
-    if not again:
-        return f"step {step} is finite this time: run the command again; if it fails again, the hardware may be faulty"
-    if suspects:
-        return f"step {step} is not finite again, because of {', '.join(suspects)}: check these samples"
-    return (
-        f"step {step} is not finite again, but each sample alone is finite: lower optim.lr, or set speed.precision=fp32"
-    )
-
 
 # ---------------------------------------------------------------------------------------------- launch slurm
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from dino.errors import ConfigError
 
 SETTING = re.compile(r"[A-Za-z_][\w.]*=")
+FURTHER = re.compile(r"training\.(nepochs|max_steps)=\+(.*)")  # extends a run, see `dino resume`
 OPTION = re.compile(r"--?([A-Za-z_][\w.-]*)(?:=(.*))?", re.DOTALL)
 
 

@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from dino import __version__
-from dino.cli import commands
+from dino.cli import commands, runs
 from dino.cli.command import Command, ConfigFile
 
 
@@ -15,7 +15,19 @@ class _InOrder(TyperGroup):
     """Lists the subcommands in the order in which they are used."""
 
     def list_commands(self, ctx: object) -> list[str]:
-        return ["tile", "pretrain", "extract", "evaluate", "export", "info", "replay", "launch", "config", "demo"]
+        return [
+            "tile",
+            "pretrain",
+            "extract",
+            "evaluate",
+            "export",
+            "info",
+            "resume",
+            "replay",
+            "launch",
+            "config",
+            "demo",
+        ]
 
 
 app = typer.Typer(
@@ -60,7 +72,8 @@ app.add_typer(evaluation, name="evaluate")
 evaluation.command(cls=commands.knn_command)(commands.knn)
 app.command(cls=commands.export_command)(commands.export)
 app.command(cls=commands.info_command)(commands.info)
-app.command(cls=Command)(commands.replay)
+app.command(cls=runs.resume_command)(runs.resume)
+app.command(cls=Command)(runs.replay)
 app.add_typer(launching, name="launch")
 launching.command(cls=commands.slurm_command)(commands.slurm)
 app.command(cls=Command)(commands.config)

@@ -239,6 +239,12 @@ class LoggingConfig:
     keep_every_steps: int = runtime(0, "steps between checkpoints that are kept as checkpoints/step_*.pt, 0 for none")
     tensorboard: bool = runtime(True, "write TensorBoard event files")
     wandb: bool = runtime(False, "log to Weights & Biases (pip install 'histodino[wandb]')")
+    wandb_mode: str = runtime(
+        "online", "online, or offline (into RUN/wandb, for `wandb sync`): needs no key or network"
+    )
+    wandb_project: str | None = runtime(None, "project in W&B (null: W&B's default)")
+    wandb_name: str | None = runtime(None, "name of the run in W&B (null: that of the run folder)")
+    wandb_group: str | None = runtime(None, "group of runs in W&B")
     mlflow: bool = runtime(False, "log to MLflow (pip install 'histodino[mlflow]')")
 
 
@@ -282,6 +288,31 @@ class RegionConfig(PretrainConfig):
 
 # Settings of the runs of each level, by the name of the level; the other parts of a level are in dino.api.levels.
 LEVEL_CONFIGS: dict[str, type[PatchConfig] | type[RegionConfig]] = {"patch": PatchConfig, "region": RegionConfig}
+
+
+@dataclass
+class ExtendConfig:
+    """A further segment of a finished run, on a schedule of its own."""
+
+    epochs: float | None = identity(
+        None, "epochs in all beyond the first schedule; training.nepochs=+20 is short for it"
+    )
+    steps: int | None = identity(None, "the same in steps; training.max_steps=+5000 is short for it")
+    lr: float | None = identity(None, "peak learning rate, scaled as optim.lr (null: the run's)")
+    min_lr: float | None = identity(None, "final learning rate (null: the run's)")
+    warmup_epochs: float | None = identity(
+        None, "epochs of linear learning-rate warm-up (null: the run's, at most a tenth of the segment)"
+    )
+    momentum_teacher: float | None = identity(
+        None, "initial EMA momentum of the teacher; rises to 1 on a cosine schedule (null: the run's)"
+    )
+
+
+@dataclass
+class ResumeConfig:
+    """`dino resume`; runtime settings of the run (data_dir, speed.num_workers, ...) may be given too."""
+
+    extend: ExtendConfig = group(ExtendConfig)
 
 
 # ------------------------------------------------------------------------------------------- other commands

@@ -28,7 +28,14 @@ FORMAT = f"{PACKAGE}/1"
 RUN_CHOICES = ("best.pt", "last.pt")
 # In torch's message: "Unsupported global: GLOBAL pathlib.Path was not ...", "unsupported GLOBAL posix.system whose ..."
 UNSAFE_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
-TRAINING = ("total_steps", "versions", "training_slides", "selection", "grids")  # further keys of a description
+TRAINING = (
+    "total_steps",
+    "segments",
+    "versions",
+    "training_slides",
+    "selection",
+    "grids",
+)  # further keys of a description
 OTHER_KINDS = {"TorchScript": "a TorchScript archive", ".tar": "a file of the old tar format"}  # in torch's messages
 
 # ------------------------------------------------------------------------------------------------- description
@@ -45,9 +52,10 @@ class Description:
         geometry: ``spacing_um`` (µm/px) and ``tile_size_px`` of the tiles trained on; at level 2 also ``region_cells``,
             (height, width) of the grids in cells. None where unknown.
         config: Settings of the run; None where unknown.
-        training: ``total_steps``, ``versions`` (of packages), ``training_slides`` (``slide_ids`` and ``patient_ids``,
-            or hashes as :func:`dino.privacy.hash_record` returns), ``selection`` (the sets of labelled rows that chose
-            it, as :func:`dino.evaluate.selection.row_set` returns) and, at level 2, ``grids``
+        training: ``total_steps``, ``segments`` (by which the run was extended, as
+            :class:`dino.train.optimizer.Segment`), ``versions`` (of packages), ``training_slides`` (``slide_ids`` and
+            ``patient_ids``, or hashes as :func:`dino.privacy.hash_record` returns), ``selection`` (the sets of labelled
+            rows that chose it, as :func:`dino.evaluate.selection.row_set` returns) and, at level 2, ``grids``
             (:class:`~dino.models.grid_source.GridSource`), as far as they are known.
     """
 

@@ -14,6 +14,8 @@ from dino.models.checkpoint import Description
 from dino.models.grid_source import KEY, GridSource, recorded
 from dino.privacy import KINDS, count, hash_record
 
+PUBLIC = ("total_steps", "segments", "versions", "selection")  # the last one contains hashes of files only
+
 
 def shareable(description: Description, salt: str, *, ids: bool, source: str) -> Description:
     """A description without folders, and with hashes in place of ids.
@@ -33,8 +35,7 @@ def shareable(description: Description, salt: str, *, ids: bool, source: str) ->
             f"expected ids of slides in {source} for ids=true, found only hashes; export the run itself, or leave out "
             "ids=true"
         )
-    shared = ("total_steps", "versions", "selection")  # the last one contains hashes of files only
-    kept = {key: description.training[key] for key in shared if key in description.training}
+    kept = {key: description.training[key] for key in PUBLIC if key in description.training}
     if KEY in description.training:
         grids = GridSource.from_dict(description.training[KEY])
         kept[KEY] = recorded(replace(grids, model=base_name(grids.model)) if grids else None)

@@ -56,7 +56,14 @@ class LoadedRun:
             status=status,
             settings=flatten(to_dict(self.config)),
             scores=reader.scores(),
-            method=methods.Run(to_dict(self.config), self.trained.step or 0, batch_size, *shape, split=split),
+            method=methods.Run(
+                to_dict(self.config),
+                self.trained.step or 0,
+                batch_size,
+                *shape,
+                split=split,
+                segments=self.trained.details.get("segments") or (),
+            ),
         )
 
     def normalise(self) -> Normalise:

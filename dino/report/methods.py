@@ -1,6 +1,6 @@
 """The methods paragraph of a report, for use in a paper."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ class Run:
         depth: Number of blocks.
         num_heads: Attention heads.
         split: Number of samples that it was trained on; None where that is not recorded.
+        segments: Those by which it was extended, see :class:`dino.train.optimizer.Segment`.
     """
 
     config: Settings
@@ -49,6 +50,7 @@ class Run:
     depth: int
     num_heads: int
     split: Split | None = None
+    segments: Sequence[Settings] = ()
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,17 @@ def _training(run: Run) -> str:
         f"weight decay {_from_to(schedule['weight_decay'], schedule['weight_decay_end'])}, gradient clipping at "
         f"{training['clip_grad']:g}, drop-path rate {model['drop_path_rate']:g}, "
         f"{run.config.get('speed', {}).get('precision', 'fp32')} precision."
+        f"{''.join(map(_segment, run.segments))}"
+    )
+
+
+def _segment(segment: Settings) -> str:
+    """A sentence about training that went on after the end of the schedule before it."""
+    warmup = f"{segment['warmup_steps']:,} steps of linear warm-up, " if segment["warmup_steps"] else ""
+    return (
+        f" Training was then continued from step {segment['start']:,} to {segment['end']:,}, with all state kept, on a "
+        f"new schedule: a peak learning rate of {segment['lr']:.3g} ({warmup}cosine to {segment['min_lr']:g}) and a "
+        f"teacher momentum of {segment['momentum_teacher']:g} to 1 by a cosine."
     )
 
 

@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dino import distributed, progress
+from dino.config.schema import LoggingConfig
 from dino.errors import CheckpointError, ConfigError
 from dino.evaluate.retrieval import effective_rank
 from dino.evaluate.verdict import COLLAPSED_RANK
@@ -21,6 +23,7 @@ from dino.train.loop import RANKED, Callback, StepReport, Trainer
 from dino.train.profiling import DATA, STARVING, Stopwatch, busy_cores_warning, clock_of, data_advice, fraction
 from dino.train.run_folder import RunFolder
 
+WANDB_MODES = ("online", "offline")
 TAKEN_OVER = "another process uses the folder now"
 LINES = 10  # consecutive lines of the log in which a sign of collapse must show
 WARMUP_LINES = 1  # lines before data_wait counts: workers start, and their prefetched batches are used up
@@ -60,6 +63,8 @@ class MetricsLog(Callback):
         """Cut log and quarantine back to the step where the run resumes, and show the watches the lines kept."""
         for line in self.folder.cut_log(trainer.step):
             self._warnings(line)
+        if trainer.schedules.segment and trainer.schedules.begins_at(trainer.step):
+            self.folder.log({"step": trainer.step, "segment": trainer.schedules.segment.to_dict()})
         self.folder.write_quarantine(trainer.quarantine)
         self._since = (time.monotonic(), trainer.step)
         self._stopwatch = Stopwatch(clock_of(trainer.device), {DATA})
@@ -341,24 +346,20 @@ class SaveClock:
         return True
 
 
-def build_trackers(
-    folder: Path, config: dict[str, Any], *, tensorboard: bool, wandb: bool, mlflow: bool
-) -> tuple[Tracker, ...]:
+def build_trackers(folder: Path, config: dict[str, Any], log: LoggingConfig) -> tuple[Tracker, ...]:
     """Where curves go besides ``metrics.jsonl``: the trackers asked for, on the main process only.
 
     Args:
         folder: The run folder.
         config: The resolved settings, which are recorded with the curves.
-        tensorboard: Write event files to ``RUN/tensorboard``.
-        wandb: Log to Weights & Biases.
-        mlflow: Log to MLflow.
+        log: Which trackers.
 
     Raises:
-        ConfigError: If a wanted tracker is not installed.
+        ConfigError: If a wanted tracker is not installed, or W&B cannot be reached.
     """
     if not distributed.is_main():
         return ()
-    wanted = [(tensorboard, _tensorboard), (wandb, _wandb), (mlflow, _mlflow)]
+    wanted = [(log.tensorboard, _tensorboard), (log.wandb, partial(_wandb, log)), (log.mlflow, _mlflow)]
     return tuple(build(folder, config) for chosen, build in wanted if chosen)
 
 
@@ -379,12 +380,30 @@ def _tensorboard(folder: Path, config: dict[str, Any]) -> Tracker:
     return track
 
 
-def _wandb(folder: Path, config: dict[str, Any]) -> Tracker:
+def _wandb(log: LoggingConfig, folder: Path, config: dict[str, Any]) -> Tracker:
+    if log.wandb_mode not in WANDB_MODES:
+        raise ConfigError(f"expected logging.wandb_mode {' or '.join(WANDB_MODES)}, found '{log.wandb_mode}'")
     try:
         import wandb
+        from wandb.errors import Error
     except ImportError:
         raise ConfigError("logging.wandb=true needs an extra: pip install 'histodino[wandb]'") from None
-    run = wandb.init(dir=str(folder), id=folder.name, resume="allow", config=config)
+    try:
+        run = wandb.init(
+            dir=str(folder),
+            id=folder.name,
+            project=log.wandb_project,
+            name=log.wandb_name or folder.name,
+            group=log.wandb_group,
+            mode=log.wandb_mode,  # type: ignore[arg-type]
+            resume="allow" if log.wandb_mode == "online" else None,
+            config=config,
+        )
+    except (Error, OSError, ValueError) as error:  # no key, no network, or a name that W&B does not take
+        raise ConfigError(
+            f"expected W&B to accept the run, found: {' '.join(str(error).split())}; run `wandb login`, or set "
+            "logging.wandb_mode=offline, or logging.wandb=false"
+        ) from None
     return lambda step, numbers: run.log(dict(numbers), step=step)
 
 

@@ -18,6 +18,7 @@ from dino.models.checkpoint import Description, check_resumable, read_checkpoint
 from dino.models.export import export_backbone
 from dino.models.weights import load_backbone_file
 from dino.train.loop import Trainer
+from dino.train.optimizer import SEGMENTS
 
 LAST, PREVIOUS, BEST, START = "last.pt", "previous.pt", "best.pt", "start.pt"
 
@@ -32,6 +33,7 @@ def initial_content(trainer: Trainer, about: Mapping[str, Any]) -> dict[str, Any
     training = {
         "total_steps": trainer.length.total,
         "versions": versions(),
+        **({SEGMENTS: [s.to_dict() for s in trainer.schedules.segments]} if trainer.schedules.segments else {}),
         **about["training"],
     }
     spec = trainer.model.teacher.backbone.spec

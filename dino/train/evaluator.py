@@ -97,6 +97,8 @@ class Evaluator(Callback):
             self.checkpoints.name(BEST)  # the process may have been killed after it wrote last.pt and before this
         elif self.best_step is not None and distributed.is_main():
             self._check_best(self.best_step)
+        if trainer.schedules.begins_at(trainer.step):
+            self.misses = 0  # a run that stopped early is extended
         trainer.stop_early = self._is_out_of_patience()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:

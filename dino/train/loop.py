@@ -15,7 +15,7 @@ from dino.errors import DataError, Stopped, TrainingFault
 from dino.objectives import Inputs, Masked, Outputs
 from dino.signals import StopSignal
 from dino.train.distill import DTYPES, SelfDistillation
-from dino.train.optimizer import Length, Schedules, StepValues, clip_gradients, gated_step
+from dino.train.optimizer import Length, SegmentedSchedules, StepValues, clip_gradients, gated_step
 from dino.train.profiling import AVERAGE, CLIP, COPY, CROPS, DATA, OPTIMIZER, Span, no_span
 
 RANKED = 64  # samples of a step whose features are used for the effective rank
@@ -122,7 +122,7 @@ class Trainer:
         batches: This process's micro-batches of steps ``first ... last - 1``, in order.
         accumulation: Micro-batches per step.
         schedules: Values of each step.
-        length: Steps of the run.
+        length: Steps of the run, with all its segments.
         device: Where to compute.
         precision: ``bf16``, ``fp32`` or ``fp64``.
         clip_grad: Largest gradient norm, 0 for no clipping.
@@ -141,7 +141,7 @@ class Trainer:
     crops: Crops
     batches: Callable[[int, int], Iterable[Batch]]
     accumulation: int
-    schedules: Schedules
+    schedules: SegmentedSchedules
     length: Length
     device: torch.device
     precision: str

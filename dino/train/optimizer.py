@@ -1,14 +1,16 @@
-"""Schedules, parameter groups, gradient clipping, and an optimizer step that a non-finite gradient leaves undone."""
+"""Schedules and segments of a run, parameter groups, clipping, and a step that a non-finite gradient leaves undone."""
 
+import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dino.config.schema import OptimConfig
+from dino.config.schema import ExtendConfig, OptimConfig, PretrainConfig
 from dino.errors import ConfigError
 
 NAMES = ("adamw", "sgd")
@@ -19,6 +21,8 @@ LR_SCALINGS: dict[str, Callable[[int], float]] = {
     "sqrt": lambda batch: math.sqrt(batch / 1024),
 }
 BETA1 = 0.9
+SEGMENTS = "segments"  # in identity.json, status.json (how many) and checkpoints
+WARMUP_FRACTION = 0.1  # at most, of a segment, unless another warm-up is asked for
 BLOCK = re.compile(r"^backbone\.vit\.blocks\.(\d+)\.")
 BEFORE_BLOCKS = re.compile(r"^backbone\.(mask_token$|vit\.(cls_token|reg_token|pos_embed|patch_embed|norm_pre)\b)")
 
@@ -151,6 +155,137 @@ def scaled_lr(optim: OptimConfig, global_batch: int) -> float:
     if optim.lr_scaling not in LR_SCALINGS:
         raise ConfigError(f"expected optim.lr_scaling {' or '.join(LR_SCALINGS)}, found '{optim.lr_scaling}'")
     return optim.lr * LR_SCALINGS[optim.lr_scaling](global_batch)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Training that goes on after the end of a run's schedule; it starts from all state at that end.
+
+    A run of 100 epochs that is extended by 20 is not a run of 120 epochs, whose learning rate would have been higher at
+    epoch 100. So the segments are part of a run's identity, its log and its checkpoints.
+
+    The learning rate rises linearly from 0 and falls on a cosine, and the momentum of the teacher rises to 1 again, as
+    in the first segment: at its final value of 1 the teacher would not change. Weight decay and teacher temperature
+    stay at their final values, and no layer is frozen.
+
+    Attributes:
+        start: Steps done before it.
+        end: Steps done after it.
+        lr: Peak learning rate, for the global batch.
+        min_lr: Final learning rate.
+        warmup_steps: Steps of the warm-up.
+        momentum_teacher: Initial momentum of the teacher.
+    """
+
+    start: int
+    end: int
+    lr: float
+    min_lr: float
+    warmup_steps: int
+    momentum_teacher: float
+
+    @classmethod
+    def of(cls, extend: ExtendConfig, config: PretrainConfig, length: Length, first: int, start: int) -> "Segment":
+        """The segment that settings ask for.
+
+        Args:
+            extend: The settings.
+            config: Settings of the run, which are those of the segment where ``extend`` has none.
+            length: Length of the run.
+            first: Steps done before the first extension, from which ``epochs`` and ``steps`` are counted.
+            start: Steps done before this one.
+
+        Raises:
+            ConfigError: Unless there is one length of at least one step, and values are in range.
+        """
+        if (extend.epochs is None) == (extend.steps is None):
+            raise ConfigError("expected extend.epochs or extend.steps, found both or neither; give one of them")
+        added = extend.steps if extend.steps is not None else _steps(extend.epochs or 0, length)
+        longest = int(WARMUP_FRACTION * max(0, first + added - start))
+        warmup = min(_steps(config.training.warmup_epochs, length), longest)
+        optim = config.optim if extend.lr is None else dataclasses.replace(config.optim, lr=extend.lr)
+        segment = cls(
+            start,
+            first + added,
+            scaled_lr(optim, length.global_batch),
+            config.optim.lr_scheduler.min_lr if extend.min_lr is None else extend.min_lr,
+            warmup if extend.warmup_epochs is None else _steps(extend.warmup_epochs, length),
+            config.model.momentum_teacher if extend.momentum_teacher is None else extend.momentum_teacher,
+        )
+        if segment.end - start <= segment.warmup_steps > 0:
+            raise ConfigError(
+                f"expected extend.warmup_epochs to be shorter than the extension, found {segment.warmup_steps} steps "
+                f"of warm-up in {segment.end - start} steps"
+            )
+        if added < 1 or segment.lr <= 0 or segment.min_lr < 0 or not 0 <= segment.momentum_teacher <= 1:
+            raise ConfigError(
+                "expected an extension of at least one step, extend.lr above 0, extend.min_lr of at least 0 and "
+                f"extend.momentum_teacher in [0, 1], found {added} steps and {segment}"
+            )
+        return segment
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Segment":
+        """The inverse of :meth:`to_dict`."""
+        return cls(**{item.name: values[item.name] for item in dataclasses.fields(cls)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON and checkpoints."""
+        return dataclasses.asdict(self)
+
+    def schedules(self, weight_decay: float) -> Schedules:
+        """Its schedules, of steps counted from its start."""
+        steps = self.end - self.start
+        return Schedules(
+            Cosine(self.lr, self.min_lr, steps, self.warmup_steps),
+            Cosine(weight_decay, weight_decay, steps),
+            Cosine(self.momentum_teacher, 1.0, steps),
+            freeze_steps=0,
+        )
+
+    def __str__(self) -> str:
+        warmup = (
+            f"from 0 to {self.lr:.3g} in {self.warmup_steps} steps, then" if self.warmup_steps else f"{self.lr:.3g},"
+        )
+        return (
+            f"steps {self.start} to {self.end}: learning rate {warmup} on a cosine to {self.min_lr:.3g}; "
+            f"momentum of the teacher from {self.momentum_teacher:g} to 1"
+        )
+
+
+def _steps(epochs: float, length: Length) -> int:
+    return round(epochs * length.samples / length.global_batch)
+
+
+@dataclass(frozen=True)
+class SegmentedSchedules:
+    """Schedules of a run with further segments.
+
+    Attributes:
+        first: Those of the run without them.
+        segments: The further segments, in order.
+        weight_decay: Its final value, which is that of the segments.
+    """
+
+    first: Schedules
+    segments: Sequence[Segment] = ()
+    weight_decay: float = 0.0
+
+    @property
+    def segment(self) -> Segment | None:
+        """The last segment; None in a run that was not extended."""
+        return self.segments[-1] if self.segments else None
+
+    def begins_at(self, step: int) -> bool:
+        """Whether the last segment has no step yet after ``step`` steps."""
+        return self.segment is not None and self.segment.start == step
+
+    def at(self, step: int) -> StepValues:
+        """The values of ``step``, counted from 0."""
+        for segment in reversed(self.segments):
+            if step >= segment.start:
+                return segment.schedules(self.weight_decay).at(step - segment.start)
+        return self.first.at(step)
 
 
 def lr_factor(name: str, depth: int, optim: OptimConfig) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,8 +18,11 @@ from dino.lock import LOCK, RunLock
 from dino.models.checkpoint import resolve_run
 from dino.models.grid_source import KEY, UNKNOWN, GridSource, check_same_source
 from dino.train.checkpoint import START
+from dino.train.optimizer import SEGMENTS, Segment
 
+IDENTITY = "identity.json"
 SCORES_FILE = "knn_{labels}.json"  # one file per table of labels
+LENGTHS = {"training.nepochs", "training.max_steps"}
 COMPLETE = {"finished", "early_stopped"}
 FINAL_STATES = COMPLETE | {"stopped", "failed"}
 
@@ -58,7 +62,11 @@ class RunReader:
 
     def is_over(self) -> bool:
         """True when the run is complete: running the command again trains no further."""
-        return self.state() in COMPLETE
+        return self._is_complete(self.status())
+
+    def _is_complete(self, status: Mapping[str, Any]) -> bool:
+        """Whether a status is that of a complete run, with all its segments."""
+        return status.get("state") in COMPLETE and status.get(SEGMENTS, 0) == len(self.segments())
 
     def is_running(self) -> bool:
         """True while the run holds the folder's lock; also after a process was killed, until the run is resumed."""
@@ -91,11 +99,24 @@ class RunReader:
             ConfigError: If there is no readable ``identity.json``.
         """
         try:
-            return dict(read_json(self.path / "identity.json"))
+            return dict(read_json(self.path / IDENTITY))
         except (OSError, ValueError, TypeError):
             raise ConfigError(
                 f"expected a run at {self.path}, found no readable identity.json; check the path"
             ) from None
+
+    def segments(self) -> list[Segment]:
+        """The segments after the first, see :class:`dino.train.optimizer.Segment`; none without a run.
+
+        Raises:
+            ConfigError: If what is recorded of them is damaged.
+        """
+        if not (self.path / IDENTITY).exists():
+            return []
+        try:
+            return [Segment.from_dict(values) for values in self.identity().get(SEGMENTS, [])]
+        except (KeyError, TypeError):
+            raise ConfigError(f"expected segments in {self.path / IDENTITY}, found a damaged record of them") from None
 
     def level(self) -> str:
         """``patch`` or ``region``.
@@ -155,7 +176,11 @@ class RunFolder(RunReader):
 
     def is_over(self) -> bool:
         """True when the run was complete as this object last read or wrote its status, on every process alike."""
-        return self._status.get("state") in COMPLETE
+        return self._is_complete(self._status)
+
+    def steps_done(self) -> int:
+        """Steps done when the status was written."""
+        return int(self._status.get("step") or 0)
 
     def was_ended_by_this_launch(self) -> bool:
         """True in workers that torchrun restarted after the run had reached a final state: they must exit at once."""
@@ -164,7 +189,7 @@ class RunFolder(RunReader):
         return (
             distributed.restarted()
             and self._status.get("run_id") == distributed.launch_id()
-            and self._status.get("state") in FINAL_STATES
+            and (self.is_over() or self._status.get("state") in FINAL_STATES - COMPLETE)
         )
 
     def safe_step(self) -> int:
@@ -186,7 +211,7 @@ class RunFolder(RunReader):
             DataError: If the run was started on feature grids of another level-1 model.
         """
         started = dict(identity)
-        if (self.path / "identity.json").exists():
+        if (self.path / IDENTITY).exists():
             started = {**(defaults or {}), **self.identity()}
             self._expect_same(started, json.loads(json.dumps(identity)))
         elif self.path.exists() and self._other_files():
@@ -224,19 +249,21 @@ class RunFolder(RunReader):
             for left in leftovers(self.path):
                 if LOCK not in left.name:  # another process may be checking the lock
                     left.unlink(missing_ok=True)
-            write_json(self.path / "identity.json", dict(identity))
+            write_json(self.path / IDENTITY, dict(identity))
             write_text(self.path / "config.yaml", config_yaml)
 
     def _expect_same(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        changed = [key for key in {**old, **new} if key != KEY and old.get(key) != new.get(key)]
+        changed = [key for key in {**old, **new} if key not in (KEY, SEGMENTS) and old.get(key) != new.get(key)]
         if not changed:  # not even the grids' names, but perhaps the model that they were extracted with
             before, now = (GridSource.from_dict(identity.get(KEY)) for identity in (old, new))
             check_same_source(before, now, str(self.path), "its data folder")
             return
         shown = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed[:4])
+        resume = f"dino resume {shlex.quote(str(self.path))} training.nepochs=+10"
+        longer = f"`{resume}` extends a finished run. " if set(changed) <= LENGTHS else ""
         raise ConfigError(
-            f"{self.path} belongs to another run ({shown}); resuming needs the same settings. For a new run name "
-            f"another folder; model.init={self.path} starts it from this one's weights"
+            f"{self.path} belongs to another run ({shown}); resuming needs the same settings. {longer}For a new run "
+            f"name another folder; model.init={self.path} starts it from this one's weights"
         )
 
     def update_status(self, **changes: Any) -> None:
@@ -295,6 +322,7 @@ class RunFolder(RunReader):
             return []
         lines = read_json_lines(log) if step > 0 else []
         kept = [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
+        kept = [line for line in kept if "segment" not in line or line["step"] < step]  # written again at its start
         write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
         return [line for line in kept if "loss" in line]
 

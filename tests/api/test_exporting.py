@@ -168,8 +168,8 @@ def private_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         csv.writer(file).writerows(rows)
     settings = TileConfig(tile_size_px=64, region_size_px=256, num_workers=1)
     assert api.tile([folder / "slides.csv"], folder / "root", settings).exit_code == 0
-    tiles = sorted((folder / "root").glob("patch_*/imgs/*/*.jpg"))[:4]
-    parts = ("train", "train", "test", "test")
+    tiles = sorted((folder / "root").glob("patch_*/imgs/*/*.jpg"))[:6]
+    parts = ("train", "train", "val", "val", "test", "test")
     lines = [f"{path},{i % 2},{parts[i]},new{i}" for i, path in enumerate(tiles)]
     (folder / "labels.csv").write_text("\n".join(["image_path,label,partition,slide_id", *lines]))
     init = checkpoint(
@@ -192,7 +192,8 @@ def test_an_export_names_neither_slides_nor_patients_nor_folders(private_run: Pa
         for private in (*IDS, "annasmith", str(tmp_path), f"{getpass.getuser()}/", f'"{platform.node()}'):
             assert not [name for name, content in files.items() if private.encode() in content], private
     said = info(str(tmp_path / "shared"))
-    assert said["contains"] == {"slides": "2 salted hashes", "patients": "2 salted hashes", "folders": "none"}
+    contained = {"slides": "2 salted hashes", "patients": "2 salted hashes", "folders": "none"}
+    assert said["contains"] == {**contained, "labels": "4 salted hashes of the files that chose the checkpoint"}
     assert said["training_slides"] == 2 and said["config"]["optim"]["lr"] == 0.05
     assert said["config"]["model"]["init"] == "i.pt"
     plain = info(str(private_run))["contains"]
