@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 Work = Callable[[], Any]
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,10 @@ def duel(
     device: torch.device,
     warmup: int = 1,
     prepare: Work = lambda: None,
+    clock: Clock = time.perf_counter,
 ) -> Duel:
     """Time two functions in alternation (:func:`in_turn`)."""
-    return Duel(*in_turn([ours, theirs], rounds, device, warmup, prepare))
+    return Duel(*in_turn([ours, theirs], rounds, device, warmup, prepare, clock))
 
 
 def in_turn(
@@ -152,6 +154,7 @@ def in_turn(
     device: torch.device,
     warmup: int = 1,
     prepare: Work = lambda: None,
+    clock: Clock = time.perf_counter,
 ) -> list[list[float]]:
     """Seconds of each function in each round, A B C A B C.
 
@@ -161,6 +164,7 @@ def in_turn(
         device: Device that the functions use.
         warmup: Untimed rounds before the first.
         prepare: Called before each function, untimed.
+        clock: Returns the time in seconds.
     """
     times: list[list[float]] = [[] for _ in works]
     for _ in range(warmup):
@@ -170,7 +174,7 @@ def in_turn(
     for _ in rounds:
         for work, seconds in zip(works, times, strict=True):
             prepare()
-            seconds.append(timed(work, device))
+            seconds.append(timed(work, device, clock))
     return times
 
 
@@ -180,14 +184,22 @@ def drain(results: Iterable) -> None:
         pass
 
 
-def timed(work: Work, device: torch.device) -> float:
-    """Seconds of ``work``, including the kernels it has queued on the device."""
+def clock_of(device: torch.device) -> Clock:
+    """The clock for work that neither waits nor uses other processes: on a CPU with one thread its processor time.
+
+    Other programs on the machine do not count in it. Several threads wait for each other in it.
+    """
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def timed(work: Work, device: torch.device, clock: Clock = time.perf_counter) -> float:
+    """Seconds of ``work`` by a clock, including the kernels it has queued on the device."""
     gc.collect()
     _wait(device)
-    started = time.perf_counter()
+    started = clock()
     work()
     _wait(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _wait(device: torch.device) -> None:

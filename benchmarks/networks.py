@@ -5,19 +5,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import expect_close, relative_error
 from benchmarks.reference.loss import PairwiseLoss
 from benchmarks.reference.network import Head, MultiCrop, VisionTransformer
+from benchmarks.reference.parts import PartsLoss, PartsNetwork
 from benchmarks.reference.step import Step
-from dino.config.schema import ModelConfig, OptimConfig
+from dino.config.schema import ModelConfig, ObjectiveConfig, OptimConfig, PretrainConfig, TrainingConfig
+from dino.crops.masks import MaskDrawer
 from dino.data.loader import Batch
 from dino.models.backbone import BackboneSpec, build_backbone
 from dino.models.spec import shape_of
-from dino.objectives.dino import DINO
-from dino.train.distill import Network, SelfDistillation
+from dino.randomness import generator
+from dino.train.distill import Network, SelfDistillation, build_objectives, needs_masks
 from dino.train.loop import Callback, Crops, StepReport, Trainer
 from dino.train.optimizer import Cosine, Length, Schedules, SegmentedSchedules, build_optimizer
 
@@ -36,6 +39,7 @@ class Task:
         groups: Number and side of the views of each size.
         level: ``patch`` or ``region``.
         input_dim: Channels of the input.
+        parts: Settings of the objective, where it is not DINO alone.
     """
 
     arch: str
@@ -44,6 +48,22 @@ class Task:
     groups: tuple[tuple[int, int], ...] = ((2, 224), (8, 96))
     level: str = "patch"
     input_dim: int = 3
+    parts: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """Weights and settings of the parts."""
+        return ObjectiveConfig(**dict(self.parts))
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The masked tokens of a batch, (B, G, N) bool; None where no part masks."""
+        if not needs_masks(self.objective):
+            return None
+        side = self.spec.img_size[0] // self.spec.patch_size
+        draw = MaskDrawer(self.objective, (side, side))
+        masks = [draw({}, None, generator(0, number, "masks")) for number in range(self.batch)]
+        return torch.from_numpy(np.stack(masks))
 
     @property
     def spec(self) -> BackboneSpec:
@@ -68,9 +88,9 @@ class ReadyViews:
         return self.views
 
 
-def ready_batches(batch: int) -> Callable[[int, int], Iterable[Batch]]:
+def ready_batches(task: Task) -> Callable[[int, int], Iterable[Batch]]:
     """Batches for :class:`ReadyViews`, which hold no pixels."""
-    empty = Batch(torch.empty(0), torch.arange(batch), {}, None, [], [])
+    empty = Batch(torch.empty(0), torch.arange(task.batch), {}, None, [], [], mask=task.mask)
     return lambda first, last: (empty for _ in range(first, last))
 
 
@@ -83,15 +103,20 @@ def our_trainer(
 ) -> Trainer:
     """This package's trainer; :func:`take_steps` runs it."""
     backbone = build_backbone(task.spec, seed=0)
-    objective = DINO(ModelConfig(out_dim=task.out_dim, norm_last_layer=False), lambda step: TEACHER_TEMP, seed=1)
-    student = Network(backbone, [objective]).to(device)
-    model = SelfDistillation(student, copy.deepcopy(student), [objective.to(device)], device)
+    config = PretrainConfig(
+        model=ModelConfig(out_dim=task.out_dim, norm_last_layer=False, teacher_temp=TEACHER_TEMP),
+        training=TrainingConfig(batch_size_per_gpu=task.batch),
+        objective=task.objective,
+    )
+    objectives = build_objectives(config, Length(task.batch, task.batch, 0), seed=1)
+    student = Network(backbone, objectives).to(device)
+    model = SelfDistillation(student, copy.deepcopy(student), [part.to(device) for part in objectives], device)
     lr, decay, momentum = (Cosine(value, value, 1) for value in (LR, WEIGHT_DECAY, MOMENTUM))
     return Trainer(
         model=model,
         optimizer=build_optimizer(OptimConfig(), model.student),
         crops=crops,
-        batches=batches or ready_batches(task.batch),
+        batches=batches or ready_batches(task),
         accumulation=1,
         schedules=SegmentedSchedules(Schedules(lr, decay, momentum, 0)),
         length=Length(task.batch, task.batch, 0),
@@ -116,10 +141,19 @@ def their_step(task: Task, trainer: Trainer, precision: str) -> Step:
         raise ValueError(f"expected one of this package's own architectures, found {task.arch}")
     spec, student = task.spec, trainer.model.student
     backbone = VisionTransformer(task.input_dim, spec.img_size[0], spec.patch_size, shape.dim, shape.depth, shape.heads)
-    network = MultiCrop(backbone, Head(shape.dim, task.out_dim)).to(trainer.device)
+    head, loss = Head(shape.dim, task.out_dim), PairwiseLoss(task.out_dim, task.views)
+    network: nn.Module = MultiCrop(backbone, head)
+    total: nn.Module = loss
+    if task.parts:
+        weights = vars(task.objective)
+        tokens = torch.zeros(task.batch, 2, backbone.native**2, dtype=torch.bool) if task.mask is None else task.mask
+        mask = tokens.transpose(0, 1).flatten(0, 1).to(trainer.device)  # (2 B, N)
+        network = PartsNetwork(backbone, head, weights, mask)
+        total = PartsLoss(loss, weights, mask, task.out_dim, task.objective.spread_group)
     load_named(network, student.published_state())
-    loss = PairwiseLoss(task.out_dim, task.views).to(trainer.device)
-    return Step(network, loss, precision, LR, WEIGHT_DECAY, MOMENTUM)
+    step = Step(network.to(trainer.device), total.to(trainer.device), precision, LR, WEIGHT_DECAY, MOMENTUM)
+    step.teacher.is_student = False  # type: ignore[assignment]
+    return step
 
 
 def load_named(network: nn.Module, state: dict[str, Tensor]) -> None:

@@ -101,11 +101,15 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D)."""
-        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)
+        return self.tokens(self.patch_embed(x), x)[:, 0]
+
+    def tokens(self, patches: Tensor, x: Tensor) -> Tensor:
+        """All tokens, (B, 1 + N, D), of the embedded patches (B, N, D) of ``x``."""
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), patches], dim=1)
         tokens = tokens + self.positions(x.shape[-2] // self.patch, x.shape[-1] // self.patch)
         for block in self.blocks:
             tokens = block(tokens)
-        return self.norm(tokens)[:, 0]
+        return self.norm(tokens)
 
     def positions(self, height: int, width: int) -> Tensor:
         """The position table for a grid of tokens, (1, 1 + height * width, D)."""

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import crops, extraction, grids, loss, optimizer, step
+from benchmarks import crops, extraction, grids, loss, optimizer, parts, step
 from benchmarks.material import grid_files, original_crops, random_views, tile_files
 from benchmarks.measure import expect_close
 from benchmarks.networks import same_step, their_step
@@ -16,6 +16,13 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("task", [step.SMALL, step.SMALL_REGION], ids=["patch", "region"])
 def test_step_gives_the_reference_loss_and_gradients(task):
+    views = random_views(task.batch, task.input_dim, task.groups, CPU)
+    assert "every gradient" in same_step(task, partial(their_step, precision="fp32"), views, step.TOLERANCE)
+
+
+@pytest.mark.parametrize("name", parts.SETS)
+def test_step_with_parts_gives_the_loss_and_gradients_of_the_plain_one(name):
+    task = parts.with_parts(parts.SMALL, parts.SETS[name])
     views = random_views(task.batch, task.input_dim, task.groups, CPU)
     assert "every gradient" in same_step(task, partial(their_step, precision="fp32"), views, step.TOLERANCE)
 
@@ -34,6 +41,11 @@ def test_a_step_that_differs_is_refused():
 
 def test_loss_gradient_and_centre_equal_the_eighteen_pairs():
     assert loss.check(loss.Ours(65, CPU), loss.Theirs(65, CPU), *loss.example(3, 65, CPU))
+
+
+def test_loss_gradient_and_centre_of_masked_tokens_equal_the_plain_ones():
+    student, teacher, weights = loss.masked_example(7, 65, CPU)
+    assert loss.check(loss.OursMasked(65, weights), loss.TheirsMasked(65, weights), student, teacher)
 
 
 @pytest.mark.parametrize(("name", "make"), [("Pillow", crops.by_pillow), ("torchvision v2", crops.by_torchvision)])
