@@ -13,6 +13,7 @@ from dino.objectives.pieces import in_pieces, piece_size
 
 # Returns the loss of logits and targets at a temperature; writes the gradient into the last argument, if given.
 LossAndGradient = Callable[[Tensor, Tensor, float, Tensor | None], Tensor]
+TokenLossAndGradient = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]  # with weights first
 
 
 def dino_loss(student: Tensor, targets: Tensor, student_temp: float, *, overwrite: bool = False) -> Tensor:
@@ -69,8 +70,8 @@ def masked_loss(
     Returns:
         The loss, a scalar, in nats.
     """
-    weights = weights.to(student.dtype)
-    return _CrossEntropy.apply(student, targets, float(student_temp), overwrite, partial(_masked_tokens, weights))
+    compute = partial(_fastest_for_tokens(student, targets), weights.to(student.dtype))
+    return _CrossEntropy.apply(student, targets, float(student_temp), overwrite, compute)
 
 
 def _masked_tokens(weights: Tensor, student: Tensor, targets: Tensor, temp: float, gradient: Tensor | None) -> Tensor:
@@ -121,15 +122,30 @@ class _CrossEntropy(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
+def _fits_kernel(student: Tensor, targets: Tensor) -> bool:
+    """Whether the logits are on a GPU, and as its kernels want them."""
+    fits = all(x.dtype == torch.float32 and x.is_contiguous() for x in (student, targets))
+    return student.device.type == "cuda" and fits and find_spec("triton") is not None
+
+
 def _fastest(student: Tensor, targets: Tensor) -> LossAndGradient:
     """The GPU kernel where it is usable, else torch's operations."""
-    fits = all(x.dtype == torch.float32 and x.is_contiguous() for x in (student, targets))
-    if student.device.type == "cuda" and fits and find_spec("triton") is not None:
+    if _fits_kernel(student, targets):
         from dino.objectives import kernel
 
         if kernel.usable(student.device, _loss_and_gradient):
             return kernel.loss_and_gradient
     return _loss_and_gradient
+
+
+def _fastest_for_tokens(student: Tensor, targets: Tensor) -> TokenLossAndGradient:
+    """As :func:`_fastest`, for masked tokens."""
+    if _fits_kernel(student, targets):
+        from dino.objectives import kernel
+
+        if kernel.usable_for_tokens(student.device, _masked_tokens):
+            return kernel.token_loss_and_gradient
+    return _masked_tokens
 
 
 def _loss_and_gradient(student: Tensor, targets: Tensor, temp: float, gradient: Tensor | None) -> Tensor:

@@ -1,11 +1,12 @@
-"""DINO's loss and its gradient as one GPU kernel: each row of logits is read twice and its gradient written once.
+"""The losses of DINO and iBOT with their gradients as GPU kernels, which read each row of logits twice.
 
-Imported only where triton is installed; :func:`usable` returns whether the kernel works on a device.
+Imported only where triton is installed; :func:`usable` and :func:`usable_for_tokens` return whether they work on a
+device.
 """
 
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 import triton
@@ -17,6 +18,7 @@ WARPS = 8
 TOLERANCE = 1e-5  # relative, of the check before the first use
 
 LossAndGradient = Callable[[Tensor, Tensor, float, Tensor | None], Tensor]
+TokenLossAndGradient = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 
 
 @triton.jit
@@ -48,7 +50,34 @@ def _sums(logits, own, view, prototypes, stride, temp, teachers: tl.constexpr, b
 
 
 @triton.jit
-def _row(  # noqa: PLR0913, PLR0917 (a kernel takes pointers and numbers only)
+def _cross_entropy(  # noqa: PLR0913, PLR0917 (a kernel takes pointers and numbers only)
+    logits,
+    own,
+    gradient,
+    view,
+    count,
+    factor,
+    prototypes,
+    stride,
+    temp,
+    teachers: tl.constexpr,
+    block: tl.constexpr,
+    with_gradient: tl.constexpr,
+):
+    """A row of logits: ``n logsumexp(z) - Q . z``; writes ``factor (n softmax(z) - Q)``."""
+    log_sum, product = _sums(logits, own, view, prototypes, stride, temp, teachers, block)
+    if with_gradient:
+        for first in range(0, prototypes, block):
+            columns = first + tl.arange(0, block)
+            inside = columns < prototypes
+            scaled = tl.load(logits + columns, mask=inside, other=0.0) / temp
+            others = _others(own, view, columns, prototypes, stride, teachers, block)
+            tl.store(gradient + columns, (count * tl.exp(scaled - log_sum) - others) * factor, mask=inside)
+    return count * log_sum - product
+
+
+@triton.jit
+def _row(  # noqa: PLR0913, PLR0917
     student,
     targets,
     gradient,
@@ -60,7 +89,7 @@ def _row(  # noqa: PLR0913, PLR0917 (a kernel takes pointers and numbers only)
     block: tl.constexpr,
     with_gradient: tl.constexpr,
 ):
-    """One view of one sample: ``n logsumexp(z) - Q . z``, and its gradient."""
+    """One view of one sample, against the teacher views other than itself."""
     # Programs of one sample are consecutive, so that its targets stay in the cache.
     sample, view = tl.program_id(0) // views, tl.program_id(0) % views
     batch = tl.num_programs(0) // views
@@ -68,21 +97,40 @@ def _row(  # noqa: PLR0913, PLR0917 (a kernel takes pointers and numbers only)
     own = targets + sample.to(tl.int64) * prototypes
     start = view * stride + sample.to(tl.int64) * prototypes
     count = teachers - tl.where(view < teachers, 1, 0)
-    log_sum, product = _sums(student + start, own, view, prototypes, stride, temp, teachers, block)
-    tl.store(losses + view * batch + sample, count * log_sum - product)
-    if with_gradient:
-        factor = 1.0 / (teachers * (views - 1) * batch * temp)
-        for first in range(0, prototypes, block):
-            columns = first + tl.arange(0, block)
-            inside = columns < prototypes
-            scaled = tl.load(student + start + columns, mask=inside, other=0.0) / temp
-            others = _others(own, view, columns, prototypes, stride, teachers, block)
-            value = (count * tl.exp(scaled - log_sum) - others) * factor
-            tl.store(gradient + start + columns, value, mask=inside)
+    factor = 1.0 / (teachers * (views - 1) * batch * temp)
+    logits, written = student + start, gradient + start
+    loss = _cross_entropy(
+        logits, own, written, view, count, factor, prototypes, stride, temp, teachers, block, with_gradient
+    )
+    tl.store(losses + view * batch + sample, loss)
+
+
+@triton.jit
+def _token(  # noqa: PLR0913, PLR0917
+    student,
+    targets,
+    weights,
+    gradient,
+    losses,
+    prototypes,
+    temp,
+    block: tl.constexpr,
+    with_gradient: tl.constexpr,
+):
+    """One masked token, against the teacher's: of one view, which is none of the student's (-1)."""
+    teachers: tl.constexpr = 1  # type: ignore[assignment]
+    token = tl.program_id(0)
+    start = token.to(tl.int64) * prototypes
+    weight = tl.load(weights + token)
+    logits, own, written = student + start, targets + start, gradient + start
+    loss = _cross_entropy(
+        logits, own, written, -1, 1, weight / temp, prototypes, 0, temp, teachers, block, with_gradient
+    )
+    tl.store(losses + token, weight * loss)
 
 
 def loss_and_gradient(student: Tensor, targets: Tensor, temp: float, gradient: Tensor | None) -> Tensor:
-    """The loss of :func:`dino.objectives.dino.dino_loss`; its gradient goes into ``gradient``.
+    """The loss of :func:`dino.objectives.cross_entropy.dino_loss`; its gradient goes into ``gradient``.
 
     Args:
         student: (V, B, K) fp32 logits, contiguous.
@@ -113,23 +161,77 @@ def loss_and_gradient(student: Tensor, targets: Tensor, temp: float, gradient: T
     return losses.sum() / (pairs * batch)
 
 
+def token_loss_and_gradient(
+    weights: Tensor, student: Tensor, targets: Tensor, temp: float, gradient: Tensor | None
+) -> Tensor:
+    """The loss of :func:`dino.objectives.cross_entropy.masked_loss`; its gradient goes into ``gradient``.
+
+    Args:
+        weights: (M,) fp32, contiguous.
+        student: (M, K) fp32 logits, contiguous.
+        targets: (M, K) fp32 teacher probabilities, contiguous.
+        temp: Temperature of the student.
+        gradient: (M, K), may be ``student`` itself; None for the loss alone.
+
+    Returns:
+        The loss, a scalar.
+    """
+    count, prototypes = student.shape
+    losses = student.new_empty(count)
+    if count:
+        with torch.cuda.device_of(student):
+            _token[(count,)](
+                student,
+                targets,
+                weights,
+                student if gradient is None else gradient,
+                losses,
+                prototypes,
+                temp,
+                block=min(BLOCK, triton.next_power_of_2(prototypes)),
+                with_gradient=gradient is not None,
+                num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+            )
+    return losses.sum()
+
+
 @cache
 def usable(device: torch.device, reference: LossAndGradient) -> bool:
-    """Whether the kernel compiles on ``device`` and agrees there with ``reference``; warns if not.
+    """Whether the kernel of DINO compiles on ``device`` and agrees there with ``reference``; warns if not.
 
     Cached, because the check makes the host wait.
     """
+    student, targets = _example(device, (3, 2, 5000), (2, 2, 5000))
+    return _agree(device, loss_and_gradient, reference, student, targets)
+
+
+@cache
+def usable_for_tokens(device: torch.device, reference: TokenLossAndGradient) -> bool:
+    """Whether the kernel of iBOT does, see :func:`usable`."""
+    student, targets = _example(device, (3, 5000), (3, 5000))
+    weights = torch.tensor([0.5, 0.0, 2.0], device=device)
+    own, wanted = (partial(compute, weights) for compute in (token_loss_and_gradient, reference))
+    return _agree(device, own, wanted, student, targets)
+
+
+def _example(device: torch.device, student: tuple[int, ...], targets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Logits and probabilities of these shapes."""
     generator = torch.Generator().manual_seed(0)
-    student = (10 * torch.rand(3, 2, 5000, generator=generator)).to(device)
-    targets = torch.rand(2, 2, 5000, generator=generator).softmax(-1).to(device)
+    logits = 10 * torch.rand(student, generator=generator)
+    return logits.to(device), torch.rand(targets, generator=generator).softmax(-1).to(device)
+
+
+def _agree(
+    device: torch.device, own: LossAndGradient, reference: LossAndGradient, student: Tensor, targets: Tensor
+) -> bool:
     found, wanted = torch.empty_like(student), torch.empty_like(student)
     try:
-        loss = loss_and_gradient(student, targets, 0.1, found)
+        loss = own(student, targets, 0.1, found)
         expected = reference(student, targets, 0.1, wanted)
         agrees = torch.isclose(loss, expected, rtol=TOLERANCE) & ((found - wanted).norm() <= TOLERANCE * wanted.norm())
         problem = "" if bool(agrees) else "its values differ from those of torch's operations"
     except Exception as error:  # no C compiler, an old GPU or driver: triton raises many types
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
     if problem:
-        warnings.warn(f"the loss does not use its GPU kernel on {device}: {problem}", stacklevel=2)
+        warnings.warn(f"the loss does not use its GPU kernel on {device}: {problem}", stacklevel=3)
     return not problem

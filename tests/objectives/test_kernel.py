@@ -1,4 +1,4 @@
-"""The loss's GPU kernel, run by triton's interpreter on the CPU: there it must compute what torch's operations do."""
+"""The GPU kernels of the losses, in triton's interpreter on the CPU: they compute what torch's operations do."""
 
 import os
 import subprocess
@@ -69,6 +69,42 @@ def test_the_kernel_computes_the_loss_and_its_gradient() -> None:
     assert in_interpreter(PAIRWISE) == "equal\n"
 
 
+TOKENS = """
+import torch
+from dino.objectives.kernel import token_loss_and_gradient
+
+for tokens, prototypes in [(3, 5000), (1, 7), (4, 4096), (2, 8193)]:
+    generator = torch.Generator().manual_seed(prototypes)
+    student = 2 * torch.rand(tokens, prototypes, generator=generator) - 1
+    student[0, 0] = 40.0  # exp(40 / 0.1) is far beyond what a float holds
+    targets = (torch.randn(tokens, prototypes, generator=generator) / 0.3).softmax(-1)
+    weights = torch.rand(tokens, generator=generator)
+    exact = student.double().requires_grad_()
+    expected = (-(targets.double() * (exact / 0.1).log_softmax(-1)).sum(-1) * weights.double()).sum()
+    expected.backward()
+    gradient = torch.full_like(student, float("nan"))
+    before = student.clone()
+    loss = token_loss_and_gradient(weights, student, targets, 0.1, gradient)
+    assert torch.isclose(loss.double(), expected, rtol=1e-5), (loss, expected)
+    error = (gradient - exact.grad).abs().max() / exact.grad.abs().max()
+    assert error < 1e-5, error
+    assert torch.equal(student, before)
+    assert torch.equal(token_loss_and_gradient(weights, student, targets, 0.1, None), loss)
+    assert torch.equal(token_loss_and_gradient(weights, student, targets, 0.1, student), loss)  # over the logits
+    assert torch.equal(student, gradient)
+    for bad in (float("nan"), float("inf")):
+        before[-1, -1] = bad
+        assert not torch.isfinite(token_loss_and_gradient(weights, before, targets, 0.1, None))
+nothing = torch.empty(0, 5)
+assert token_loss_and_gradient(nothing[:, 0], nothing, nothing, 0.1, nothing) == 0
+print("equal")
+"""
+
+
+def test_the_kernel_of_masked_tokens_computes_the_loss_and_its_gradient() -> None:
+    assert in_interpreter(TOKENS) == "equal\n"
+
+
 def test_the_check_before_first_use_knows_right_from_wrong() -> None:
     program = """
 import warnings
@@ -79,6 +115,7 @@ cpu = torch.device("cpu")
 with warnings.catch_warnings():
     warnings.simplefilter("error")
     assert kernel.usable(cpu, cross_entropy._loss_and_gradient)
+    assert kernel.usable_for_tokens(cpu, cross_entropy._masked_tokens)
 
 def other(*given):
     return cross_entropy._loss_and_gradient(*given) * 1.001
@@ -91,30 +128,37 @@ for wrong, said in ((other, "values differ"), (failing, "OSError: no C compiler"
         warnings.simplefilter("always")
         assert not kernel.usable(cpu, wrong) and not kernel.usable(cpu, wrong)
     assert len(caught) == 1 and said in str(caught[0].message), caught
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert not kernel.usable_for_tokens(cpu, lambda *given: 1.001 * cross_entropy._masked_tokens(*given))
+assert len(caught) == 1 and "values differ" in str(caught[0].message), caught
 print("known")
 """
     assert in_interpreter(program) == "known\n"
 
 
 @pytest.mark.parametrize("capability", [70, 80, 90])
-def test_the_kernel_compiles_for_gpus_that_are_not_here(
-    capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("name", ["_row", "_token"])
+def test_the_kernels_compile_for_gpus_that_are_not_here(
+    name: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     compiler = pytest.importorskip("triton.compiler")
     backends = pytest.importorskip("triton.backends.compiler")
-    from dino.objectives.kernel import BLOCK, WARPS, _row
+    from dino.objectives import kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    pointers, constants = ("student", "targets", "gradient", "losses"), ("teachers", "block", "with_gradient")
-    kinds = {**dict.fromkeys(pointers, "*fp32"), "prototypes": "i32", "views": "i32", "temp": "fp32"}
+    kinds = {"prototypes": "i32", "views": "i32", "temp": "fp32"}
+    constants = {"teachers": 2, "block": kernel.BLOCK, "with_gradient": True}
+    function = getattr(kernel, name)
+    aligned = [i for i, a in enumerate(function.arg_names) if a not in {"views", "temp", *constants}]
     source = compiler.ASTSource(
-        fn=_row,
-        signature={**kinds, **dict.fromkeys(constants, "constexpr")},
-        constexprs=dict(zip(constants, (2, BLOCK, True), strict=True)),
-        attrs={(i,): [["tt.divisibility", 16]] for i in range(5)},
+        fn=function,
+        signature={a: "constexpr" if a in constants else kinds.get(a, "*fp32") for a in function.arg_names},
+        constexprs={argument: constants[argument] for argument in function.arg_names if argument in constants},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     target = backends.GPUTarget("cuda", capability, 32)
-    code = compiler.compile(source, target=target, options={"num_warps": WARPS}).asm
+    code = compiler.compile(source, target=target, options={"num_warps": kernel.WARPS}).asm
     assert len(code["cubin"]) > 0
     assert "ld.global.v4.b32" in code["ptx"] and "st.global.v4.b32" in code["ptx"]  # 16 bytes at a time
 
@@ -135,6 +179,9 @@ def test_it_is_used_on_a_gpu_where_it_is_usable(monkeypatch: pytest.MonkeyPatch)
     for usable, expected in ((True, kernel.loss_and_gradient), (False, written)):
         monkeypatch.setattr(kernel, "usable", lambda device, reference, usable=usable: usable)
         assert cross_entropy._fastest(Pretended(), Pretended()) is expected  # type: ignore[arg-type]
+        monkeypatch.setattr(kernel, "usable_for_tokens", lambda device, reference, usable=usable: usable)
+        of_tokens = kernel.token_loss_and_gradient if usable else cross_entropy._masked_tokens
+        assert cross_entropy._fastest_for_tokens(Pretended(), Pretended()) is of_tokens  # type: ignore[arg-type]
     monkeypatch.setattr(kernel, "usable", lambda device, reference: True)
     for other in (Pretended(torch.float64), Pretended(contiguous=False)):
         assert cross_entropy._fastest(other, Pretended()) is written  # type: ignore[arg-type]
@@ -151,3 +198,4 @@ def test_it_is_usable_on_this_gpu() -> None:
     from dino.objectives import kernel
 
     assert kernel.usable(torch.device("cuda", 0), cross_entropy._loss_and_gradient)
+    assert kernel.usable_for_tokens(torch.device("cuda", 0), cross_entropy._masked_tokens)
