@@ -12,6 +12,7 @@ from dino.extraction.record import RECORD, grid_source
 from dino.models.grid_source import KEY, GridSource, check_same_source
 from dino.slides.partitions import Split, split_files, unknown_values
 from dino.slides.tables import (
+    COORDINATES_FOLDER,
     OK,
     REGIONS_FOLDER,
     REGIONS_TABLE,
@@ -113,7 +114,7 @@ def tile_folder(root: Root) -> Path:
     """The folder whose images are the tiles.
 
     Raises:
-        DataError: If ``dino tile`` wrote the folder, but no JPEG files into it.
+        DataError: If ``dino tile`` wrote the folder, but there are no JPEG files in it.
     """
     tiles = root.path / TILES_FOLDER / "imgs"
     if tiles.is_dir():
@@ -128,6 +129,11 @@ def tile_folder(root: Root) -> Path:
                 "into another ROOT"
             )
         raise DataError(f"expected tiles in {tiles}, found none; {what}")
+    if (root.path / COORDINATES_FOLDER).is_dir():
+        raise DataError(
+            f"expected {TILING_FILE} and {TILES_FOLDER}/imgs in {root.path}, which has other files of `dino tile`, "
+            "found neither; copy them too, or tile the same slides again"
+        )
     return root.path / "imgs" if (root.path / "imgs").is_dir() else root.path
 
 

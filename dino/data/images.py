@@ -17,6 +17,9 @@ from dino.errors import DataError
 from dino.files import printable
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
+SLIDE_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".czi"}  # never tiles
+TIFFS_CHECKED = 4  # of a folder, whether they are slides
+TILE_WIDTH_TAG = 322  # of TIFF 6.0
 LARGEST_PX = 64_000_000  # a larger image is a slide or a decompression bomb
 LARGEST_BYTES = 8 * LARGEST_PX  # uncompressed 16-bit RGBA: a larger file is not even read
 SEPARATOR = "\0"  # of folders while names are sorted: sorts before every letter, as in sorted paths
@@ -102,11 +105,11 @@ def list_names(root: Path, only: Mapping[str, str] | None = None) -> list[str]:
         only: For folders that contain a file of a given name, the one subfolder of them that is searched.
 
     Raises:
-        DataError: If the folder is missing or contains no image.
+        DataError: If the folder is missing, contains no image, or contains slides.
     """
     if not root.is_dir():
         raise DataError(f"expected a folder of images at {root}, found {'a file' if root.exists() else 'nothing'}")
-    found, others, seen = [], 0, set()  # strings: a million Paths would take minutes and a gigabyte
+    found, others, slides, seen = [], 0, [], set()  # strings: a million Paths would take minutes and a gigabyte
     for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise_unreadable):
         real = os.path.realpath(folder)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
@@ -118,7 +121,9 @@ def list_names(root: Path, only: Mapping[str, str] | None = None) -> list[str]:
         images = [prefix + name for name in shown if name[name.rfind(".") :].lower() in SUFFIXES]
         found += images
         others += len(shown) - len(images)
+        slides += [prefix + name for name in shown if name[name.rfind(".") :].lower() in SLIDE_SUFFIXES]
         seen.add(real)
+    check_no_slides(root, slides, found)
     if not found:
         kinds = " ".join(sorted(SUFFIXES))
         raise DataError(
@@ -128,6 +133,27 @@ def list_names(root: Path, only: Mapping[str, str] | None = None) -> list[str]:
     for index, name in enumerate(found):  # in place: a second list would double the memory
         found[index] = name.replace(SEPARATOR, os.sep)
     return found
+
+
+def check_no_slides(root: Path, slides: list[str], images: list[str]) -> None:
+    """Raise DataError if a folder contains slides: files of their formats, or TIFF pyramids among its images."""
+    tiffs = [name for name in images if name.lower().endswith((".tif", ".tiff"))]
+    checked = (name.replace(SEPARATOR, os.sep) for name in tiffs[:: max(1, len(tiffs) // TIFFS_CHECKED)])
+    found = [name.replace(SEPARATOR, os.sep) for name in slides] or [n for n in checked if is_pyramid(root / n)]
+    if found:
+        raise DataError(
+            f"expected tiles under {printable(root)}, found slides, such as {printable(min(found))}; cut them with "
+            f"`dino tile {printable(root)} ROOT` and give ROOT, or move them elsewhere"
+        )
+
+
+def is_pyramid(path: Path) -> bool:
+    """Whether a TIFF file is a slide: stored in tiles, with further pages (levels, label). Only its header is read."""
+    try:
+        with Image.open(path) as image:
+            return TILE_WIDTH_TAG in getattr(image, "tag_v2", ()) and getattr(image, "n_frames", 1) > 1
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False  # a file that cannot be decoded is dealt with when it is
 
 
 def _raise_unreadable(error: OSError) -> None:

@@ -150,7 +150,10 @@ class DrawnBatches(TorchDataset):
                 return self.dataset[self.sampler(draw, attempt)]
             except BadSample as error:
                 bad.append((error.name, str(error)))
-        raise DataError(f"{ATTEMPTS} samples in a row could not be used; the last one: {bad[-1][1]}")
+        raise DataError(
+            f"expected usable samples, found {ATTEMPTS} in a row that are not; the last one: {bad[-1][1]}; check that "
+            "the folder of the data is still there, then run the same command again"
+        )
 
     def _parameters(self, draw: int, sample: Sample) -> Mapping[str, np.ndarray]:
         return self.draw(sample.shape, sample.tissue, self._crops.at(draw))
@@ -240,7 +243,7 @@ def load_batches(
         pin: Copy the batches into page-locked memory.
     """
     return _Loader(
-        batches,
+        _ErrorsAsItems(batches),
         batch_size=None,
         sampler=_FirstDraws(layout, *steps),
         num_workers=workers,
@@ -250,8 +253,35 @@ def load_batches(
     )
 
 
+class _ErrorsAsItems(TorchDataset):
+    """Returns a user's error instead of raising it, because torch puts a worker's traceback into the message."""
+
+    def __init__(self, batches: DrawnBatches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, first_draw: int) -> Batch | DataError:
+        try:
+            return self.batches[first_draw]
+        except DataError as error:
+            return error
+
+
 class _Loader(DataLoader):
-    """DataLoader without torch's warning about more workers than cores, which the user has chosen."""
+    """DataLoader that raises the errors of :class:`_ErrorsAsItems`.
+
+    It does not print torch's warning about more workers than cores, which the user has chosen.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """The batches in order.
+
+        Raises:
+            DataError: If a sample and all its replacements are bad.
+        """
+        for item in super().__iter__():
+            if isinstance(item, DataError):
+                raise item
+            yield item
 
     def check_worker_number_rationality(self) -> None:
         """Print no warning."""
