@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from dino.api.evaluating import table_scores
 from dino.api.run import Run
 from dino.evaluate import check_leakage, read_labels
 from dino.evaluate.selection import recorded_selection, row_set, select_rows
-from dino.evaluate.verdict import INITIAL, RANDOM
+from dino.evaluate.verdict import FROZEN, INITIAL, RANDOM
 from dino.extraction.embed import FileEmbedder
 from dino.models.backbone import Backbone, build_backbone
 from dino.models.weights import load_backbone_file, read_training
@@ -106,7 +106,7 @@ def _label_free_measure(run: Run) -> Measure:
 
 
 def _baselines(run: Run, start: Callable[[], Path]) -> dict[str, Callable[[Trainer], Backbone]]:
-    """What a run is compared with, by name; first what it started from.
+    """What a run is compared with, by name; first what it started from, last the frozen teacher, if any.
 
     Args:
         run: The run.
@@ -121,7 +121,10 @@ def _baselines(run: Run, start: Callable[[], Path]) -> dict[str, Callable[[Train
         now = trainer.model.teacher.backbone
         return _like(now, build_backbone(now.spec, run.config.seed))
 
-    return {INITIAL: initial, RANDOM: random} if run.config.model.init else {RANDOM: initial}
+    found = {INITIAL: initial, RANDOM: random} if run.config.model.init else {RANDOM: initial}
+    frozen = run.level.teacher
+    # It takes the inputs of the run's backbone, and is called and embedded with as one.
+    return found if frozen is None else {**found, FROZEN: lambda trainer: cast(Backbone, frozen)}
 
 
 def _like(other: Backbone, backbone: Backbone) -> Backbone:
@@ -133,6 +136,8 @@ def final_verdict(
     run: Run, trainer: Trainer, initial: Path, last: Mapping[str, float], evaluator: Evaluator | None
 ) -> dict[str, Any]:
     """Compare the teacher of a finished run with what it started from, and with a random initialization.
+
+    The teacher is the moving average; the frozen teacher of a run that distils one is compared too.
 
     Every process computes the same, so that nothing has to be exchanged.
 

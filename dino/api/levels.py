@@ -35,13 +35,14 @@ from dino.data import (
     read_grid,
 )
 from dino.errors import ConfigError, DataError
-from dino.evaluate.retrieval import pixel_features
+from dino.evaluate import pixel_features
 from dino.extraction.embed import Normalise, identity, normaliser
 from dino.extraction.regions import RegionExtractor
 from dino.extraction.slides import SlideExtractor
 from dino.models.backbone import BackboneSpec
 from dino.models.grid_source import KEY, check_same_source, recorded
 from dino.models.weights import TRANSFORMS, Transform, load_backbone_file
+from dino.objectives.features import FrozenBackbone
 
 DEFAULT_TILE_SIZE_PX = 256
 
@@ -62,8 +63,9 @@ class Level(ABC):
         transform: Normalization of images; None for feature grids.
         geometry: What a checkpoint records of the samples: spacing and tile size where known, and the shape of grids.
         slides: ``slide_ids`` and ``patient_ids`` of the samples, as far as they are known.
-        origin: What a run's identity and checkpoints record of the origin of the samples: ``grids``, the level-1 model
-            of feature grids.
+        teacher: The frozen network that the run distils, if any.
+        origin: What a run's identity and checkpoints record of other models: ``grids``, the level-1 model of feature
+            grids; ``teacher_weights`` and ``teacher_transform`` of the teacher.
         split: How many samples are trained on, and how many are held out.
         warnings: What to tell the user about the data.
     """
@@ -79,6 +81,7 @@ class Level(ABC):
     transform: Transform | None
     geometry: dict[str, Any]
     slides: dict[str, list[str]]
+    teacher: FrozenBackbone | None = None
     origin: Mapping[str, Any]
     split: Split
     warnings: list[str]
@@ -158,7 +161,9 @@ class PatchLevel(Level):
         size = (aug.global_crops_size, aug.global_crops_size)
         self.spec = BackboneSpec(model.arch, self.name, 3, size, model.patch_size, model.pos_resample)
         self.geometry, self.slides = root.geometry(), root.slides(self.dataset.slide_ids)
-        self.origin = {}
+        if config.teacher:
+            self.teacher = FrozenBackbone.load(config.teacher, config.distill, self.transform, model.patch_size)
+        self.origin = self.teacher.origin if self.teacher else {}
         self.split = Split("tiles", len(self.dataset), len(self.slides["slide_ids"]), held_out)
         self.warnings = root.unknown_partitions()
 

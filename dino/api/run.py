@@ -227,7 +227,7 @@ class Run:
         """The trainer before the first step, without callbacks."""
         training, optim, decay = self.config.training, self.config.optim, self.config.optim.lr_scheduler
         steps, total = self.length.steps, self.length.total
-        model = distill.build(self.config, self.level.spec, self.length, self.device)
+        model = distill.build(self.config, self.level.spec, self.length, self.device, self.level.teacher)
         return Trainer(
             model=model,
             optimizer=build_optimizer(optim, model.student),

@@ -10,7 +10,15 @@ import typer
 
 from dino.cli.command import ConfigFile, end, flat_scalars, with_settings
 from dino.cli.grammar import FURTHER, UsageError, expect, expect_many, named_or_positional, split
-from dino.config.load import RECIPES, flatten, load_config, recipe_comment, to_commented_yaml, to_dict
+from dino.config.load import (
+    RECIPES,
+    default_recipe,
+    flatten,
+    load_config,
+    recipe_comment,
+    to_commented_yaml,
+    to_dict,
+)
 from dino.config.load import settings as all_settings
 from dino.config.schema import (
     LEVEL_CONFIGS,
@@ -56,17 +64,21 @@ tile_command = with_settings(TileConfig)
 
 PretrainArguments = Annotated[list[str] | None, typer.Argument(metavar="ROOT RUN [KEY=VALUE]...", hidden=True)]
 PatchRecipe = Annotated[
-    str, typer.Option("--recipe", metavar="NAME", help=f"Recipe with the defaults: {', '.join(RECIPES[PatchConfig])}.")
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME",
+        help=f"Recipe with the defaults: {', '.join(RECIPES[PatchConfig])}. The first one, or with a teacher "
+        "patch_distill, is the default.",
+    ),
 ]
 RegionRecipe = Annotated[
     str, typer.Option("--recipe", metavar="NAME", help=f"Recipe with the defaults: {', '.join(RECIPES[RegionConfig])}.")
 ]
 
 
-def patch(
-    arguments: PretrainArguments = None, config: ConfigFile = None, recipe: PatchRecipe = "patch_pathology"
-) -> None:
-    """Level 1: pretrain a vision transformer on tiles with DINO.
+def patch(arguments: PretrainArguments = None, config: ConfigFile = None, recipe: PatchRecipe = None) -> None:
+    """Level 1: pretrain a vision transformer on tiles with DINO, or by distilling a frozen teacher.
 
     ROOT is a folder that `dino tile` wrote, or any folder of images. RUN is the output folder. Running the same command
     again resumes the run; a finished run is not changed.
@@ -75,6 +87,7 @@ def patch(
 
         dino pretrain patch data runs/patch training.nepochs=100 speed.num_workers=8
         dino pretrain patch data runs/patch --recipe patch_continue model.init=timm:vit_small_patch16_224.dino
+        dino pretrain patch data runs/small teacher=timm:vit_large_patch14_dinov2.lvd142m
         torchrun --nproc_per_node=8 -m dino pretrain patch data runs/patch
     """
     pretrain_level("patch", arguments or [], config, recipe)
@@ -93,7 +106,7 @@ def region(arguments: PretrainArguments = None, config: ConfigFile = None, recip
     pretrain_level("region", arguments or [], config, recipe)
 
 
-def pretrain_level(level: str, arguments: list[str], file: Path | None, recipe: str) -> None:
+def pretrain_level(level: str, arguments: list[str], file: Path | None, recipe: str | None) -> None:
     """Train one level; the arguments are those of :func:`pretrain_settings`."""
     settings = pretrain_settings(level, arguments, file, recipe)
     from dino import api
@@ -101,14 +114,16 @@ def pretrain_level(level: str, arguments: list[str], file: Path | None, recipe: 
     api.pretrain(settings)
 
 
-def pretrain_settings(level: str, arguments: list[str], file: Path | None, recipe: str) -> PatchConfig | RegionConfig:
+def pretrain_settings(
+    level: str, arguments: list[str], file: Path | None, recipe: str | None
+) -> PatchConfig | RegionConfig:
     """Resolve the settings of one level.
 
     Args:
         level: ``patch`` or ``region``.
         arguments: ROOT and RUN, positional or as ``data_dir=`` and ``output_dir=``, and settings.
         file: The user's YAML; it may contain the two folders, as the ``config.yaml`` of a run does.
-        recipe: Name of the recipe whose values are the defaults.
+        recipe: Name of the recipe whose values are the defaults; None for the default one.
 
     Raises:
         UsageError: If one of the two folders is missing.
@@ -118,7 +133,9 @@ def pretrain_settings(level: str, arguments: list[str], file: Path | None, recip
     if further:
         run = shlex.quote(folders.get("output_dir", "RUN"))
         raise UsageError(f"expected a length, found {further}; `dino resume {run} {further}` extends a finished run")
-    settings = load_config(LEVEL_CONFIGS[level], recipe=recipe, file=file, overrides=overrides)
+    schema = LEVEL_CONFIGS[level]
+    recipe = recipe or default_recipe(schema, file, overrides)
+    settings = load_config(schema, recipe=recipe, file=file, overrides=overrides)
     settings = dataclasses.replace(settings, **folders)
     needed = ("data_dir",) if settings.dry_run or settings.profile else ("data_dir", "output_dir")
     missing = [key for key in needed if not getattr(settings, key)]
@@ -277,7 +294,7 @@ AnyRecipe = Annotated[
     str | None, typer.Option("--recipe", metavar="NAME", help="Recipe with the defaults of the pretraining.")
 ]
 SlurmFile = Annotated[Path | None, typer.Option("--slurm", metavar="FILE", help="YAML with the slurm settings.")]
-LAUNCHED = {("pretrain", "patch"): "patch_pathology", ("pretrain", "region"): "region", ("extract",): None}
+LAUNCHED: tuple[tuple[str, ...], ...] = (("pretrain", "patch"), ("pretrain", "region"), ("extract",))
 
 
 def slurm(
@@ -311,7 +328,7 @@ def slurm(
         model, root, work_config = extract_arguments(rest, config)
         work, output = partial(api.extract, model, root, work_config), root.resolve()
     else:
-        work_config = pretrain_settings(name[1], rest, config, recipe or LAUNCHED[name])
+        work_config = pretrain_settings(name[1], rest, config, recipe)
         if not work_config.output_dir:
             raise UsageError("expected ROOT and RUN, found no RUN")
         work, output = partial(api.pretrain, work_config), Path(work_config.output_dir).resolve()
@@ -376,7 +393,7 @@ def resolved_yaml(name: str, overrides: list[str], file: Path | None = None, rec
         names = ", ".join(candidate.split()[-1] for candidate in SCHEMAS)
         raise UsageError(f"expected one of {names}, found {name or 'nothing'}")
     kind = SCHEMAS[command]
-    recipe = recipe or next(iter(RECIPES.get(kind, ())), None)
+    recipe = recipe or default_recipe(kind, file, overrides)
     resolved = load_config(kind, recipe=recipe, file=file, overrides=overrides)
     values = flatten(to_dict(resolved))
     changed = sum(values[item.key] != item.default for item in all_settings(kind))

@@ -20,9 +20,10 @@ C = TypeVar("C")
 
 # Recipes of each schema (NAME.yaml in this folder); the first one is the default of the command.
 RECIPES: dict[type, tuple[str, ...]] = {
-    PatchConfig: ("patch_pathology", "patch_dinov2", "patch_continue", "patch"),
+    PatchConfig: ("patch_pathology", "patch_dinov2", "patch_continue", "patch_distill", "patch"),
     RegionConfig: ("region", "region_ibot"),
 }
+DISTILL = "patch_distill"  # the default with a teacher
 
 # Keys of the original system that no longer exist, and their replacements.
 REPLACED = {
@@ -120,6 +121,25 @@ def recipe_path(schema: type, name: str) -> Path:
     elif close := difflib.get_close_matches(name, names, 1, 0.3):
         hint = f"; did you mean '{close[0]}'?"
     raise ConfigError(f"expected a recipe ({', '.join(names)}), found '{name}'{hint}")
+
+
+def default_recipe(schema: type, file: Path | None, overrides: Sequence[str]) -> str | None:
+    """The recipe of a command that is given none: the first one of its schema, or that for a frozen teacher.
+
+    Args:
+        schema: Dataclass of :mod:`dino.config.schema`.
+        file: The user's YAML.
+        overrides: ``key=value`` strings.
+
+    Returns:
+        Its name; None if the schema has no recipes.
+
+    Raises:
+        ConfigError: See :func:`load_config`.
+    """
+    first = next(iter(RECIPES.get(schema, ())), None)
+    teacher = first and getattr(load_config(schema, file=file, overrides=overrides), "teacher", None)
+    return DISTILL if teacher else first
 
 
 def load_config(

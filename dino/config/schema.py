@@ -82,6 +82,20 @@ class ObjectiveConfig:
 
 
 @dataclass
+class DistillConfig:
+    """What the network learns from the frozen network `teacher`: a weight of 0 leaves a part out."""
+
+    cls: float = identity(1.0, "weight of the distance between the projected cls token and the teacher's")
+    patch: float = identity(0.0, "weight of the distance between the projected patch tokens and the teacher's")
+    loss: str = identity("cosine", "distance: cosine, or smooth_l1 to the teacher's layer-normalized features")
+    input_size: int | None = identity(
+        None, "size in px that the teacher sees the global crops at; null: theirs, or the nearest that it takes"
+    )
+    arch: str | None = identity(None, "architecture of the checkpoint `teacher`, if its number of heads is not dim/64")
+    transform: str = identity("auto", "normalisation of the teacher: auto (recorded), imagenet, hipt or timm")
+
+
+@dataclass
 class TrainingConfig:
     """Length, batch size and gradient clipping."""
 
@@ -272,6 +286,10 @@ class PatchConfig(PretrainConfig):
     """`dino pretrain patch`."""
 
     data_dir: str = runtime("", "ROOT that `dino tile` wrote, or a folder of images")
+    teacher: str | None = identity(
+        None, "frozen network to distil: timm:NAME, a checkpoint file, a timm folder or a run folder; null: none"
+    )
+    distill: DistillConfig = group(DistillConfig)
     speed: PatchSpeedConfig = group(PatchSpeedConfig)
     aug: PatchAugConfig = group(PatchAugConfig)
 

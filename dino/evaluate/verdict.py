@@ -21,6 +21,7 @@ REDUCED_LOSS = 0.95
 
 INITIAL = "initial_weights"  # what a run with model.init started from
 RANDOM = "random_initialization"  # what every other run started from
+FROZEN = "frozen_teacher"  # what a run with a frozen teacher distils
 UNTRAINED = "untrained"  # in files of versions up to 0.1.0: either of them
 STUDENT, TEACHER = "student", "teacher"
 
@@ -33,13 +34,15 @@ def in_words(name: str) -> str:
 def baselines_of(scores: Mapping[str, Any], pretrained: bool) -> dict[str, Any]:
     """The baselines among named scores, of any version of this package; first what the run started from.
 
+    A frozen teacher is one of them.
+
     Args:
         scores: Scores, or whatever else, by name; other names are left out.
         pretrained: Whether the run started from ``model.init``.
     """
     start = INITIAL if pretrained else RANDOM
     named = {start if name == UNTRAINED else name: found for name, found in scores.items()}
-    return {name: named[name] for name in (INITIAL, RANDOM) if name in named}
+    return {name: named[name] for name in (INITIAL, RANDOM, FROZEN) if name in named}
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Difference:
     """What the teacher's accuracy exceeds that of a baseline by.
 
     Attributes:
-        baseline: :data:`INITIAL` or :data:`RANDOM`.
+        baseline: :data:`INITIAL`, :data:`RANDOM` or :data:`FROZEN`.
         value: The baseline's accuracy.
         difference: The teacher's less the baseline's.
         standard_error: Of the difference.
@@ -86,7 +89,8 @@ class Score:
     Attributes:
         name: What was measured, such as "20-NN accuracy".
         teacher: The trained teacher's.
-        baselines: That of each baseline by name (:data:`INITIAL`, :data:`RANDOM`), first what the run started from.
+        baselines: That of each baseline by name (:data:`INITIAL`, :data:`RANDOM`, :data:`FROZEN`), first what the run
+            started from.
         queries: Number of samples that each is a mean over.
     """
 

@@ -28,14 +28,9 @@ FORMAT = f"{PACKAGE}/1"
 RUN_CHOICES = ("best.pt", "last.pt")
 # In torch's message: "Unsupported global: GLOBAL pathlib.Path was not ...", "unsupported GLOBAL posix.system whose ..."
 UNSAFE_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
-TRAINING = (
-    "total_steps",
-    "segments",
-    "versions",
-    "training_slides",
-    "selection",
-    "grids",
-)  # further keys of a description
+TEACHER = ("teacher_weights", "teacher_transform")  # of the frozen network that a model was distilled from
+# Further keys of a description.
+TRAINING = ("total_steps", "segments", "versions", "training_slides", "selection", "grids", *TEACHER)
 OTHER_KINDS = {"TorchScript": "a TorchScript archive", ".tar": "a file of the old tar format"}  # in torch's messages
 
 # ------------------------------------------------------------------------------------------------- description
@@ -55,7 +50,9 @@ class Description:
         training: ``total_steps``, ``segments`` (by which the run was extended, as
             :class:`dino.train.optimizer.Segment`), ``versions`` (of packages), ``training_slides`` (``slide_ids`` and
             ``patient_ids``, or hashes as :func:`dino.privacy.hash_record` returns), ``selection`` (the sets of labelled
-            rows that chose it, as :func:`dino.evaluate.selection.row_set` returns) and, at level 2, ``grids``
+            rows that chose it, as :func:`dino.evaluate.selection.row_set` returns), ``teacher_weights`` and
+            ``teacher_transform`` (fingerprint and transform of the frozen network that it was distilled from) and, at
+            level 2, ``grids``
             (:class:`~dino.models.grid_source.GridSource`), as far as they are known.
     """
 

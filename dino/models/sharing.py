@@ -10,11 +10,11 @@ from typing import Any
 
 from dino.config.schema import LEVEL_CONFIGS
 from dino.errors import ConfigError
-from dino.models.checkpoint import Description
+from dino.models.checkpoint import TEACHER, Description
 from dino.models.grid_source import KEY, GridSource, recorded
 from dino.privacy import KINDS, count, hash_record
 
-PUBLIC = ("total_steps", "segments", "versions", "selection")  # the last one contains hashes of files only
+PUBLIC = ("total_steps", "segments", "versions", "selection", *TEACHER)  # the selection contains hashes of files only
 
 
 def shareable(description: Description, salt: str, *, ids: bool, source: str) -> Description:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dino.crops.parameters import GLOBAL_VIEWS
 from dino.crops.resample import to_device
-from dino.models.backbone import Tokens
+from dino.models.backbone import Backbone, Tokens
 
 Condition = Callable[[Mapping[str, float]], bool]  # on a line of the log
 
@@ -133,6 +133,7 @@ class Objective(nn.Module, ABC):
         cls_only: Whether it reads the cls token alone, so that the last block may leave out the other tokens. Else it
             gets the patch tokens of the first group of views.
         masks: Whether tokens of the student's global views are masked.
+        reads_teacher: Whether it reads the outputs of the teacher, the moving average.
         across_samples: Whether the loss of a sample depends on the other samples of its micro-batch.
         whole_step: Whether :meth:`prepare` needs the teacher's outputs of all micro-batches of a step.
         warnings: Text for the user by the condition on a line of the log (see :meth:`log_values`) that lasts.
@@ -143,6 +144,7 @@ class Objective(nn.Module, ABC):
     teacher_head: ClassVar[bool] = True
     cls_only: ClassVar[bool] = True
     masks: ClassVar[bool] = False
+    reads_teacher: ClassVar[bool] = True
     across_samples: ClassVar[bool] = False
     whole_step: bool = False
     warnings: ClassVar[Mapping[str, Condition]] = {}
@@ -184,7 +186,8 @@ class Objective(nn.Module, ABC):
 
         Args:
             student: Of all V views. The logits of the own head may be overwritten, because nothing else reads them.
-            teacher: Of the first G views, without gradient; likewise.
+            teacher: Of the first G views, without gradient; likewise. Its logits include the targets of a frozen
+                network, and its tokens are left out where no objective reads them.
             values: Scheduled values of the step, see :meth:`scheduled`.
         """
 
@@ -203,3 +206,27 @@ class Objective(nn.Module, ABC):
             numbers: Means over all processes: ``loss/<name>`` of each loss, and each diagnostic.
         """
         return {}
+
+
+class FrozenNetwork(nn.Module, ABC):
+    """A network that is never trained, from which the student learns besides its own moving average.
+
+    No checkpoint contains it.
+
+    Attributes:
+        backbone: Its backbone, in eval mode and without gradients.
+    """
+
+    backbone: Backbone
+
+    @abstractmethod
+    def objectives(self, seed: int) -> list[Objective]:
+        """The objectives that learn from it.
+
+        Args:
+            seed: Seed of the initial weights of their heads.
+        """
+
+    @abstractmethod
+    def targets(self, views: Tensor) -> dict[str, Tensor]:
+        """Its outputs for the global views, (G, B, C, h, w), by the name of the objective that learns them."""

@@ -34,6 +34,7 @@ class Spread(Objective):
     """
 
     across_samples = True
+    reads_teacher = False
 
     def __init__(self, weight: float, group_size: int, batch_size: int) -> None:
         super().__init__(weight)

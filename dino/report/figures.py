@@ -433,7 +433,7 @@ def _knn_panel(axes: "Axes", lines: Lines, metric: str, pretrained: bool) -> Non
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, color=colour, marker="o", markersize=3, label=network)
     baselines = {name: x for _, found in evaluations for name, x in baselines_of(found, pretrained).items()}
-    for (name, scores), dashes in zip(baselines.items(), ((4, 3), (1, 2)), strict=False):
+    for (name, scores), dashes in zip(baselines.items(), ((4, 3), (1, 2), (6, 2, 1, 2)), strict=False):
         line = {"color": style.UNTRAINED, "linewidth": 1, "linestyle": (0, dashes), "label": in_words(name)}
         axes.axhline(scores[metric], **line)
     axes.legend(loc="best")

@@ -130,7 +130,7 @@ def _patch(run: Run) -> list[str]:
     )
     return [
         f"A vision transformer ({c['model']['arch']}, patch size {c['model']['patch_size']} px, {_shape(run)}) was "
-        f"pretrained {initial}{_on(run)} with DINO (Caron et al. 2021) {_training(run)}",
+        f"pretrained {initial}{_on(run)} {_method(c)} {_training(run)}",
         crops,
         "Tiles are represented by the cls token of the teacher after its final layer norm.",
     ]
@@ -158,12 +158,16 @@ def _training(run: Run) -> str:
     model, training, optim = run.config["model"], run.config["training"], run.config["optim"]
     schedule = optim["lr_scheduler"]
     peak = optim["lr"] * run.global_batch / 256
+    prototypes = (
+        f"{model['out_dim']:,} prototypes, student temperature {model['student_temp']:g}, teacher temperature "
+        f"{_from_to(model['warmup_teacher_temp'], model['teacher_temp'])}, "
+    )
+    prototypes = prototypes if _weight(run.config, "objective", "dino", 1.0) else ""
     return (
         f"for {run.steps:,} steps at a global batch of {run.global_batch} (seed {run.config.get('seed', 0)}): "
-        f"{model['out_dim']:,} prototypes, student temperature {model['student_temp']:g}, teacher temperature "
-        f"{_from_to(model['warmup_teacher_temp'], model['teacher_temp'])}, teacher momentum "
-        f"{model['momentum_teacher']:g} to 1 by a cosine, {_optimizer(optim['name'])} with a peak learning rate of "
-        f"{peak:.3g} ({training['warmup_epochs']:g} epochs of linear warm-up, cosine to {schedule['min_lr']:g}), "
+        f"{prototypes}teacher momentum {model['momentum_teacher']:g} to 1 by a cosine, {_optimizer(optim['name'])} "
+        f"with a peak learning rate of {peak:.3g} ({training['warmup_epochs']:g} epochs of linear warm-up, cosine to "
+        f"{schedule['min_lr']:g}), "
         f"weight decay {_from_to(schedule['weight_decay'], schedule['weight_decay_end'])}, gradient clipping at "
         f"{training['clip_grad']:g}, drop-path rate {model['drop_path_rate']:g}, "
         f"{run.config.get('speed', {}).get('precision', 'fp32')} precision."
@@ -179,6 +183,24 @@ def _segment(segment: Settings) -> str:
         f"new schedule: a peak learning rate of {segment['lr']:.3g} ({warmup}cosine to {segment['min_lr']:g}) and a "
         f"teacher momentum of {segment['momentum_teacher']:g} to 1 by a cosine."
     )
+
+
+def _method(config: Settings) -> str:
+    """What a level-1 network learned from."""
+    parts = ["with DINO (Caron et al. 2021)"] if _weight(config, "objective", "dino", 1.0) else []
+    if config.get("teacher"):
+        tokens = [name for name, default in (("cls", 1.0), ("patch", 0.0)) if _weight(config, "distill", name, default)]
+        distance = config.get("distill", {}).get("loss", "cosine").replace("_", " ")
+        parts.append(
+            f"by distilling the features of {config['teacher']} ({distance} distance between its "
+            f"{' and '.join(tokens)} tokens and a linear projection of the network's)"
+        )
+    return " and ".join(parts)
+
+
+def _weight(config: Settings, group: str, name: str, default: float) -> float:
+    """Weight of an objective; the default in settings of versions that did not have it."""
+    return config.get(group, {}).get(name, default)
 
 
 def _augmentations(aug: Settings) -> str:

@@ -14,7 +14,7 @@ from rich.text import Text
 from dino.config.schema import PretrainConfig
 from dino.errors import DataError
 from dino.evaluate.labels import read_labels
-from dino.evaluate.verdict import INITIAL, TEACHER, baselines_of, in_words
+from dino.evaluate.verdict import FROZEN, INITIAL, TEACHER, baselines_of, in_words
 from dino.files import printable
 from dino.report.methods import split_of
 from dino.slides.tables import REGIONS_TABLE
@@ -96,7 +96,13 @@ def _scores(status: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], confi
         first = {name: values[tracked] for one in reversed(found) for name, values in one.items() if tracked in values}
         start = [(0, first[INITIAL])] if INITIAL in first else []
         step, best = max([*start, *scores], key=lambda score: score[1])  # the first of equal ones, as for best.pt
-        return [(f"{k[0]}-NN", f"best {best:.3f} at step {step:,}, last {scores[-1][1]:.3f}{_shown(first, '.3f')}")]
+        row = (f"{k[0]}-NN", f"best {best:.3f} at step {step:,}, last {scores[-1][1]:.3f}{_shown(first, '.3f')}")
+        return [row, *_self_retrieval(status, pretrained)] if FROZEN in first else [row]
+    return _self_retrieval(status, pretrained)
+
+
+def _self_retrieval(status: Mapping[str, Any], pretrained: bool) -> Rows:
+    """The last self-retrieval accuracy, and those of the baselines."""
     numbers = {name.removeprefix(OWN_PLACE): number for name, number in (status.get("floor") or {}).items()}
     if TEACHER not in numbers:
         return []

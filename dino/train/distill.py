@@ -13,7 +13,7 @@ from dino.config.schema import ObjectiveConfig, PretrainConfig
 from dino.errors import ConfigError
 from dino.models.backbone import Backbone, BackboneSpec, Tokens, build_backbone, compile_blocks, should_compile
 from dino.models.weights import init_from
-from dino.objectives import Inputs, Masked, Objective, Outputs
+from dino.objectives import FrozenNetwork, Inputs, Masked, Objective, Outputs
 from dino.objectives.dino import DINO
 from dino.objectives.ibot import IBOT
 from dino.objectives.regression import Regression
@@ -22,6 +22,7 @@ from dino.train.optimizer import Length, Ramp
 from dino.train.profiling import BACKWARD, LOSS, STUDENT, TEACHER, Span, no_span
 
 DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of weights; bf16 is autocast
+FROZEN_SEED = 100  # added to the seed of the heads of a frozen network's objectives; others count from 0
 
 
 class Head(NamedTuple):
@@ -128,7 +129,7 @@ class Accumulated:
         loss: Weighted sum of the losses.
         losses: Losses by name, unweighted.
         diagnostics: Further numbers by name.
-        features: (B, D) cls tokens of the teacher, of the first view.
+        features: (B, D) cls tokens of the first view: the teacher's, or the student's where nothing reads the teacher.
     """
 
     loss: Tensor
@@ -145,13 +146,19 @@ class SelfDistillation(nn.Module):
         teacher: Network of the same shape; it gets the student's weights here and never a gradient.
         objectives: Those that built the heads of both.
         device: Where all of them are.
+        frozen: A further network that objectives learn from, if any.
     """
 
     def __init__(
-        self, student: Network, teacher: Network, objectives: Sequence[Objective], device: torch.device
+        self,
+        student: Network,
+        teacher: Network,
+        objectives: Sequence[Objective],
+        device: torch.device,
+        frozen: FrozenNetwork | None = None,
     ) -> None:
         super().__init__()
-        self.student, self.teacher = student, teacher
+        self.student, self.teacher, self.frozen = student, teacher, frozen
         self.objectives: Sequence[Objective] = nn.ModuleList(objectives)  # type: ignore[assignment]
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
@@ -168,9 +175,14 @@ class SelfDistillation(nn.Module):
 
     @torch.no_grad()
     def teach(self, inputs: Inputs, span: Span = no_span) -> Outputs:
-        """The teacher's outputs for the global views of a micro-batch."""
+        """Outputs of the teacher and of the frozen network for the global views of a micro-batch."""
+        views, outputs = inputs.global_views, Outputs([], {})
         with span(TEACHER):
-            return self.teacher([inputs.global_views], masked=inputs.masked, as_teacher=True)
+            if any(objective.reads_teacher for objective in self.objectives):
+                outputs = self.teacher([views], masked=inputs.masked, as_teacher=True)
+            if self.frozen is not None:
+                outputs.logits.update(self.frozen.targets(views))
+        return outputs
 
     def prepare(self, teacher: Sequence[Outputs], values: Mapping[str, float]) -> None:
         """Targets that depend on all micro-batches of a step; needed where :attr:`whole_step`."""
@@ -213,7 +225,8 @@ class SelfDistillation(nn.Module):
                 loss.backward()
         losses = {name: x.detach() * fraction for t in terms for name, x in t.losses.items()}
         diagnostics = {name: x.detach() * fraction for t in terms for name, x in t.diagnostics.items()}
-        return Accumulated(loss.detach(), losses, diagnostics, teacher.tokens[0].cls[0])
+        features = (teacher.tokens or student.tokens)[0].cls[0].detach()
+        return Accumulated(loss.detach(), losses, diagnostics, features)
 
     def freeze_last_layer(self) -> None:
         """Drop the gradients of the heads' last layers, so that the optimizer does not update them (as in DINO)."""
@@ -242,13 +255,16 @@ class SelfDistillation(nn.Module):
             objective.step(finite)
 
 
-def build_objectives(config: PretrainConfig, length: Length, seed: int) -> list[Objective]:
+def build_objectives(
+    config: PretrainConfig, length: Length, seed: int, frozen: FrozenNetwork | None = None
+) -> list[Objective]:
     """The objectives of a run, those with a weight; the only place that lists them.
 
     Args:
         config: Settings of the run.
         length: Converts epochs to steps.
         seed: Seed of the heads' initial weights.
+        frozen: A network that further objectives learn from, if any.
 
     Raises:
         ConfigError: If a setting is out of range, or no objective has a weight.
@@ -266,6 +282,7 @@ def build_objectives(config: PretrainConfig, length: Length, seed: int) -> list[
         if getattr(weights, name) < 0:
             raise ConfigError(f"expected objective.{name} of at least 0, found {getattr(weights, name)}")
     built = [build() for name, build in builders.items() if getattr(weights, name) > 0]
+    built += frozen.objectives(seed + FROZEN_SEED) if frozen else []
     if all(objective.head is None for objective in built):
         raise ConfigError(
             "expected a weight above 0 for objective.dino, objective.ibot or objective.regression, found none: set one"
@@ -278,7 +295,13 @@ def needs_masks(weights: ObjectiveConfig) -> bool:
     return any(getattr(weights, objective.name) > 0 for objective in (IBOT, Regression))
 
 
-def build(config: PretrainConfig, spec: BackboneSpec, length: Length, device: torch.device) -> SelfDistillation:
+def build(
+    config: PretrainConfig,
+    spec: BackboneSpec,
+    length: Length,
+    device: torch.device,
+    frozen: FrozenNetwork | None = None,
+) -> SelfDistillation:
     """Student, teacher and objectives with their initial weights, on the device.
 
     Args:
@@ -286,6 +309,7 @@ def build(config: PretrainConfig, spec: BackboneSpec, length: Length, device: to
         spec: The backbone.
         length: Length of the run.
         device: Where to compute.
+        frozen: A further network that the run learns from, if any; it is moved to the device.
 
     Raises:
         ConfigError: If a setting is out of range, or the architecture is unknown.
@@ -294,10 +318,14 @@ def build(config: PretrainConfig, spec: BackboneSpec, length: Length, device: to
     backbone = build_backbone(spec, config.seed)
     if model.init:
         init_from(backbone, model.init, model.init_arch)
-    objectives = build_objectives(config, length, config.seed + 1)
+    objectives = build_objectives(config, length, config.seed + 1, frozen)
     student = Network(backbone, objectives).to(device, dtype)
     student.backbone.checkpointing = speed.checkpointing
     if should_compile(speed.compile, device):
-        compile_blocks(student.backbone, progress.warn)
+        for network in (student, frozen) if frozen else (student,):
+            compile_blocks(network.backbone, progress.warn)
         progress.say("compiling the blocks: the first step takes longer; speed.compile=false does not compile")
-    return SelfDistillation(student, copy.deepcopy(student), [o.to(device, dtype) for o in objectives], device)
+    parts = [objective.to(device, dtype) for objective in objectives]
+    return SelfDistillation(
+        student, copy.deepcopy(student), parts, device, frozen.to(device, dtype) if frozen else None
+    )

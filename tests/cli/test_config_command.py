@@ -37,6 +37,15 @@ def test_overrides_precede_the_file_and_the_recipe(tmp_path: Path):
     assert "default" not in shown["patch_size"]
 
 
+def test_a_teacher_chooses_the_recipe_of_distillation(tmp_path: Path):
+    (tmp_path / "my.yaml").write_text("teacher: teacher.pth\n")
+    for given in (["teacher=teacher.pth"], ["--config", str(tmp_path / "my.yaml")]):
+        shown = run("patch", *given).stdout
+        assert "recipe patch_distill." in shown.splitlines()[0] and "dino: 0.0" in shown
+    assert "recipe patch." in run("patch", "--recipe", "patch", "teacher=teacher.pth").stdout.splitlines()[0]
+    assert "recipe patch_pathology." in run("patch", "teacher=null").stdout.splitlines()[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

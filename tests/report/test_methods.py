@@ -36,3 +36,11 @@ def test_parts_that_are_none_are_omitted():
     assert "HIPT" not in text
     assert "hs2p 6.1.0" in text  # as a version
     assert "cut into" not in text
+
+
+def test_a_distilled_run_names_its_teacher_and_no_prototypes():
+    config = to_dict(PatchConfig(teacher="timm:vit_large_patch14_dinov2"))
+    config["objective"]["dino"] = 0.0
+    text = methods(facts(patch=Run(config, 240, 64, 384, 12, 6), region=None))
+    assert "by distilling the features of timm:vit_large_patch14_dinov2 (cosine distance between its cls tokens" in text
+    assert "prototypes" not in text and "Caron" not in text and "teacher momentum 0.996" in text

@@ -85,6 +85,19 @@ def test_self_retrieval_is_shown_without_labels(run: Path, key: str) -> None:
     assert "90.0% of the samples, random" in text and "initialization 25.0%" in text and "last.pt" in text
 
 
+def test_a_frozen_teacher_is_shown_beside_the_run_with_both_scores(run: Path) -> None:
+    first = {
+        "step": 0,
+        "evaluation": {name: {"knn_20_accuracy": 0.5} for name in ("random_initialization", "frozen_teacher")},
+    }
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (first, *LINES[1:])))
+    floor = {"own_place_teacher": 0.25, "own_place_random_initialization": 0.125, "own_place_frozen_teacher": 0.5}
+    text = shown(run, PatchConfig(evaluate=EvaluateConfig(k=[20])), floor=floor)
+    words = " ".join("".join(row.strip("│") for row in text.splitlines()).split())
+    assert "last 0.750, random initialization 0.500, frozen teacher 0.500" in words
+    assert "25.0% of the samples, random initialization 12.5%, frozen teacher 50.0%" in words
+
+
 def test_initial_weights_and_random_ones_are_shown_and_the_former_may_be_the_best(run: Path) -> None:
     start = {"initial_weights": {"knn_20_accuracy": 0.875}, "random_initialization": {"knn_20_accuracy": 0.5}}
     log = [{"step": 0, "evaluation": start}, *LINES[1:]]

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dino import objectives as seams
-from dino.config.schema import ModelConfig, ObjectiveConfig, OptimConfig, PatchAugConfig
+from dino.config.schema import DistillConfig, ModelConfig, ObjectiveConfig, OptimConfig, PatchAugConfig
 from dino.crops import grids as grid_crops
 from dino.crops import images as image_crops
 from dino.crops import resample
@@ -25,8 +25,11 @@ from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
 from dino.data.loader import Batch, DropPath
 from dino.models.backbone import BackboneSpec, build_backbone
-from dino.objectives import Objective
+from dino.models.transforms import TRANSFORMS
+from dino.models.weights import LoadedBackbone, LoadReport
+from dino.objectives import FrozenNetwork, Objective
 from dino.objectives.dino import DINO
+from dino.objectives.features import FrozenBackbone
 from dino.objectives.ibot import IBOT
 from dino.objectives.regression import Regression
 from dino.objectives.spread import KDE, KoLeo
@@ -124,7 +127,19 @@ def objectives(targets: str) -> list[Objective]:
     return [DINO(settings, temp, 0, targets), *masked, KoLeo(0.1, 2, BATCH), KDE(0.1, 10.0, 2, BATCH)]
 
 
-def trainer(make: Callable[[], tuple[Any, Batch]], checkpointing: bool, parts: list[Objective]) -> Trainer:
+def frozen_network() -> FrozenNetwork:
+    """Another patch size, width and normalization than the student's."""
+    backbone = build_backbone(BackboneSpec("vit:dim=48,depth=1,heads=2", "patch", 3, (28, 28), 14), seed=1)
+    loaded = LoadedBackbone(backbone, TRANSFORMS["hipt"], "patch", LoadReport(0, [], []), "teacher")
+    return FrozenBackbone(loaded, DistillConfig(patch=1.0), TRANSFORMS["imagenet"], patch_size=16)
+
+
+def trainer(
+    make: Callable[[], tuple[Any, Batch]],
+    checkpointing: bool,
+    parts: list[Objective],
+    frozen: FrozenNetwork | None = None,
+) -> Trainer:
     crops, one = make()
     if not any(objective.masks for objective in parts):
         one.mask = None
@@ -138,7 +153,7 @@ def trainer(make: Callable[[], tuple[Any, Batch]], checkpointing: bool, parts: l
         backbone.checkpointing = checkpointing
         return Network(backbone, parts).to(DEVICE)
 
-    model = SelfDistillation(network(), network(), [objective.to(DEVICE) for objective in parts], DEVICE)
+    model = SelfDistillation(network(), network(), [objective.to(DEVICE) for objective in parts], DEVICE, frozen)
     return Trainer(
         model=model,
         optimizer=build_optimizer(OptimConfig(), model.student),
@@ -153,6 +168,18 @@ def trainer(make: Callable[[], tuple[Any, Batch]], checkpointing: bool, parts: l
         clip_mode="per_parameter",
         largest_quarantine=0,
     )
+
+
+@pytest.mark.parametrize("also_dino", [False, True])
+def test_a_step_that_distils_a_frozen_network_never_waits(also_dino: bool, no_waiting: NoWaiting) -> None:
+    frozen = frozen_network()
+    parts = frozen.objectives(seed=0) + objectives("centring")[:also_dino]
+    training = trainer(image_batch, False, parts, frozen.to(DEVICE))
+    batches = iter(training.batches(0, 3))
+    for step in range(3):
+        with no_waiting if step else nullcontext():
+            training._step(batches, StopSignal())
+    assert training.step == 3
 
 
 @pytest.mark.parametrize("make", [image_batch, grid_batch])

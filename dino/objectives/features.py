@@ -1,0 +1,261 @@
+"""Distillation of a frozen network, such as a foundation model: the student predicts its features of the same crops.
+
+A linear projection maps the student's tokens to the frozen network's width (Romero et al. 2015, "FitNets", arXiv
+1412.6550). The distances are those of Ranzinger et al. 2024, "AM-RADIO", arXiv 2312.06709, which distils vision
+foundation models of several widths and patch sizes in this way.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dino.config.schema import DistillConfig
+from dino.crops.parameters import GLOBAL_VIEWS
+from dino.errors import ConfigError
+from dino.models.backbone import Tokens
+from dino.models.head import init_linear
+from dino.models.transforms import Transform
+from dino.models.weights import LoadedBackbone, expect_level, load_backbone_file
+from dino.objectives import FrozenNetwork, Masked, Objective, Outputs, Terms
+
+
+class FrozenBackbone(FrozenNetwork):
+    """A backbone that is never trained, for inputs that are normalized for another one.
+
+    Called as a :class:`~dino.models.backbone.Backbone` is, it undoes the other's normalization, resizes the images to a
+    size that it takes, and normalizes them its own way, all on the device of its input.
+
+    Args:
+        loaded: The backbone and its transform.
+        settings: Weights of the objectives, their distance, and the input size.
+        transform: Normalization of the inputs: the student's.
+        patch_size: Patch size of the student, onto whose grid patch tokens are resampled.
+
+    Attributes:
+        origin: What a run's identity and checkpoints record of it: fingerprint of the weights, and transform.
+
+    Raises:
+        CheckpointError: If it is no model of images.
+        ConfigError: If a setting is out of range, or nothing is to be learned from it.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, loaded: LoadedBackbone, settings: DistillConfig, transform: Transform, patch_size: int) -> None:
+        super().__init__()
+        expect_level(loaded, "patch")
+        _check(settings, loaded)
+        own = loaded.transform
+        assert own is not None  # of every model of images
+        self.backbone, self.settings, self.patch_size = (
+            loaded.backbone.eval().requires_grad_(False),
+            settings,
+            patch_size,
+        )
+        self.spec, self.embed_dim = self.backbone.spec, self.backbone.embed_dim
+        self.input_size, self.native_size = settings.input_size, settings.input_size or own.input_size_px
+        mean, std, own_mean, own_std = (
+            torch.tensor(values, dtype=torch.float64)[:, None, None]
+            for values in (transform.mean, transform.std, own.mean, own.std)
+        )
+        # ((x * std + mean) - own_mean) / own_std = x * scale + shift
+        self.register_buffer("scale", std / own_std, persistent=False)
+        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
+        self.is_same = (transform.mean, transform.std) == (own.mean, own.std)
+        self.origin: Mapping[str, Any] = {"teacher_weights": loaded.fingerprint, "teacher_transform": own.to_dict()}
+
+    @classmethod
+    def load(cls, source: str, settings: DistillConfig, transform: Transform, patch_size: int) -> "FrozenBackbone":
+        """Load the weights; further arguments and errors are those of the class.
+
+        Args:
+            source: As in :func:`~dino.models.weights.load_backbone_file`, whose errors are raised too.
+            settings: With ``arch`` and ``transform`` of the source.
+            transform: Normalization of the inputs.
+            patch_size: Patch size of the student.
+        """
+        return cls(load_backbone_file(source, settings.arch, settings.transform), settings, transform, patch_size)
+
+    def forward(self, x: Tensor, cls_only: bool = False) -> Tokens:
+        """Tokens of whole tiles, or of crops, as ``dino evaluate`` computes them: at the input size of the transform.
+
+        Args:
+            x: (B, 3, H, W) images, normalized for the student.
+            cls_only: Return the cls token only.
+        """
+        return self._tokens(x, self.native_size, cls_only)
+
+    def objectives(self, seed: int) -> list[Objective]:
+        """The objectives with a weight; ``seed`` is that of the initial weights of their heads."""
+        settings, arguments = self.settings, (LOSSES[self.settings.loss], self.embed_dim)
+        built = [
+            ClsFeatures(settings.cls, *arguments, seed),
+            PatchFeatures(settings.patch, *arguments, seed + 1),
+        ]
+        return [objective for objective in built if objective.weight > 0]
+
+    def targets(self, views: Tensor) -> dict[str, Tensor]:
+        """Features of the global views, by the name of the objective that predicts them.
+
+        Args:
+            views: (G, B, 3, h, w), normalized for the student.
+
+        Returns:
+            ``distill_cls`` (G, B, D), and ``distill_patch`` (G, B, N, D) on the student's grid if it has a weight; fp32
+            or fp64.
+        """
+        tokens = self._tokens(views.flatten(0, 1), self.input_size, cls_only=self.settings.patch == 0)
+        found = {ClsFeatures.name: _exact(tokens.cls).unflatten(0, views.shape[:2])}
+        if tokens.patches is not None:
+            height, width = (side // self.patch_size for side in views.shape[-2:])
+            patches = _resampled(_exact(tokens.patches), self._grid(views, self.input_size), (height, width))
+            found[PatchFeatures.name] = patches.unflatten(0, views.shape[:2])
+        return found
+
+    def _size(self, x: Tensor, size: int | None) -> tuple[int, int]:
+        """Input size (height, width): ``size``, or that of ``x`` rounded to a multiple of the patch size."""
+        patch = self.spec.patch_size
+        height, width = (size or max(patch, round(side / patch) * patch) for side in x.shape[-2:])
+        return height, width
+
+    def _grid(self, x: Tensor, size: int | None) -> tuple[int, int]:
+        height, width = self._size(x, size)
+        return height // self.spec.patch_size, width // self.spec.patch_size
+
+    def _tokens(self, x: Tensor, size: int | None, cls_only: bool) -> Tokens:
+        target = self._size(x, size)
+        if target != tuple(x.shape[-2:]):
+            x = F.interpolate(x, target, mode="bicubic", antialias=True, align_corners=False)
+        if not self.is_same:
+            x = x * self.scale.to(x.dtype) + self.shift.to(x.dtype)
+        return self.backbone(x, cls_only=cls_only)
+
+
+class _Features(Objective):
+    """Base of the objectives that predict features of a frozen network.
+
+    Args:
+        weight: Factor of the loss.
+        distance: Of predicted and frozen features, (..., D); a scalar.
+        dim: Width D of the frozen network.
+        seed: Seed of the projection's initial weights.
+    """
+
+    teacher_head = False
+    reads_teacher = False
+
+    def __init__(self, weight: float, distance: Callable[[Tensor, Tensor], Tensor], dim: int, seed: int) -> None:
+        super().__init__(weight)
+        self.distance, self.dim, self.seed = distance, dim, seed
+
+    def build_head(self, embed_dim: int) -> nn.Module:
+        """The linear projection to the width of the frozen network."""
+        with torch.random.fork_rng(devices=[]):
+            head = nn.Linear(embed_dim, self.dim)
+        init_linear(head, torch.Generator().manual_seed(self.seed))
+        return head
+
+    def forward(self, student: Outputs, teacher: Outputs, values: Mapping[str, float]) -> Terms:
+        """The distance, a mean over views, samples and tokens, and the mean cosine.
+
+        Args:
+            student: With predicted features, (G, B, ..., D).
+            teacher: With the frozen network's features of the same views under the same name.
+            values: Nothing is scheduled.
+        """
+        predicted, target = student.logits[self.name], teacher.logits[self.name]
+        with torch.autocast(predicted.device.type, enabled=False):
+            predicted = _exact(predicted)
+            cosine = F.cosine_similarity(predicted.detach(), target, dim=-1).mean()
+            return Terms({self.name: self.distance(predicted, target)}, {f"{self.name}_cosine": cosine})
+
+
+class ClsFeatures(_Features):
+    """The student's cls token predicts that of the frozen network, view by view."""
+
+    name = "distill_cls"
+    head = "distill_cls_head"
+
+    @staticmethod
+    def project(head: nn.Module, tokens: Sequence[Tokens], masked: Masked | None) -> Tensor:
+        """Predicted features of the global views: (G, B, D)."""
+        return head(tokens[0].cls[:GLOBAL_VIEWS])
+
+
+class PatchFeatures(_Features):
+    """The student's patch tokens predict those of the frozen network at the same places."""
+
+    name = "distill_patch"
+    head = "distill_patch_head"
+    cls_only = False
+
+    @staticmethod
+    def project(head: nn.Module, tokens: Sequence[Tokens], masked: Masked | None) -> Tensor:
+        """Predicted features of the global views: (G, B, N, D)."""
+        assert tokens[0].patches is not None
+        return head(tokens[0].patches[:GLOBAL_VIEWS])
+
+
+def cosine_distance(predicted: Tensor, target: Tensor) -> Tensor:
+    """``1 - cos(predicted, target)``, a mean over all vectors.
+
+    Args:
+        predicted: (..., D).
+        target: (..., D).
+    """
+    return 1 - F.cosine_similarity(predicted, target, dim=-1).mean()
+
+
+def smooth_l1_distance(predicted: Tensor, target: Tensor) -> Tensor:
+    """Smooth L1 distance (beta 1) to the layer-normalized target, a mean over all elements.
+
+    Models differ in the scale of their features; after layer normalization without weights (as in data2vec, Baevski et
+    al. 2022, arXiv 2202.03555) those of a vector have mean 0 and variance 1.
+
+    Args:
+        predicted: (..., D).
+        target: (..., D).
+    """
+    return F.smooth_l1_loss(predicted, F.layer_norm(target, target.shape[-1:]))
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine_distance, "smooth_l1": smooth_l1_distance}
+
+
+def _exact(values: Tensor) -> Tensor:
+    """In fp32, or fp64 if it is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _resampled(patches: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Patch tokens (B, N, D) of a grid (h, w) on another one, by antialiased bilinear interpolation."""
+    if grid == wanted:
+        return patches
+    maps = patches.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
+    maps = F.interpolate(maps, wanted, mode="bilinear", antialias=True, align_corners=False)
+    return maps.flatten(2).transpose(1, 2)  # (B, h' w', D)
+
+
+def _check(settings: DistillConfig, loaded: LoadedBackbone) -> None:
+    """Raise ConfigError for a setting that is out of range or does not fit."""
+    weights = {name: getattr(settings, name) for name in ("cls", "patch")}
+    for name, weight in weights.items():
+        if weight < 0:
+            raise ConfigError(f"expected distill.{name} of at least 0, found {weight}")
+    if not any(weights.values()):
+        raise ConfigError(f"teacher={loaded.source}: nothing is learned from it: set distill.cls or distill.patch")
+    if settings.loss not in LOSSES:
+        raise ConfigError(f"expected distill.loss {' or '.join(LOSSES)}, found '{settings.loss}'")
+    size, patch = settings.input_size, loaded.backbone.spec.patch_size
+    if size is not None and (size < patch or size % patch):
+        nearest = max(1, round(size / patch)) * patch
+        raise ConfigError(
+            f"expected distill.input_size to be a multiple of the teacher's patch size {patch}, found {size}; the "
+            f"nearest is {nearest}"
+        )
+    if loaded.backbone.spec.input_dim != 3:
+        raise ConfigError(f"teacher={loaded.source}: expected 3 channels, found {loaded.backbone.spec.input_dim}")
