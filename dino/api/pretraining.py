@@ -109,7 +109,12 @@ def recommended_recipe(config: PretrainConfig, samples: int) -> str | None:
         config: Settings of the run.
         samples: Tiles, or feature grids.
     """
-    if not isinstance(config, PatchConfig) or config.optim.layer_decay < 1:  # both recipes named below set it
+    if not isinstance(config, PatchConfig):
+        return None
+    if config.teacher:
+        unread = config.objective.dino == 0 and config.aug.local_crops_number > 0
+        return "nothing reads the local crops: --recipe patch_distill has none" if unread else None
+    if config.optim.layer_decay < 1:  # both recipes named below set it
         return None
     if config.model.init:
         return "model.init is set: --recipe patch_continue has the settings to continue from pretrained weights"
