@@ -285,7 +285,8 @@ def build_objectives(
     built += frozen.objectives(seed + FROZEN_SEED) if frozen else []
     if all(objective.head is None for objective in built):
         raise ConfigError(
-            "expected a weight above 0 for objective.dino, objective.ibot or objective.regression, found none: set one"
+            "expected a weight above 0 for objective.dino, objective.ibot or objective.regression, or a teacher to "
+            "distil, found none: set one"
         )
     return built
 

@@ -18,6 +18,9 @@ SMALL = {key: value for key, value in TINY.items() if key not in KEPT}
 SMALL_TILES = {"model.patch_size": 8, "aug.global_crops_size": 32, "aug.local_crops_size": 16}
 
 
+PUBLIC = {"patch_continue": "model.init", "patch_distill": "teacher"}  # settings that name another model
+
+
 @pytest.mark.parametrize("recipe", [name for names in RECIPES.values() for name in names])
 def test_a_recipe_trains_resumes_judges_and_exports(
     recipe: str, tiles: Path, grids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -26,9 +29,9 @@ def test_a_recipe_trains_resumes_judges_and_exports(
     small: dict[str, Any] = {**SMALL, "objective.spread_group": 2}
     if schema is PatchConfig:
         small |= SMALL_TILES
-    if recipe == "patch_continue":
+    if recipe in PUBLIC:
         pretrain(config(tiles, tmp_path / "public", **{"model.patch_size": 8}))
-        small["model.init"] = str(tmp_path / "public")
+        small[PUBLIC[recipe]] = str(tmp_path / "public")
 
     def settings(run: str) -> PatchConfig | RegionConfig:
         data = tiles if schema is PatchConfig else grids
@@ -56,6 +59,9 @@ def test_a_recipe_trains_resumes_judges_and_exports(
         ("patch_pathology", {}, 5_000_000, "patch_dinov2"),
         ("patch_dinov2", {}, 5_000_000, None),
         ("patch_continue", {"model.init": "model.pt"}, 20_000, None),
+        ("patch_distill", {"teacher": "model.pt"}, 20_000, None),
+        ("patch_pathology", {"teacher": "model.pt"}, 20_000, None),
+        ("patch_pathology", {"teacher": "model.pt", "objective.dino": 0.0}, 20_000, "patch_distill"),
     ],
 )
 def test_the_recipe_that_suits_is_named(recipe: str, changes: dict[str, Any], samples: int, named: str | None) -> None:
