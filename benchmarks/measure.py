@@ -257,7 +257,7 @@ def limits(setting: Setting) -> dict[str, float]:
 
 def _best(work: Work, device: torch.device, tries: int = 5) -> float:
     work()
-    return min(timed(work, device) for _ in range(tries))
+    return min(timed(work, device, clock_of(device)) for _ in range(tries))
 
 
 @contextmanager
