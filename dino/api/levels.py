@@ -162,7 +162,7 @@ class PatchLevel(Level):
         self.spec = BackboneSpec(model.arch, self.name, 3, size, model.patch_size, model.pos_resample)
         self.geometry, self.slides = root.geometry(), root.slides(self.dataset.slide_ids)
         if config.teacher:
-            self.teacher = FrozenBackbone.load(config.teacher, config.distill, self.transform, model.patch_size)
+            self.teacher = FrozenBackbone.load(config.teacher, config.distill, self.transform, model)
         self.origin = self.teacher.origin if self.teacher else {}
         self.split = Split("tiles", len(self.dataset), len(self.slides["slide_ids"]), held_out)
         self.warnings = root.unknown_partitions()

@@ -112,7 +112,7 @@ def recommended_recipe(config: PretrainConfig, samples: int) -> str | None:
     if not isinstance(config, PatchConfig):
         return None
     if config.teacher:
-        unread = config.objective.dino == 0 and config.aug.local_crops_number > 0
+        unread = config.objective.dino == config.distill.dino == 0 and config.aug.local_crops_number > 0
         return "nothing reads the local crops: --recipe patch_distill has none" if unread else None
     if config.optim.layer_decay < 1:  # both recipes named below set it
         return None

@@ -87,6 +87,9 @@ class DistillConfig:
 
     cls: float = identity(1.0, "weight of the distance between the projected cls token and the teacher's")
     patch: float = identity(0.0, "weight of the distance between the projected patch tokens and the teacher's")
+    dino: float = identity(
+        0.0, "weight of DINO with the teacher's head and prototypes (of a run, or another checkpoint with a head)"
+    )
     loss: str = identity("cosine", "distance: cosine, or smooth_l1 to the teacher's layer-normalized features")
     input_size: int | None = identity(
         None, "size in px that the teacher sees the global crops at; null: theirs, or the nearest that it takes"

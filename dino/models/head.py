@@ -1,5 +1,6 @@
 """The projection head of DINO, with a weight-normalised last layer that never stores its normalised weight."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,6 +61,29 @@ class DINOHead(nn.Module):
             # A bf16 logit near 1 errs by 0.002, which the teacher's temperature of 0.04 turns into 0.05.
             hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             return self.last_layer(F.normalize(hidden, dim=-1))
+
+
+def head_of(state: Mapping[str, Tensor], prefix: str) -> DINOHead | None:
+    """The head in a state dict of this package or of facebookresearch/dino, in eval mode; its shape is the tensors'.
+
+    Args:
+        state: Tensors by name.
+        prefix: Name of the head, ``head.``; wrappers' ``module.`` may precede it.
+
+    Returns:
+        None if the state dict has no such head.
+
+    Raises:
+        RuntimeError: Its tensors are not those of a head.
+    """
+    names = {name: name.removeprefix("module.") for name in state}
+    own = {name.removeprefix(prefix): state[found] for found, name in names.items() if name.startswith(prefix)}
+    if not {"mlp.0.weight", "last_layer.weight_v"} <= own.keys():
+        return None
+    (hidden_dim, in_dim), (out_dim, bottleneck_dim) = own["mlp.0.weight"].shape, own["last_layer.weight_v"].shape
+    head = DINOHead(in_dim, out_dim, hidden_dim, bottleneck_dim, use_bn="mlp.1.weight" in own)
+    head.load_state_dict(own)
+    return head.eval()
 
 
 class WeightNormLinear(nn.Module):

@@ -6,20 +6,24 @@ foundation models of several widths and patch sizes in this way.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dino.config.schema import DistillConfig
+from dino.config.schema import DistillConfig, ModelConfig
 from dino.crops.parameters import GLOBAL_VIEWS
 from dino.errors import ConfigError
 from dino.models.backbone import Tokens
-from dino.models.head import init_linear
+from dino.models.checkpoint import fingerprint, read_checkpoint, readable, resolve_run
+from dino.models.head import DINOHead, head_of, init_linear
 from dino.models.transforms import Transform
 from dino.models.weights import LoadedBackbone, expect_level, load_backbone_file
-from dino.objectives import FrozenNetwork, Masked, Objective, Outputs, Terms
+from dino.objectives import Condition, FrozenNetwork, Masked, Objective, Outputs, Terms
+from dino.objectives.dino import DINO
 
 
 class FrozenBackbone(FrozenNetwork):
@@ -32,7 +36,8 @@ class FrozenBackbone(FrozenNetwork):
         loaded: The backbone and its transform.
         settings: Weights of the objectives, their distance, and the input size.
         transform: Normalization of the inputs: the student's.
-        patch_size: Patch size of the student, onto whose grid patch tokens are resampled.
+        student: Its patch size, onto whose grid patch tokens are resampled, and its temperatures.
+        head: Its projection head, which ``distill.dino`` needs.
 
     Attributes:
         origin: What a run's identity and checkpoints record of it: fingerprint of the weights, and transform.
@@ -45,17 +50,22 @@ class FrozenBackbone(FrozenNetwork):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, loaded: LoadedBackbone, settings: DistillConfig, transform: Transform, patch_size: int) -> None:
+    def __init__(
+        self,
+        loaded: LoadedBackbone,
+        settings: DistillConfig,
+        transform: Transform,
+        student: ModelConfig,
+        head: DINOHead | None = None,
+    ) -> None:
         super().__init__()
         expect_level(loaded, "patch")
-        _check(settings, loaded)
+        _check(settings, loaded, head)
         own = loaded.transform
         assert own is not None  # of every model of images
-        self.backbone, self.settings, self.patch_size = (
-            loaded.backbone.eval().requires_grad_(False),
-            settings,
-            patch_size,
-        )
+        self.backbone, self.settings = loaded.backbone.eval().requires_grad_(False), settings
+        self.head = head.requires_grad_(False) if head else None
+        self.student, self.patch_size = student, student.patch_size
         self.spec, self.embed_dim = self.backbone.spec, self.backbone.embed_dim
         self.input_size, self.native_size = settings.input_size, settings.input_size or own.input_size_px
         mean, std, own_mean, own_std = (
@@ -66,19 +76,22 @@ class FrozenBackbone(FrozenNetwork):
         self.register_buffer("scale", std / own_std, persistent=False)
         self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
         self.is_same = (transform.mean, transform.std) == (own.mean, own.std)
-        self.origin: Mapping[str, Any] = {"teacher_weights": loaded.fingerprint, "teacher_transform": own.to_dict()}
+        weights = fingerprint(head, loaded.fingerprint) if head else loaded.fingerprint
+        self.origin: Mapping[str, Any] = {"teacher_weights": weights, "teacher_transform": own.to_dict()}
 
     @classmethod
-    def load(cls, source: str, settings: DistillConfig, transform: Transform, patch_size: int) -> "FrozenBackbone":
+    def load(cls, source: str, settings: DistillConfig, transform: Transform, student: ModelConfig) -> "FrozenBackbone":
         """Load the weights; further arguments and errors are those of the class.
 
         Args:
             source: As in :func:`~dino.models.weights.load_backbone_file`, whose errors are raised too.
             settings: With ``arch`` and ``transform`` of the source.
             transform: Normalization of the inputs.
-            patch_size: Patch size of the student.
+            student: Settings of the student.
         """
-        return cls(load_backbone_file(source, settings.arch, settings.transform), settings, transform, patch_size)
+        loaded = load_backbone_file(source, settings.arch, settings.transform)
+        head = _load_head(Path(source)) if settings.dino > 0 else None
+        return cls(loaded, settings, transform, student, head)
 
     def forward(self, x: Tensor, cls_only: bool = False) -> Tokens:
         """Tokens of whole tiles, or of crops, as ``dino evaluate`` computes them: at the input size of the transform.
@@ -92,10 +105,12 @@ class FrozenBackbone(FrozenNetwork):
     def objectives(self, seed: int) -> list[Objective]:
         """The objectives with a weight; ``seed`` is that of the initial weights of their heads."""
         settings, arguments = self.settings, (LOSSES[self.settings.loss], self.embed_dim)
-        built = [
+        built: list[Objective] = [
             ClsFeatures(settings.cls, *arguments, seed),
             PatchFeatures(settings.patch, *arguments, seed + 1),
         ]
+        if self.head is not None:
+            built.append(FrozenDINO(self.student, self.head, seed + 2, settings.dino))
         return [objective for objective in built if objective.weight > 0]
 
     def targets(self, views: Tensor) -> dict[str, Tensor]:
@@ -105,8 +120,8 @@ class FrozenBackbone(FrozenNetwork):
             views: (G, B, 3, h, w), normalized for the student.
 
         Returns:
-            ``distill_cls`` (G, B, D), and ``distill_patch`` (G, B, N, D) on the student's grid if it has a weight; fp32
-            or fp64.
+            ``distill_cls`` (G, B, D), ``distill_patch`` (G, B, N, D) on the student's grid if it has a weight, and
+            ``distill_dino`` (G, B, K) if it has one; fp32 or fp64.
         """
         tokens = self._tokens(views.flatten(0, 1), self.input_size, cls_only=self.settings.patch == 0)
         found = {ClsFeatures.name: _exact(tokens.cls).unflatten(0, views.shape[:2])}
@@ -114,6 +129,8 @@ class FrozenBackbone(FrozenNetwork):
             height, width = (side // self.patch_size for side in views.shape[-2:])
             patches = _resampled(_exact(tokens.patches), self._grid(views, self.input_size), (height, width))
             found[PatchFeatures.name] = patches.unflatten(0, views.shape[:2])
+        if self.head is not None:
+            found[FrozenDINO.name] = self.head(tokens.cls).unflatten(0, views.shape[:2])
         return found
 
     def _size(self, x: Tensor, size: int | None) -> tuple[int, int]:
@@ -200,6 +217,50 @@ class PatchFeatures(_Features):
         return head(tokens[0].patches[:GLOBAL_VIEWS])
 
 
+class FrozenDINO(DINO):
+    """DINO's cross-entropy with a frozen teacher: its head, its prototypes, and a centre of its own.
+
+    DINOv2 distils its smaller models in this way (Oquab et al. 2024, arXiv 2304.07193, section 5). The temperature is
+    ``model.teacher_temp`` throughout, because the teacher does not change.
+
+    Args:
+        settings: Temperatures, and momentum of the centre.
+        head: The teacher's; the student's has the same shape, but for its input.
+        seed: Seed of the initial weights of the student's head.
+        weight: Factor of the loss.
+    """
+
+    name = "distill_dino"
+    head = "distill_dino_head"
+    teacher_head = False
+    reads_teacher = False
+    warnings: ClassVar[Mapping[str, Condition]] = {}  # those of DINO are about a teacher that changes
+
+    def __init__(self, settings: ModelConfig, head: DINOHead, seed: int, weight: float) -> None:
+        first, last = next(head.mlp.parameters()), head.last_layer.weight_v
+        (hidden_dim, _), (out_dim, bottleneck_dim) = first.shape, last.shape
+        shape = replace(settings, out_dim=out_dim, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim)
+        super().__init__(shape, lambda step: settings.teacher_temp, seed, weight=weight)
+
+    def scheduled(self, step: int) -> dict[str, float]:
+        """Nothing: the temperature is constant."""
+        return {}
+
+    def forward(self, student: Outputs, teacher: Outputs, values: Mapping[str, float]) -> Terms:
+        """Loss and entropy of the targets, as :meth:`DINO.forward`, under names of their own."""
+        losses, diagnostics = super().forward(student, teacher, {"teacher_temp": self.teacher_temp(0)})
+        return Terms({self.name: losses[DINO.name]}, {f"{self.name}_entropy": diagnostics["teacher_entropy"]})
+
+    def log_values(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Loss and entropy relative to ln K."""
+        own = {"loss/dino": numbers[f"loss/{self.name}"], "teacher_entropy": numbers[f"{self.name}_entropy"]}
+        found = super().log_values(own)
+        return {
+            f"{self.name}_relative": found["loss_relative"],
+            f"{self.name}_entropy_relative": found["teacher_entropy_relative"],
+        }
+
+
 def cosine_distance(predicted: Tensor, target: Tensor) -> Tensor:
     """``1 - cos(predicted, target)``, a mean over all vectors.
 
@@ -240,14 +301,31 @@ def _resampled(patches: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) 
     return maps.flatten(2).transpose(1, 2)  # (B, h' w', D)
 
 
-def _check(settings: DistillConfig, loaded: LoadedBackbone) -> None:
+def _load_head(path: Path) -> DINOHead | None:
+    """The head beside the backbone in a run folder or a checkpoint file; None where there is none."""
+    if path.is_dir() and not (path / "config.json").is_file():
+        path = resolve_run(path)
+    if not path.is_file():
+        return None
+    content = read_checkpoint(path)
+    state = content.get("teacher", content)
+    with readable(str(path)):
+        return head_of(state, "head.")
+
+
+def _check(settings: DistillConfig, loaded: LoadedBackbone, head: DINOHead | None) -> None:
     """Raise ConfigError for a setting that is out of range or does not fit."""
-    weights = {name: getattr(settings, name) for name in ("cls", "patch")}
+    weights = {name: getattr(settings, name) for name in ("cls", "patch", "dino")}
     for name, weight in weights.items():
         if weight < 0:
             raise ConfigError(f"expected distill.{name} of at least 0, found {weight}")
     if not any(weights.values()):
         raise ConfigError(f"teacher={loaded.source}: nothing is learned from it: set distill.cls or distill.patch")
+    if settings.dino > 0 and head is None:
+        raise ConfigError(
+            f"teacher={loaded.source}: distill.dino needs its projection head, found none: name a run or a checkpoint "
+            "with one (exports and timm models have none), or set distill.dino=0"
+        )
     if settings.loss not in LOSSES:
         raise ConfigError(f"expected distill.loss {' or '.join(LOSSES)}, found '{settings.loss}'")
     size, patch = settings.input_size, loaded.backbone.spec.patch_size

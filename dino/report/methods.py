@@ -191,10 +191,13 @@ def _method(config: Settings) -> str:
     if config.get("teacher"):
         tokens = [name for name, default in (("cls", 1.0), ("patch", 0.0)) if _weight(config, "distill", name, default)]
         distance = config.get("distill", {}).get("loss", "cosine").replace("_", " ")
-        parts.append(
-            f"by distilling the features of {config['teacher']} ({distance} distance between its "
-            f"{' and '.join(tokens)} tokens and a linear projection of the network's)"
-        )
+        if tokens:
+            parts.append(
+                f"by distilling the features of {config['teacher']} ({distance} distance between its "
+                f"{' and '.join(tokens)} tokens and a linear projection of the network's)"
+            )
+        if _weight(config, "distill", "dino", 0.0):
+            parts.append(f"with DINO (Caron et al. 2021) against the prototypes of {config['teacher']}")
     return " and ".join(parts)
 
 

@@ -141,3 +141,35 @@ def test_a_failed_step_is_replayed_sample_by_sample(
     assert not found.again and len(found.samples) == 4
     for sample in found.samples:
         assert sample.losses.keys() == {"distill_cls", "distill_patch"} and sample.is_finite
+
+
+def test_a_run_is_distilled_through_its_head(tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrain(config(tiles, tmp_path / "large", **{"training.max_steps": 2}))
+    own = distilled(tmp_path / "large", **{"distill.dino": 1.0, "distill.patch": 0.0, "aug.local_crops_number": 2})
+    exact = {**own, "speed.precision": "fp64"}
+    pretrain(config(tiles, tmp_path / "one", **exact))
+    halves = {"training.batch_size_per_gpu": 2, "training.gradient_accumulation": 2}
+    pretrain(config(tiles, tmp_path / "halves", **exact, **halves))
+    assert_same_numbers(tmp_path / "one", tmp_path / "halves")
+    pretrain(config(tiles, tmp_path / "whole", **own))
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_after(patch, 5)
+        pretrain(config(tiles, tmp_path / "cut", **own))
+    pretrain(config(tiles, tmp_path / "cut", **own))
+    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+    line, saved = metrics(tmp_path / "whole")[-1], last(tmp_path / "whole")
+    assert {
+        "loss/distill_cls",
+        "loss/distill_dino",
+        "distill_dino_relative",
+        "distill_dino_entropy_relative",
+    } <= line.keys()
+    assert {name.partition(".")[0] for name in saved["student"]} == {
+        "backbone",
+        "distill_cls_head",
+        "distill_dino_head",
+    }
+    with pytest.raises(ConfigError, match="distill.dino needs its projection head"):
+        export = {**own, "teacher": str(tmp_path / "large" / "backbone")}
+        pretrain(config(tiles, tmp_path / "none", **export))
+    assert not (tmp_path / "none").exists()

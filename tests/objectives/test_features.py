@@ -10,14 +10,22 @@ from PIL import Image
 from tiny_models import save_checkpoint
 from torch import Tensor
 
-from dino.config.schema import DistillConfig
+from dino.config.schema import DistillConfig, ModelConfig
 from dino.errors import CheckpointError, ConfigError
 from dino.extraction.embed import normaliser_of
 from dino.models.backbone import Tokens
+from dino.models.head import DINOHead
 from dino.models.transforms import TRANSFORMS, Transform
 from dino.models.weights import load_backbone_file
 from dino.objectives import Outputs
-from dino.objectives.features import ClsFeatures, FrozenBackbone, PatchFeatures, cosine_distance, smooth_l1_distance
+from dino.objectives.features import (
+    ClsFeatures,
+    FrozenBackbone,
+    FrozenDINO,
+    PatchFeatures,
+    cosine_distance,
+    smooth_l1_distance,
+)
 
 IMAGENET = TRANSFORMS["imagenet"]
 
@@ -27,7 +35,9 @@ def vectors(*shape: int, seed: int = 0) -> Tensor:
 
 
 def frozen(path: Path, settings: DistillConfig | None = None, transform: Transform = IMAGENET) -> FrozenBackbone:
-    return FrozenBackbone.load(str(path), settings or DistillConfig(patch=1.0), transform, patch_size=8).double()
+    return FrozenBackbone.load(
+        str(path), settings or DistillConfig(patch=1.0), transform, ModelConfig(patch_size=8)
+    ).double()
 
 
 def test_distances_are_those_of_their_formulas() -> None:
@@ -118,6 +128,7 @@ def test_as_a_backbone_it_gives_the_features_that_evaluation_gives(tmp_path: Pat
     [
         (DistillConfig(cls=-1.0), r"distill.cls of at least 0, found -1"),
         (DistillConfig(cls=0.0), "set distill.cls or distill.patch"),
+        (DistillConfig(dino=1.0), "distill.dino needs its projection head, found none: name a run"),
         (DistillConfig(loss="l2"), "distill.loss cosine or smooth_l1, found 'l2'"),
         (DistillConfig(input_size=30), "multiple of the teacher's patch size 16, found 30; the nearest is 32"),
         (DistillConfig(transform="none"), "transform: expected auto"),
@@ -131,3 +142,30 @@ def test_settings_out_of_range_are_refused(settings: DistillConfig, message: str
 def test_a_model_of_grids_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="expected a model of images"):
         frozen(save_checkpoint(tmp_path / "region.pt", level="region", input_dim=10))
+
+
+def test_dino_against_the_head_of_the_frozen_network_is_its_published_cross_entropy(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "teacher.pt")
+    content = torch.load(path, weights_only=True)
+    head = DINOHead(16, 9, hidden_dim=12, bottleneck_dim=5, seed=3)
+    content["teacher"] |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    torch.save(content, path)
+    network = frozen(path, DistillConfig(cls=0.0, dino=1.0))
+    (objective,) = network.objectives(seed=0)
+    assert isinstance(objective, FrozenDINO) and objective.settings.out_dim == 9
+    views = vectors(2, 3, 3, 32, 32)
+    targets = network.targets(views)
+    cls = network(views.flatten(0, 1), cls_only=True).cls  # 32 px is its native size
+    logits = head.double()(cls).unflatten(0, (2, 3)).detach()
+    assert torch.allclose(targets["distill_dino"], logits, rtol=1e-9)
+    student = vectors(4, 3, 9, seed=1)  # of two global and two local views
+    probabilities, expected = (logits / 0.04).softmax(-1), []
+    for g in range(2):
+        for v in range(4):
+            if v != g:
+                expected.append(-(probabilities[g] * (student[v] / 0.1).log_softmax(-1)).sum(-1).mean())
+    terms = objective.double()(
+        Outputs([], {"distill_dino": student.clone()}), Outputs([], dict(targets)), objective.scheduled(0)
+    )
+    assert terms.losses["distill_dino"].item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-9)
+    assert network.origin["teacher_weights"] != load_backbone_file(path).fingerprint  # that of the head is part of it

@@ -131,7 +131,7 @@ def frozen_network() -> FrozenNetwork:
     """Another patch size, width and normalization than the student's."""
     backbone = build_backbone(BackboneSpec("vit:dim=48,depth=1,heads=2", "patch", 3, (28, 28), 14), seed=1)
     loaded = LoadedBackbone(backbone, TRANSFORMS["hipt"], "patch", LoadReport(0, [], []), "teacher")
-    return FrozenBackbone(loaded, DistillConfig(patch=1.0), TRANSFORMS["imagenet"], patch_size=16)
+    return FrozenBackbone(loaded, DistillConfig(patch=1.0), TRANSFORMS["imagenet"], ModelConfig(patch_size=16))
 
 
 def trainer(
