@@ -68,7 +68,7 @@ def _knn_measure(run: Run, labels: Path, name: str) -> Measure:
     """KNN on the rows of a table that choose the checkpoint; they are added to the run's record."""
     settings, level = run.config.evaluate, run.level
     table = read_labels(labels, required=("train",))
-    facts = check_leakage(table, level.slides, settings.allow_leakage, ("val", "test"))
+    facts = check_leakage(table, level.slides, settings.allow_leakage, ("val", "test"), "evaluate.allow_leakage")
     progress.say(f"{labels}: compared with the training data: {facts['compared']}")
     selection = select_rows(table)
     progress.say(f"{labels}: the best checkpoint is chosen by {selection.origin}; test rows are not used")

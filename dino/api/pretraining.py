@@ -148,14 +148,14 @@ def resume(
 
 
 def _announce(run: Run, warn: Callable[[str], None]) -> None:
-    """Say what is trained on and what is held out, which recipe suits it better, and warn of likely mistakes."""
+    """Say what is trained on and what is held out, warn of likely mistakes, and say which recipe suits it better."""
     progress.say(f"{run.config.data_dir}: training on {run.level.split}")
-    if advice := recommended_recipe(run.config, len(run.level.dataset)):
-        progress.say(advice)
     for warning in run.level.warnings:
         progress.warn(warning)
     for warning in run.warnings():
         warn(warning)
+    if advice := recommended_recipe(run.config, len(run.level.dataset)):
+        progress.say(advice)
 
 
 def _rehearse(run: Run) -> RunSummary:

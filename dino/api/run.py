@@ -171,6 +171,7 @@ class Run:
     def warnings(self) -> list[str]:
         """What is likely to be a mistake in the settings."""
         epochs = self.length.epoch(self.length.total)
+        longer = "training.nepochs" if self.config.training.max_steps is None else "training.max_steps"
         periods = {
             "training.warmup_epochs": (self.config.training.warmup_epochs, "the learning rate does not reach its peak"),
             "training.freeze_last_layer": (self.config.training.freeze_last_layer, "the last layer is never trained"),
@@ -178,7 +179,7 @@ class Run:
         }
         return [
             f"{key}={value:g} is not shorter than the run of {epochs:.3g} epochs ({self.length.total} steps): "
-            f"{effect}; lower it, or raise training.nepochs"
+            f"{effect}; in a new run lower it, or raise {longer}"
             for key, (value, effect) in periods.items()
             if value > 0 and value >= epochs
         ]

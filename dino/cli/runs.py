@@ -91,5 +91,6 @@ def _conclusion(step: int, again: bool, suspects: list[str]) -> str:
     if suspects:
         return f"step {step} is not finite again, because of {', '.join(suspects)}: check these samples"
     return (
-        f"step {step} is not finite again, but each sample alone is finite: lower optim.lr, or set speed.precision=fp32"
+        f"step {step} is not finite again, but each sample alone is finite: in a new run, lower optim.lr or set "
+        "speed.precision=fp32"
     )

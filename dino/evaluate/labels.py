@@ -85,7 +85,11 @@ def read_labels(path: Path, required: Sequence[str] = ("train", "test")) -> Labe
 
 
 def check_leakage(
-    table: LabelTable, training_slides: Mapping[str, Any] | None, allow: bool, held_out: Sequence[str] = ("test",)
+    table: LabelTable,
+    training_slides: Mapping[str, Any] | None,
+    allow: bool,
+    held_out: Sequence[str] = ("test",),
+    setting: str = "allow_leakage",
 ) -> dict[str, Any]:
     """Check that a model was not pretrained on the slides or patients of the test rows.
 
@@ -98,6 +102,7 @@ def check_leakage(
             :func:`dino.privacy.hash_record` returns; None or empty if it records none.
         allow: Accept slides and patients of the pretraining; they are listed in the result.
         held_out: Partitions whose slides and patients must not have been pretrained on.
+        setting: Name of the setting that is ``allow``, for the message.
 
     Returns:
         ``compared`` (a description), ``seen_slides``, ``seen_patients`` and ``allowed``.
@@ -120,7 +125,7 @@ def check_leakage(
         kind, seen = ("slides", seen_slides) if seen_slides else ("patients", seen_patients)
         raise DataError(
             f"expected {' and '.join(held_out)} {kind} that the model has not been pretrained on, found {len(seen)} "
-            f"that it has ({_first(seen)}); remove them, or accept an optimistic score with allow_leakage=true"
+            f"that it has ({_first(seen)}); remove them, or accept an optimistic score with {setting}=true"
         )
     return facts
 

@@ -14,6 +14,7 @@ from dino.models.weights import LoadedBackbone
 from dino.slides.tables import REGIONS_FOLDER
 
 RECORD = "extract.json"
+ANOTHER_ROOT = "for a second model tile the slides into another ROOT (storage=none cuts no tiles) and extract there"
 COMPARED = ("level", "fingerprint", "transform", "precision", "geometry", "grids")
 
 
@@ -54,7 +55,7 @@ def check_folder(path: Path, record: Mapping[str, Any], folder: Path, suffix: st
     if not before:
         raise DataError(
             f"expected a record of the features in {folder} at {path}, found none; they may be from another model: "
-            "move them, or use another ROOT"
+            f"move them, or {ANOTHER_ROOT}"
         )
     differences = [
         f"{key} {_format(key, before)}, now {_format(key, record)}"
@@ -64,7 +65,7 @@ def check_folder(path: Path, record: Mapping[str, Any], folder: Path, suffix: st
     if differences:
         raise DataError(
             f"expected features of the same model and settings in {folder}, found features made with different "
-            f"settings: {'; '.join(differences)}; use another ROOT, or delete {folder} to compute them again"
+            f"settings: {'; '.join(differences)}; {ANOTHER_ROOT}, or delete {folder} to compute them again"
         )
     return before
 

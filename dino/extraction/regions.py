@@ -344,7 +344,8 @@ class RegionExtractor(Extractor):
             records = read_regions(root)
             if not records:
                 raise DataError(
-                    f"expected regions in {root / REGIONS_TABLE}, found none; tile with a smaller region_size_px"
+                    f"expected regions in {root / REGIONS_TABLE}, found none; tile with a smaller region_size_px into "
+                    "another ROOT"
                 )
             images = match_region_images(root, records) if pixels == REGIONS else None
             return source, records, split_by_slide(source, records, images, pixels, self.embed_dim)

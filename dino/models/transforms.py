@@ -1,5 +1,6 @@
 """How pixels become a model's input: part of a checkpoint, because features mean nothing without it."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -68,6 +69,8 @@ def choose_transform(wanted: str, stored: Transform | None, source: str) -> Tran
     if stored is not None:
         return stored
     warn(
-        f"{source} has no recorded normalization, assuming imagenet (HIPT itself used mean = std = 0.5: transform=hipt)"
+        f"{source} has no recorded normalization, assuming imagenet (HIPT itself used mean = std = 0.5: "
+        f"transform=hipt; for model.init first `dino export {shlex.quote(source)} DIR transform=hipt`, then "
+        "model.init=DIR)"
     )
     return TRANSFORMS["imagenet"]

@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 TIMM = "timm:"
+IN_A_RUN = "(with model.init it is model.init_arch=...)"
 # Arguments of a timm folder's config that do not change which tensors the model has.
 ADAPTABLE = {"img_size", "num_classes", "global_pool", "in_chans", "dynamic_img_size"}
 CONTAINERS = ("state_dict", "model")
@@ -274,7 +275,9 @@ def _from_folder(folder: Path, arch: str | None) -> LoadedBackbone:
         return _described(loaded, description, own=bool(section.get("own", True)))
     special = sorted(set(config.get("model_args") or {}) - ADAPTABLE)
     if special and arch is None:
-        raise CheckpointError(f"{folder}: {name} with its own {', '.join(special)} cannot be rebuilt: give arch=")
+        raise CheckpointError(
+            f"{folder}: {name} with its own {', '.join(special)} cannot be rebuilt: give arch= {IN_A_RUN}"
+        )
     transform = timm_transform(config.get("pretrained_cfg") or config)
     spec = infer_spec(tensors, arch or name, str(folder), "timm", transform.input_size_px or TILE_SIZE_PX)
     return replace(_load(spec, tensors, unexpected, str(folder)), transform=transform)
@@ -289,8 +292,8 @@ def _from_timm(name: str, pretrained: bool) -> LoadedBackbone:
     except Exception as error:  # the hub, the network, the disk and timm each have their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(
-            f"{TIMM}{name}: timm could not load its weights ({reason}): without a network, give a local file, "
-            "or pretrained=false for new weights"
+            f"{TIMM}{name}: timm could not load its weights ({reason}): without a network, give a local folder "
+            "with its config.json and model.safetensors"
         ) from error
     if not pretrained:
         init_weights(vit, torch.Generator().manual_seed(0))
@@ -388,7 +391,7 @@ def infer_spec(
         shown = ", ".join(sorted(tensors)[:4])
         raise CheckpointError(
             f"{source}: not a supported ViT: {', '.join(missing)} missing, found {shown}, ...; a model without a "
-            "position table or with a gated MLP needs its timm name, e.g. arch=vit_small_patch16_dinov3"
+            f"position table or with a gated MLP needs its timm name, e.g. arch=vit_small_patch16_dinov3 {IN_A_RUN}"
         )
     embed = tensors["patch_embed.proj.weight"]  # (D, C, p, p), or (D, D_in) for grids
     level = _input_of(embed)
@@ -433,7 +436,9 @@ def _shape(tensors: Mapping[str, Tensor], level: str, no_embed_class: bool, sour
     heads = input_kind(level).num_heads(dim)
     if heads is None:
         example = f"arch=vit:dim={dim},depth={depth},heads=..."
-        raise CheckpointError(f"{source}: dim {dim} does not determine its number of heads: give it, as {example}")
+        raise CheckpointError(
+            f"{source}: dim {dim} does not determine its number of heads: give it, as {example} {IN_A_RUN}"
+        )
     return Shape(
         dim,
         depth,

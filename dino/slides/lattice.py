@@ -203,8 +203,9 @@ def plan_lattice(pyramid: Pyramid, geometry: Geometry, slide: str) -> Lattice:
     if pyramid.spacing_um > requested * (1 + geometry.tolerance):
         raise DataError(
             f"expected slide '{slide}' to have at most {requested:g} µm/px (within {geometry.tolerance:.0%}), found "
-            f"{pyramid.spacing_um:g} at its finest level; raise spacing_um, exclude the slide, or correct its "
-            "spacing_at_level_0"
+            f"{pyramid.spacing_um:g} at its finest level; exclude the slide, correct spacing_at_level_0 in its row of "
+            f"the slide list, or tile all slides with spacing_um={pyramid.spacing_um:g} (into another ROOT, if this "
+            "one has tiles)"
         )
     plan = plan_spacing_read(
         requested_spacing_um=requested,

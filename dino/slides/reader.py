@@ -126,7 +126,7 @@ def spacing_of(
         if down is not None and abs(across - down) > 0.05 * across:
             raise DataError(
                 f"expected square pixels in slide '{slide}', found {across:g} x {down:g} µm in its metadata; "
-                "if that is wrong, set spacing_at_level_0"
+                "if that is wrong, set spacing_at_level_0 in the column of that name of the slide list"
             )
         return across, "metadata"
     power = _positive(properties.get("openslide.objective-power"))

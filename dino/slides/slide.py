@@ -191,7 +191,7 @@ def _remarks(reader: SlideReader, config: TileConfig, tiles: int, regions: int) 
         remarks.append(
             f"no region of {geometry.region_cells} x {geometry.region_cells} cells fits into the "
             f"{lattice.columns} x {lattice.rows} cells of the slide; a smaller region_size_px (now "
-            f"{config.region_size_px}) gives regions"
+            f"{config.region_size_px}) and another ROOT give regions"
         )
     elif not regions:
         remarks.append(f"no region has at least {config.min_tissue_region:.0%} tissue")

@@ -376,6 +376,13 @@ def load_part(root: Path, slide_id: str) -> Part | None:
         return None
 
 
+def has_tiled(root: Path) -> bool:
+    """Whether a slide was tiled into ``root``, or tiles were cut from one: slides that failed leave nothing behind."""
+    parts = (load_part(root, path.name.removesuffix(".json")) for path in _parts_folder(root).glob("*.json"))
+    tiles = (path for path in (root / TILES_FOLDER).rglob("*") if path.is_file())
+    return any(part.status.status in (OK, NO_TISSUE) for part in parts if part) or any(tiles)
+
+
 def drop_part(root: Path, slide_id: str) -> None:
     """Remove the mark that a slide is done, before its files are written again."""
     _part_path(root, slide_id, "json").unlink(missing_ok=True)

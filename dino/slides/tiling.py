@@ -113,7 +113,7 @@ def tile_slides(records: Sequence[SlideRecord], root: Path, config: TileConfig) 
         check_same_settings(root, settings)  # again, because another run may have ended meanwhile
         storage.tidy(root)
         tables.tidy(root)
-        if not (root / tables.TILING_FILE).exists():
+        if not (root / tables.TILING_FILE).exists() or _differing(root, settings):
             tables.write_tiling(root, config)
         return _tile(records, root, config)
 
@@ -173,16 +173,28 @@ def measure_slides(records: Sequence[SlideRecord], root: Path, config: TileConfi
 
 
 def check_same_settings(root: Path, settings: Mapping[str, Any]) -> None:
-    """Raise a DataError that lists the differing settings, if ``root`` was tiled with different ones."""
-    if not (root / tables.TILING_FILE).exists():
+    """Raise a DataError that lists the differing settings, if slides in ``root`` were tiled with different ones.
+
+    A first ``spacing_at_level_0`` is accepted: only slides that failed without it use it.
+    """
+    if not (root / tables.TILING_FILE).exists() or not tables.has_tiled(root):
         return
-    before, now = tables.read_tiling(root).settings, json.loads(json.dumps(dict(settings)))
-    differing = [f"{key}={before[key]} (now {now[key]})" for key in now if key in before and before[key] != now[key]]
+    differing = [
+        f"{key}={before} (now {now})"
+        for key, (before, now) in _differing(root, settings).items()
+        if key != "spacing_at_level_0" or before is not None
+    ]
     if differing:
         raise DataError(
             f"{root} was tiled with {', '.join(differing)}; tiles made with different settings are not mixed: use "
             "the same settings, or another ROOT"
         )
+
+
+def _differing(root: Path, settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Values in ``tiling.json`` and now, by key, of the settings that differ."""
+    before, now = tables.read_tiling(root).settings, json.loads(json.dumps(dict(settings)))
+    return {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
 
 
 def _finished(records: Sequence[SlideRecord], root: Path, config: TileConfig) -> dict[str, SlideStatus]:

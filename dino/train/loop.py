@@ -81,7 +81,7 @@ class NonFiniteStep(TrainingFault):
     def __init__(self, report: StepReport) -> None:
         super().__init__(
             f"loss or gradient was not finite at step {report.step}; that step changed no weight. "
-            "Lower optim.lr, or set speed.precision=fp32"
+            "In a new run, lower optim.lr or set speed.precision=fp32; model.init=RUN starts it from this one's weights"
         )
         self.report = report
 

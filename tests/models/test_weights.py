@@ -349,7 +349,7 @@ def test_timm_models_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("network is unreachable\nsecond line")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(CheckpointError, match=r"unreachable.*local file") as caught:
+    with pytest.raises(CheckpointError, match=r"unreachable.*local folder") as caught:
         load_backbone_file("timm:test_vit")
     assert "\n" not in str(caught.value)
 
