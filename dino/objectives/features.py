@@ -18,7 +18,7 @@ from dino.config.schema import DistillConfig, ModelConfig
 from dino.crops.parameters import GLOBAL_VIEWS
 from dino.errors import ConfigError
 from dino.models.backbone import Tokens
-from dino.models.checkpoint import fingerprint, read_checkpoint, readable, resolve_run
+from dino.models.checkpoint import fingerprint, read_checkpoint, readable
 from dino.models.head import DINOHead, head_of, init_linear
 from dino.models.transforms import Transform
 from dino.models.weights import LoadedBackbone, expect_level, load_backbone_file
@@ -90,7 +90,7 @@ class FrozenBackbone(FrozenNetwork):
             student: Settings of the student.
         """
         loaded = load_backbone_file(source, settings.arch, settings.transform)
-        head = _load_head(Path(source)) if settings.dino > 0 else None
+        head = _load_head(Path(loaded.source)) if settings.dino > 0 else None
         return cls(loaded, settings, transform, student, head)
 
     def forward(self, x: Tensor, cls_only: bool = False) -> Tokens:
@@ -302,9 +302,7 @@ def _resampled(patches: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) 
 
 
 def _load_head(path: Path) -> DINOHead | None:
-    """The head beside the backbone in a run folder or a checkpoint file; None where there is none."""
-    if path.is_dir() and not (path / "config.json").is_file():
-        path = resolve_run(path)
+    """The head beside the backbone in a checkpoint; None where there is none, as in exports and timm's models."""
     if not path.is_file():
         return None
     content = read_checkpoint(path)
