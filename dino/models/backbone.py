@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.layers import Attention as TimmAttention
-from timm.layers import AttentionRope
+from timm.layers import AttentionRope, SwiGLUPacked
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
@@ -250,6 +250,8 @@ def make_vit(spec: BackboneSpec) -> Any:
     if shape.dim % shape.heads:
         raise ConfigError(f"model.arch: heads must divide dim, found dim={shape.dim} heads={shape.heads}")
     arguments = timm_arguments(shape, spec) | {"dynamic_img_size": True, "weight_init": "skip", **kind.timm_arguments}
+    if shape.swiglu:
+        arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
     return VisionTransformer(**arguments, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
 

@@ -18,6 +18,8 @@ from dino.models.spec import BackboneSpec, shape_of
 from dino.models.transforms import TRANSFORMS
 from dino.models.weights import LoadedBackbone
 
+SWIGLU = "vit_giant_patch14_dinov2"
+
 
 def export_backbone(
     loaded: LoadedBackbone, directory: Path, tile_size_px: int | None = None, *, ids: bool = False
@@ -76,6 +78,8 @@ def _timm_entry(spec: BackboneSpec) -> tuple[str, dict[str, Any]]:
     if shape is None:
         return spec.arch, {"img_size": list(spec.img_size), "num_classes": 0, "global_pool": "token"}
     arguments = timm_arguments(shape, spec) | {"img_size": list(spec.img_size)}
+    if shape.swiglu:  # a config has no place for layers: the model with these layers, of another size
+        return SWIGLU, arguments
     return input_kind(spec.level).export_entry(spec.arch), arguments
 
 

@@ -203,7 +203,8 @@ class GridInput(InputKind):
 
     def check_arch(self, arch: str) -> None:
         """As :meth:`InputKind.check_arch`."""
-        if arch not in (*self.short_names, *InputKind.short_names) and not arch.startswith("vit:"):
+        other = not arch.startswith("vit:") or "swiglu" in arch
+        if arch not in (*self.short_names, *InputKind.short_names) and other:
             expected = "hvit_xs, vit_tiny, vit_small, vit_base, vit_large or vit:dim=...,depth=...,heads=..."
             raise ConfigError(f"model.arch: level 2 takes {expected}, found {arch!r}")
 

@@ -24,7 +24,8 @@ class Shape:
         registers: Register tokens (Darcet et al. 2023, arXiv 2309.16588).
         layer_scale: First value of LayerScale (Touvron et al. 2021, arXiv 2103.17239), 0 for none.
         no_embed_class: The position table has rows for patches only.
-        mlp_ratio: Hidden width of the MLP over D.
+        mlp_ratio: Width of the MLP's first layer over D.
+        swiglu: The MLP is SwiGLU (Shazeer 2020, arXiv 2002.05202), whose first layer has gate and value.
     """
 
     dim: int
@@ -34,6 +35,7 @@ class Shape:
     layer_scale: float = 0.0
     no_embed_class: bool = False
     mlp_ratio: float = 4.0
+    swiglu: bool = False
 
 
 SHAPES = {
@@ -51,7 +53,7 @@ class BackboneSpec:
 
     Attributes:
         arch: ``vit_tiny|small|base|large``, ``hvit_xs``, a timm name, or ``vit:dim=64,depth=2,heads=2`` with, where
-            wanted, ``registers``, ``layer_scale``, ``no_embed_class`` (0 or 1) and ``mlp_ratio``.
+            wanted, ``registers``, ``layer_scale``, ``mlp_ratio``, ``no_embed_class`` and ``swiglu`` (0 or 1).
         level: ``patch`` (images) or ``region`` (feature grids).
         input_dim: Channels of the input: 3, or the D of the grids.
         img_size: (height, width) in px that the position table is for; level 2: in cells.
@@ -98,8 +100,8 @@ def shape_of(arch: str) -> Shape | None:
     """
     if not arch.startswith("vit:"):
         return SHAPES.get(arch)
-    casts = {field.name: type(getattr(SHAPES["vit_tiny"], field.name)) for field in fields(Shape)}
-    casts["no_embed_class"] = lambda text: bool(int(text))  # type: ignore[assignment]
+    types = {field.name: type(getattr(SHAPES["vit_tiny"], field.name)) for field in fields(Shape)}
+    casts = {name: (lambda text: bool(int(text))) if kind is bool else kind for name, kind in types.items()}
     try:
         pairs = [pair.split("=") for pair in arch.removeprefix("vit:").split(",")]
         return Shape(**{key.strip(): casts[key.strip()](value) for key, value in pairs})

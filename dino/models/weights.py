@@ -1,12 +1,10 @@
 """From a run, a file, an export or a timm name to a backbone with its weights and its transform.
 
-Files of others load by the names of their tensors. Known layouts: facebookresearch/dino (``student`` and ``teacher``
-with ``module.`` and ``backbone.`` before the names, or a bare state dict), both levels of HIPT (the second with
-``phi.0`` for the embedding), torch.compile's ``_orig_mod.``, and timm.
+Files of others load by the names of their tensors: a bare state dict, or ``student`` and ``teacher`` as in the
+checkpoints of facebookresearch/dino, with ``module.``, ``backbone.`` or torch.compile's ``_orig_mod.`` before the names,
+in one of the layouts of :mod:`dino.models.layouts`.
 """
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,8 +28,9 @@ from dino.models.checkpoint import (
     resolve_run,
 )
 from dino.models.grid_source import KEY, GridSource
-from dino.models.inputs import INPUTS, TILE_SIZE_PX, input_kind
-from dino.models.spec import Shape, arch_of, shape_of
+from dino.models.inputs import TILE_SIZE_PX, input_kind
+from dino.models.layouts import PLAIN, Published, backbone_tensors
+from dino.models.recognition import IN_A_RUN, infer_spec, input_of
 from dino.models.transforms import TRANSFORMS, Transform, choose_transform, timm_transform
 from dino.progress import say
 
@@ -48,13 +47,8 @@ __all__ = [
 ]
 
 TIMM = "timm:"
-IN_A_RUN = "(with model.init it is model.init_arch=...)"
 # Arguments of a timm folder's config that do not change which tensors the model has.
 ADAPTABLE = {"img_size", "num_classes", "global_pool", "in_chans", "dynamic_img_size"}
-CONTAINERS = ("state_dict", "model")
-PREFIX = re.compile(r"^(module\.|backbone\.)+")
-HEADS = re.compile(r"^(\w*head\.|fc_norm\.|last_layer\.|mlp\.|mask_token$)")
-RENAMED = {"phi.0.weight": "patch_embed.proj.weight", "phi.0.bias": "patch_embed.proj.bias"}
 
 
 @dataclass(frozen=True)
@@ -64,12 +58,14 @@ class LoadReport:
     Attributes:
         loaded: Number of tensors loaded.
         missing: Names that the backbone has and the source lacks.
-        unexpected: Names of the source that the backbone does not have: heads.
+        unexpected: Names of the source that the backbone does not have: heads, the mask token.
+        layout: Layout of the names in the source, see :mod:`dino.models.layouts`.
     """
 
     loaded: int
     missing: list[str]
     unexpected: list[str]
+    layout: str = PLAIN
 
 
 @dataclass(frozen=True)
@@ -90,6 +86,7 @@ class LoadedBackbone:
         config: Settings of the run, where known.
         fingerprint: SHA-256 of the weights, the number of heads and the position rule.
         details: ``total_steps``, ``versions``, ``training_slides``, ``selection``, ``grids``, where known.
+        mask_token: (1, D), for runs that mask, where there is one.
     """
 
     backbone: Backbone
@@ -105,6 +102,7 @@ class LoadedBackbone:
     config: dict | None = None
     fingerprint: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+    mask_token: Tensor | None = None
 
     @property
     def grids(self) -> GridSource | None:
@@ -138,12 +136,12 @@ def load_backbone_file(
         file = resolve_run(Path(path)) if Path(path).is_dir() else Path(path)
         content = read_checkpoint(file, mmap=True)
         description = Description.from_dict(content, str(file)) if is_own(content) else None
-        tensors, unexpected = backbone_tensors(content, which, str(file))
+        published = backbone_tensors(content, which, str(file))
         if description is None:
-            loaded = _load(infer_spec(tensors, arch, str(file), "dino"), tensors, unexpected, str(file))
+            loaded = _load(infer_spec(published, arch, str(file), "dino"), published, str(file))
         else:
             with readable(source):
-                loaded = _load(description.spec, tensors, unexpected, str(file))
+                loaded = _load(description.spec, published, str(file))
             loaded = _described(loaded, description, own=True)
     if input_kind(loaded.level).normalized:
         loaded = replace(loaded, transform=choose_transform(transform, loaded.transform, source))
@@ -204,7 +202,7 @@ def init_from(backbone: Backbone, source: str | Path, arch: str | None = None) -
             f"{source}: expected input dim {own.input_dim} and patch size {own.patch_size}, "
             f"found {found.input_dim} and {found.patch_size}"
         )
-    fresh = _load(spec, tensors, [], str(source)).backbone
+    fresh = _build(spec, tensors, str(source))
     backbone.vit, backbone.spec = fresh.vit.train(backbone.training), spec
     return loaded
 
@@ -235,16 +233,37 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
 # ------------------------------------------------------------------------------------------------- sources
 
 
-def _load(spec: BackboneSpec, tensors: Mapping[str, Tensor], unexpected: list[str], source: str) -> LoadedBackbone:
+def _load(spec: BackboneSpec, published: Published, source: str) -> LoadedBackbone:
+    backbone = _build(spec, published.tensors, source)
+    if published.periods is not None:
+        _check_periods(backbone, published.periods, source)
+    report = LoadReport(len(published.tensors), [], published.left_over, published.layout)
+    return replace(_loaded(backbone, report, source), mask_token=published.mask_token)
+
+
+def _build(spec: BackboneSpec, tensors: Mapping[str, Tensor], source: str) -> Backbone:
     with torch.random.fork_rng(devices=[]):  # making a model draws numbers
         backbone = Backbone(spec)
     load_tensors(backbone.vit, tensors, source)
-    return _loaded(backbone, LoadReport(len(tensors), [], unexpected), source)
+    return backbone
 
 
 def _loaded(backbone: Backbone, report: LoadReport, source: str) -> LoadedBackbone:
     mark = fingerprint(backbone, f"heads={backbone.num_heads} pos_resample={backbone.spec.pos_resample}")
     return LoadedBackbone(backbone, None, backbone.spec.level, report, source, fingerprint=mark)
+
+
+def _check_periods(backbone: Backbone, periods: Tensor, source: str) -> None:
+    """Raise CheckpointError unless the file was made with the rotary periods that are computed here, as in timm.
+
+    The published files have them rounded to bf16, that is by up to 0.4 %.
+    """
+    own: Tensor = backbone.vit.rope.periods
+    if own.shape != periods.shape or not torch.allclose(periods.float(), own.float(), rtol=0.01):
+        raise CheckpointError(
+            f"{source}: expected rotary positions with periods {own.min():.4g} to {own.max():.4g}, found "
+            f"{len(periods)} of {periods.min():.4g} to {periods.max():.4g}: positions of another base are not supported"
+        )
 
 
 def _described(loaded: LoadedBackbone, description: Description, own: bool) -> LoadedBackbone:
@@ -268,10 +287,10 @@ def _from_folder(folder: Path, arch: str | None) -> LoadedBackbone:
         section, name = config.get(PACKAGE), config["architecture"]
     except (ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json: not a timm config ({error!r})") from error
-    tensors, unexpected = backbone_tensors(read_safetensors(folder / "model.safetensors"), "teacher", str(folder))
+    published = backbone_tensors(read_safetensors(folder / "model.safetensors"), "teacher", str(folder))
     if section:
         description = Description.from_dict(section, str(folder))
-        loaded = _load(description.spec, tensors, unexpected, str(folder))
+        loaded = _load(description.spec, published, str(folder))
         return _described(loaded, description, own=bool(section.get("own", True)))
     special = sorted(set(config.get("model_args") or {}) - ADAPTABLE)
     if special and arch is None:
@@ -279,8 +298,9 @@ def _from_folder(folder: Path, arch: str | None) -> LoadedBackbone:
             f"{folder}: {name} with its own {', '.join(special)} cannot be rebuilt: give arch= {IN_A_RUN}"
         )
     transform = timm_transform(config.get("pretrained_cfg") or config)
-    spec = infer_spec(tensors, arch or name, str(folder), "timm", transform.input_size_px or TILE_SIZE_PX)
-    return replace(_load(spec, tensors, unexpected, str(folder)), transform=transform)
+    spec = infer_spec(published, arch or name, str(folder), "timm", transform.input_size_px or TILE_SIZE_PX)
+    loaded = _load(replace(spec, pos_resample="timm"), published, str(folder))
+    return replace(loaded, transform=transform)
 
 
 def _from_timm(name: str, pretrained: bool) -> LoadedBackbone:
@@ -298,7 +318,7 @@ def _from_timm(name: str, pretrained: bool) -> LoadedBackbone:
     if not pretrained:
         init_weights(vit, torch.Generator().manual_seed(0))
     size, patch = vit.patch_embed.img_size, vit.patch_embed.patch_size[0]
-    arch, level = name.split(".", maxsplit=1)[0], _input_of(vit.patch_embed.proj.weight)
+    arch, level = name.split(".", maxsplit=1)[0], input_of(vit.patch_embed.proj.weight)
     spec = BackboneSpec(arch, level, vit.in_chans, (size[0], size[1]), patch, "timm")
     report = LoadReport(len(vit.state_dict()) if pretrained else 0, [], [])
     transform = timm_transform(vit.pretrained_cfg)
@@ -318,133 +338,4 @@ def _print_summary(loaded: LoadedBackbone) -> None:
     say(
         f"{loaded.source}: {spec.arch} ({loaded.level}), {report.loaded} backbone tensors loaded, no missing keys, "
         f"{unexpected}; {transform}"
-    )
-
-
-# ------------------------------------------------------------------------------------------------- external layouts
-
-
-def backbone_tensors(content: Mapping[str, Any], which: str, source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors of the backbone in a checkpoint, under this package's names.
-
-    Args:
-        content: The checkpoint.
-        which: ``teacher`` or ``student``, where it contains both.
-        source: Name of the checkpoint in errors.
-
-    Returns:
-        The tensors by name, and the names (as found) of heads, which are not part of the backbone.
-
-    Raises:
-        CheckpointError: It contains no tensors, lacks ``which``, or has two tensors of one name.
-    """
-    content = _state_dict(content, which, source)
-    kept: dict[str, Tensor] = {}
-    unexpected: list[str] = []
-    for found, tensor in content.items():
-        if not isinstance(tensor, Tensor):
-            continue
-        name = PREFIX.sub("", found.replace("_orig_mod.", ""))
-        if HEADS.match(name):
-            unexpected.append(found)
-            continue
-        name = RENAMED.get(name, name)
-        if name in kept:
-            raise CheckpointError(f"{source}: two tensors are both called {name} (one of them as {found})")
-        kept[name] = tensor
-    if not kept:
-        raise CheckpointError(f"{source}: expected the tensors of a vision transformer, found none")
-    return kept, unexpected
-
-
-def _state_dict(content: Mapping[str, Any], which: str, source: str) -> Mapping[str, Any]:
-    if isinstance(content.get(which), Mapping):
-        return content[which]
-    if isinstance(content.get("teacher"), Mapping) or isinstance(content.get("student"), Mapping):
-        raise CheckpointError(f"{source}: expected a {which!r} in it, found {sorted(map(str, content))}")
-    for name in CONTAINERS:
-        if isinstance(content.get(name), Mapping):
-            return content[name]
-    return content
-
-
-def infer_spec(
-    tensors: Mapping[str, Tensor], arch: str | None, source: str, pos_resample: str, img_size: int = TILE_SIZE_PX
-) -> BackboneSpec:
-    """Infer from tensors which backbone they belong to.
-
-    Args:
-        tensors: Under this package's names.
-        arch: Architecture given by the user; needed where the tensors do not determine heads or table, and for models
-            without a position table or with a gated MLP.
-        source: Name of the checkpoint in errors.
-        pos_resample: Rule that resizes its position table.
-        img_size: Image size in px of a model without a position table.
-
-    Raises:
-        CheckpointError: A needed tensor is missing, or the tensors do not determine heads or table.
-    """
-    plain = arch is None or shape_of(arch) is not None
-    needed = ["cls_token", "patch_embed.proj.weight"] + ["pos_embed", "blocks.0.mlp.fc1.weight"] * plain
-    missing = [name for name in needed if name not in tensors]
-    if missing:
-        shown = ", ".join(sorted(tensors)[:4])
-        raise CheckpointError(
-            f"{source}: not a supported ViT: {', '.join(missing)} missing, found {shown}, ...; a model without a "
-            f"position table or with a gated MLP needs its timm name, e.g. arch=vit_small_patch16_dinov3 {IN_A_RUN}"
-        )
-    embed = tensors["patch_embed.proj.weight"]  # (D, C, p, p), or (D, D_in) for grids
-    level = _input_of(embed)
-    patch_size = input_kind(level).patch_size(embed)
-    if "pos_embed" not in tensors:
-        size = max(patch_size, img_size - img_size % patch_size)
-        return BackboneSpec(str(arch), level, embed.shape[1], (size, size), patch_size, pos_resample)
-    side, no_embed_class = _table_side(tensors, source)
-    known = shape_of(arch) if arch else None
-    if arch is None:
-        arch = arch_of(_shape(tensors, level, no_embed_class, source), level)
-    elif known is not None and known.no_embed_class != no_embed_class:
-        rows = tensors["pos_embed"].shape[1]
-        raise CheckpointError(f"{source}: a position table of {rows} rows does not fit arch={arch}")
-    size = side * patch_size
-    return BackboneSpec(arch, level, embed.shape[1], (size, size), patch_size, pos_resample)
-
-
-def _input_of(weight: Tensor) -> str:
-    """The level whose embedding layer has a weight of this shape."""
-    return next((name for name, kind in INPUTS.items() if kind.matches(weight)), next(iter(INPUTS)))
-
-
-def _table_side(tensors: Mapping[str, Tensor], source: str) -> tuple[int, bool]:
-    """Tokens along a side of the (square) position table, and whether it has rows for patches only."""
-    rows = tensors["pos_embed"].shape[1]
-    prefix = 1 + _registers(tensors)
-    sides = [(math.isqrt(max(rows - skip, 0)), skip, skip == 0) for skip in (prefix, 0)]
-    fitting = [(side, bare) for side, skip, bare in sides if side and side * side + skip == rows]
-    if len(fitting) != 1:
-        raise CheckpointError(f"{source}: a position table of {rows} rows is not that of one square grid of tokens")
-    return fitting[0]
-
-
-def _registers(tensors: Mapping[str, Tensor]) -> int:
-    return tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
-
-
-def _shape(tensors: Mapping[str, Tensor], level: str, no_embed_class: bool, source: str) -> Shape:
-    dim = tensors["cls_token"].shape[-1]
-    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
-    heads = input_kind(level).num_heads(dim)
-    if heads is None:
-        example = f"arch=vit:dim={dim},depth={depth},heads=..."
-        raise CheckpointError(
-            f"{source}: dim {dim} does not determine its number of heads: give it, as {example} {IN_A_RUN}"
-        )
-    return Shape(
-        dim,
-        depth,
-        heads,
-        registers=_registers(tensors),
-        layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else 0.0,
-        no_embed_class=no_embed_class,
-        mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / dim,
     )
