@@ -89,9 +89,10 @@ class Backbone(nn.Module):
         self._matrices: dict[tuple, Tensor] = {}
         self._ropes: dict[tuple, Tensor] = {}
 
-    def add_mask_token(self) -> None:
-        """Give it a ``mask_token``, (1, D), which starts at 0 as in DINOv2."""
-        self.mask_token = nn.Parameter(torch.zeros(1, self.embed_dim))
+    def add_mask_token(self, initial: Tensor | None = None) -> None:
+        """Give it a ``mask_token``, (1, D), which starts as ``initial``, or at 0 as in DINOv2."""
+        start = torch.zeros(1, self.embed_dim)
+        self.mask_token = nn.Parameter(start if initial is None else start.copy_(initial))
 
     def forward(
         self, x: Tensor, keep: Tensor | None = None, cls_only: bool = False, mask: Tensor | None = None

@@ -3,8 +3,8 @@
 - timm, facebookresearch/dino, HIPT: prefixes only; HIPT's level 2 has ``phi.0`` for the embedding.
 - DINOv2 (Oquab et al. 2023, arXiv 2304.07193): registers (Darcet et al. 2023, arXiv 2309.16588) have no position, but
   the cls token has one, which is added to it, as timm does; SwiGLU is ``w12`` and ``w3``; blocks may be in chunks.
-- DINOv3 (Siméoni et al. 2025, arXiv 2508.10104): registers are ``storage_tokens``; the bias of keys is masked; SwiGLU is
-  ``w1``, ``w2`` and ``w3``; rotary positions are computed, not learned.
+- DINOv3 (Siméoni et al. 2025, arXiv 2508.10104): registers are ``storage_tokens``; the bias of keys is masked; SwiGLU
+  is ``w1``, ``w2`` and ``w3``; rotary positions are computed, not learned.
 - transformers' ``Dinov2Model``, ``Dinov2WithRegistersModel`` and ``DINOv3ViTModel``: other names for the same.
 
 Conversion is by name: a tensor that no rule explains keeps its name, and then fits no backbone.
@@ -211,4 +211,3 @@ def _without_key_bias(tensors: Mapping[str, Tensor], source: str) -> dict[str, T
             raise CheckpointError(f"{source}: expected a DINOv3 model without a bias for keys, found one in {name}")
         split |= {name.replace("qkv.bias", "q_bias"): query, name.replace("qkv.bias", "v_bias"): value}
     return split
-

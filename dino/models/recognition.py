@@ -78,7 +78,7 @@ def position_rule(published: Published, default: str) -> str:
 
 
 def published_name(published: Published) -> str | None:
-    """timm's name of a DINOv2 or DINOv3 model whose tensors have exactly these names and shapes; None for any other."""
+    """Timm's name of a DINOv2 or DINOv3 model whose tensors have exactly these names and shapes; None for any other."""
     tensors = published.tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     width = WIDTHS.get(shapes["cls_token"][-1]) if "cls_token" in shapes else None

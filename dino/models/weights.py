@@ -1,8 +1,8 @@
 """From a run, a file, an export or a timm name to a backbone with its weights and its transform.
 
 Files of others load by the names of their tensors: a bare state dict, or ``student`` and ``teacher`` as in the
-checkpoints of facebookresearch/dino, with ``module.``, ``backbone.`` or torch.compile's ``_orig_mod.`` before the names,
-in one of the layouts of :mod:`dino.models.layouts`.
+checkpoints of facebookresearch/dino, with ``module.``, ``backbone.`` or torch.compile's ``_orig_mod.`` before the
+names, in one of the layouts of :mod:`dino.models.layouts`.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ from dino.models.inputs import TILE_SIZE_PX, input_kind
 from dino.models.layouts import PLAIN, Published, backbone_tensors
 from dino.models.recognition import IN_A_RUN, infer_spec, input_of
 from dino.models.transforms import TRANSFORMS, Transform, choose_transform, timm_transform
-from dino.progress import say
+from dino.progress import say, table
 
 __all__ = [
     "TRANSFORMS",
@@ -44,6 +44,7 @@ __all__ = [
     "load_backbone_file",
     "load_tensors",
     "read_training",
+    "report_initial_weights",
 ]
 
 TIMM = "timm:"
@@ -205,6 +206,24 @@ def init_from(backbone: Backbone, source: str | Path, arch: str | None = None) -
     fresh = _build(spec, tensors, str(source))
     backbone.vit, backbone.spec = fresh.vit.train(backbone.training), spec
     return loaded
+
+
+def report_initial_weights(loaded: LoadedBackbone, masks: bool) -> None:
+    """Print what a run starts from: a table of the tensors by part, then the mask token and the heads.
+
+    Args:
+        loaded: The source.
+        masks: Whether the run masks tokens.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    for name, tensor in loaded.backbone.vit.state_dict().items():
+        parts.setdefault(name.partition(".")[0], []).append(tensor)
+    rows = [(part, f"{len(group)}", f"{sum(map(Tensor.numel, group)):,}") for part, group in parts.items()]
+    table(rows, ("initial weights", "tensors", "parameters"))
+    kept = loaded.mask_token is not None
+    token = f"mask token {'kept' if kept else 'starts at 0, because the source has none'}; " if masks else ""
+    heads = any(not name.endswith("mask_token") for name in loaded.report.unexpected)
+    say(f"{loaded.source}: {token}heads start anew{', those of the source are not used' if heads else ''}")
 
 
 def expect_level(loaded: LoadedBackbone, level: str) -> None:

@@ -12,7 +12,7 @@ from dino import distributed, progress
 from dino.config.schema import ObjectiveConfig, PretrainConfig
 from dino.errors import ConfigError
 from dino.models.backbone import Backbone, BackboneSpec, Tokens, build_backbone, compile_blocks, should_compile
-from dino.models.weights import init_from
+from dino.models.weights import init_from, report_initial_weights
 from dino.objectives import FrozenNetwork, Inputs, Masked, Objective, Outputs
 from dino.objectives.dino import DINO
 from dino.objectives.ibot import IBOT
@@ -317,9 +317,12 @@ def build(
     """
     model, speed, dtype = config.model, config.speed, DTYPES[config.speed.precision]
     backbone = build_backbone(spec, config.seed)
-    if model.init:
-        init_from(backbone, model.init, model.init_arch)
     objectives = build_objectives(config, length, config.seed + 1, frozen)
+    if model.init:
+        loaded, masks = init_from(backbone, model.init, model.init_arch), any(part.masks for part in objectives)
+        if masks:
+            backbone.add_mask_token(loaded.mask_token)
+        report_initial_weights(loaded, masks)
     student = Network(backbone, objectives).to(device, dtype)
     student.backbone.checkpointing = speed.checkpointing
     if should_compile(speed.compile, device):

@@ -109,8 +109,8 @@ def test_other_parts_are_another_run_and_none_is_no_run(tiles: Path, tmp_path: P
         pretrain(config(tiles, tmp_path / "odd", **{"objective.koleo": 0.1}))
 
 
-def test_the_teacher_is_loaded_exported_and_started_from_without_mask_token_and_heads(
-    tiles: Path, tmp_path: Path
+def test_the_teacher_is_loaded_exported_and_started_from(
+    tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     pretrain(config(tiles, tmp_path / "run", **parts("tiles", **{"objective.ibot_head": "separate"})))
     image = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
@@ -119,5 +119,7 @@ def test_the_teacher_is_loaded_exported_and_started_from_without_mask_token_and_
     assert torch.allclose(direct, exported, atol=1e-5)
     next_run = parts("tiles", **{"model.init": str(tmp_path / "run"), "training.max_steps": 1})
     pretrain(config(tiles, tmp_path / "next", **next_run))
+    assert "mask token kept; heads start anew, those of the source are not used" in capsys.readouterr().out
     start = torch.load(tmp_path / "next" / "checkpoints" / "start.pt", weights_only=True)["teacher"]
-    assert torch.equal(start["backbone.cls_token"], last(tmp_path / "run")["teacher"]["backbone.cls_token"])
+    for name in ("backbone.cls_token", "backbone.mask_token"):
+        assert torch.equal(start[name], last(tmp_path / "run")["teacher"][name])

@@ -19,11 +19,12 @@ State = dict[str, Tensor]
 def random_state(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> State:
     generator = torch.Generator().manual_seed(seed)
     state = {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in shapes.items()}
-    for name in state:
+    tokens = ("mask_token", "pos_embed", "cls_token", "register_tokens", "storage_tokens")
+    for name, tensor in state.items():
         if name.endswith("gamma"):
-            state[name] = 1 + state[name]
-        elif name.endswith("mask_token") or name.startswith(("pos_embed", "cls_token", "register", "storage")):
-            state[name] = state[name] * 10
+            tensor.add_(1)
+        elif name in tokens:
+            tensor.mul_(10)
     return state
 
 
@@ -178,7 +179,9 @@ def _transformers_block(name: str, tensor: Tensor, third: bool) -> State:
     block = f"layer.{index}" if third else f"encoder.layer.{index}"
     if rest.startswith("attn.qkv."):
         kind = rest.split(".")[-1]
-        parts = zip(("q_proj", "k_proj", "v_proj") if third else ("query", "key", "value"), tensor.chunk(3), strict=True)
+        parts = zip(
+            ("q_proj", "k_proj", "v_proj") if third else ("query", "key", "value"), tensor.chunk(3), strict=True
+        )
         middle = "attention" if third else "attention.attention"
         # DINOv3's keys have no bias there.
         return {f"{block}.{middle}.{part}.{kind}": x for part, x in parts if (part, kind) != ("k_proj", "bias")}

@@ -77,7 +77,7 @@ def test_features_are_those_of_the_published_code(model: str, layout: str, tmp_p
     state, tokens, heads = MODELS[model]()
     loaded = load_backbone_file(saved(LAYOUTS[layout](state), tmp_path))
     patch = loaded.backbone.spec.patch_size
-    assert loaded.report.layout == model.split()[0] and loaded.report.missing == []
+    assert loaded.report.layout == model.split(maxsplit=1)[0] and loaded.report.missing == []
     sizes = [(5 * patch, 5 * patch), (7 * patch, 3 * patch), (8 * patch, 8 * patch)]
     expected = state if layout != "transformers" or "storage_tokens" not in state else without_key_bias(state)
     same_features(loaded, lambda x: tokens(expected, x, heads), sizes)
@@ -154,7 +154,10 @@ def test_rotary_positions_of_another_kind_are_refused(tmp_path: Path) -> None:
     ("state", "message"),
     [
         (lambda: dinov3(192, 3, heads=3), r"DINOv3 model of dim 192 and 3 blocks.*vit_tiny_patch16_dinov3_qkvb"),
-        (lambda: {"downsample_layers.0.0.weight": torch.zeros(96, 3, 4, 4)}, r"not a supported ViT.*DINOv3.*Dinov2Model"),
+        (
+            lambda: {"downsample_layers.0.0.weight": torch.zeros(96, 3, 4, 4)},
+            r"not a supported ViT.*DINOv3.*Dinov2Model",
+        ),
         (lambda: {**dinov2(128, 1, 5), "blocks.0.attn.q_norm.weight": torch.ones(64)}, r"unexpected blocks\.0\.attn"),
     ],
 )
