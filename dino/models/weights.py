@@ -32,7 +32,7 @@ from dino.models.inputs import TILE_SIZE_PX, input_kind
 from dino.models.layouts import PLAIN, Published, backbone_tensors
 from dino.models.recognition import IN_A_RUN, infer_spec, input_of
 from dino.models.transforms import TRANSFORMS, Transform, choose_transform, timm_transform
-from dino.progress import say, table
+from dino.progress import say, table, warn
 
 __all__ = [
     "TRANSFORMS",
@@ -208,11 +208,12 @@ def init_from(backbone: Backbone, source: str | Path, arch: str | None = None) -
     return loaded
 
 
-def report_initial_weights(loaded: LoadedBackbone, masks: bool) -> None:
+def report_initial_weights(loaded: LoadedBackbone, spec: BackboneSpec, masks: bool) -> None:
     """Print what a run starts from: a table of the tensors by part, then the mask token and the heads.
 
     Args:
         loaded: The source.
+        spec: The run's backbone.
         masks: Whether the run masks tokens.
     """
     parts: dict[str, list[Tensor]] = {}
@@ -224,6 +225,12 @@ def report_initial_weights(loaded: LoadedBackbone, masks: bool) -> None:
     token = f"mask token {'kept' if kept else 'starts at 0, because the source has none'}; " if masks else ""
     heads = any(not name.endswith("mask_token") for name in loaded.report.unexpected)
     say(f"{loaded.source}: {token}heads start anew{', those of the source are not used' if heads else ''}")
+    rule = loaded.backbone.spec.pos_resample
+    if "pos_embed" in parts and rule != spec.pos_resample:
+        warn(
+            f"{loaded.source} resizes its position table by the rule {rule}, this run by {spec.pos_resample}: with "
+            f"model.pos_resample={rule}, it starts from the features of the source at every size"
+        )
 
 
 def expect_level(loaded: LoadedBackbone, level: str) -> None:

@@ -322,7 +322,7 @@ def build(
         loaded, masks = init_from(backbone, model.init, model.init_arch), any(part.masks for part in objectives)
         if masks:
             backbone.add_mask_token(loaded.mask_token)
-        report_initial_weights(loaded, masks)
+        report_initial_weights(loaded, backbone.spec, masks)
     student = Network(backbone, objectives).to(device, dtype)
     student.backbone.checkpointing = speed.checkpointing
     if should_compile(speed.compile, device):

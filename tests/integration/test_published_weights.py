@@ -1,0 +1,49 @@
+"""Runs that start from files of Meta's layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from published import dinov2, dinov2_tokens
+from tiny_runs import Crash, assert_same_bits, config, crash_after, last
+
+from dino.api import export, load_backbone, pretrain
+from dino.config.schema import ExportConfig
+
+SETTINGS = {
+    "model.arch": "vit:dim=64,depth=2,heads=1,registers=4,layer_scale=1e-05,no_embed_class=1",
+    "model.patch_size": 14,
+    "model.pos_resample": "timm",
+    "aug.global_crops_size": 28,
+    "aug.local_crops_size": 14,
+    "objective.ibot": 1.0,
+    "training.max_steps": 4,
+    "optim.lr": 1e-3,
+}
+
+
+def test_a_run_from_a_published_file_resumes_exactly_and_is_exported(
+    tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    state = dinov2(64, 2, side=4, registers=4)
+    torch.save(state, tmp_path / "meta.pth")
+    settings = {**SETTINGS, "model.init": str(tmp_path / "meta.pth")}
+    pretrain(config(tiles, tmp_path / "whole", **settings))
+    shown = capsys.readouterr().out
+    assert "mask token kept; heads start anew" in shown and "reg_token" in shown and "by the rule" not in shown
+    start = torch.load(tmp_path / "whole" / "checkpoints" / "start.pt", weights_only=True)["teacher"]
+    assert torch.equal(start["backbone.mask_token"], state["mask_token"])
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_after(patch, 3)
+        pretrain(config(tiles, tmp_path / "cut", **settings))
+    pretrain(config(tiles, tmp_path / "cut", **settings))
+    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+
+    x = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = dinov2_tokens(state, x, heads=1)[:, 0]
+        torch.testing.assert_close(load_backbone(tmp_path / "meta.pth")(x), expected, rtol=0, atol=1e-5)
+        trained = load_backbone(tmp_path / "whole")(x)
+        folder = export(str(tmp_path / "whole"), tmp_path / "export", ExportConfig(tile_size_px=42))
+        torch.testing.assert_close(load_backbone(folder)(x), trained, rtol=0, atol=1e-5)
+    assert last(tmp_path / "whole")["step"] == 4 and not torch.allclose(trained, expected, atol=1e-3)
