@@ -136,7 +136,9 @@ def _shape(tensors: Mapping[str, Tensor], level: str, no_embed_class: bool, sour
     heads = input_kind(level).num_heads(dim)
     if heads is None:
         example = f"arch=vit:dim={dim},depth={depth},heads=..."
-        raise CheckpointError(f"{source}: dim {dim} does not determine its number of heads: give {example} {IN_A_RUN}")
+        raise CheckpointError(
+            f"{source}: dim {dim} does not determine its number of heads: give it, as {example} {IN_A_RUN}"
+        )
     return Shape(
         dim,
         depth,
