@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 TIMM = "timm:"
+HUB_SECONDS = 5.0  # within which the hub must answer
 # Arguments of a timm folder's config that do not change which tensors the model has.
 ADAPTABLE = {"img_size", "num_classes", "global_pool", "in_chans", "dynamic_img_size"}
 
@@ -331,6 +333,8 @@ def _from_folder(folder: Path, arch: str | None) -> LoadedBackbone:
 
 def _from_timm(name: str, pretrained: bool) -> LoadedBackbone:
     try:
+        if pretrained:
+            _ask_hub(name)
         with torch.random.fork_rng(devices=[]):
             vit = make_timm(name, pretrained=pretrained)
     except DinoError:
@@ -349,6 +353,21 @@ def _from_timm(name: str, pretrained: bool) -> LoadedBackbone:
     report = LoadReport(len(vit.state_dict()) if pretrained else 0, [], [])
     transform = timm_transform(vit.pretrained_cfg)
     return replace(_loaded(Backbone(spec, vit), report, f"{TIMM}{name}"), transform=transform)
+
+
+def _ask_hub(name: str) -> None:
+    """Raise an error of the network now if weights have to be downloaded and the hub does not answer.
+
+    timm's download would try again for most of a minute first.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.utils import get_session
+
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+    repository = getattr(config, "hf_hub_id", None)
+    files = ("model.safetensors", "pytorch_model.bin")
+    if repository and not any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
 
 
 def _print_summary(loaded: LoadedBackbone) -> None:

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 
 from dino.errors import CheckpointError, ConfigError
+from dino.models import weights
 from dino.models.backbone import Backbone, BackboneSpec, build_backbone
 from dino.models.checkpoint import Description, read_checkpoint, resolve_run
 from dino.models.head import DINOHead
@@ -348,10 +350,23 @@ def test_timm_models_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: object, **kwargs: object) -> None:
         raise OSError("network is unreachable\nsecond line")
 
+    monkeypatch.setattr(weights, "_ask_hub", lambda name: None)
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(CheckpointError, match=r"unreachable.*local folder") as caught:
         load_backbone_file("timm:test_vit")
     assert "\n" not in str(caught.value)
+
+
+def test_timm_weights_that_cannot_be_downloaded_fail_without_retries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: asked.append("download"))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    with pytest.raises(CheckpointError, match=r"timm:test_vit\.r160_in1k: timm could not.*local folder") as caught:
+        load_backbone_file("timm:test_vit.r160_in1k")
+    assert asked == [] and "\n" not in str(caught.value)
 
 
 def test_a_description_survives_plain_values() -> None:
