@@ -1,5 +1,6 @@
 """The methods paragraph of a report, for use in a paper."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +8,13 @@ from typing import Any
 from dino.slides.partitions import Split
 
 Settings = Mapping[str, Any]
+
+PARTS = {  # of the objective, besides DINO
+    "ibot": "iBOT on masked tokens (Zhou et al. 2022",
+    "regression": "regression of masked features (Assran et al. 2023",
+    "koleo": "KoLeo (Sablayrolles et al. 2019",
+    "kde": "a kernel density term that spreads the features (Wang & Isola 2020",
+}
 
 
 @dataclass(frozen=True)
@@ -139,8 +147,8 @@ def _patch(run: Run) -> list[str]:
 def _region(run: Run) -> list[str]:
     aug = run.config.get("aug", {})
     return [
-        f"A second transformer ({run.config['model']['arch']}, {_shape(run)}) was pretrained{_on(run)} with the same "
-        f"objective on the grids of tile features of regions, as in HIPT (Chen et al. 2022), {_training(run)}",
+        f"A second transformer ({run.config['model']['arch']}, {_shape(run)}) was pretrained{_on(run)} "
+        f"{_method(run.config)} on the grids of tile features of regions, as in HIPT (Chen et al. 2022), {_training(run)}",
         f"Its global crops take {aug['global_crops_scale']:g} and its {aug['local_crops_number']} local crops "
         f"{aug['local_crops_scale']:g} of a grid's side.",
     ]
@@ -157,22 +165,33 @@ def _on(run: Run) -> str:
 def _training(run: Run) -> str:
     model, training, optim = run.config["model"], run.config["training"], run.config["optim"]
     schedule = optim["lr_scheduler"]
-    peak = optim["lr"] * run.global_batch / 256
+    scaled = math.sqrt(run.global_batch / 1024) if optim.get("lr_scaling") == "sqrt" else run.global_batch / 256
+    peak = optim["lr"] * scaled
     prototypes = (
         f"{model['out_dim']:,} prototypes, student temperature {model['student_temp']:g}, teacher temperature "
         f"{_from_to(model['warmup_teacher_temp'], model['teacher_temp'])}, "
     )
-    prototypes = prototypes if _weight(run.config, "objective", "dino", 1.0) else ""
+    targets = run.config.get("objective", {}).get("targets", "centring")
+    prototypes += "Sinkhorn-Knopp targets, " if targets == "sinkhorn" else ""
+    distilled = any(_weight(run.config, "objective", name, default) for name, default in (("dino", 1.0), ("ibot", 0.0)))
+    prototypes = prototypes if distilled else ""
     return (
         f"for {run.steps:,} steps at a global batch of {run.global_batch} (seed {run.config.get('seed', 0)}): "
         f"{prototypes}teacher momentum {model['momentum_teacher']:g} to 1 by a cosine, {_optimizer(optim['name'])} "
         f"with a peak learning rate of {peak:.3g} ({training['warmup_epochs']:g} epochs of linear warm-up, cosine to "
-        f"{schedule['min_lr']:g}), "
+        f"{schedule['min_lr']:g}{_layers(optim)}), "
         f"weight decay {_from_to(schedule['weight_decay'], schedule['weight_decay_end'])}, gradient clipping at "
         f"{training['clip_grad']:g}, drop-path rate {model['drop_path_rate']:g}, "
         f"{run.config.get('speed', {}).get('precision', 'fp32')} precision."
         f"{''.join(map(_segment, run.segments))}"
     )
+
+
+def _layers(optim: Settings) -> str:
+    """How the learning rate depends on the layer."""
+    decay, embedding = optim.get("layer_decay", 1.0), optim.get("patch_embed_lr_factor", 1.0)
+    found = f", layer-wise decay {decay:g}" if decay != 1 else ""
+    return found + (f", factor {embedding:g} for the patch embedding" if embedding != 1 else "")
 
 
 def _segment(segment: Settings) -> str:
@@ -186,8 +205,11 @@ def _segment(segment: Settings) -> str:
 
 
 def _method(config: Settings) -> str:
-    """What a level-1 network learned from."""
+    """What a network learned from."""
     parts = ["with DINO (Caron et al. 2021)"] if _weight(config, "objective", "dino", 1.0) else []
+    for name, words in PARTS.items():
+        weight = _weight(config, "objective", name, 0.0)
+        parts += [f"with {words}; weight {weight:g})"] if weight else []
     if config.get("teacher"):
         tokens = [name for name, default in (("cls", 1.0), ("patch", 0.0)) if _weight(config, "distill", name, default)]
         distance = config.get("distill", {}).get("loss", "cosine").replace("_", " ")
@@ -198,7 +220,8 @@ def _method(config: Settings) -> str:
             )
         if _weight(config, "distill", "dino", 0.0):
             parts.append(f"with DINO (Caron et al. 2021) against the prototypes of {config['teacher']}")
-    return " and ".join(parts)
+    first, *others = parts
+    return " and ".join([first, *(part.removeprefix("with ") if first.startswith("with ") else part for part in others)])
 
 
 def _weight(config: Settings, group: str, name: str, default: float) -> float:

@@ -1,6 +1,6 @@
 """The methods paragraph contains the settings and versions that are needed to reproduce a run."""
 
-from dino.config.load import to_dict
+from dino.config.load import load_config, to_dict
 from dino.config.schema import PatchConfig, RegionConfig
 from dino.report.methods import Facts, Run, Tiling, methods
 
@@ -44,3 +44,15 @@ def test_a_distilled_run_names_its_teacher_and_no_prototypes():
     text = methods(facts(patch=Run(config, 240, 64, 384, 12, 6), region=None))
     assert "by distilling the features of timm:vit_large_patch14_dinov2 (cosine distance between its cls tokens" in text
     assert "prototypes" not in text and "Caron" not in text and "teacher momentum 0.996" in text
+
+
+def test_all_parts_of_the_objective_and_the_scaled_learning_rate_are_named():
+    config = to_dict(load_config(PatchConfig, recipe="patch_continue", overrides={"objective.regression": 0.5}))
+    text = methods(facts(patch=Run(config, 240, 256, 384, 12, 6), region=None))
+    for piece in (
+        "with DINO (Caron et al. 2021) and iBOT on masked tokens (Zhou et al. 2022; weight 1)", "weight 0.5)",
+        "Wang & Isola 2020; weight 0.005)", "Sinkhorn-Knopp targets", "peak learning rate of 0.00014 (",
+        "layer-wise decay 0.7", "factor 0.2 for the patch embedding",
+    ):  # fmt: skip
+        assert piece in text
+    assert "KoLeo" not in text
