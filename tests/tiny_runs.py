@@ -133,6 +133,17 @@ def make_grids(folder: Path, count: int = 12) -> Path:
     return folder
 
 
+def negative(path: Path, folder: Path) -> Path:
+    """A tile or grid that is not trained on: the negative of another one."""
+    folder.mkdir(exist_ok=True)
+    copy = folder / path.name
+    if path.suffix == ".pt":
+        torch.save(-torch.load(path, weights_only=True), copy)
+    else:
+        Image.fromarray(255 - np.asarray(Image.open(path).convert("RGB"))).save(copy)
+    return copy
+
+
 def add_bad_files(data: Path) -> None:
     """Add two unusable files to a folder of tiles or grids."""
     if any(data.glob("*.pt")):
@@ -144,9 +155,13 @@ def add_bad_files(data: Path) -> None:
 
 
 def with_evaluation(data: Path, every_steps: int = 2, patience: int = 3) -> dict[str, object]:
-    """Settings of a run with kNN evaluation on the usable files of ``data``, in two arbitrary classes."""
+    """Settings of a run with kNN evaluation on negatives of the usable files of ``data``, in two arbitrary classes."""
     bad = {"slide0_5_0.png", "slide1_5_0.png", "slide_5_0.pt", "slide_6_0.pt"}
-    paths = [path for path in sorted(data.glob("[!.]*")) if path.name not in bad]
+    paths = [
+        negative(path, data.parent / f"{data.name}_labelled")
+        for path in sorted(data.glob("[!.]*"))
+        if path.is_file() and path.name not in bad
+    ]
     parts = ["train" if i < 0.6 * len(paths) else "test" for i in range(len(paths))]
     rows = [f"{path},{'ab'[i % 2]},{parts[i]},held{i}" for i, path in enumerate(paths)]
     table = data.parent / f"{data.name}.csv"

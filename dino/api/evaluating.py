@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dino import distributed, files, progress
 from dino.api.levels import level_named
+from dino.api.roots import pretraining_of
 from dino.config.schema import KnnConfig
 from dino.evaluate import LabelTable, check_k, check_leakage, knn_scores, read_labels
 from dino.evaluate.selection import check_selection, recorded_selection
@@ -65,7 +66,10 @@ def evaluate_knn(model: str, labels: str | Path, config: KnnConfig) -> dict[str,
 def _evaluate_knn(model: str, labels: Path, config: KnnConfig, device: torch.device) -> dict[str, Any]:
     table = read_labels(labels)
     loaded = load_backbone_file(model, config.arch, config.transform)
-    leakage = check_leakage(table, loaded.details.get("training_slides"), config.allow_leakage)
+    level, spec = level_named(loaded.level), loaded.backbone.spec
+    data_dir = (loaded.config or {}).get("data_dir")
+    trained = pretraining_of(loaded.details.get("training_slides"), data_dir, level.training_files)
+    leakage = check_leakage(table, trained, config.allow_leakage)
     progress.say(f"{labels}: compared with the pretraining: {leakage['compared']}")
     selection = check_selection(table, recorded_selection(loaded.details), config.allow_leakage)
     progress.say(f"{labels}: compared with the choice of the checkpoint: {selection['compared']}")
@@ -76,7 +80,6 @@ def _evaluate_knn(model: str, labels: Path, config: KnnConfig, device: torch.dev
             f"{selection['seen_rows']} test rows that chose the checkpoint are allowed (allow_leakage=true): the score "
             "is optimistic"
         )
-    level, spec = level_named(loaded.level), loaded.backbone.spec
     embedder = FileEmbedder(
         table.paths,
         level.labelled_reader(table.paths, spec, config, loaded.source, loaded.details),

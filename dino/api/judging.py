@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dino import progress
 from dino.api.evaluating import table_scores
+from dino.api.roots import pretraining_of
 from dino.api.run import Run
 from dino.evaluate import check_leakage, read_labels
 from dino.evaluate.selection import recorded_selection, row_set, select_rows
@@ -68,7 +69,8 @@ def _knn_measure(run: Run, labels: Path, name: str) -> Measure:
     """KNN on the rows of a table that choose the checkpoint; they are added to the run's record."""
     settings, level = run.config.evaluate, run.level
     table = read_labels(labels, required=("train",))
-    facts = check_leakage(table, level.slides, settings.allow_leakage, ("val", "test"), "evaluate.allow_leakage")
+    trained = pretraining_of(level.slides, run.config.data_dir, level.training_files)
+    facts = check_leakage(table, trained, settings.allow_leakage, ("val", "test"), "evaluate.allow_leakage")
     progress.say(f"{labels}: compared with the training data: {facts['compared']}")
     selection = select_rows(table)
     progress.say(f"{labels}: the best checkpoint is chosen by {selection.origin}; test rows are not used")

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dino.api.roots import Root, Split, check_grids, grid_entries, shapes_of_grids, source_of_grids
+from dino.api.roots import Root, Split, check_grids, shapes_of_grids, source_of_grids
 from dino.config.schema import KnnConfig, PatchConfig, PretrainConfig, RegionConfig
 from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
@@ -88,6 +88,15 @@ class Level(ABC):
 
     @abstractmethod
     def __init__(self, config: Any) -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def training_files(root: Root) -> tuple[Path, list[str]]:
+        """The folder of the files of a data folder that may be trained on, and their names in it.
+
+        Raises:
+            DataError: If there are none.
+        """
 
     def sampler(self, seed: int) -> Sampler:
         """The order in which samples are drawn."""
@@ -167,6 +176,12 @@ class PatchLevel(Level):
         self.split = Split("tiles", len(self.dataset), len(self.slides["slide_ids"]), held_out)
         self.warnings = root.unknown_partitions()
 
+    @staticmethod
+    def training_files(root: Root) -> tuple[Path, list[str]]:
+        """Tiles."""
+        folder, names, _ = root.tiles()
+        return folder, names
+
     @classmethod
     def labelled_reader(
         cls,
@@ -205,8 +220,7 @@ class RegionLevel(Level):
 
     def __init__(self, config: RegionConfig) -> None:
         root, model = Root(Path(config.data_dir)), config.model
-        folder, regions = root.grid_folder, root.regions()
-        entries, held_out = grid_entries(root.path, folder, regions, root.partitions)
+        folder, entries, held_out = root.grids()
         source = source_of_grids(folder)
         if model.init:
             init = load_backbone_file(model.init, model.init_arch)
@@ -215,7 +229,7 @@ class RegionLevel(Level):
         survey, packed, cells = prepare_grids(
             files, config.speed, config.training.max_bad_fraction, may_write=not config.dry_run
         )
-        slides = root.slide_infos({region.slide_id: region.spacing_um for region in regions})
+        slides = root.slide_infos({region.slide_id: region.spacing_um for region in root.regions()})
         self.dataset = GridDataset(files, survey, packed, by_row=cells is not None, slides=slides)
         self.crops = GridCrops((survey.height, survey.width), config.aug, cells)
         height, width = self.crops.sizes[0]
@@ -225,6 +239,12 @@ class RegionLevel(Level):
         self.slides, self.origin = root.slides(self.dataset.slide_ids), {KEY: recorded(source)}
         self.split = Split("regions", len(self.dataset), len(self.slides["slide_ids"]), held_out)
         self.warnings = root.unknown_partitions()
+
+    @staticmethod
+    def training_files(root: Root) -> tuple[Path, list[str]]:
+        """Feature grids."""
+        folder, entries, _ = root.grids()
+        return folder, [entry.path.name for entry in entries]
 
     @classmethod
     def labelled_reader(

@@ -1,6 +1,6 @@
 """Data folders: what is recorded of the tiles or feature grids in them, and which of them may be trained on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,11 @@ from typing import Any
 from dino import progress
 from dino.data import GridEntry, SlideInfo, list_names, slide_of
 from dino.errors import DataError
+from dino.evaluate import Pretraining
+from dino.evaluate.contents import find_copies
 from dino.extraction.record import RECORD, grid_source
 from dino.models.grid_source import KEY, GridSource, check_same_source
-from dino.slides.partitions import Split, split_files, unknown_values
+from dino.slides.partitions import PRETRAIN, Split, split_files, unknown_values
 from dino.slides.tables import (
     COORDINATES_FOLDER,
     OK,
@@ -29,7 +31,7 @@ from dino.slides.tables import (
     read_tiling,
 )
 
-__all__ = ["Root", "Split", "check_grids", "grid_entries", "shapes_of_grids", "source_of_grids"]
+__all__ = ["Root", "Split", "check_grids", "pretraining_of", "shapes_of_grids", "source_of_grids"]
 
 HeldOut = dict[str, tuple[int, int]]  # number of slides and of their samples by partition
 
@@ -62,6 +64,7 @@ class Root:
             DataError: If there are no tiles that may be trained on.
         """
         folder = tile_folder(self)
+        self._check_held_out()
         names, held_out = split_files(list_names(folder, {TILING_FILE: TILES_FOLDER}), slide_of, self.partitions)
         if not names:
             raise _only_held_out("tiles", folder, held_out)
@@ -76,6 +79,24 @@ class Root:
         """Partition of each slide; for a slide that failed or was excluded later, that word instead."""
         return {slide: row.partition if row.status == OK else row.status for slide, row in self.status.items()}
 
+    def _check_held_out(self) -> None:
+        """Raise DataError if the file of a held-out slide, or a copy of it, is also one of a slide that is trained on.
+
+        Slides whose files are not there are not compared.
+        """
+        rows = [row for row in self.status.values() if row.status == OK and row.image_path.is_file()]
+        for first, second in find_copies([row.image_path for row in rows]):
+            pair = rows[first], rows[second]
+            held_out = [row for row in pair if row.partition not in PRETRAIN]
+            if len(held_out) == 1:
+                (trained,) = (row for row in pair if row.partition in PRETRAIN)
+                raise DataError(
+                    f"expected held-out slides that are not trained on under another name, found the file of "
+                    f"{held_out[0].slide_id} (partition '{held_out[0].partition}'), {held_out[0].image_path}, also as "
+                    f"{trained.slide_id}, which is trained on; give both the same partition, or remove one from the "
+                    "slide list, and run `dino tile` again"
+                )
+
     def geometry(self) -> dict[str, Any]:
         """Spacing (µm/px) and size (px) of the tiles, None where not recorded."""
         known = self.tiling.geometry if self.tiling else None
@@ -88,6 +109,20 @@ class Root:
         """The slides, and their patients as far as they are recorded."""
         patients = {self.status[slide].patient_id for slide in slide_ids if slide in self.status}
         return {"slide_ids": sorted(slide_ids), "patient_ids": sorted(patient for patient in patients if patient)}
+
+    @property
+    def patients(self) -> dict[str, str]:
+        """Patient of each slide, where recorded."""
+        return {slide: row.patient_id for slide, row in self.status.items() if row.patient_id}
+
+    def grids(self) -> tuple[Path, list[GridEntry], HeldOut]:
+        """The folder of the feature grids, the grids in it without those of held-out slides, and counts of the latter.
+
+        Raises:
+            DataError: If there are no grids that may be trained on.
+        """
+        self._check_held_out()
+        return self.grid_folder, *_grid_entries(self.path, self.grid_folder, self.regions(), self.partitions)
 
     def regions(self) -> list[RegionRecord]:
         """The regions that are recorded."""
@@ -108,6 +143,30 @@ class Root:
                 spacing_um=spacing if spacing is not None and isfinite(spacing) else None,
             )
         return infos
+
+
+def pretraining_of(
+    slides: Mapping[str, Any] | None, data_dir: str | None, files_of: Callable[[Root], tuple[Path, list[str]]]
+) -> Pretraining:
+    """What a model was pretrained on, as far as its checkpoint and its data folder tell.
+
+    Args:
+        slides: ``training_slides`` of the checkpoint.
+        data_dir: Data folder of its run; None, or not there, for models of others and exports.
+        files_of: :meth:`dino.api.levels.Level.training_files`.
+    """
+    slides = slides or {}
+    if not data_dir or not Path(data_dir).is_dir():
+        return Pretraining(slides)
+    root = Root(Path(data_dir))
+    try:
+        folder, names = files_of(root)
+    except DataError:  # the files are not there any more
+        return Pretraining(slides, root.patients)
+    ids = set(slides.get("slide_ids") or [])
+    if ids:  # slides may have been added since
+        names = [name for name in names if slide_of(name) in {*ids, None}]
+    return Pretraining(slides, root.patients, folder, names)
 
 
 def tile_folder(root: Root) -> Path:
@@ -137,7 +196,7 @@ def tile_folder(root: Root) -> Path:
     return root.path / "imgs" if (root.path / "imgs").is_dir() else root.path
 
 
-def grid_entries(
+def _grid_entries(
     root: Path, folder: Path, regions: Sequence[RegionRecord], partitions: Mapping[str, str]
 ) -> tuple[list[GridEntry], HeldOut]:
     """Grid files of a folder in order, with slide, shape and tissue where they are recorded, and held-out counts.

@@ -1,12 +1,14 @@
 """Evaluation of features: kNN classification, self-retrieval, tables of labels, and the verdict on a run."""
 
 from dino.evaluate.knn import check_k, knn_scores, weighted_knn
-from dino.evaluate.labels import LabelTable, check_leakage, read_labels
+from dino.evaluate.labels import LabelTable, read_labels
+from dino.evaluate.leakage import Pretraining, check_leakage
 from dino.evaluate.retrieval import effective_rank, mean_pairwise_cosine, pixel_features, self_retrieval_accuracy
 from dino.evaluate.verdict import Score, Signs, Verdict, difference_error
 
 __all__ = [
     "LabelTable",
+    "Pretraining",
     "Score",
     "Signs",
     "Verdict",

@@ -1,14 +1,13 @@
-"""Tables of labelled images, and whether a model was pretrained on their test slides."""
+"""Tables of labelled images."""
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dino.errors import DataError
+from dino.evaluate.contents import find_copies
 from dino.files import printable
-from dino.privacy import count, known
 
 COLUMNS = ("image_path", "label", "partition")
 PARTITIONS = {"train": "train", "reference": "train", "val": "val", "test": "test", "query": "test"}
@@ -59,8 +58,8 @@ def read_labels(path: Path, required: Sequence[str] = ("train", "test")) -> Labe
         The table.
 
     Raises:
-        DataError: If the table, a column or a labelled file is missing, a partition is unknown or has no rows, a label
-            is blank, or there is only one class.
+        DataError: If the table, a column or a labelled file is missing, a file or a copy of it is in two rows, a
+            partition is unknown or has no rows, a label is blank, or there is only one class.
     """
     rows = _read_csv(path)
     labels = _canonical([row["label"] for row in rows])
@@ -76,6 +75,13 @@ def read_labels(path: Path, required: Sequence[str] = ("train", "test")) -> Labe
             f"{path}: expected every image_path to exist, found {len(absent)} of {len(paths)} missing "
             f"({_first(absent)}); relative paths resolve from {path.parent}"
         )
+    if copies := find_copies(paths):
+        first, second = copies[0]
+        raise DataError(
+            f"{path}: expected every image once, because copies make scores look more certain than they are, found "
+            f"{len(copies)} rows with an image of an earlier row (lines {first + 2} and {second + 2}: "
+            f"{printable(paths[first])}, {printable(paths[second])}); remove all but one of each"
+        )
     for wanted in required:
         if wanted not in partition:
             raise DataError(f"{path}: expected rows of partition {' and '.join(required)}, found none of {wanted}")
@@ -84,69 +90,11 @@ def read_labels(path: Path, required: Sequence[str] = ("train", "test")) -> Labe
     return LabelTable(paths, labels, partition, _column(rows, "slide_id"), _column(rows, "patient_id"))
 
 
-def check_leakage(
-    table: LabelTable,
-    training_slides: Mapping[str, Any] | None,
-    allow: bool,
-    held_out: Sequence[str] = ("test",),
-    setting: str = "allow_leakage",
-) -> dict[str, Any]:
-    """Check that a model was not pretrained on the slides or patients of the test rows.
-
-    Without a ``slide_id`` column the slide is parsed from the file name (``<slide>_<x>_<y>``, from the right); a name
-    of any other form is compared as a whole.
-
-    Args:
-        table: The labels.
-        training_slides: ``slide_ids`` and ``patient_ids`` of the checkpoint, or hashes of them as
-            :func:`dino.privacy.hash_record` returns; None or empty if it records none.
-        allow: Accept slides and patients of the pretraining; they are listed in the result.
-        held_out: Partitions whose slides and patients must not have been pretrained on.
-        setting: Name of the setting that is ``allow``, for the message.
-
-    Returns:
-        ``compared`` (a description), ``seen_slides``, ``seen_patients`` and ``allowed``.
-
-    Raises:
-        DataError: If test rows are from slides or patients of the pretraining, and ``allow`` is False.
-    """
-    trained = training_slides or {}
-    test = [i for partition in held_out for i in table.rows(partition)]
-    named = table.slide_ids or [""] * len(table.paths)
-    seen_slides = sorted(known((named[i] or slide_of_name(table.paths[i].name) for i in test), trained, "slide"))
-    seen_patients = sorted(known((table.patient_ids[i] for i in test) if table.patient_ids else (), trained, "patient"))
-    facts = {
-        "compared": _compared(table, trained),
-        "seen_slides": seen_slides,
-        "seen_patients": seen_patients,
-        "allowed": bool(allow and (seen_slides or seen_patients)),
-    }
-    if (seen_slides or seen_patients) and not allow:
-        kind, seen = ("slides", seen_slides) if seen_slides else ("patients", seen_patients)
-        raise DataError(
-            f"expected {' and '.join(held_out)} {kind} that the model has not been pretrained on, found {len(seen)} "
-            f"that it has ({_first(seen)}); remove them, or accept an optimistic score with {setting}=true"
-        )
-    return facts
-
-
 def slide_of_name(name: str) -> str:
     """Slide of a file named ``<slide>_<x>_<y>.<ext>``, parsed from the right; the whole stem of any other name."""
     stem = Path(name).stem
     parts = stem.rsplit("_", 2)
     return parts[0] if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit() else stem
-
-
-def _compared(table: LabelTable, trained: Mapping[str, Any]) -> str:
-    slides, patients = (count(trained, kind) > 0 for kind in ("slide", "patient"))
-    if not slides and not patients:
-        return "nothing: the model has no record of the slides it was pretrained on"
-    what = []
-    if slides:
-        what.append("slides by slide_id" if table.slide_ids else "slides by file name")
-    if patients and table.patient_ids:
-        what.append("patients by patient_id")
-    return " and ".join(what) or "nothing: the labels have no patient_id"
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:

@@ -37,6 +37,7 @@ def leakage_marks(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     counts = {
         "test slides that were pretrained on": len(pretraining.get("seen_slides", [])),
         "test patients that were pretrained on": len(pretraining.get("seen_patients", [])),
+        "test files that were pretrained on": len(pretraining.get("seen_files", [])),
     }
     rows = selection.get("seen_rows", 0)
     chose = [("test rows that chose the checkpoint", f"{rows} of {about.get('queries', rows)}")] if rows else []

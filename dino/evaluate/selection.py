@@ -3,12 +3,11 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dino.errors import DataError
+from dino.evaluate.contents import content_hashes
 from dino.evaluate.labels import LabelTable, slide_of_name
 
 KEY = "selection"  # of checkpoints and exports: a list of row sets, as row_set() describes them
@@ -16,7 +15,6 @@ FRACTION = 0.25  # of the train rows, where no row is of partition val
 SEED = 0  # the same part for every run on a table, so that their scores can be compared
 DIGITS = 12  # hexadecimal digits of a row's hash: 10,000 rows among 10,000 others coincide in 4 of 10 million cases
 NAMED = 3  # examples listed in an error
-READERS = 4
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def row_set(table: LabelTable, score: str) -> dict[str, Any]:
     Raises:
         DataError: If a file cannot be read.
     """
-    contents = _content_hashes(table.paths)
+    contents = content_hashes(table.paths)
     rows = sorted(zip(contents, table.labels, table.partition, strict=True))
     salt = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
     hashes = sorted({_row_hash(salt, content) for content in contents})
@@ -131,7 +129,7 @@ def check_selection(
         compared = "unknown: the model has no record of the rows that chose it"
         return {"compared": compared if recorded is None else "no rows chose it", "seen_rows": 0, "allowed": False}
     scored = [table.paths[i] for i in table.rows(rows)]
-    contents = _content_hashes(scored)
+    contents = content_hashes(scored)
     sets = [(str(one.get("salt", "")), _split(str(one.get("rows", "")))) for one in recorded]
     chose = [any(_row_hash(salt, content) in hashes for salt, hashes in sets) for content in contents]
     seen = [path for path, chose_it in zip(scored, chose, strict=True) if chose_it]
@@ -152,20 +150,6 @@ def _split(hashes: str) -> set[str]:
 
 def _row_hash(salt: str, content: str) -> str:
     return hashlib.sha256(f"{salt}:{content}".encode()).hexdigest()[:DIGITS]
-
-
-def _content_hashes(paths: Sequence[Path]) -> list[str]:
-    """SHA-256 of each file."""
-
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    try:
-        with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(digest, paths))
-    except OSError as error:
-        raise DataError(f"expected readable labelled files, found {error.filename}: {error.strerror}") from None
 
 
 def _groupings(table: LabelTable, rows: Iterable[int]) -> dict[str, dict[str, list[int]]]:

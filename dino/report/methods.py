@@ -148,7 +148,8 @@ def _region(run: Run) -> list[str]:
     aug = run.config.get("aug", {})
     return [
         f"A second transformer ({run.config['model']['arch']}, {_shape(run)}) was pretrained{_on(run)} "
-        f"{_method(run.config)} on the grids of tile features of regions, as in HIPT (Chen et al. 2022), {_training(run)}",
+        f"{_method(run.config)} on the grids of tile features of regions, as in HIPT (Chen et al. 2022), "
+        f"{_training(run)}",
         f"Its global crops take {aug['global_crops_scale']:g} and its {aug['local_crops_number']} local crops "
         f"{aug['local_crops_scale']:g} of a grid's side.",
     ]
@@ -221,7 +222,9 @@ def _method(config: Settings) -> str:
         if _weight(config, "distill", "dino", 0.0):
             parts.append(f"with DINO (Caron et al. 2021) against the prototypes of {config['teacher']}")
     first, *others = parts
-    return " and ".join([first, *(part.removeprefix("with ") if first.startswith("with ") else part for part in others)])
+    return " and ".join(
+        [first, *(part.removeprefix("with ") if first.startswith("with ") else part for part in others)]
+    )
 
 
 def _weight(config: Settings, group: str, name: str, default: float) -> float:

@@ -13,6 +13,7 @@ import torch
 from painted_slide import halved, noise, write_slide
 from safetensors.torch import load_file
 from tiny_runs import config as run_config
+from tiny_runs import negative
 
 import dino
 from dino import api
@@ -168,7 +169,8 @@ def private_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         csv.writer(file).writerows(rows)
     settings = TileConfig(tile_size_px=64, region_size_px=256, num_workers=1)
     assert api.tile([folder / "slides.csv"], folder / "root", settings).exit_code == 0
-    tiles = sorted((folder / "root").glob("patch_*/imgs/*/*.jpg"))[:6]
+    cut = sorted((folder / "root").glob("patch_*/imgs/*/*.jpg"))[:6]
+    tiles = [negative(path, folder / "labelled") for path in cut]
     parts = ("train", "train", "val", "val", "test", "test")
     lines = [f"{path},{i % 2},{parts[i]},new{i}" for i, path in enumerate(tiles)]
     (folder / "labels.csv").write_text("\n".join(["image_path,label,partition,slide_id", *lines]))

@@ -35,7 +35,10 @@ OTHERS = {
     "geometry": {**X["geometry"], "spacing_um": 0.25},
 }
 EXTRACT = load_config(ExtractConfig, overrides={"device": "cpu", "precision": "fp32", "num_workers": 1})
-KNN = load_config(KnnConfig, overrides={"device": "cpu", "precision": "fp32", "k": [1], "num_workers": 1})
+KNN = load_config(
+    KnnConfig,
+    overrides={"device": "cpu", "precision": "fp32", "k": [1], "num_workers": 1, "allow_leakage": True},
+)
 
 
 @pytest.fixture
@@ -66,6 +69,9 @@ def refused(action: object, *arguments: object) -> str:
         action(*arguments)  # type: ignore[operator]
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
     return str(caught.value)
+
+
+EVALUATED = {"evaluate.k": [1], "evaluate.allow_leakage": True}
 
 
 def labels(grids: Path) -> Path:
@@ -127,7 +133,7 @@ def test_evaluation_refuses_other_grids_during_and_after_training(grids: Path) -
     refused(api.evaluate_knn, str(run), table, KNN)
     own = tiny_runs.make_grids(grids.parent.parent / "own" / "region_4096_pretraining")
     record(own)
-    refused(lambda: train(own, "third", **{"evaluate.labels": str(table), "evaluate.k": [1]}))
+    refused(lambda: train(own, "third", **EVALUATED, **{"evaluate.labels": str(table)}))
 
 
 def test_training_does_not_start_from_a_model_of_other_grids(grids: Path) -> None:
@@ -140,7 +146,7 @@ def test_training_does_not_start_from_a_model_of_other_grids(grids: Path) -> Non
 def test_labelled_grids_of_two_models_are_refused(grids: Path, tmp_path: Path) -> None:
     other = tiny_runs.make_grids(tmp_path / "other" / "region_4096_pretraining", 2)
     record(other, model="runs/y/best.pt", fingerprint="2" * 64)
-    first, second = next(grids.glob("*.pt")), next(other.glob("*.pt"))
+    first, second = next(grids.glob("*.pt")), tiny_runs.negative(next(other.glob("*.pt")), other)
     table = tmp_path / "labels.csv"
     table.write_text(f"image_path,label,partition\n{first},a,train\n{second},b,test\n")
     model = save_checkpoint(tmp_path / "model.pt", "region", 10)  # without a record

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tiny_runs import TINY_PATCH
 
 from dino import api
 from dino.config.load import load_config
-from dino.config.schema import PatchConfig, TileConfig
+from dino.config.schema import KnnConfig, PatchConfig, TileConfig
 from dino.errors import DataError
 from dino.slides.partitions import Split, split_files, unknown_values
 from dino.slides.tables import read_tiles
@@ -102,3 +103,47 @@ def test_files_are_split_by_their_slides() -> None:
 def test_known_partitions_need_no_warning() -> None:
     assert unknown_values(["", "pretrain", "val", "test", "held_out"]) == []
     assert len(unknown_values(["Pretrain", "train", "train", "fold 1"])) == 3
+
+
+@pytest.mark.parametrize("how", ["same path", "copy", "link"])
+def test_a_held_out_slide_that_is_trained_on_under_another_id_is_refused(how: str, tmp_path: Path) -> None:
+    write_slide(tmp_path / "a.tiff", [noise(384, 320, 1)], mpp=0.5)
+    other = tmp_path / ("a.tiff" if how == "same path" else "b.tiff")
+    if how == "copy":
+        shutil.copy(tmp_path / "a.tiff", other)
+    elif how == "link":
+        other.symlink_to(tmp_path / "a.tiff")
+    with (tmp_path / "slides.csv").open("w", newline="") as file:
+        rows = [("one", "a.tiff", "pretrain"), ("two", other.name, "test")]
+        csv.writer(file).writerows([("sample_id", "image_path", "partition"), *rows])
+    assert api.tile([tmp_path / "slides.csv"], tmp_path / "root", TILING).exit_code == 0
+    with pytest.raises(
+        DataError, match=r"found the file of two \(partition 'test'\).*also as one, which is trained on"
+    ):
+        api.pretrain(settings(tmp_path / "root", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_labelled_tiles_of_the_pretraining_are_refused_although_their_ids_are_other_ones(
+    root: Path, tmp_path: Path
+) -> None:
+    """Copies under new names, and tiles of a held-out slide, which may be scored."""
+    run = tmp_path / "run"
+    api.pretrain(settings(root, run))
+    of_slide = {slide: sorted((root / "patch_256_pretraining" / "imgs" / slide).iterdir()) for slide in PARTITIONS}
+    for index in range(4):
+        shutil.copy(of_slide["one"][index], tmp_path / f"copy{index}.jpg")
+
+    def table(test: list[Path]) -> Path:
+        rows = [(path, "xy"[i % 2], "train") for i, path in enumerate(of_slide["three"][:4])]
+        rows += [(path, "xy"[i % 2], "test") for i, path in enumerate(test)]
+        with (tmp_path / "labels.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("image_path", "label", "partition"), *rows])
+        return tmp_path / "labels.csv"
+
+    knn = KnnConfig(k=[1], device="cpu")
+    with pytest.raises(DataError, match="test files that the model has not been pretrained on, found 4"):
+        api.evaluate_knn(str(run), table([tmp_path / f"copy{index}.jpg" for index in range(4)]), knn)
+    scores = api.evaluate_knn(str(run), table(of_slide["four"][:4]), knn)
+    assert scores["about"]["leakage"]["seen_files"] == []
+    assert scores["about"]["leakage"]["compared"] == "slides by file name and files by path and content"

@@ -1,7 +1,8 @@
 import pytest
 
 from dino.errors import DataError
-from dino.evaluate.labels import check_leakage, read_labels, slide_of_name
+from dino.evaluate.labels import read_labels, slide_of_name
+from dino.evaluate.leakage import Pretraining, check_leakage
 
 
 @pytest.fixture
@@ -13,7 +14,7 @@ def write(tmp_path):
         path.write_text(text)
         for line in text.splitlines()[1:]:
             if files:
-                (tmp_path / line.split(",")[0]).touch()
+                (tmp_path / line.split(",")[0]).write_text(line.split(",")[0])
         return path
 
     return make
@@ -32,7 +33,7 @@ def test_labels_of_any_kind_are_read_and_paths_resolve_from_the_table(write, tmp
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_columns_are_separated_by_commas_semicolons_or_tabs(tmp_path, delimiter):
     for name in ("a.png", "b,1;2.png"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text(name)
     rows = [
         ["\ufeffimage_path", "label", "partition", "slide_id"],  # spreadsheets begin the file with a byte-order mark
         ["a.png", "x", "train", "s1"],
@@ -98,33 +99,33 @@ SEEN = {"slide_ids": ["s1", "s2"], "patient_ids": ["p1"]}
 def test_test_slides_of_the_pretraining_are_an_error(write):
     table = read_labels(write("image_path,label,partition,slide_id\na,x,train,s1\nb,y,test,s2\nc,y,test,s3\n"))
     with pytest.raises(DataError, match=r"1 that it has \(s2\).*allow_leakage=true"):
-        check_leakage(table, SEEN, allow=False)
-    facts = check_leakage(table, SEEN, allow=True)
+        check_leakage(table, Pretraining(SEEN), allow=False)
+    facts = check_leakage(table, Pretraining(SEEN), allow=True)
     assert facts["seen_slides"] == ["s2"] and facts["allowed"]
 
 
 def test_reference_slides_may_be_seen(write):
     table = read_labels(write("image_path,label,partition,slide_id\na,x,train,s1\nb,y,test,s3\n"))
-    facts = check_leakage(table, SEEN, allow=False)
+    facts = check_leakage(table, Pretraining(SEEN), allow=False)
     assert facts["compared"] == "slides by slide_id" and not facts["allowed"]
 
 
 def test_patients_are_compared(write):
     table = read_labels(write("image_path,label,partition,slide_id,patient_id\na,x,train,s,p\nb,y,test,s9,p1\n"))
     with pytest.raises(DataError, match=r"patients .*\(p1\)"):
-        check_leakage(table, SEEN, allow=False)
+        check_leakage(table, Pretraining(SEEN), allow=False)
 
 
 def test_without_slide_ids_the_file_names_are_compared(write):
     table = read_labels(write("image_path,label,partition\na.jpg,x,train\ns1_256_0.jpg,y,test\n"))
     with pytest.raises(DataError, match=r"\(s1\)"):
-        check_leakage(table, SEEN, allow=False)
+        check_leakage(table, Pretraining(SEEN), allow=False)
 
 
 @pytest.mark.parametrize("training_slides", [None, {}, {"slide_ids": [], "patient_ids": []}])
 def test_a_model_without_recorded_slides_is_accepted(write, training_slides):
     table = read_labels(write("image_path,label,partition\na,x,train\nb,y,test\n"))
-    assert check_leakage(table, training_slides, allow=False)["compared"].startswith("nothing")
+    assert check_leakage(table, Pretraining(training_slides or {}), allow=False)["compared"].startswith("nothing")
 
 
 def test_names_are_parsed_from_the_right():

@@ -140,7 +140,7 @@ def test_a_labelled_file_that_one_process_cannot_read_ends_all(
     tiles: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     labels = with_evaluation(tiles)
-    sorted(tiles.iterdir())[1].write_bytes(b"torn")  # a row of the second process
+    sorted((tmp_path / "tiles_labelled").iterdir())[1].write_bytes(b"torn")  # a row of the second process
     shared = config(tiles, tmp_path / "run", **labels, **{"training.batch_size_per_gpu": 2})
     assert exit_codes(fork_group(lambda: pretrain(shared), 2)) == [1, 1]
     assert capfd.readouterr().err.count("DataError: cannot decode") == 2
