@@ -457,7 +457,7 @@ class DemoConfig:
     """`dino demo`."""
 
     seed: int = runtime(0, "random seed")
-    patch_steps: int = runtime(240, "level-1 training steps")
+    patch_steps: int = runtime(800, "level-1 training steps")
     region_steps: int = runtime(200, "level-2 training steps")
     device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
     num_workers: int = runtime(1, "worker processes that load samples and draw crop parameters")

@@ -27,7 +27,7 @@ SCHEMAS: dict[str, tuple[type, str | None]] = {
     "demo": (schema.DemoConfig, None),
     "slurm": (schema.LaunchConfig, None),
 }
-CHANGED = {"export": {"tile_size_px": None}}  # defaults that differ from version 0.1.0
+CHANGED = {"export": {"tile_size_px": None}, "demo": {"patch_steps": 800}}  # defaults that differ from version 0.1.0
 FILES = [recipe_path(kind, name) for kind, names in RECIPES.items() for name in names]
 
 
