@@ -41,7 +41,7 @@ from dino.extraction.regions import RegionExtractor
 from dino.extraction.slides import SlideExtractor
 from dino.models.backbone import BackboneSpec
 from dino.models.grid_source import KEY, check_same_source, recorded
-from dino.models.weights import TRANSFORMS, Transform, load_backbone_file
+from dino.models.weights import TRANSFORMS, LoadedBackbone, Transform, load_backbone_file, settings_that_fit
 from dino.objectives.features import FrozenBackbone
 
 DEFAULT_TILE_SIZE_PX = 256
@@ -158,14 +158,9 @@ class PatchLevel(Level):
         root, aug, model = Root(Path(config.data_dir)), config.aug, config.model
         folder, names, held_out = root.tiles()
         self.dataset = TileDataset(folder, names, root.slide_infos(root.tile_spacings()), config.speed.ram_cache)
-        for name in ("global_crops_size", "local_crops_size"):
-            if getattr(aug, name) % model.patch_size:
-                raise ConfigError(
-                    f"expected aug.{name} to be a multiple of model.patch_size={model.patch_size}, "
-                    f"found {getattr(aug, name)}"
-                )
-        start = load_backbone_file(model.init, model.init_arch).transform if model.init else None
-        self.transform = start or TRANSFORMS["imagenet"]
+        start = load_backbone_file(model.init, model.init_arch) if model.init else None
+        check_crops(config, start)
+        self.transform = (start.transform if start else None) or TRANSFORMS["imagenet"]
         self.crops = ImageCrops(aug, self.transform.mean, self.transform.std)
         size = (aug.global_crops_size, aug.global_crops_size)
         self.spec = BackboneSpec(model.arch, self.name, 3, size, model.patch_size, model.pos_resample)
@@ -208,6 +203,27 @@ class PatchLevel(Level):
     def baseline_features(cls, batch: Tensor) -> Tensor:
         """8 x 8 pixels less their mean."""
         return pixel_features(batch)
+
+
+def check_crops(config: PatchConfig, start: LoadedBackbone | None) -> None:
+    """Raise ConfigError, which names all that has to change, if crops or initial weights do not fit the backbone."""
+    model = config.model
+    sizes = {f"aug.{name}": getattr(config.aug, name) for name in ("global_crops_size", "local_crops_size")}
+    if start and start.level == PatchLevel.name:
+        words = settings_that_fit(start, model.arch, model.patch_size, model.pos_resample, sizes)
+        if words:
+            spec = start.backbone.spec
+            raise ConfigError(
+                f"expected settings that fit model.init={model.init} ({spec.arch}, patches of {spec.patch_size} px), "
+                f"found others; add {' '.join(words)}"
+            )
+    for name, size in sizes.items():
+        below = size // model.patch_size * model.patch_size
+        if below != size:
+            raise ConfigError(
+                f"expected {name} to be a multiple of model.patch_size={model.patch_size}, found {size}; the nearest "
+                f"are {below or model.patch_size} and {below + model.patch_size}"
+            )
 
 
 class RegionLevel(Level):

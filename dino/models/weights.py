@@ -32,6 +32,7 @@ from dino.models.grid_source import KEY, GridSource
 from dino.models.inputs import TILE_SIZE_PX, input_kind
 from dino.models.layouts import PLAIN, Published, backbone_tensors
 from dino.models.recognition import IN_A_RUN, infer_spec, input_of
+from dino.models.spec import shape_of
 from dino.models.transforms import TRANSFORMS, Transform, choose_transform, timm_transform
 from dino.progress import say, table, warn
 
@@ -208,6 +209,36 @@ def init_from(backbone: Backbone, source: str | Path, arch: str | None = None) -
     fresh = _build(spec, tensors, str(source))
     backbone.vit, backbone.spec = fresh.vit.train(backbone.training), spec
     return loaded
+
+
+def settings_that_fit(
+    loaded: LoadedBackbone, arch: str, patch_size: int, pos_resample: str, sizes: Mapping[str, int]
+) -> list[str]:
+    """Settings that a run has to change to start from these weights, as ``key=value``; empty if the run's own fit.
+
+    Args:
+        loaded: The initial weights.
+        arch: The run's ``model.arch``; a timm name is not checked here.
+        patch_size: Its ``model.patch_size``.
+        pos_resample: Its ``model.pos_resample``; named only where something else has to change too.
+        sizes: Size in px of its crops, by setting.
+    """
+    backbone, spec = loaded.backbone, loaded.backbone.spec
+    wanted, words = shape_of(arch), []
+    scaled = any(".ls1." in name or ".gamma_1" in name for name, _ in backbone.vit.named_parameters())
+    found = (backbone.embed_dim, backbone.depth, backbone.num_heads, backbone.vit.num_prefix_tokens - 1, scaled)
+    if wanted and found != (wanted.dim, wanted.depth, wanted.heads, wanted.registers, wanted.layer_scale > 0):
+        words.append(f"model.arch={spec.arch}")
+    if patch_size != spec.patch_size:
+        words.append(f"model.patch_size={spec.patch_size}")
+    words += [
+        f"{name}={max(1, round(size / spec.patch_size)) * spec.patch_size}"
+        for name, size in sizes.items()
+        if size % spec.patch_size
+    ]
+    if words and pos_resample != spec.pos_resample:
+        words.append(f"model.pos_resample={spec.pos_resample}")
+    return words
 
 
 def report_initial_weights(loaded: LoadedBackbone, spec: BackboneSpec, masks: bool) -> None:

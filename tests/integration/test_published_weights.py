@@ -9,6 +9,7 @@ from tiny_runs import Crash, assert_same_bits, config, crash_after, last
 
 from dino.api import export, load_backbone, pretrain
 from dino.config.schema import ExportConfig
+from dino.errors import ConfigError
 
 SETTINGS = {
     "model.arch": "vit:dim=64,depth=2,heads=1,registers=4,layer_scale=1e-05,no_embed_class=1",
@@ -49,3 +50,20 @@ def test_a_run_from_a_published_file_resumes_exactly_and_is_exported(
         torch.testing.assert_close(load_backbone(folder)(x), trained, rtol=0, atol=1e-5)
     ended = last(tmp_path / "whole")
     assert ended["step"] == 4 and not torch.equal(ended["student"]["backbone.mask_token"], state["mask_token"])
+
+
+def test_all_settings_that_do_not_fit_are_named_at_once_and_fit(tiles: Path, tmp_path: Path) -> None:
+    torch.save(dinov2(64, 2, side=4, registers=4), tmp_path / "meta.pth")
+    settings = {"model.init": str(tmp_path / "meta.pth"), "training.max_steps": 1}
+    with pytest.raises(ConfigError, match="settings that fit model.init=.*patches of 14 px.*add ") as caught:
+        pretrain(config(tiles, tmp_path / "run", **settings))
+    advised = dict(word.split("=", 1) for word in str(caught.value).rpartition("add ")[2].split())
+    assert {"model.arch", "model.patch_size", "model.pos_resample"} < advised.keys()
+    assert (advised["aug.global_crops_size"], advised["aug.local_crops_size"]) == ("28", "14")
+    assert pretrain(config(tiles, tmp_path / "run", **settings, **advised)).state == "finished"
+
+
+def test_the_nearest_sizes_of_a_crop_are_named(tiles: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model.patch_size=14, found 96; the nearest are 84 and 98"):
+        sizes = {"model.patch_size": 14, "aug.global_crops_size": 224, "aug.local_crops_size": 96}
+        pretrain(config(tiles, tmp_path / "run", **sizes))
