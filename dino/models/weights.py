@@ -24,7 +24,6 @@ from dino.models.checkpoint import (
     fingerprint,
     is_own,
     read_checkpoint,
-    read_safetensors,
     readable,
     resolve_run,
 )
@@ -50,6 +49,8 @@ __all__ = [
 ]
 
 TIMM = "timm:"
+LOCAL = "local-dir:"  # timm's prefix of a folder
+FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 HUB_SECONDS = 5.0  # within which the hub must answer
 # Arguments of a timm folder's config that do not change which tensors the model has.
 ADAPTABLE = {"img_size", "num_classes", "global_pool", "in_chans", "dynamic_img_size"}
@@ -120,7 +121,8 @@ def load_backbone_file(
     """Load a backbone by the names of its tensors; print which were loaded, and unexpected keys.
 
     Args:
-        path: A run folder, a checkpoint of this package, an export, an external checkpoint, or ``timm:NAME``.
+        path: A run folder, a checkpoint of this package, an export, a folder of timm (also as ``local-dir:FOLDER``) or
+            of transformers, an external checkpoint, or ``timm:NAME``.
         arch: Architecture of an external checkpoint, where its tensors do not determine it.
         transform: ``auto`` (the checkpoint's own, else imagenet with a warning), ``imagenet``, ``hipt`` or ``timm``.
         which: ``teacher`` or ``student``.
@@ -131,6 +133,7 @@ def load_backbone_file(
         ConfigError: ``arch`` or ``transform`` is unknown or does not fit.
     """
     source = str(path)
+    path = Path(source.removeprefix(LOCAL))
     if source.startswith(TIMM):
         loaded = _from_timm(source.removeprefix(TIMM), pretrained)
     elif (Path(path) / "config.json").is_file():
@@ -340,13 +343,18 @@ def _described(loaded: LoadedBackbone, description: Description, own: bool) -> L
 
 
 def _from_folder(folder: Path, arch: str | None) -> LoadedBackbone:
-    """A timm folder: an export of this package, or any other of a supported architecture."""
+    """A folder of timm or of transformers: an export of this package, or any other of a supported architecture."""
     try:
         config = read_json(folder / "config.json")
-        section, name = config.get(PACKAGE), config["architecture"]
+        section, name = config.get(PACKAGE), config.get("architecture")
+        if not name and "model_type" not in config:
+            raise KeyError("architecture")
     except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/config.json: not a timm config ({error!r})") from error
-    published = backbone_tensors(read_safetensors(folder / "model.safetensors"), "teacher", str(folder))
+        raise CheckpointError(f"{folder}/config.json: not a config of timm or transformers ({error!r})") from error
+    weights = next((folder / file for file in FOLDER_WEIGHTS if (folder / file).is_file()), folder / FOLDER_WEIGHTS[0])
+    published = backbone_tensors(read_checkpoint(weights), "teacher", str(folder))
+    if not name:  # transformers: the names of the tensors determine the architecture
+        return _load(infer_spec(published, arch, str(folder), "dino"), published, str(folder))
     if section:
         description = Description.from_dict(section, str(folder))
         loaded = _load(description.spec, published, str(folder))
@@ -396,8 +404,7 @@ def _ask_hub(name: str) -> None:
 
     config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
     repository = getattr(config, "hf_hub_id", None)
-    files = ("model.safetensors", "pytorch_model.bin")
-    if repository and not any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
+    if repository and not any(isinstance(try_to_load_from_cache(repository, file), str) for file in FOLDER_WEIGHTS):
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
 
 

@@ -15,6 +15,7 @@ from published import (
     dinov3,
     dinov3_tokens,
 )
+from safetensors.torch import save_file
 from timm.models.eva import checkpoint_filter_fn as timm_dinov3
 from timm.models.vision_transformer import checkpoint_filter_fn as timm_dinov2
 from torch import Tensor
@@ -82,6 +83,27 @@ def test_features_are_those_of_the_published_code(model: str, layout: str, tmp_p
     expected = state if layout != "transformers" or "storage_tokens" not in state else without_key_bias(state)
     same_features(loaded, lambda x: tokens(expected, x, heads), sizes)
     torch.testing.assert_close(loaded.mask_token, state["mask_token"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_a_folder_of_transformers_is_read(file: str, prefix: str, tmp_path: Path) -> None:
+    state = dinov2(128, 2, side=5, registers=4)
+    published = {name: tensor.contiguous() for name, tensor in as_transformers(state).items()}
+    save_file(published, tmp_path / file) if file.endswith("tensors") else torch.save(published, tmp_path / file)
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2_with_registers", "hidden_size": 128}')
+    loaded = load_backbone_file(f"{prefix}{tmp_path}")
+    same_features(loaded, lambda x: dinov2_tokens(state, x, 2), [(70, 70), (98, 42)])
+    assert loaded.report.layout == "DINOv2"
+
+
+def test_a_folder_with_another_config_or_without_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not a config of timm or transformers"):
+        load_backbone_file(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    with pytest.raises(CheckpointError, match=r"no such checkpoint: .*model\.safetensors"):
+        load_backbone_file(tmp_path)
 
 
 def without_key_bias(state: State) -> State:
