@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dino import distributed, files, progress
 from dino.api.levels import level_named
-from dino.api.roots import pretraining_of
 from dino.config.schema import KnnConfig
 from dino.evaluate import LabelTable, check_k, check_leakage, knn_scores, read_labels
 from dino.evaluate.selection import check_selection, recorded_selection
@@ -68,7 +67,7 @@ def _evaluate_knn(model: str, labels: Path, config: KnnConfig, device: torch.dev
     loaded = load_backbone_file(model, config.arch, config.transform)
     level, spec = level_named(loaded.level), loaded.backbone.spec
     data_dir = (loaded.config or {}).get("data_dir")
-    trained = pretraining_of(loaded.details.get("training_slides"), data_dir, level.training_files)
+    trained = level.pretraining(loaded.details.get("training_slides"), data_dir)
     leakage = check_leakage(table, trained, config.allow_leakage)
     progress.say(f"{labels}: compared with the pretraining: {leakage['compared']}")
     selection = check_selection(table, recorded_selection(loaded.details), config.allow_leakage)

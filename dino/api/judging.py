@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dino import progress
 from dino.api.evaluating import table_scores
-from dino.api.roots import pretraining_of
 from dino.api.run import Run
 from dino.evaluate import check_leakage, read_labels
 from dino.evaluate.selection import recorded_selection, row_set, select_rows
@@ -47,7 +46,9 @@ def build_evaluator(run: Run, checkpoints: Checkpoints) -> Evaluator | None:
     settings, init = run.config.evaluate, run.config.model.init
     run.inherited = run.selection = recorded_selection(read_training(init) if init else {}) or []
     if settings.labels is not None:
-        measure, every = _knn_measure(run, Path(settings.labels), str(checkpoints.folder.path)), run.length.steps(1)
+        folder = checkpoints.folder
+        measure = _knn_measure(run, Path(settings.labels), str(folder.path), resumed=folder.steps_done() > 0)
+        every = run.length.steps(1)
     elif init:
         measure, every = _label_free_measure(run), max(run.length.steps(1), math.ceil(run.length.total / EVALUATIONS))
     else:
@@ -65,11 +66,12 @@ def build_evaluator(run: Run, checkpoints: Checkpoints) -> Evaluator | None:
     )
 
 
-def _knn_measure(run: Run, labels: Path, name: str) -> Measure:
+def _knn_measure(run: Run, labels: Path, name: str, resumed: bool) -> Measure:
     """KNN on the rows of a table that choose the checkpoint; they are added to the run's record."""
     settings, level = run.config.evaluate, run.level
     table = read_labels(labels, required=("train",))
-    trained = pretraining_of(level.slides, run.config.data_dir, level.training_files)
+    # Files are compared when a run starts: one that an earlier version started goes on.
+    trained = level.pretraining(level.slides, None if resumed else run.config.data_dir)
     facts = check_leakage(table, trained, settings.allow_leakage, ("val", "test"), "evaluate.allow_leakage")
     progress.say(f"{labels}: compared with the training data: {facts['compared']}")
     selection = select_rows(table)

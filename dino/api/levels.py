@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dino.api.roots import Root, Split, check_grids, shapes_of_grids, source_of_grids
+from dino.api.roots import Pretraining, Root, Split, check_grids, pretraining_of, shapes_of_grids, source_of_grids
 from dino.config.schema import KnnConfig, PatchConfig, PretrainConfig, RegionConfig
 from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
@@ -97,6 +97,11 @@ class Level(ABC):
         Raises:
             DataError: If there are none.
         """
+
+    @classmethod
+    def pretraining(cls, slides: Mapping[str, Any] | None, data_dir: str | None) -> Pretraining:
+        """What a model was pretrained on: what its checkpoint records, and its data folder if that is there."""
+        return pretraining_of(slides, data_dir, cls.training_files)
 
     def sampler(self, seed: int) -> Sampler:
         """The order in which samples are drawn."""

@@ -31,7 +31,7 @@ from dino.slides.tables import (
     read_tiling,
 )
 
-__all__ = ["Root", "Split", "check_grids", "pretraining_of", "shapes_of_grids", "source_of_grids"]
+__all__ = ["Pretraining", "Root", "Split", "check_grids", "pretraining_of", "shapes_of_grids", "source_of_grids"]
 
 HeldOut = dict[str, tuple[int, int]]  # number of slides and of their samples by partition
 

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import Crash, assert_same_bits, assert_same_numbers, command, config, crash_after, last, metrics
+from tiny_runs import (
+    Crash,
+    assert_same_bits,
+    assert_same_numbers,
+    command,
+    config,
+    crash_after,
+    last,
+    metrics,
+    negative,
+)
 
 from dino.api import levels, pretrain
 from dino.data.packed import GridFiles
@@ -241,7 +251,8 @@ def test_a_run_starts_from_an_earlier_one(tiles: Path, tmp_path: Path) -> None:
 def test_knn_while_training_keeps_the_best_and_stops_early(tiles: Path, tmp_path: Path) -> None:
     rows = ["image_path,label,partition,slide_id"]
     for i, path in enumerate(sorted(tiles.glob("*.png"))):
-        rows.append(f"{path},{'ab'[i % 2]},{'train' if i < 12 else 'test'},held{i}")
+        other = negative(path, tmp_path / "labelled")
+        rows.append(f"{other},{'ab'[i % 2]},{'train' if i < 12 else 'test'},held{i}")
     (tmp_path / "labels.csv").write_text("\n".join(rows))
     with_evaluation = {
         "evaluate.labels": str(tmp_path / "labels.csv"),
