@@ -161,6 +161,7 @@ class PatchLevel(Level):
 
     def __init__(self, config: PatchConfig) -> None:
         root, aug, model = Root(Path(config.data_dir)), config.aug, config.model
+        root.check_held_out()
         folder, names, held_out = root.tiles()
         self.dataset = TileDataset(folder, names, root.slide_infos(root.tile_spacings()), config.speed.ram_cache)
         start = load_backbone_file(model.init, model.init_arch) if model.init else None
@@ -241,6 +242,7 @@ class RegionLevel(Level):
 
     def __init__(self, config: RegionConfig) -> None:
         root, model = Root(Path(config.data_dir)), config.model
+        root.check_held_out()
         folder, entries, held_out = root.grids()
         source = source_of_grids(folder)
         if model.init:

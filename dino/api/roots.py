@@ -64,7 +64,6 @@ class Root:
             DataError: If there are no tiles that may be trained on.
         """
         folder = tile_folder(self)
-        self._check_held_out()
         names, held_out = split_files(list_names(folder, {TILING_FILE: TILES_FOLDER}), slide_of, self.partitions)
         if not names:
             raise _only_held_out("tiles", folder, held_out)
@@ -79,7 +78,7 @@ class Root:
         """Partition of each slide; for a slide that failed or was excluded later, that word instead."""
         return {slide: row.partition if row.status == OK else row.status for slide, row in self.status.items()}
 
-    def _check_held_out(self) -> None:
+    def check_held_out(self) -> None:
         """Raise DataError if the file of a held-out slide, or a copy of it, is also one of a slide that is trained on.
 
         Slides whose files are not there are not compared.
@@ -121,7 +120,6 @@ class Root:
         Raises:
             DataError: If there are no grids that may be trained on.
         """
-        self._check_held_out()
         return self.grid_folder, *_grid_entries(self.path, self.grid_folder, self.regions(), self.partitions)
 
     def regions(self) -> list[RegionRecord]:
