@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dino.api.roots import Pretraining, Root, Split, check_grids, pretraining_of, shapes_of_grids, source_of_grids
+from dino.api.roots import Root, Split, check_grids, shapes_of_grids, source_of_grids
 from dino.config.schema import KnnConfig, PatchConfig, PretrainConfig, RegionConfig
 from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
@@ -33,9 +33,10 @@ from dino.data import (
     open_grids,
     prepare_grids,
     read_grid,
+    slide_of,
 )
 from dino.errors import ConfigError, DataError
-from dino.evaluate import pixel_features
+from dino.evaluate import Pretraining, pixel_features
 from dino.extraction.embed import Normalise, identity, normaliser
 from dino.extraction.regions import RegionExtractor
 from dino.extraction.slides import SlideExtractor
@@ -47,6 +48,8 @@ from dino.objectives.features import FrozenBackbone
 DEFAULT_TILE_SIZE_PX = 256
 
 Read = Callable[[Path], Tensor]
+
+MANY_TILES = 1_000_000  # from which the recipe patch_dinov2 is named, as in its own table
 
 
 class Level(ABC):
@@ -100,8 +103,29 @@ class Level(ABC):
 
     @classmethod
     def pretraining(cls, slides: Mapping[str, Any] | None, data_dir: str | None) -> Pretraining:
-        """What a model was pretrained on: what its checkpoint records, and its data folder if that is there."""
-        return pretraining_of(slides, data_dir, cls.training_files)
+        """What a model was pretrained on, as far as its checkpoint and its data folder tell.
+
+        Args:
+            slides: ``training_slides`` of the checkpoint.
+            data_dir: Data folder of its run; None, or not there, for models of others and exports.
+        """
+        slides = slides or {}
+        if not data_dir or not Path(data_dir).is_dir():
+            return Pretraining(slides)
+        root = Root(Path(data_dir))
+        try:
+            folder, names = cls.training_files(root)
+        except DataError:  # the files are not there any more
+            return Pretraining(slides, root.patients)
+        ids = {*(slides.get("slide_ids") or []), None}
+        if len(ids) > 1:  # slides may have been added since
+            names = [name for name in names if slide_of(name) in ids]
+        return Pretraining(slides, root.patients, folder, names)
+
+    @staticmethod
+    def recommended_recipe(config: Any, samples: int) -> str | None:
+        """One line that names the recipe for these settings and this number of samples; None if it is in use."""
+        return None
 
     def sampler(self, seed: int) -> Sampler:
         """The order in which samples are drawn."""
@@ -182,6 +206,22 @@ class PatchLevel(Level):
         """Tiles."""
         folder, names, _ = root.tiles()
         return folder, names
+
+    @staticmethod
+    def recommended_recipe(config: PatchConfig, samples: int) -> str | None:
+        """A recipe for the start weights, the teacher, or the number of tiles."""
+        if config.teacher:
+            unread = config.objective.dino == config.distill.dino == 0 and config.aug.local_crops_number > 0
+            return "nothing reads the local crops: --recipe patch_distill has none" if unread else None
+        if config.optim.layer_decay < 1:  # both recipes named below set it
+            return None
+        if config.model.init:
+            return "model.init is set: --recipe patch_continue has the settings to continue from pretrained weights"
+        if samples < MANY_TILES:
+            return (
+                f"fewer than {MANY_TILES:,} tiles: consider pretrained weights, model.init and --recipe patch_continue"
+            )
+        return f"at least {MANY_TILES:,} tiles: --recipe patch_dinov2 has the settings of DINOv2"
 
     @classmethod
     def labelled_reader(

@@ -21,8 +21,6 @@ from dino.train.failure import record_failure
 from dino.train.loop import NonFiniteStep, Trainer
 from dino.train.run_folder import RunFolder, RunReader
 
-MANY_TILES = 1_000_000  # with fewer, training from random weights does not pay
-
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:
@@ -102,30 +100,6 @@ def pretrain(config: PatchConfig | RegionConfig, extend: ExtendConfig | None = N
                 return _finish(run, trainer, folder, evaluation)
 
 
-def recommended_recipe(config: PretrainConfig, samples: int) -> str | None:
-    """One line that names the recipe for these start weights and this amount of data; None if it is in use.
-
-    Args:
-        config: Settings of the run.
-        samples: Tiles, or feature grids.
-    """
-    if not isinstance(config, PatchConfig):
-        return None
-    if config.teacher:
-        unread = config.objective.dino == config.distill.dino == 0 and config.aug.local_crops_number > 0
-        return "nothing reads the local crops: --recipe patch_distill has none" if unread else None
-    if config.optim.layer_decay < 1:  # both recipes named below set it
-        return None
-    if config.model.init:
-        return "model.init is set: --recipe patch_continue has the settings to continue from pretrained weights"
-    if samples < MANY_TILES:
-        return (
-            f"fewer than {MANY_TILES:,} tiles: pretrained weights learn faster than random ones; see model.init and "
-            "--recipe patch_continue"
-        )
-    return f"at least {MANY_TILES:,} tiles: --recipe patch_dinov2 has the settings of DINOv2"
-
-
 def resume(
     run: str | Path, changes: Sequence[str] | Mapping[str, Any] = (), extend: ExtendConfig | None = None
 ) -> RunSummary:
@@ -154,7 +128,7 @@ def _announce(run: Run, warn: Callable[[str], None]) -> None:
         progress.warn(warning)
     for warning in run.warnings():
         warn(warning)
-    if advice := recommended_recipe(run.config, len(run.level.dataset)):
+    if advice := run.level.recommended_recipe(run.config, len(run.level.dataset)):
         progress.say(advice)
 
 

@@ -1,6 +1,6 @@
 """Data folders: what is recorded of the tiles or feature grids in them, and which of them may be trained on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,6 @@ from typing import Any
 from dino import progress
 from dino.data import GridEntry, SlideInfo, list_names, slide_of
 from dino.errors import DataError
-from dino.evaluate import Pretraining
 from dino.evaluate.contents import find_copies
 from dino.extraction.record import RECORD, grid_source
 from dino.models.grid_source import KEY, GridSource, check_same_source
@@ -31,7 +30,7 @@ from dino.slides.tables import (
     read_tiling,
 )
 
-__all__ = ["Pretraining", "Root", "Split", "check_grids", "pretraining_of", "shapes_of_grids", "source_of_grids"]
+__all__ = ["Root", "Split", "check_grids", "shapes_of_grids", "source_of_grids"]
 
 HeldOut = dict[str, tuple[int, int]]  # number of slides and of their samples by partition
 
@@ -141,30 +140,6 @@ class Root:
                 spacing_um=spacing if spacing is not None and isfinite(spacing) else None,
             )
         return infos
-
-
-def pretraining_of(
-    slides: Mapping[str, Any] | None, data_dir: str | None, files_of: Callable[[Root], tuple[Path, list[str]]]
-) -> Pretraining:
-    """What a model was pretrained on, as far as its checkpoint and its data folder tell.
-
-    Args:
-        slides: ``training_slides`` of the checkpoint.
-        data_dir: Data folder of its run; None, or not there, for models of others and exports.
-        files_of: :meth:`dino.api.levels.Level.training_files`.
-    """
-    slides = slides or {}
-    if not data_dir or not Path(data_dir).is_dir():
-        return Pretraining(slides)
-    root = Root(Path(data_dir))
-    try:
-        folder, names = files_of(root)
-    except DataError:  # the files are not there any more
-        return Pretraining(slides, root.patients)
-    ids = set(slides.get("slide_ids") or [])
-    if ids:  # slides may have been added since
-        names = [name for name in names if slide_of(name) in {*ids, None}]
-    return Pretraining(slides, root.patients, folder, names)
 
 
 def tile_folder(root: Root) -> Path:

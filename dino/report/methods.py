@@ -1,11 +1,11 @@
 """The methods paragraph of a report, for use in a paper."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dino.slides.partitions import Split
+from dino.train.optimizer import LR_SCALINGS
 
 Settings = Mapping[str, Any]
 
@@ -166,8 +166,7 @@ def _on(run: Run) -> str:
 def _training(run: Run) -> str:
     model, training, optim = run.config["model"], run.config["training"], run.config["optim"]
     schedule = optim["lr_scheduler"]
-    scaled = math.sqrt(run.global_batch / 1024) if optim.get("lr_scaling") == "sqrt" else run.global_batch / 256
-    peak = optim["lr"] * scaled
+    peak = optim["lr"] * LR_SCALINGS[optim.get("lr_scaling", "linear")](run.global_batch)
     prototypes = (
         f"{model['out_dim']:,} prototypes, student temperature {model['student_temp']:g}, teacher temperature "
         f"{_from_to(model['warmup_teacher_temp'], model['teacher_temp'])}, "

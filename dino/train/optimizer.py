@@ -145,8 +145,8 @@ def scaled_lr(optim: OptimConfig, global_batch: int) -> float:
     """Peak learning rate of a global batch.
 
     Args:
-        optim: ``lr`` and ``lr_scaling``: linear (Goyal et al. 2017, arXiv 1706.02677) or the square root (DINOv2, arXiv
-            2304.07193, appendix B).
+        optim: ``lr`` and ``lr_scaling``: linear (Goyal et al. 2017, arXiv 1706.02677) or the square root, as in
+            facebookresearch/dinov2.
         global_batch: Samples of one optimizer step.
 
     Raises:

@@ -7,7 +7,7 @@ import pytest
 from tiny_runs import TINY, Crash, assert_same_bits, config, crash_after, last
 
 from dino.api import export, load_backbone, pretrain
-from dino.api.pretraining import recommended_recipe
+from dino.api.levels import PatchLevel
 from dino.config.load import RECIPES, load_config
 from dino.config.schema import ExportConfig, PatchConfig, RegionConfig
 from dino.train.run_folder import RunReader
@@ -65,5 +65,5 @@ def test_a_recipe_trains_resumes_judges_and_exports(
     ],
 )
 def test_the_recipe_that_suits_is_named(recipe: str, changes: dict[str, Any], samples: int, named: str | None) -> None:
-    advice = recommended_recipe(load_config(PatchConfig, recipe=recipe, overrides=changes), samples)
+    advice = PatchLevel.recommended_recipe(load_config(PatchConfig, recipe=recipe, overrides=changes), samples)
     assert (named is None and advice is None) or (advice is not None and f"--recipe {named}" in advice)
