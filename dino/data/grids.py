@@ -6,7 +6,7 @@ slide as ``[M x 256 x D]`` and slide2vec as ``(R, T, D)``. Rows are row-major (y
 
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,20 @@ def open_grids(path: Path) -> Tensor:
     Raises:
         DataError: If the file is damaged, contains anything but one floating-point tensor, or has another rank.
     """
+    tensor = open_tensor(path, {2: "[cells x D]", 3: "[regions x cells x D]"})
+    return tensor if tensor.ndim == 3 else tensor[None]
+
+
+def open_tensor(path: Path, ranks: Mapping[int, str]) -> Tensor:
+    """Memory-map the one floating-point tensor of a ``.pt`` file, without reading its values.
+
+    Args:
+        path: The file.
+        ranks: The number of dimensions that it may have, and what to call such a tensor.
+
+    Raises:
+        DataError: As for :func:`open_grids`.
+    """
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
@@ -42,18 +56,16 @@ def open_grids(path: Path) -> Tensor:
     except Exception as error:  # torch raises many types on damaged archives
         reason = f"{type(error).__name__}: {printable(error)[:200]}"
         raise DataError(f"cannot read {printable(path)}: {reason}") from None
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.ndim not in (2, 3):
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.ndim not in ranks:
         found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise DataError(
-            f"expected a float tensor [cells x D] or [regions x cells x D] in {printable(path)}, found {found}"
-        )
+        raise DataError(f"expected a float tensor {' or '.join(ranks.values())} in {printable(path)}, found {found}")
     if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise DataError(
             f"expected {printable(path)} to contain all of its {tuple(tensor.shape)} values, found fewer; save it again"
         )
     if 0 in tensor.shape:
         raise DataError(f"expected features in {printable(path)}, found an empty tensor {tuple(tensor.shape)}")
-    return tensor if tensor.ndim == 3 else tensor[None]
+    return tensor
 
 
 def grid_shape(path: Path, cells: int, shape: tuple[int, int] | None) -> tuple[int, int]:
