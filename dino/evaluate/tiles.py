@@ -115,7 +115,7 @@ def _choose_strength(
     else:
         drawn = randomness.generator(task.seed, 0, "strength").permutation(train)[:SELECTION_ROWS]
         drawn.sort()
-        labels, groups = [str(label) for label in task.truth[drawn]], [task.groups[row] for row in drawn.tolist()]
+        labels, groups = [str(label) for label in task.truth[drawn]], [task.groups[int(row)] for row in drawn]
         number = min(SELECTION_FOLDS, *groups_per_class(labels, groups).values())
         if number < 2:
             return 1.0
