@@ -1,0 +1,217 @@
+"""Attention-based multiple-instance learning: a slide is predicted from a weighted mean of its tiles.
+
+The bag of a slide may be larger than the memory: it is read in pieces, and each is read again in the backward pass. The
+gradients are those of the whole bag.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dino import randomness
+from dino.config.schema import AbmilConfig
+from dino.evaluate.outcomes import Outcome
+from dino.evaluate.statistics import Values
+
+Rows = NDArray[np.int64]
+Piece = Callable[[], Tensor]
+
+
+class Instances(Protocol):
+    """Feature vectors of a slide, such as :class:`dino.data.bags.Bag`."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: slice, /) -> np.ndarray:
+        """Rows as finite float32 ``(n, D)``."""
+        ...
+
+
+class Bag:
+    """The instances of one case: those of its slides, one after the other.
+
+    Args:
+        slides: Instances of each slide.
+        piece: Instances that are read at once.
+    """
+
+    def __init__(self, slides: Sequence[Instances], piece: int) -> None:
+        self.slides, self.piece = slides, piece
+
+    def __len__(self) -> int:
+        return sum(len(slide) for slide in self.slides)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Functions that read up to ``piece`` instances each, as ``(n, D)`` float32."""
+        for slide in self.slides:
+            for start in range(0, len(slide), self.piece):
+                yield lambda slide=slide, start=start: torch.from_numpy(slide.read(slice(start, start + self.piece)))
+
+
+class Moments:
+    """Mean and mean square of the instances of each case, for standardisation and mean pooling.
+
+    Args:
+        bags: The cases.
+        advance: Called after each.
+
+    Attributes:
+        means: ``(M, D)`` float64.
+        squares: ``(M, D)`` float64.
+    """
+
+    def __init__(self, bags: Sequence[Bag], advance: Callable[[], None] = lambda: None) -> None:
+        means, squares = [], []
+        for bag in bags:
+            sums = [(x.sum(0), x.square().sum(0)) for x in (read().double() for read in bag.pieces())]
+            means.append(sum(total for total, _ in sums) / len(bag))
+            squares.append(sum(total for _, total in sums) / len(bag))
+            advance()
+        self.means, self.squares = (torch.stack(values).numpy() for values in (means, squares))
+
+    def of(self, rows: Rows) -> tuple[Values, Values]:
+        """Mean and standard deviation ``(D,)`` of instances of ``rows``, in which every case has the same weight."""
+        mean = self.means[rows].mean(0)
+        return mean, spread(self.squares[rows].mean(0) - mean**2, mean)
+
+
+def spread(variance: Values, mean: Values) -> Values:
+    """Standard deviations to divide by: 1 for a feature that is constant but for rounding."""
+    deviation = np.sqrt(variance.clip(0))
+    return np.where(deviation > 1e-6 * (1e-6 + np.abs(mean)), deviation, 1.0)
+
+
+class GatedAttention(nn.Module):
+    """A network with gated attention over instances.
+
+    With h_k = ReLU(E x_k) of the standardised instance x_k, the attention is a_k = softmax over k of
+    w' (tanh(V h_k) * sigmoid(U h_k)) and the output a linear function of z = sum over k of a_k h_k (Ilse, Tomczak &
+    Welling 2018, "Attention-based deep multiple instance learning", arXiv 1802.04712, eq. 7 and 9).
+
+    Args:
+        mean: ``(D,)`` subtracted from instances.
+        deviation: ``(D,)`` that they are divided by.
+        outputs: Number of outputs K.
+        config: Widths.
+        seed: Seed of the initial weights.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, mean: Values, deviation: Values, outputs: int, config: AbmilConfig, seed: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.from_numpy(mean).float())
+        self.register_buffer("deviation", torch.from_numpy(deviation).float())
+        linear = nn.utils.skip_init  # draws nothing from the global generator
+        self.embed = linear(nn.Linear, len(mean), config.hidden)
+        self.tanh = linear(nn.Linear, config.hidden, config.attention)
+        self.gate = linear(nn.Linear, config.hidden, config.attention)
+        self.score = linear(nn.Linear, config.attention, 1)
+        self.head = linear(nn.Linear, config.hidden, outputs)
+        generator = torch.Generator().manual_seed(int(randomness.generator(seed, 0, "abmil weights").integers(1 << 62)))
+        for layer in (self.embed, self.tanh, self.gate, self.score, self.head):
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pieces: Sequence[Piece], keep: Tensor | None = None) -> Tensor:
+        """Outputs ``(K,)`` for one bag.
+
+        Args:
+            pieces: Functions that give its instances, each ``(n, D)``.
+            keep: ``(hidden,)`` factors of the bag's vector z, for dropout.
+        """
+        if len(pieces) == 1 or not torch.is_grad_enabled():
+            pooled = [self._pool(piece) for piece in pieces]
+        else:  # keep nothing of a piece but its pooled vector; compute it again in the backward pass
+            pooled = [checkpoint(self._pool, p, use_reentrant=False, preserve_rng_state=False) for p in pieces]
+        weights = torch.stack([total for total, _ in pooled]).softmax(0)  # (pieces,)
+        bag = weights @ torch.stack([vector for _, vector in pooled])  # (hidden,)
+        return self.head(bag if keep is None else bag * keep)
+
+    def attention(self, instances: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores ``(n,)`` before the softmax, and embedded instances ``(n, hidden)``."""
+        weight = self.embed.weight
+        x = (instances.to(weight.device, weight.dtype) - self.mean) / self.deviation
+        embedded = F.relu(self.embed(x))
+        return self.score(self.tanh(embedded).tanh() * self.gate(embedded).sigmoid())[:, 0], embedded
+
+    def _pool(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        """Logarithm of the sum of exponentiated scores, and the weighted mean of the piece ``(hidden,)``."""
+        scores, embedded = self.attention(piece())
+        return scores.logsumexp(0), scores.softmax(0) @ embedded
+
+
+class AttentionPooling:
+    """ABMIL as a method of :func:`dino.evaluate.pooling.cross_validate`; a candidate is a number of epochs.
+
+    The learning rate is constant, so that training for fewer epochs is the beginning of training for more, and one
+    training gives the errors of all candidates.
+
+    Args:
+        outcome: What is predicted.
+        bags: ``(M,)`` cases.
+        moments: Of the bags.
+        config: Settings.
+        device: Where to train.
+        seed: Seed of weights, order and dropout.
+        advance: Called after each epoch.
+    """
+
+    def __init__(
+        self,
+        outcome: Outcome,
+        bags: Sequence[Bag],
+        moments: Moments,
+        config: AbmilConfig,
+        device: torch.device,
+        seed: int,
+        advance: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.outcome, self.bags, self.moments, self.config = outcome, bags, moments, config
+        self.device, self.seed, self.advance = device, seed, advance
+        self.candidates = [{"epochs": epoch + 1} for epoch in range(config.epochs)]
+
+    def errors(self, train: Rows, validation: Rows) -> Values:
+        """Error of the validation rows after each epoch of training on others."""
+        found = []
+        for model, predict in self._epochs(train):
+            found.append(self.outcome.error(self._predict(model, predict, validation), validation))
+        return np.array(found)
+
+    def predict(self, train: Rows, test: Rows, candidate: int) -> Values:
+        """Predictions for the test rows after the number of epochs of a candidate."""
+        for epoch, (model, predict) in enumerate(self._epochs(train)):
+            if epoch == candidate:
+                return self._predict(model, predict, test)
+        raise IndexError(candidate)
+
+    def _epochs(self, train: Rows) -> Iterator[tuple[GatedAttention, Callable[[Tensor], Values]]]:
+        """The network after each epoch, and what makes predictions of its outputs."""
+        config, head = self.config, self.outcome.head(train)
+        model = GatedAttention(*self.moments.of(train), head.outputs, config, self.seed).to(self.device)
+        optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+        for epoch in range(config.epochs):
+            order = randomness.generator(self.seed, epoch, "abmil order").permutation(train)
+            masks = randomness.generator(self.seed, epoch, "abmil dropout")
+            for start in range(0, len(order), config.batch_size):
+                rows = order[start : start + config.batch_size]
+                for row in rows:
+                    kept = masks.random(config.hidden) >= config.dropout
+                    keep = torch.from_numpy(kept / (1 - config.dropout)).float().to(self.device)
+                    outputs = model(list(self.bags[row].pieces()), keep)
+                    (head.loss(outputs, int(row)) / len(rows)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            self.advance()
+            yield model, head.predict
+
+    @torch.no_grad()
+    def _predict(self, model: GatedAttention, predict: Callable[[Tensor], Values], rows: Rows) -> Values:
+        return predict(torch.stack([model(list(self.bags[row].pieces())) for row in rows]).cpu())

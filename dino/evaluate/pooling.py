@@ -1,0 +1,136 @@
+"""Predictions of slides from their features: how models are chosen and tested, and mean pooling with a linear model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dino.evaluate.outcomes import Outcome
+from dino.evaluate.statistics import Scored, Values
+from dino.evaluate.task import Fold, grouped_folds
+
+Rows = NDArray[np.int64]
+
+
+class Method(Protocol):
+    """A way to predict outcomes from features, with some candidates for the strength of its regularisation."""
+
+    candidates: Sequence[Mapping[str, float]]  # settings of each, from the strongest regularisation
+
+    def errors(self, train: Rows, validation: Rows) -> Values:
+        """``(candidates,)`` error of predictions of validation rows by models of the train rows."""
+        ...
+
+    def predict(self, train: Rows, test: Rows, candidate: int) -> Values:
+        """``(n, P)`` predictions of test rows by a model of the train rows."""
+        ...
+
+
+class LinearModel:
+    """A penalised linear model of one vector per case, such as the mean of its instances.
+
+    Args:
+        outcome: What is predicted.
+        vectors: ``(M, D)`` float64.
+    """
+
+    def __init__(self, outcome: Outcome, vectors: Values) -> None:
+        self.outcome, self.vectors = outcome, vectors
+        self.candidates = [{"penalty": penalty} for penalty in outcome.penalties]
+
+    def errors(self, train: Rows, validation: Rows) -> Values:
+        """See :class:`Method`."""
+        every = range(len(self.candidates))
+        return np.array([self.outcome.error(self.predict(train, validation, one), validation) for one in every])
+
+    def predict(self, train: Rows, test: Rows, candidate: int) -> Values:
+        """See :class:`Method`."""
+        mean, deviation = self.vectors[train].mean(0), self.vectors[train].std(0)
+        deviation[deviation <= 1e-6 * (1e-6 + np.abs(mean))] = 1  # constant but for rounding
+        fitted = self.outcome.fit((self.vectors[train] - mean) / deviation, train, self.outcome.penalties[candidate])
+        return fitted((self.vectors[test] - mean) / deviation)
+
+
+class NoFeatures:
+    """The best constant, as a method that needs no features.
+
+    Args:
+        outcome: What is predicted.
+    """
+
+    candidates: Sequence[Mapping[str, float]] = ({},)
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+    def errors(self, train: Rows, validation: Rows) -> Values:
+        """See :class:`Method`."""
+        return np.zeros(1)
+
+    def predict(self, train: Rows, test: Rows, candidate: int) -> Values:
+        """See :class:`Method`."""
+        return np.tile(self.outcome.constant(train), (len(test), 1))
+
+
+def cross_validate(
+    outcome: Outcome, folds: Sequence[Fold], inner: Sequence[Sequence[Fold]], method: Method
+) -> Scored:
+    """Predict the test rows of each fold by a model of its train rows, and score all predictions.
+
+    Args:
+        outcome: What is predicted.
+        folds: The folds.
+        inner: For each fold, the folds of its train rows that choose a candidate, see :func:`inner_folds`.
+        method: How to predict.
+    """
+    chosen = [_choose(method, splits) for splits in inner]
+    predicted = [
+        method.predict(fold.train, fold.test, candidate) for fold, candidate in zip(folds, chosen, strict=True)
+    ]
+    rows = np.concatenate([fold.test for fold in folds])
+    ends = np.cumsum([len(fold.test) for fold in folds])
+    parts = [np.arange(end - len(fold.test), end) for fold, end in zip(folds, ends, strict=True)]
+    details: dict[str, Any] = {"chosen": [dict(method.candidates[candidate]) for candidate in chosen]}
+    return Scored(rows, outcome.statistics(np.concatenate(predicted), rows, parts), details)
+
+
+def inner_folds(fold: Fold, strata: Sequence[str], groups: Sequence[str], count: int, seed: int) -> list[Fold]:
+    """Splits of a fold's train rows that choose the regularisation; test rows play no part.
+
+    Args:
+        fold: A fold. If it has validation rows, they are predicted from its train rows.
+        strata: ``(M,)`` what the splits are stratified by.
+        groups: ``(M,)`` patient of each row.
+        count: Number of splits; fewer where a stratum has fewer patients, none where it has but one.
+        seed: Seed.
+    """
+    if len(fold.validation):
+        return [Fold(fold.train, fold.validation, fold.validation[:0])]
+    of_rows, patients = [strata[row] for row in fold.train], [groups[row] for row in fold.train]
+    count = min(count, fewest(of_rows, patients))
+    if count < 2:
+        return []
+    splits = grouped_folds(of_rows, patients, count, seed)
+    return [Fold(fold.train[split.train], fold.train[split.test], split.validation) for split in splits]
+
+
+def fewest(strata: Sequence[str], groups: Sequence[str]) -> int:
+    """The smallest number of groups of any stratum."""
+    members = set(zip(strata, groups, strict=True))
+    return min(sum(one == stratum for one, _ in members) for stratum in set(strata))
+
+
+def _choose(method: Method, splits: Sequence[Fold]) -> int:
+    """The candidate with the smallest mean error over validation rows, the strongest regularisation among equals."""
+    count = len(method.candidates)
+    if count == 1 or not splits:
+        return count // 2
+    errors = np.stack([method.errors(split.train, split.test) for split in splits])  # (splits, candidates)
+    sizes = np.array([len(split.test) for split in splits], np.float64)[:, None]
+    known = ~np.isnan(errors)
+    total = np.where(known, sizes, 0).sum(0)
+    mean = np.where(known, errors * sizes, 0).sum(0) / np.where(total > 0, total, np.nan)
+    return count // 2 if np.isnan(mean).all() else int(np.nanargmin(mean))
+
+
