@@ -2,33 +2,14 @@
 
 *Identity* settings determine what a run computes: resuming needs them unchanged. *Runtime* settings (workers, device,
 logging, how the global batch is split over processes) may differ each time. Components take their own group of
-settings, such as :class:`PatchAugConfig`; this module imports nothing of the package.
+settings, such as :class:`PatchAugConfig`; this package imports no other.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-
-def identity(default: Any, help: str, length: int | None = None) -> Any:
-    """Declare a setting that determines the result; ``length`` is the number of values of a list, if fixed."""
-    return _setting(default, {"help": help, "identity": True, "length": length})
-
-
-def runtime(default: Any, help: str, length: int | None = None) -> Any:
-    """Declare a setting that may change from one start of a run to the next."""
-    return _setting(default, {"help": help, "identity": False, "length": length})
-
-
-def _setting(default: Any, metadata: dict[str, Any]) -> Any:
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def group(schema: type) -> Any:
-    """Declare a nested group of settings."""
-    return field(default_factory=schema)
-
+from dino.config.declare import group, identity, runtime
+from dino.config.evaluators import AbmilConfig as AbmilConfig
+from dino.config.evaluators import SlideConfig as SlideConfig
 
 # ---------------------------------------------------------------------------------------------- pretraining
 
@@ -430,47 +411,6 @@ class KnnConfig:
     num_workers: int = runtime(2, "threads that read and decode images")
     device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
     output: str | None = runtime(None, "JSON file for the scores (null: RUN/knn_LABELS.json if RUN is a run folder)")
-
-
-@dataclass
-class AbmilConfig:
-    """Attention-based multiple-instance learning."""
-
-    hidden: int = runtime(256, "width of the embedding that each feature vector is mapped to")
-    attention: int = runtime(128, "width of the gated attention")
-    epochs: int = runtime(20, "maximum number of epochs; inner folds choose how many")
-    lr: float = runtime(3e-4, "learning rate of AdamW")
-    weight_decay: float = runtime(0.01, "weight decay of AdamW")
-    dropout: float = runtime(0.25, "dropout rate of the vector of a slide")
-    batch_size: int = runtime(4, "slides or patients per optimizer step")
-    piece: int = runtime(8192, "feature vectors in memory at once; a larger bag is read in pieces, with equal gradients")
-
-
-@dataclass
-class SlideConfig:
-    """`dino evaluate slide`."""
-
-    encoder: str | None = runtime(None, "each FEATURES is a ROOT, of which features_<encoder> is read")
-    task: str | None = runtime(
-        None, "classification, regression (of a numeric label) or survival; null: survival without a column label"
-    )
-    unit: str | None = runtime(
-        None, "what is predicted: slide, or patient (of all its slides); null: slide if there is a column slide_id"
-    )
-    slides: str | None = runtime(
-        None, "CSV with slide_id and patient_id, for labels of patients alone (null: slides_status.csv of the ROOT)"
-    )
-    method: list[str] = runtime(["mean", "abmil"], "mean (linear model of the mean feature vector), abmil, or both")
-    folds: int = runtime(5, "folds of the cross-validation, without a column partition")
-    splits: str | None = runtime(None, "CSV of the folds that an earlier evaluation wrote, instead of new ones")
-    inner_folds: int = runtime(3, "folds of the training rows that choose penalties and epochs")
-    max_missing: int = runtime(0, "accept this many labelled slides or patients without features, and leave them out")
-    resamples: int = runtime(1000, "bootstrap samples of patients for the 95 % intervals, 0 for none")
-    seed: int = runtime(0, "random seed of folds, training and bootstrap")
-    abmil: AbmilConfig = group(AbmilConfig)
-    memory_gb: float = runtime(4.0, "GB of features kept in memory; others are read again in each epoch")
-    device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
-    output: str | None = runtime(None, "JSON file for the scores; a CSV, a figure and the folds are written beside it")
 
 
 @dataclass

@@ -108,6 +108,21 @@ def auc(truth: ArrayLike, probabilities: ArrayLike) -> Statistic:
     return statistic
 
 
+def mean_of_parts(parts: Sequence[NDArray[np.int64]], make: Callable[[NDArray[np.int64]], Statistic]) -> Statistic:
+    """The mean of a statistic over parts of the rows, such as the test rows of each fold.
+
+    Args:
+        parts: Positions of the rows of each part.
+        make: The statistic of the rows of one part; a sample in which it is undefined is a mean of the other parts.
+    """
+    made = [(part, make(part)) for part in parts]
+
+    def statistic(weights: Values) -> Values:
+        return nanmean(np.stack([one(weights[:, part]) for part, one in made], 1))
+
+    return statistic
+
+
 def _binary_auc(positive: NDArray[np.bool_], score: Values) -> Statistic:
     order = np.argsort(score, kind="stable")
     starts = np.flatnonzero(np.diff(score[order], prepend=np.nan))  # of each group of equal scores; the first is 0

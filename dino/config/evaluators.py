@@ -1,0 +1,46 @@
+"""Settings of evaluators with groups of their own; part of :mod:`dino.config.schema`."""
+
+from dataclasses import dataclass
+
+from dino.config.declare import group, runtime
+
+
+@dataclass
+class AbmilConfig:
+    """Attention-based multiple-instance learning."""
+
+    hidden: int = runtime(256, "width of the embedding that each feature vector is mapped to")
+    attention: int = runtime(128, "width of the gated attention")
+    epochs: int = runtime(30, "maximum number of epochs; inner folds choose how many")
+    lr: float = runtime(1e-3, "learning rate of AdamW")
+    weight_decay: float = runtime(0.01, "weight decay of AdamW")
+    dropout: float = runtime(0.25, "dropout rate of the vector of a slide")
+    batch_size: int = runtime(4, "slides or patients per optimizer step")
+    piece: int = runtime(8192, "feature vectors in memory at once; a larger bag is read in pieces, with equal gradients")
+
+
+@dataclass
+class SlideConfig:
+    """`dino evaluate slide`."""
+
+    encoder: str | None = runtime(None, "each FEATURES is a ROOT, of which features_<encoder> is read")
+    task: str | None = runtime(
+        None, "classification, regression (of a numeric label) or survival; null: survival without a column label"
+    )
+    unit: str | None = runtime(
+        None, "what is predicted: slide, or patient (of all its slides); null: slide if there is a column slide_id"
+    )
+    slides: str | None = runtime(
+        None, "CSV with slide_id and patient_id, for labels of patients alone (null: slides_status.csv of the ROOT)"
+    )
+    method: list[str] = runtime(["mean", "abmil"], "mean (linear model of the mean feature vector), abmil, or both")
+    folds: int = runtime(5, "folds of the cross-validation, without a column partition")
+    splits: str | None = runtime(None, "CSV of the folds that an earlier evaluation wrote, instead of new ones")
+    inner_folds: int = runtime(3, "folds of the training rows that choose penalties and epochs")
+    max_missing: int = runtime(0, "accept this many labelled slides or patients without features, and leave them out")
+    resamples: int = runtime(1000, "bootstrap samples of patients for the 95 % intervals, 0 for none")
+    seed: int = runtime(0, "random seed of folds, training and bootstrap")
+    abmil: AbmilConfig = group(AbmilConfig)
+    memory_gb: float = runtime(4.0, "GB of features kept in memory; others are read again in each epoch")
+    device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
+    output: str | None = runtime(None, "JSON file for the scores; a CSV, a figure and the folds are written beside it")
