@@ -9,7 +9,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -18,8 +17,8 @@ from dino import randomness
 from dino.config.schema import AbmilConfig
 from dino.evaluate.outcomes import Outcome
 from dino.evaluate.statistics import Values
+from dino.evaluate.task import Rows
 
-Rows = NDArray[np.int64]
 Piece = Callable[[], Tensor]
 
 
@@ -109,16 +108,12 @@ class GatedAttention(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.from_numpy(mean).float())
         self.register_buffer("deviation", torch.from_numpy(deviation).float())
-        linear = nn.utils.skip_init  # draws nothing from the global generator
-        self.embed = linear(nn.Linear, len(mean), config.hidden)
-        self.tanh = linear(nn.Linear, config.hidden, config.attention)
-        self.gate = linear(nn.Linear, config.hidden, config.attention)
-        self.score = linear(nn.Linear, config.attention, 1)
-        self.head = linear(nn.Linear, config.hidden, outputs)
         generator = torch.Generator().manual_seed(int(randomness.generator(seed, 0, "abmil weights").integers(1 << 62)))
-        for layer in (self.embed, self.tanh, self.gate, self.score, self.head):
-            nn.init.xavier_uniform_(layer.weight, generator=generator)
-            nn.init.zeros_(layer.bias)
+        self.embed = _linear(len(mean), config.hidden, generator)
+        self.tanh = _linear(config.hidden, config.attention, generator)
+        self.gate = _linear(config.hidden, config.attention, generator)
+        self.score = _linear(config.attention, 1, generator)
+        self.head = _linear(config.hidden, outputs, generator)
 
     def forward(self, pieces: Sequence[Piece], keep: Tensor | None = None) -> Tensor:
         """Outputs ``(K,)`` for one bag.
@@ -137,15 +132,20 @@ class GatedAttention(nn.Module):
 
     def attention(self, instances: Tensor) -> tuple[Tensor, Tensor]:
         """Scores ``(n,)`` before the softmax, and embedded instances ``(n, hidden)``."""
-        weight = self.embed.weight
-        x = (instances.to(weight.device, weight.dtype) - self.mean) / self.deviation
-        embedded = F.relu(self.embed(x))
+        embedded = F.relu(self.embed((instances.to(self.mean) - self.mean) / self.deviation))
         return self.score(self.tanh(embedded).tanh() * self.gate(embedded).sigmoid())[:, 0], embedded
 
     def _pool(self, piece: Piece) -> tuple[Tensor, Tensor]:
         """Logarithm of the sum of exponentiated scores, and the weighted mean of the piece ``(hidden,)``."""
         scores, embedded = self.attention(piece())
         return scores.logsumexp(0), scores.softmax(0) @ embedded
+
+
+def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")  # draws nothing from the global generator
+    nn.init.xavier_uniform_(layer.weight, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class AttentionPooling:

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from dino.evaluate import survival
 from dino.evaluate.statistics import Statistic, Values, accuracy, auc, balanced_accuracy, mean, mean_of_parts
+from dino.evaluate.task import Rows
 
-Rows = NDArray[np.int64]
 Predict = Callable[[Values], Values]
 
 QUANTILES = 4  # strata of a number in a cross-validation
@@ -88,7 +87,9 @@ class Classes(Outcome):
     """
 
     name = "classification"
-    penalties = tuple(float(value) for value in np.logspace(4, -2, 7))  # of half the squared weights; scikit-learn's 1/C
+    penalties = tuple(
+        float(value) for value in np.logspace(4, -2, 7)
+    )  # of half the squared weights; scikit-learn's 1/C
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels, self.classes = list(labels), sorted(set(labels))
@@ -227,8 +228,8 @@ class Survival(Outcome):
     def head(self, rows: Rows) -> Head:
         """Hazards in discrete time.
 
-        Their likelihood is a sum over cases, so that a step needs one bag, where Cox's partial likelihood needs the bags
-        of all cases at risk.
+        Their likelihood is a sum over cases, so that a step needs the bags of a few of them, where Cox's partial
+        likelihood needs those of all cases at risk.
         """
         ends = survival.interval_ends(self.times[rows], self.events[rows], INTERVALS)
 
@@ -250,9 +251,7 @@ class Survival(Outcome):
         """The C-index within parts."""
         times, events, risk = self.times[rows], self.events[rows], predicted[:, 0]
         return {
-            "c_index": mean_of_parts(
-                parts, lambda part: survival.concordance(times[part], events[part], risk[part])
-            )
+            "c_index": mean_of_parts(parts, lambda part: survival.concordance(times[part], events[part], risk[part]))
         }
 
 

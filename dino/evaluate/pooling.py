@@ -4,13 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dino.evaluate.outcomes import Outcome
 from dino.evaluate.statistics import Scored, Values
-from dino.evaluate.task import Fold, grouped_folds
-
-Rows = NDArray[np.int64]
+from dino.evaluate.task import Fold, Rows, grouped_folds, groups_per_class, single_fold
 
 
 class Method(Protocol):
@@ -73,9 +70,7 @@ class NoFeatures:
         return np.tile(self.outcome.constant(train), (len(test), 1))
 
 
-def cross_validate(
-    outcome: Outcome, folds: Sequence[Fold], inner: Sequence[Sequence[Fold]], method: Method
-) -> Scored:
+def cross_validate(outcome: Outcome, folds: Sequence[Fold], inner: Sequence[Sequence[Fold]], method: Method) -> Scored:
     """Predict the test rows of each fold by a model of its train rows, and score all predictions.
 
     Args:
@@ -106,19 +101,14 @@ def inner_folds(fold: Fold, strata: Sequence[str], groups: Sequence[str], count:
         seed: Seed.
     """
     if len(fold.validation):
-        return [Fold(fold.train, fold.validation, fold.validation[:0])]
-    of_rows, patients = [strata[row] for row in fold.train], [groups[row] for row in fold.train]
-    count = min(count, fewest(of_rows, patients))
+        return [single_fold(fold.train, fold.validation)]
+    rows = [int(row) for row in fold.train]
+    of_rows, patients = [strata[row] for row in rows], [groups[row] for row in rows]
+    count = min(count, *groups_per_class(of_rows, patients).values())
     if count < 2:
         return []
     splits = grouped_folds(of_rows, patients, count, seed)
-    return [Fold(fold.train[split.train], fold.train[split.test], split.validation) for split in splits]
-
-
-def fewest(strata: Sequence[str], groups: Sequence[str]) -> int:
-    """The smallest number of groups of any stratum."""
-    members = set(zip(strata, groups, strict=True))
-    return min(sum(one == stratum for one, _ in members) for stratum in set(strata))
+    return [single_fold(fold.train[split.train], fold.train[split.test]) for split in splits]
 
 
 def _choose(method: Method, splits: Sequence[Fold]) -> int:
@@ -132,5 +122,3 @@ def _choose(method: Method, splits: Sequence[Fold]) -> int:
     total = np.where(known, sizes, 0).sum(0)
     mean = np.where(known, errors * sizes, 0).sum(0) / np.where(total > 0, total, np.nan)
     return count // 2 if np.isnan(mean).all() else int(np.nanargmin(mean))
-
-

@@ -46,9 +46,7 @@ def concordance(times: Values, events: NDArray[np.bool_], risk: Values) -> Stati
     return statistic
 
 
-def fit_cox(
-    features: Values, times: Values, events: NDArray[np.bool_], penalizer: float
-) -> Callable[[Values], Values]:
+def fit_cox(features: Values, times: Values, events: NDArray[np.bool_], penalizer: float) -> Callable[[Values], Values]:
     """Cox's proportional hazards with an L2 penalty, fitted by lifelines to principal components.
 
     The components are those of the features that are given: at most :data:`COMPONENTS`, and one for every
