@@ -1,0 +1,201 @@
+"""Robustness of features: whether they follow the biology, or a confounder such as the centre, the scanner or the stain.
+
+A neighbour of a row has the same or another label, and the same or another confounder. One with the same label and another
+confounder (SO) shows that the features follow the biology; one with another label and the same confounder (OS) shows that
+they follow the confounder; the other two kinds (SS, OO) show neither. Rows of one patient are never neighbours.
+
+- RI, the robustness index: ``SO / (SO + OS)``, counted over the k nearest neighbours of all rows (de Jong et al. 2025, arXiv
+  2501.18055; Kömen et al. 2025, arXiv 2507.17845).
+- MaRI: the same, each neighbour weighted by ``exp(-d / tau)``, d its cosine distance and tau the median of these distances
+  (Grisi et al. 2026, arXiv 2607.25497).
+- CRoMa: the median over rows of ``(d_OS - d_SO) / (d_OS + d_SO)``, each d the mean distance to the m nearest neighbours of
+  that kind; and the mean of its lowest tenth (same paper).
+- APD, the average performance drop: the relative change of the balanced accuracy of a linear classifier of the labels when
+  label and confounder are associated in its training data (Kömen et al. 2025); see :mod:`.performance_drop`.
+
+The package ``croma`` computes them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dino.errors import DataError
+from dino.evaluate.confounders import KINDS, OS, SO, Design, Numbers, import_croma, without_warnings
+from dino.evaluate.statistics import Scored, Statistic, Values, divide
+
+TAIL = 0.1  # fraction of the rows, those of the lowest margin, that the tail of CRoMa is the mean of
+DISTANCES_AT_ONCE = 1 << 23  # 64 MB
+
+
+def neighbour_measures(
+    features: NDArray[Any], found: Design, k: Sequence[int], m: int
+) -> tuple[dict[str, Statistic], dict[str, Any]]:
+    """RI, MaRI and CRoMa.
+
+    Neighbours are those among all rows; a bootstrap sample weights the rows whose neighbours are counted. NaN where a
+    measure is undefined, as CRoMa is where features are equal.
+
+    Args:
+        features: ``(N, D)`` features.
+        found: The rows, see :func:`check_neighbours`.
+        k: Candidates of the number of neighbours of RI and MaRI; that of the highest balanced accuracy of kNN
+            classification of the labels is used, as in the paper.
+        m: Number of neighbours of each kind of CRoMa.
+
+    Returns:
+        ``ri``, ``mari``, ``croma`` and ``croma_tail`` as statistics of all rows, and details: the used ``k`` and
+        ``tau``, ``support`` (the fraction of rows with a neighbour of kind SO or OS), ``neighbours`` (the fraction of
+        each kind among the k nearest).
+
+    Raises:
+        ConfigError: If ``croma`` is not installed.
+        DataError: If the features are not finite.
+    """
+    croma = import_croma()
+    unit = unit_rows(features, len(found.labels))
+    manifest = _manifest(found)
+    with without_warnings():
+        ri = croma.RI.compute(unit, manifest, confounder_column=found.by, k_candidates=list(k))
+        mari = croma.MaRI.compute(unit, manifest, confounder_column=found.by, k_candidates=[ri.k])
+        margins, undefined = _margins(croma, unit, manifest, found.by, m)
+    kinds, distances = nearest(unit, found, ri.k)
+    typed = (kinds == SO) | (kinds == OS)
+    statistics = {
+        "ri": _pooled(ri.sample_values_aligned, typed.sum(1)),
+        "mari": _pooled(mari.sample_values_aligned, np.where(typed, np.exp(-distances / mari.tau), 0).sum(1)),
+        "croma": median(margins),
+        "croma_tail": lower_mean(margins, TAIL),
+    }
+    details: dict[str, Any] = {
+        "k": int(ri.k),
+        "tau": float(mari.tau),
+        "m": m,
+        "support": float(ri.support),
+        "neighbours": {name: float((kinds == kind).mean()) for kind, name in enumerate(KINDS)},
+        "confounder_dominant": float((margins <= 0).mean()),  # F(0) of the paper
+    }
+    return statistics, {**details, "croma_undefined": undefined} if undefined else details
+
+
+def chance_measures(found: Design) -> dict[str, Statistic]:
+    """The measures of features that know neither label nor confounder, whose neighbours are drawn at random."""
+    candidates = found.candidates()
+    share = candidates / candidates.sum(1, keepdims=True)
+    typed = share[:, SO] + share[:, OS]
+    ri = _pooled(divide(share[:, SO], typed), typed)
+    return {"ri": ri, "mari": ri, "croma": median(np.zeros(len(share)))}
+
+
+def nearest(unit: Values, found: Design, k: int) -> tuple[Numbers, Values]:
+    """Kinds and cosine distances ``(N, k)`` of the nearest neighbours of other patients, in no particular order.
+
+    Args:
+        unit: ``(N, D)`` features of unit length.
+        found: The rows; each has at least k of other patients.
+        k: Number of neighbours.
+    """
+    kinds, distances = [], []
+    size = max(1, DISTANCES_AT_ONCE // len(unit))
+    for start in range(0, len(unit), size):
+        rows = np.arange(start, min(start + size, len(unit)))
+        distance = np.clip(1 - unit[rows] @ unit.T, 0, None)  # (n, N)
+        distance[found.groups[rows, None] == found.groups] = np.inf
+        index = np.argpartition(distance, k - 1, axis=1)[:, :k]
+        kinds.append(found.kinds(rows[:, None], index))
+        distances.append(np.take_along_axis(distance, index, 1))
+    return np.concatenate(kinds), np.concatenate(distances)
+
+
+def unit_rows(features: NDArray[Any], count: int) -> Values:
+    """Features of unit length, in float64.
+
+    Args:
+        features: ``(N, D)``.
+        count: The expected N.
+
+    Raises:
+        DataError: If the features are not a matrix of that many rows, or hold non-finite values.
+    """
+    features = np.asarray(features, np.float64)
+    if features.ndim != 2 or len(features) != count:
+        raise DataError(f"robustness: expected features ({count}, D), found {features.shape}")
+    if not np.isfinite(features).all():
+        rows = int((~np.isfinite(features)).any(1).sum())
+        raise DataError(
+            f"robustness: expected finite features, found NaN or infinity in {rows} of {count} rows; the model has "
+            "diverged, or an image is damaged"
+        )
+    return features / (np.linalg.norm(features, axis=1, keepdims=True) + 1e-12)  # as croma does
+
+
+def median(values: Values) -> Statistic:
+    """The median of ``values`` (M,), each counted as often as its weight says."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+
+    def statistic(weights: Values) -> Values:
+        counts = weights[:, order].cumsum(1)  # (R, M)
+        total = counts[:, -1]
+        return (_at_rank(ordered, counts, (total - 1) // 2) + _at_rank(ordered, counts, total // 2)) / 2
+
+    return statistic
+
+
+def lower_mean(values: Values, fraction: float) -> Statistic:
+    """Mean of the ``values`` (M,) up to their quantile ``fraction``, interpolated as :func:`numpy.percentile` does."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+
+    def statistic(weights: Values) -> Values:
+        weights = weights[:, order]
+        counts = weights.cumsum(1)  # (R, M)
+        place = fraction * (counts[:, -1] - 1)
+        low = _at_rank(ordered, counts, np.floor(place))
+        quantile = low + (_at_rank(ordered, counts, np.ceil(place)) - low) * (place % 1)
+        below = weights * (ordered <= quantile[:, None])
+        return divide(below @ ordered, below.sum(1))
+
+    return statistic
+
+
+def _at_rank(ordered: Values, counts: Values, rank: Values) -> Values:
+    """The value of a rank, from 0, in each sample: ``counts`` (R, M) are the cumulative numbers of the ordered values."""
+    return ordered[(counts <= rank[:, None]).sum(1)]
+
+
+def _pooled(ratios: Values, evidence: Values) -> Statistic:
+    """Mean of the rows' ratios (M,), weighted by their evidence (M,): the ratio of the sums over all rows."""
+    evidence = np.asarray(evidence, np.float64)
+    weighted = np.where(evidence > 0, ratios, 0) * evidence
+
+    def statistic(weights: Values) -> Values:
+        return divide(weights @ weighted, weights @ evidence)
+
+    return statistic
+
+
+def _margins(croma: Any, unit: Values, manifest: Any, by: str, m: int) -> tuple[Values, str]:
+    """CRoMa's margin of every row; NaN, and the reason, where it is undefined."""
+    try:
+        found = croma.CRoMa.compute(unit, manifest, confounder_column=by, m=m, alpha=TAIL)
+    except RuntimeError as error:  # features are equal: every row has enough neighbours, see check_neighbours
+        return np.full(len(unit), np.nan), str(error)
+    return found.sample_values_aligned, ""
+
+
+def _manifest(found: Design) -> Any:
+    """The table that croma reads labels, confounders and patients from."""
+    import pandas as pd
+
+    names = [str(row) for row in range(len(found.labels))]
+    columns: Mapping[str, Any] = {
+        "sample_id": names,
+        "image_path": names,
+        "label": found.labels,
+        "group_id": found.groups,
+        found.by: found.confounders,
+    }
+    return pd.DataFrame(columns)
