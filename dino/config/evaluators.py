@@ -46,3 +46,19 @@ class SlideConfig:
     memory_gb: float = runtime(4.0, "GB of features kept in memory; others are read again in each epoch")
     device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
     output: str | None = runtime(None, "JSON file for the scores; a CSV, a figure and the folds are written beside it")
+
+
+@dataclass
+class RobustnessConfig:
+    """`dino evaluate robustness`."""
+
+    by: str = runtime("centre", "column that the features should not follow: centre, scanner, stain, ...")
+    slides: str | None = runtime(
+        None, "ROOT or slides.csv that has this column, joined by slide_id; null: it is a column of the labels"
+    )
+    k: list[int] = runtime([5, 11, 21], "numbers of neighbours to choose from, by kNN classification of the labels")
+    m: int = runtime(5, "neighbours of each kind that CRoMa averages")
+    apd: int = runtime(20, "repetitions of APD, 0 to leave it out")
+    strengths: list[float] = runtime([0.001, 0.01, 0.1], "values of C (inverse regularisation) of the linear probes")
+    folds: int = runtime(5, "folds of the linear probes, grouped by patient")
+    seed: int = runtime(0, "random seed of folds, APD and bootstrap")

@@ -156,7 +156,7 @@ def import_croma() -> Any:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Without warnings: croma's are in the details of a result, scikit-learn's are of classifiers that converge slowly."""
+    """Without warnings: croma's are in the details of a result, scikit-learn's of slow convergence."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,11 +1,11 @@
-"""APD, the average performance drop: what an association of label and confounder in the training data costs a classifier.
+"""APD, the average performance drop: what an association of label and confounder in training data costs a classifier.
 
-In a balanced training set every class has as many rows of every value of the confounder. Towards the last split, rows move,
-until each class has rows of its own values only, as if every centre had sent one diagnosis. A logistic regression is fitted
-to each split, and tested on the same balanced rows of other patients. APD is the mean over the splits of the accuracy's
-relative change (Kömen et al. 2025, arXiv 2507.17845, whose classifier, choice of its regularisation and formula the package
-``croma`` contains). It is 0 for features in which the classifier finds the label without the confounder, and negative
-otherwise.
+In a balanced training set every class has as many rows of every value of the confounder. Towards the last split, rows
+move, until each class has rows of its own values only, as if every centre had sent one diagnosis. A logistic regression
+is fitted to each split, and tested on the same balanced rows of other patients. APD is the mean over the splits of the
+accuracy's relative change (Kömen et al. 2025, arXiv 2507.17845, whose classifier, choice of its regularisation and
+formula the package ``croma`` contains). It is 0 for features in which the classifier finds the label without the
+confounder, and negative otherwise.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,9 @@ MAX_ROWS = 100  # of each class and value in the balanced set
 MIN_ROWS = 5  # of the same: with fewer, the splits would be equal
 TEST_FOLDS = 4  # one of these folds of the patients is tested
 
-SplitPlan = tuple[list[tuple[int, int, int]], int]  # of croma: (confounder, label, rows) of each cell, and the most rows
+SplitPlan = tuple[
+    list[tuple[int, int, int]], int
+]  # of croma: (confounder, label, rows) of each cell, and the most rows
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ def own_cells(found: Design) -> NDArray[np.bool_]:
 def schedule(found: Design, rows: int) -> list[SplitPlan]:
     """Numbers of training rows of every value and class, in each split.
 
-    A class has the same number of rows in every split: with strength t from 0 to 1, ``rows (1 - t)`` of each value that is
-    not its own, and what that takes away is shared by its own values.
+    A class has the same number of rows in every split: with strength t from 0 to 1, ``rows (1 - t)`` of each value that
+    is not its own, and what that takes away is shared by its own values.
 
     Args:
         found: The rows.
@@ -149,8 +151,8 @@ def balanced_rows(available: Sequence[int], found: Design) -> int:
 def _split_patients(found: Design, generator: np.random.Generator) -> tuple[list[Numbers], list[Numbers]] | None:
     """Rows for training and for testing of every class and value, of different patients.
 
-    Training rows are in a random order of patients, whose rows are together; test rows are equally many of each class and
-    value. None where a class and value would have none.
+    Training rows are in a random order of patients, whose rows are together; test rows are equally many of each class
+    and value. None where a class and value would have none.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 

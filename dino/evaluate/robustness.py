@@ -1,17 +1,18 @@
-"""Robustness of features: whether they follow the biology, or a confounder such as the centre, the scanner or the stain.
+"""Robustness of features: whether they follow the biology, or a confounder such as centre, scanner or stain.
 
-A neighbour of a row has the same or another label, and the same or another confounder. One with the same label and another
-confounder (SO) shows that the features follow the biology; one with another label and the same confounder (OS) shows that
-they follow the confounder; the other two kinds (SS, OO) show neither. Rows of one patient are never neighbours.
+A neighbour of a row has the same or another label, and the same or another confounder. One with the same label and
+another confounder (SO) shows that the features follow the biology; one with another label and the same confounder (OS)
+shows that they follow the confounder; the other two kinds (SS, OO) show neither. Rows of one patient are never
+neighbours.
 
-- RI, the robustness index: ``SO / (SO + OS)``, counted over the k nearest neighbours of all rows (de Jong et al. 2025, arXiv
-  2501.18055; Kömen et al. 2025, arXiv 2507.17845).
-- MaRI: the same, each neighbour weighted by ``exp(-d / tau)``, d its cosine distance and tau the median of these distances
-  (Grisi et al. 2026, arXiv 2607.25497).
-- CRoMa: the median over rows of ``(d_OS - d_SO) / (d_OS + d_SO)``, each d the mean distance to the m nearest neighbours of
-  that kind; and the mean of its lowest tenth (same paper).
-- APD, the average performance drop: the relative change of the balanced accuracy of a linear classifier of the labels when
-  label and confounder are associated in its training data (Kömen et al. 2025); see :mod:`.performance_drop`.
+- RI, the robustness index: ``SO / (SO + OS)``, counted over the k nearest neighbours of all rows (de Jong et al. 2025,
+  arXiv 2501.18055; Kömen et al. 2025, arXiv 2507.17845).
+- MaRI: the same, each neighbour weighted by ``exp(-d / tau)``, d its cosine distance and tau the median of these
+  distances (Grisi et al. 2026, arXiv 2607.25497).
+- CRoMa: the median over rows of ``(d_OS - d_SO) / (d_OS + d_SO)``, each d the mean distance to the m nearest neighbours
+  of that kind; and the mean of its lowest tenth (same paper).
+- APD, the average performance drop: the relative change of the balanced accuracy of a linear classifier of the labels
+  when label and confounder are associated in its training data (Kömen et al. 2025); see :mod:`.performance_drop`.
 
 The package ``croma`` computes them.
 """
@@ -22,12 +23,70 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dino.config.evaluators import RobustnessConfig
 from dino.errors import DataError
 from dino.evaluate.confounders import KINDS, OS, SO, Design, Numbers, import_croma, without_warnings
+from dino.evaluate.performance_drop import performance_drop
 from dino.evaluate.statistics import Scored, Statistic, Values, divide
+from dino.evaluate.task import Fold, Rows, Task, grouped_folds, groups_per_class
+from dino.evaluate.tiles import linear
 
 TAIL = 0.1  # fraction of the rows, those of the lowest margin, that the tail of CRoMa is the mean of
 DISTANCES_AT_ONCE = 1 << 23  # 64 MB
+
+
+def robustness(features: NDArray[Any], found: Design, rows: Rows, config: RobustnessConfig) -> Scored:
+    """RI, MaRI, CRoMa and its tail, APD, and how well linear probes predict the label and the confounder.
+
+    A statistic of rows has the interval of a bootstrap over patients; APD is a single number, of which the details have
+    the standard deviation over its repetitions.
+
+    Args:
+        features: ``(M, D)`` features of the rows.
+        found: Labels, confounders and patients of the rows.
+        rows: ``(M,)`` their indices in the table.
+        config: Settings.
+
+    Raises:
+        ConfigError: If ``croma`` is not installed.
+        DataError: If the features are not finite.
+    """
+    scores, details = neighbour_measures(features, found, config.k, config.m)
+    if config.apd:
+        drop = performance_drop(features, found, config.apd, config.seed)
+        scores["apd"] = of_the_data(np.nan if drop.value is None else drop.value)
+        details |= drop.to_dict()
+    folds, groups = probe_folds(found, config.folds, config.seed), list(map(str, found.groups))
+    for name, truth, classes in (("label", found.labels, found.classes), (found.by, found.confounders, found.values)):
+        task = Task(truth, classes, groups, folds, config.seed)
+        probe = linear(features, task, config.strengths)
+        scores[f"{name}_probe"] = _reordered(probe.statistics["balanced_accuracy"], task.tested)
+        details[f"{name}_probe_strengths"] = probe.details["strengths"]
+    return Scored(rows, scores, details)
+
+
+def probe_folds(found: Design, folds: int, seed: int) -> list[Fold]:
+    """Folds of the rows, grouped by patient, and stratified by label and confounder as far as patients suffice.
+
+    Args:
+        found: The rows.
+        folds: Number of folds; fewer where a label or a value of the confounder has fewer patients.
+        seed: Seed.
+
+    Raises:
+        DataError: If a value of the confounder, or a class, is of one patient.
+    """
+    groups, by_cell = list(map(str, found.groups)), list(map(str, found.cells))
+    by_value = [str(found.values[value]) for value in found.confounders]
+    for strata in (by_cell, by_value):
+        number = min(folds, *groups_per_class(strata, groups).values())
+        if number > 1:
+            return grouped_folds(strata, groups, number, seed)
+    single = min(name for name, count in groups_per_class(by_value, groups).items() if count == 1)
+    raise DataError(
+        f"expected at least two patients of every {found.by}, found one of '{single}', where patient and {found.by} "
+        "cannot be told apart: remove its rows, or add patients"
+    )
 
 
 def neighbour_measures(
@@ -86,7 +145,13 @@ def chance_measures(found: Design) -> dict[str, Statistic]:
     share = candidates / candidates.sum(1, keepdims=True)
     typed = share[:, SO] + share[:, OS]
     ri = _pooled(divide(share[:, SO], typed), typed)
-    return {"ri": ri, "mari": ri, "croma": median(np.zeros(len(share)))}
+    known = {
+        "croma": 0.0,
+        "apd": 0.0,
+        "label_probe": 1 / len(found.classes),
+        f"{found.by}_probe": 1 / len(found.values),
+    }
+    return {"ri": ri, "mari": ri, **{name: of_the_data(value) for name, value in known.items()}}
 
 
 def nearest(unit: Values, found: Design, k: int) -> tuple[Numbers, Values]:
@@ -161,8 +226,18 @@ def lower_mean(values: Values, fraction: float) -> Statistic:
     return statistic
 
 
+def of_the_data(value: float) -> Statistic:
+    """A value that is known for weights of one alone, so that it has no interval."""
+    return lambda weights: np.where((weights == 1).all(1), value, np.nan)
+
+
+def _reordered(statistic: Statistic, order: Rows) -> Statistic:
+    """A statistic of rows in another order, as a statistic of the rows."""
+    return lambda weights: statistic(weights[:, order])
+
+
 def _at_rank(ordered: Values, counts: Values, rank: Values) -> Values:
-    """The value of a rank, from 0, in each sample: ``counts`` (R, M) are the cumulative numbers of the ordered values."""
+    """The value of a rank, from 0, in each sample; ``counts`` (R, M) are cumulative numbers of the ordered values."""
     return ordered[(counts <= rank[:, None]).sum(1)]
 
 

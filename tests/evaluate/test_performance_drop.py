@@ -8,7 +8,9 @@ from dino.evaluate.performance_drop import SPLITS, balanced_rows, own_cells, per
 def design_of(values, classes, rows=400, patients=40):
     patient = np.arange(rows) % patients
     label = np.arange(rows) // patients % classes
-    return design("centre", [f"k{i:02}" for i in label], [f"c{i:02}" for i in patient % values], [str(i) for i in patient])
+    return design(
+        "centre", [f"k{i:02}" for i in label], [f"c{i:02}" for i in patient % values], [str(i) for i in patient]
+    )
 
 
 def features_of(found, biology, centre, seed=0):

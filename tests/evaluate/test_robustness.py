@@ -5,9 +5,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from dino.config.evaluators import RobustnessConfig
 from dino.errors import ConfigError, DataError
 from dino.evaluate.confounders import check_neighbours, design
-from dino.evaluate.robustness import chance_measures, lower_mean, median, nearest, neighbour_measures, unit_rows
+from dino.evaluate.results import Entry, collect
+from dino.evaluate.robustness import (
+    chance_measures,
+    lower_mean,
+    median,
+    nearest,
+    neighbour_measures,
+    probe_folds,
+    robustness,
+    unit_rows,
+)
 
 K = [5, 11]
 MEASURES = ("ri", "mari", "croma", "croma_tail")
@@ -25,6 +36,10 @@ def synthetic(biology, centre, rows=240, patients=24, values=2, classes=2, seed=
     return features, found
 
 
+def settings(**changes):
+    return RobustnessConfig(**{"k": K, "apd": 0, "strengths": [0.01], "folds": 3, **changes})
+
+
 def values_of(statistics, weights=None):
     rows = 240 if weights is None else len(weights)
     weights = np.ones(rows) if weights is None else weights
@@ -40,8 +55,12 @@ def published(features, found, k, m, tau=None, rows=None):
         others = [j for j in range(len(unit)) if found.groups[j] != found.groups[i]]
         distance = {j: 1 - float(unit[i] @ unit[j]) for j in others}
         others.sort(key=distance.__getitem__)
-        biology = [j for j in others if found.labels[j] == found.labels[i] and found.confounders[j] != found.confounders[i]]
-        shortcut = [j for j in others if found.labels[j] != found.labels[i] and found.confounders[j] == found.confounders[i]]
+        biology = [
+            j for j in others if found.labels[j] == found.labels[i] and found.confounders[j] != found.confounders[i]
+        ]
+        shortcut = [
+            j for j in others if found.labels[j] != found.labels[i] and found.confounders[j] == found.confounders[i]
+        ]
         near = set(others[:k])
         for kind in (biology, shortcut):
             typed += [distance[j] for j in kind if j in near]
@@ -106,10 +125,15 @@ def test_chance_is_the_expectation_of_random_neighbours():
     counts = np.zeros(4)
     for i in range(120):
         others = np.flatnonzero(found.groups != found.groups[i])
-        kinds = [2 * int(found.labels[i] != found.labels[j]) + int(found.confounders[i] != found.confounders[j]) for j in others]
+        kinds = [
+            2 * int(found.labels[i] != found.labels[j]) + int(found.confounders[i] != found.confounders[j])
+            for j in others
+        ]
         assert list(np.bincount(kinds, minlength=4)) == list(found.candidates()[i])
         counts += np.bincount(kinds, minlength=4) / len(others)
-    assert float(chance_measures(found)["ri"](np.ones((1, 120)))[0]) == pytest.approx(counts[1] / (counts[1] + counts[2]))
+    assert float(chance_measures(found)["ri"](np.ones((1, 120)))[0]) == pytest.approx(
+        counts[1] / (counts[1] + counts[2])
+    )
 
 
 def test_a_bootstrap_sample_counts_each_row_as_often_as_it_was_drawn():
@@ -174,7 +198,12 @@ def test_a_design_without_contrast_is_an_error(labels, centres, message):
         ([5, 0], 5, ConfigError, r"each 1 or more, and m of 1 or more, found k=\[5, 0\]"),
         ([5], 0, ConfigError, "m=0"),
         ([5, 231], 5, DataError, r"k=231 rows of other patients for every row, found 230: give smaller k"),
-        ([5], 60, DataError, r"m=60 rows of other patients of .* found \d+ for class 'k\d' and centre 'c\d': give a sm"),
+        (
+            [5],
+            60,
+            DataError,
+            r"m=60 rows of other patients of .* found \d+ for class 'k\d' and centre 'c\d': give a sm",
+        ),
     ],
 )
 def test_too_few_neighbours_are_an_error(k, m, error, message):
@@ -183,6 +212,64 @@ def test_too_few_neighbours_are_an_error(k, m, error, message):
         check_neighbours(found, k, m)
     assert "\n" not in str(caught.value)
     check_neighbours(found, K, 5)
+
+
+@pytest.mark.parametrize(("biology", "centre", "label_probe", "centre_probe"), [(9, 0, 1, 0.5), (0, 9, 0.5, 1)])
+def test_probes_find_what_the_features_contain(biology, centre, label_probe, centre_probe):
+    features, found = synthetic(biology, centre)
+    scored = robustness(features, found, np.arange(240), settings(folds=3))
+    values = values_of(scored.statistics)
+    assert list(values) == [*MEASURES, "label_probe", "centre_probe"]
+    assert values["label_probe"] == pytest.approx(label_probe, abs=0.1)
+    assert values["centre_probe"] == pytest.approx(centre_probe, abs=0.1)
+
+
+def test_a_probe_is_that_of_scikit_learn_on_the_same_folds():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.preprocessing import StandardScaler
+
+    features, found = synthetic(1, 1)
+    folds = probe_folds(found, 4, seed=0)
+    predicted = np.zeros(240, int)
+    for fold in folds:
+        assert not set(found.groups[fold.train]) & set(found.groups[fold.test])
+        scaler = StandardScaler().fit(features[fold.train])
+        model = LogisticRegression(C=0.1, tol=1e-6, max_iter=1000)
+        model.fit(scaler.transform(features[fold.train]), found.confounders[fold.train])
+        predicted[fold.test] = model.predict(scaler.transform(features[fold.test]))
+    scored = robustness(features, found, np.arange(240), settings(folds=4, strengths=[0.1]))
+    expected = balanced_accuracy_score(found.confounders, predicted)
+    assert values_of(scored.statistics)["centre_probe"] == pytest.approx(expected, abs=0.005)
+    twice = np.where(np.arange(240) < 120, 2.0, 0.0)
+    drawn = np.repeat(np.arange(120), 2)
+    expected = balanced_accuracy_score(found.confounders[drawn], predicted[drawn])
+    assert values_of(scored.statistics, twice)["centre_probe"] == pytest.approx(expected, abs=0.01)
+
+
+def test_intervals_are_over_patients_and_the_performance_drop_has_none():
+    features, found = synthetic(2, 1)
+    models = [robustness(x, found, np.arange(240), settings(apd=2)) for x in (features, synthetic(0, 2)[0])]
+    entries = [Entry(f"m{i}", "model", scored) for i, scored in enumerate(models)]
+    result = collect("robustness", "labels.csv", entries, list(found.groups), 200, 0, {})
+    assert result.primary == "ri" and result.about["resampled"] == 24
+    first, second = result.rows
+    for name in (*MEASURES, "label_probe", "centre_probe"):
+        estimate, difference = first.estimates[name], second.differences[name]
+        assert estimate.low is not None and estimate.high is not None and estimate.value is not None
+        assert estimate.low <= estimate.value <= estimate.high and estimate.low < estimate.high
+        assert difference.low is not None
+    assert first.estimates["apd"].value is not None and first.estimates["apd"].low is None
+    assert second.differences["ri"].high is not None and second.differences["ri"].high < 0
+    assert len(first.details["apd_accuracies"]) == 5
+
+
+def test_the_folds_are_fewer_where_patients_are_few():
+    _, found = synthetic(0, 0, rows=60, patients=6)
+    assert len(probe_folds(found, 5, 0)) == 3
+    single = design("centre", list("abababab"), list("AAAABBBB"), list("ppqqrrrr"))
+    with pytest.raises(DataError, match=r"two patients of every centre, found one of 'B'.*remove its rows"):
+        probe_folds(single, 5, 0)
 
 
 def test_features_that_are_not_finite_are_an_error():
