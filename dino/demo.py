@@ -96,7 +96,7 @@ def run_demo(directory: Path, config: DemoConfig) -> DemoSummary:
     _add_run(summary, "patch", patch)
 
     _stage(summary, "extract tiles", lambda: api.extract(str(patch), root, extraction))
-    summary.results["extract tiles"] = f"{tiling.regions} feature grids"
+    summary.results["extract tiles"] = f"{tiling.tiles} tiles, {tiling.regions} feature grids"
 
     _stage(summary, "pretrain region", lambda: api.pretrain(region_config(root, region, config)))
     _add_run(summary, "region", region)

@@ -38,8 +38,8 @@ from dino.data import (
 from dino.errors import ConfigError, DataError
 from dino.evaluate import Pretraining, pixel_features
 from dino.extraction.embed import Normalise, identity, normaliser
-from dino.extraction.regions import RegionExtractor
 from dino.extraction.slides import SlideExtractor
+from dino.extraction.tiles import TileExtractor
 from dino.models.backbone import BackboneSpec
 from dino.models.grid_source import KEY, check_same_source, recorded
 from dino.models.weights import TRANSFORMS, LoadedBackbone, Transform, load_backbone_file, settings_that_fit
@@ -76,7 +76,7 @@ class Level(ABC):
     name: ClassVar[str]
     schema: ClassVar[type[PretrainConfig]]
     baseline: ClassVar[str]
-    extractor: ClassVar[type[RegionExtractor] | type[SlideExtractor]]
+    extractor: ClassVar[type[TileExtractor] | type[SlideExtractor]]
 
     dataset: Dataset
     crops: ImageCrops | GridCrops
@@ -181,7 +181,7 @@ class PatchLevel(Level):
     name = "patch"
     schema = PatchConfig
     baseline = "pixels_8x8"
-    extractor = RegionExtractor
+    extractor = TileExtractor
 
     def __init__(self, config: PatchConfig) -> None:
         root, aug, model = Root(Path(config.data_dir)), config.aug, config.model
@@ -281,7 +281,7 @@ class RegionLevel(Level):
     extractor = SlideExtractor
 
     def __init__(self, config: RegionConfig) -> None:
-        root, model = Root(Path(config.data_dir)), config.model
+        root, model = Root(Path(config.data_dir), config.encoder), config.model
         root.check_held_out()
         folder, entries, held_out = root.grids()
         source = source_of_grids(folder)

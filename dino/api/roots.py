@@ -9,6 +9,7 @@ from dino import progress
 from dino.data import GridEntry, SlideInfo, list_names, slide_of
 from dino.errors import DataError
 from dino.evaluate.contents import find_copies
+from dino.extraction.folders import find_grids
 from dino.extraction.record import RECORD, grid_source
 from dino.models.grid_source import KEY, GridSource, check_same_source
 from dino.slides.partitions import PRETRAIN, Split, split_files, unknown_values
@@ -40,21 +41,26 @@ class Root:
 
     Args:
         path: The folder.
+        encoder: The encoder whose feature grids are meant, see :func:`dino.extraction.folders.find_grids`.
 
     Raises:
         DataError: If a table is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, encoder: str | None = None) -> None:
+        self.path, self.encoder = path, encoder
         self.tiling: Tiling | None = read_tiling(path) if (path / TILING_FILE).exists() else None
         self.status: dict[str, SlideStatus] = read_status(path) if (path / STATUS_TABLE).exists() else {}
 
     @property
     def grid_folder(self) -> Path:
-        """The folder whose ``.pt`` files are the feature grids."""
-        folder = self.path / REGIONS_FOLDER
-        return folder if folder.is_dir() or self.tiling is not None else self.path
+        """The folder whose ``.pt`` files are the feature grids.
+
+        Raises:
+            DataError: If it is not known which of several.
+        """
+        folder = find_grids(self.path, self.encoder)
+        return folder or (self.path / REGIONS_FOLDER if self.tiling is not None else self.path)
 
     def tiles(self) -> tuple[Path, list[str], HeldOut]:
         """The folder of the tiles, their names in it without those of held-out slides, and counts of the latter.

@@ -154,19 +154,21 @@ ExtractArguments = Annotated[list[str] | None, typer.Argument(metavar="RUN ROOT 
 
 
 def extract(arguments: ExtractArguments = None, config: ConfigFile = None) -> None:
-    """Compute features of regions (level 1) or slides (level 2) with the teacher of a run.
+    """Compute features of tiles and regions (level 1) or slides (level 2) with the teacher of a run.
 
     RUN is a run folder, a checkpoint file (also an external one) or timm:NAME. ROOT is the folder that `dino tile`
     wrote.
 
-    A level-1 model writes one .pt grid per region to ROOT/region_4096_pretraining; a level-2 model writes one .h5 file
-    per slide. Files that the same model has already written are skipped. Under torchrun the work is distributed over
-    the processes.
+    A level-1 model writes all tiles of a slide to ROOT/features_<encoder>/<slide>.h5, as CLAM and TRIDENT read
+    it, and one .pt grid per region to ROOT/region_4096_pretraining; a level-2 model writes one .h5 file per slide. With
+    encoder=NAME all folders bear that name, so that several models stand side by side. Files that the same model has
+    already written are skipped. Under torchrun the work is distributed over the processes.
 
     For example:
 
         dino extract runs/patch data
-        dino extract hipt.pth data transform=hipt
+        dino extract hipt.pth data transform=hipt encoder=hipt
+        dino extract runs/patch data what=tiles features=cls+mean storage=fp16 encoder=ours_mean
     """
     model, root, settings = extract_arguments(arguments or [], config)
     from dino import api

@@ -282,6 +282,7 @@ class RegionConfig(PretrainConfig):
     """`dino pretrain region`."""
 
     data_dir: str = runtime("", "ROOT that `dino extract` filled, or a folder of .pt grids")
+    encoder: str | None = runtime(None, "encoder whose grids are read (null: grids without a name, or the only ones)")
     grid_order: str = identity("yx", "order of the rows in .pt files without regions.csv: yx (row-major) or xy")
     speed: RegionSpeedConfig = group(RegionSpeedConfig)
     aug: RegionAugConfig = group(RegionAugConfig)
@@ -348,6 +349,18 @@ class TileConfig:
 class ExtractConfig:
     """`dino extract`."""
 
+    what: str = runtime("both", "level 1: both, tiles (one .h5 per slide) or regions (one .pt grid per region)")
+    encoder: str | None = runtime(
+        None, "name of the folders of features, for several models in one ROOT (null: tiles get the model's own name)"
+    )
+    grids: str | None = runtime(
+        None, "level 2: encoder whose grids are read (null: the one that the model was trained on, or the only one)"
+    )
+    features: str = identity(
+        "cls",
+        "level 1: cls, cls+mean (and the mean of the patch tokens) or patches (and all patch tokens; needs what=tiles)",
+    )
+    storage: str = identity("fp32", "numbers in the .h5 files of tiles: fp32 or fp16")
     source: str = identity("auto", "source of the pixels: auto (slides, else tiles), slides, tiles or regions (images)")
     arch: str | None = identity(None, "architecture of an external checkpoint, if its number of heads is not dim/64")
     transform: str = identity("auto", "normalisation: auto (recorded in the checkpoint), imagenet, hipt or timm")

@@ -21,6 +21,8 @@ from dino.models.backbone import Backbone
 from dino.models.weights import LoadedBackbone
 
 PRECISIONS = ("bf16", "fp32", "fp64")
+CLS, CLS_MEAN, PATCHES = "cls", "cls+mean", "patches"
+FEATURES = (CLS, CLS_MEAN, PATCHES)
 CACHED_VALUES = 2**19  # token values that a CPU core processes at a time: they fit into its cache
 
 Normalise = Callable[[Tensor], Tensor]
@@ -110,14 +112,29 @@ def embed(
 
 
 def embed_batches(
-    backbone: Backbone, batches: Iterable[Tensor], normalise: Normalise, device: torch.device, precision: str
+    backbone: Backbone,
+    batches: Iterable[Tensor],
+    normalise: Normalise,
+    device: torch.device,
+    precision: str,
+    features: str = CLS,
 ) -> Generator[Tensor, None, None]:
     """:func:`embed` batch by batch, for callers that write features while others are computed.
 
     The backbone's training mode and dtype are restored when the iteration ends or the generator is closed.
 
+    Args:
+        backbone: As in :func:`embed`, as are the following three.
+        batches: See there.
+        normalise: See there.
+        device: See there.
+        precision: See there.
+        features: One of :data:`FEATURES`: the cls token; with the mean of the patch tokens concatenated to it (Virchow,
+            Vorontsov et al. 2024, arXiv 2309.07778); or with all patch tokens.
+
     Yields:
-        ``(B, D)`` float32 on the CPU for each batch.
+        Float32 on the CPU for each batch: ``(B, D)``, for ``cls+mean`` ``(B, 2 D)``, for ``patches``
+        ``(B, 1 + N, D)`` with the cls token first, then the patch tokens row-major. All are after the final norm.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"expected precision bf16, fp32 or fp64, found '{precision}'")
@@ -126,14 +143,25 @@ def embed_batches(
         def forward(batch: Tensor) -> Tensor:
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 inputs = normalise(batch.to(device, non_blocking=True)).to(dtype)
-                return backbone(inputs, cls_only=True).cls.float().cpu()  # (B, D)
+                return _features(backbone, inputs, features).float().cpu()
 
         for batch in batches:
             threaded = device.type == "cpu" and len(batch) >= torch.get_num_threads()
-            features = _threaded(forward, batch, _chunk_size(backbone, batch)) if threaded else forward(batch)
-            if not features.isfinite().all():
+            found = _threaded(forward, batch, _chunk_size(backbone, batch)) if threaded else forward(batch)
+            if not found.isfinite().all():
                 raise DataError("expected finite features, found NaN or infinity; check the model and the grids")
-            yield features.clone()  # tensors created in inference mode cannot be used for training
+            yield found.clone()  # tensors created in inference mode cannot be used for training
+
+
+def _features(backbone: Backbone, inputs: Tensor, features: str) -> Tensor:
+    """What :func:`embed_batches` yields of a batch, on its device and in the dtype of the network."""
+    if features == CLS:
+        return backbone(inputs, cls_only=True).cls  # (B, D)
+    tokens = backbone(inputs)
+    assert tokens.patches is not None
+    if features == PATCHES:
+        return torch.cat([tokens.cls[:, None], tokens.patches], 1)  # (B, 1 + N, D)
+    return torch.cat([tokens.cls.float(), tokens.patches.float().mean(1)], 1)  # (B, 2 D)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from dino import distributed, progress
 from dino.config.schema import ExtractConfig
 from dino.errors import DataError
-from dino.extraction.embed import Normalise, embed_batches
+from dino.extraction.embed import CLS, Normalise, embed_batches
 from dino.models.weights import LoadedBackbone
 
 
@@ -22,7 +22,7 @@ class ExtractSummary:
     """Result of an extraction, or of its dry run.
 
     Attributes:
-        folder: Folder of the features.
+        folders: Folders of the features.
         written: Files written (dry run: to write).
         skipped: Files that the same model wrote before.
         failures: Slides that failed, with the reason.
@@ -33,7 +33,7 @@ class ExtractSummary:
         dry_run: Whether it was a dry run, which writes nothing.
     """
 
-    folder: Path
+    folders: tuple[Path, ...]
     written: int
     skipped: int
     failures: dict[str, str] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class ExtractSummary:
         if self.dry_run:
             lines.append(f"{self.gigabytes:.3g} GB, about {self.hours:.2g} hours of computing")
         lines += [f"failed: {slide}: {reason}" for slide, reason in self.failures.items()]
-        return [*lines, f"features: {self.folder}"]
+        return [*lines, f"features: {', '.join(str(folder) for folder in self.folders)}"]
 
 
 class Extractor(ABC):
@@ -79,7 +79,16 @@ class Extractor(ABC):
 
     def __init__(self, loaded: LoadedBackbone, root: Path, config: ExtractConfig, device: torch.device) -> None:
         self.loaded, self.root, self.config, self.device = loaded, root, config, device
-        self.embed_dim = loaded.backbone.embed_dim
+
+    @property
+    def embed_dim(self) -> int:
+        """Dimension of the features."""
+        return self.loaded.backbone.embed_dim
+
+    @property
+    def features(self) -> str:
+        """Which tokens the features are, see :func:`~dino.extraction.embed.embed_batches`."""
+        return CLS
 
     @abstractmethod
     def prepare(self) -> Any:
@@ -96,6 +105,10 @@ class Extractor(ABC):
     @abstractmethod
     def size(self, slide: Any) -> int:
         """Number of items of a slide that are to be embedded."""
+
+    def pending(self, slide: Any) -> bool:
+        """Whether files of a slide are to be written."""
+        return self.size(slide) > 0
 
     @abstractmethod
     def example(self) -> Tensor | None:
@@ -123,8 +136,8 @@ class Extractor(ABC):
 
     def embedder(self, batches: Iterable[Tensor]) -> Generator[Tensor, None, None]:
         """Features ``(B, D)`` of each batch."""
-        backbone, precision = self.loaded.backbone, self.config.precision
-        return embed_batches(backbone, batches, self.normalise(), self.device, precision)
+        backbone, config = self.loaded.backbone, self.config
+        return embed_batches(backbone, batches, self.normalise(), self.device, config.precision, self.features)
 
     def run(self) -> ExtractSummary:
         """Process all slides, distributed over the processes of the job."""
@@ -134,7 +147,7 @@ class Extractor(ABC):
             return self.summary(slides, hours=self._hours(), dry_run=True)
         sizes = [self.size(slide) for slide in slides]
         chosen = assign(sizes, distributed.world_size())[distributed.rank()]
-        assigned = [slides[i] for i in chosen if sizes[i]]
+        assigned = [slides[i] for i in chosen if self.pending(slides[i])]
         failures: dict[str, str] = {}
         with progress.bar(self.title, sum(self.size(slide) for slide in assigned)) as bar:
             for slide in assigned:

@@ -80,9 +80,9 @@ def cells_of_tiles(root: Path, slide_id: str, cells: Sequence[tuple[int, int]], 
     absent = [cell for cell in cells if cell not in found]
     if absent:
         raise DataError(
-            f"expected a tile for every cell of the regions of slide '{slide_id}', found none for {len(absent)} of "
+            f"expected a tile for every cell of slide '{slide_id}', found none for {len(absent)} of "
             f"{len(cells)}, the first at {absent[0]}; regions contain cells without tissue, for which no tile is cut: "
-            "use source=slides"
+            "use source=slides, or what=tiles for the tiles alone"
         )
 
     def read(cell: tuple[int, int]) -> Tensor:

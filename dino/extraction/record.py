@@ -14,18 +14,19 @@ from dino.models.weights import LoadedBackbone
 from dino.slides.tables import REGIONS_FOLDER
 
 RECORD = "extract.json"
-ANOTHER_ROOT = "for a second model tile the slides into another ROOT (storage=none cuts no tiles) and extract there"
-COMPARED = ("level", "fingerprint", "transform", "precision", "geometry", "grids")
+ANOTHER_NAME = "for a second model give a name to its folders: encoder=NAME"
+COMPARED = ("level", "fingerprint", "transform", "precision", "geometry", "grids", "features", "storage")
+EARLIER = {"features": "cls"}  # what records of earlier versions do not contain
 
 
-def model_record(loaded: LoadedBackbone, precision: str) -> dict[str, Any]:
-    """The entries of a record that describe the model and its precision."""
+def model_record(loaded: LoadedBackbone, precision: str, embed_dim: int) -> dict[str, Any]:
+    """The entries of a record that describe the model, its precision, and the dimension of the features."""
     return {
         "level": loaded.level,
         "model": loaded.source,
         "fingerprint": loaded.fingerprint,
         "arch": loaded.backbone.spec.arch,
-        "embed_dim": loaded.backbone.embed_dim,
+        "embed_dim": embed_dim,
         "step": loaded.step,
         "transform": asdict(loaded.transform) if loaded.transform else None,
         "precision": precision,
@@ -55,19 +56,25 @@ def check_folder(path: Path, record: Mapping[str, Any], folder: Path, suffix: st
     if not before:
         raise DataError(
             f"expected a record of the features in {folder} at {path}, found none; they may be from another model: "
-            f"move them, or {ANOTHER_ROOT}"
+            f"move them, or {ANOTHER_NAME}"
         )
-    differences = [
+    found = differences(before, record)
+    if found:
+        raise DataError(
+            f"expected features of the same model and settings in {folder}, found features made with different "
+            f"settings: {'; '.join(found)}; {ANOTHER_NAME}, or delete {folder} to compute them again"
+        )
+    return before
+
+
+def differences(before: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """What makes the features of two records different, in words; empty for features that may be mixed."""
+    before, record = EARLIER | dict(before), EARLIER | dict(record)
+    return [
         f"{key} {_format(key, before)}, now {_format(key, record)}"
         for key in COMPARED
         if _as_json(before.get(key)) != _as_json(record.get(key))
     ]
-    if differences:
-        raise DataError(
-            f"expected features of the same model and settings in {folder}, found features made with different "
-            f"settings: {'; '.join(differences)}; {ANOTHER_ROOT}, or delete {folder} to compute them again"
-        )
-    return before
 
 
 def prepare_folders(folders: Iterable[Path], record: Path) -> None:

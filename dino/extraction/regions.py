@@ -1,80 +1,93 @@
-"""Level 1: feature grids from tiles. Every cell is embedded once; every region is written to one ``.pt`` file."""
+"""The cells of one slide: which to read, which are known, where their features go. Each is embedded once."""
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dino import progress
-from dino.errors import ConfigError, DataError
-from dino.extraction.embed import Normalise, batches, normaliser_of, read_ahead
-from dino.extraction.extractor import Extractor, ExtractSummary
-from dino.extraction.pixels import (
-    REGIONS,
-    SLIDES,
-    TILES,
-    RegionImage,
-    cells_of_slide,
-    cells_of_tiles,
-    list_region_images,
-    match_region_images,
-    read_region_image,
-)
-from dino.extraction.record import RECORD, check_folder, model_record, prepare_folders, write_record
-from dino.files import atomic_path, oserror_to_data_error, write_text
-from dino.slides.lattice import Geometry, cells_of_region
-from dino.slides.reader import BACKEND, RESAMPLER
-from dino.slides.slide_list import read_slide_list
-from dino.slides.tables import (
-    REGION_COLUMNS,
-    REGIONS_FOLDER,
-    REGIONS_TABLE,
-    STATUS_TABLE,
-    TILING_FILE,
-    RegionRecord,
-    SlideStatus,
-    csv_line,
-    read_regions,
-    read_status,
-    read_tiling,
-    region_lines,
-)
-
-SOURCES = ("auto", SLIDES, TILES, REGIONS)
-DEFAULT_TILE_PX = 256
+from dino.data.grids import open_grids
+from dino.errors import DataError
+from dino.extraction.embed import batches, read_ahead
+from dino.extraction.pixels import RegionImage
+from dino.extraction.tile_files import TileFile
+from dino.files import atomic_path
+from dino.slides.lattice import cells_of_region
+from dino.slides.tables import RegionRecord
 
 Embedder = Callable[[Iterable[Tensor]], Generator[Tensor, None, None]]
 
 
 @dataclass(frozen=True)
-class ReadPlan:
-    """The units to read from one slide, and the cells of each region among them.
+class Known:
+    """Tiles whose features are those of cells of a region that was written before.
 
     Attributes:
-        units: Units in reading order: cells ``(x, y)``, or images of regions.
+        region: Index of the region among those written before.
+        cells: ``(n,)`` rows of the region's file.
+        tiles: ``(n,)`` rows of the tile file.
+    """
+
+    region: int
+    cells: np.ndarray
+    tiles: np.ndarray
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """The units to read from one slide, and what the features of their cells are for.
+
+    Attributes:
+        units: Units in reading order: cells ``(x, y)``, or images of regions. Cells of regions come first.
         rows: For each region, ``(h * w,)`` indices of its cells among all cells read, row-major.
         cells: Number of cells in all units.
+        kept: How many of them, the first, are cells of regions.
+        tiles: ``(cells,)`` row of each cell in the tile file, -1 for none; None without tile file.
+        known: The rows of the tile file that need not be embedded.
     """
 
     units: Sequence[Any]
     rows: Sequence[Tensor]
     cells: int
+    kept: int
+    tiles: np.ndarray | None = None
+    known: Sequence[Known] = field(default_factory=list)
 
 
-def plan_cells(records: Sequence[RegionRecord]) -> ReadPlan:
-    """Plan to read cells: a cell that is part of several regions is read and embedded once."""
+def plan_cells(
+    records: Sequence[RegionRecord], coords: np.ndarray | None = None, done: Sequence[RegionRecord] = ()
+) -> ReadPlan:
+    """Plan to read cells: a cell that is part of several regions, or a tile too, is read and embedded once.
+
+    Args:
+        records: The regions to write.
+        coords: ``(N, 2)`` the tiles of the tile file to write; None for no tile file.
+        done: Regions that were written before, in which features of tiles are looked up.
+
+    Raises:
+        DataError: If a tile is listed twice.
+    """
     index: dict[tuple[int, int], int] = {}
-    rows = []
-    for r in records:
-        cells = [(int(x), int(y)) for x, y in cells_of_region(r.x, r.y, r.step_lv0, r.grid)]
-        rows.append(torch.tensor([index.setdefault(cell, len(index)) for cell in cells]))
-    return ReadPlan(list(index), rows, len(index))
+    rows = [torch.tensor([index.setdefault(cell, len(index)) for cell in _cells(record)]) for record in records]
+    kept = len(index)
+    if coords is None:
+        return ReadPlan(list(index), rows, kept, kept)
+    unknown = {(int(x), int(y)): row for row, (x, y) in enumerate(coords)}
+    if len(unknown) != len(coords):
+        raise DataError(f"expected every tile once in tiles.csv, found {len(coords) - len(unknown)} twice; tile again")
+    known = []
+    for number, record in enumerate(done):
+        found = [(i, unknown.pop(cell)) for i, cell in enumerate(_cells(record)) if cell in unknown]
+        if found:
+            known.append(Known(number, *np.array(found).T))
+    for cell in unknown:
+        index.setdefault(cell, len(index))
+    tiles = np.array([unknown.get(cell, -1) for cell in index], np.int64)
+    return ReadPlan(list(index), rows, len(index), kept, tiles, known)
 
 
 def plan_images(images: Sequence[RegionImage]) -> ReadPlan:
@@ -84,118 +97,32 @@ def plan_images(images: Sequence[RegionImage]) -> ReadPlan:
         count = image.record.grid[0] * image.record.grid[1]
         rows.append(torch.arange(start, start + count))
         start += count
-    return ReadPlan(list(images), rows, start)
+    return ReadPlan(list(images), rows, start, start)
 
 
-@dataclass(frozen=True)
-class PixelSource:
-    """The source of the pixels of an extraction.
-
-    Attributes:
-        root: ROOT.
-        tile_size_px: Size of a cell.
-        geometry: How ROOT was tiled; None for a folder of region images.
-        status: Status of its slides, by id.
-        slide_paths: Current paths of slides that were moved, by id.
-    """
-
-    root: Path
-    tile_size_px: int
-    geometry: Geometry | None = None
-    status: Mapping[str, SlideStatus] = field(default_factory=dict)
-    slide_paths: Mapping[str, Path] = field(default_factory=dict)
-
-    def slide_path(self, slide_id: str) -> Path | None:
-        """The slide's file, None if it does not exist."""
-        status = self.status.get(slide_id)
-        path = self.slide_paths.get(slide_id, status.image_path if status else None)
-        return path if path is not None and path.is_file() else None
-
-    def is_written(self, record: RegionRecord, dim: int) -> bool:
-        """Whether the features of a region exist."""
-        return is_written(self.root / record.path, record.grid[0] * record.grid[1], dim)
+def count_cells(
+    records: Sequence[RegionRecord], coords: np.ndarray | None = None, done: Sequence[RegionRecord] = ()
+) -> int:
+    """``plan_cells(…).cells``, much faster."""
+    found = _codes(records)
+    if coords is not None:
+        found = np.concatenate([found, np.setdiff1d(_code(coords), _codes(done))])
+    return len(np.unique(found))
 
 
-@dataclass(frozen=True)
-class SlideRegions:
-    """The regions of one slide that have no features yet.
-
-    Attributes:
-        slide_id: The slide.
-        pixels: ``slides``, ``tiles`` or ``regions``.
-        records: The regions.
-        images: Their images, if pixels are read from images of regions.
-        done: Number of regions of the slide whose features exist.
-    """
-
-    slide_id: str
-    pixels: str
-    records: list[RegionRecord]
-    images: list[RegionImage]
-    done: int
-
-    def plan(self) -> ReadPlan:
-        """Plan the reading."""
-        return plan_images(self.images) if self.pixels == REGIONS else plan_cells(self.records)
-
-    def open(self, source: PixelSource, plan: ReadPlan) -> AbstractContextManager[Callable[[Any], Tensor]]:
-        """Open the source: a context with a function that reads one unit of the plan as ``(n, 3, S, S)`` uint8.
-
-        Raises:
-            DataError: If the pixels cannot be read.
-        """
-        if self.pixels == REGIONS:
-            return nullcontext(partial(read_region_image, size_px=source.tile_size_px))
-        if self.pixels == TILES:
-            return cells_of_tiles(source.root, self.slide_id, plan.units, source.tile_size_px)
-        path, status = source.slide_path(self.slide_id), source.status.get(self.slide_id)
-        if path is None or status is None or source.geometry is None:
-            recorded = f" at {status.image_path}" if status else ""
-            raise DataError(
-                f"expected the slide's file{recorded}, found none; pass the current folder of the slides: slides=FOLDER"
-            )
-        return cells_of_slide(path, source.geometry, status, self.records[0].step_lv0)
+def _cells(record: RegionRecord) -> list[tuple[int, int]]:
+    cells = cells_of_region(record.x, record.y, record.step_lv0, record.grid)
+    return [(int(x), int(y)) for x, y in cells]
 
 
-def split_by_slide(
-    source: PixelSource, records: Sequence[RegionRecord], images: Sequence[RegionImage] | None, pixels: str, dim: int
-) -> list[SlideRegions]:
-    """Group regions by slide, without those whose features exist.
-
-    Args:
-        source: The source of the pixels.
-        records: All regions of ROOT.
-        images: The images of the regions, in the same order, if pixels are read from images.
-        pixels: ``auto`` (the slide if its file exists, else its tiles), ``slides``, ``tiles`` or ``regions``.
-        dim: Dimension of the features.
-    """
-    by_slide: dict[str, list[int]] = defaultdict(list)
-    for index, record in enumerate(records):
-        by_slide[record.slide_id].append(index)
-    slides = []
-    for slide_id, indices in by_slide.items():
-        missing = [i for i in indices if not source.is_written(records[i], dim)]
-        chosen = pixels
-        if pixels == "auto":
-            chosen = SLIDES if source.slide_path(slide_id) else TILES
-        found = [images[i] for i in missing] if images else []
-        slides.append(SlideRegions(slide_id, chosen, [records[i] for i in missing], found, len(indices) - len(missing)))
-    return slides
+def _codes(records: Sequence[RegionRecord]) -> np.ndarray:
+    parts = [_code(cells_of_region(r.x, r.y, r.step_lv0, r.grid)) for r in records]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
-def check_pixels(slides: Sequence[SlideRegions], before: Mapping[str, Any]) -> None:
-    """Check that a slide is completed from the same source of pixels: JPEG tiles differ slightly from the slide.
-
-    Raises:
-        DataError: If the source of a slide has changed.
-    """
-    for slide in slides:
-        recorded = before.get("pixels", {}).get(slide.slide_id, slide.pixels)
-        if slide.done and slide.records and recorded != slide.pixels:
-            raise DataError(
-                f"expected to complete slide '{slide.slide_id}' from its {recorded} as before, found {slide.pixels}; "
-                f"set source={recorded}, or delete its features to compute them again"
-            )
+def _code(coords: np.ndarray) -> np.ndarray:
+    """One number for each position, whose coordinates are below 2^31."""
+    return coords[:, 0] * 2**32 + coords[:, 1]
 
 
 @dataclass(frozen=True)
@@ -220,8 +147,9 @@ def write_regions(
     embedder: Embedder,
     reading: Reading,
     advance: Callable[[int], None] = lambda cells: None,
+    tile_file: TileFile | None = None,
 ) -> None:
-    """Embed the cells of one slide's regions; write each region as soon as its last cell is embedded.
+    """Embed the cells of one slide; write each region and each row of the tile file as soon as it is embedded.
 
     Args:
         plan: Result of :func:`plan_cells` or :func:`plan_images`.
@@ -230,6 +158,7 @@ def write_regions(
         embedder: Maps batches ``(B, 3, S, S)`` to features ``(B, D)``, one by one.
         reading: Batch size and threads.
         advance: Called with the number of cells embedded since the last call.
+        tile_file: Receives the rows of ``plan.tiles``.
 
     Raises:
         DataError: If pixels cannot be read. The regions written so far are kept.
@@ -240,14 +169,34 @@ def write_regions(
         cells = (cell for block in blocks for cell in block)
         with closing(embedder(batches(cells, reading.batch_size))) as parts:
             for part in parts:
-                if not done:
-                    features = torch.empty(plan.cells, part.shape[1])  # (cells, D)
-                features[done : done + len(part)] = part
+                if tile_file is not None and plan.tiles is not None:
+                    rows = plan.tiles[done : done + len(part)]
+                    tile_file.write(rows[rows >= 0], part[torch.from_numpy(rows >= 0)])
+                if done < plan.kept:
+                    if not done:
+                        features = torch.empty(plan.kept, part.shape[1])  # (cells of regions, D)
+                    features[done : done + len(part)] = part[: plan.kept - done]
                 done += len(part)
                 while written < len(paths) and int(plan.rows[written].max()) < done:
                     write_features(paths[written], features[plan.rows[written]])
                     written += 1
                 advance(len(part))
+
+
+def copy_known(plan: ReadPlan, paths: Sequence[Path], tile_file: TileFile) -> None:
+    """Write the rows of a tile file that are cells of regions which were written before.
+
+    Args:
+        plan: Result of :func:`plan_cells`.
+        paths: The ``.pt`` of each region that was written before.
+        tile_file: The tile file.
+
+    Raises:
+        DataError: If a file was replaced meanwhile.
+    """
+    for known in plan.known:
+        features = open_grids(paths[known.region])[0]  # (h * w, D)
+        tile_file.write(known.tiles, features[torch.from_numpy(known.cells)])
 
 
 def write_features(path: Path, features: Tensor) -> None:
@@ -272,115 +221,3 @@ def is_written(path: Path, cells: int, dim: int) -> bool:
     except Exception:  # damaged: it is written again
         return False
     return isinstance(features, Tensor) and features.dtype == torch.float32 and features.shape == (cells, dim)
-
-
-class RegionExtractor(Extractor):
-    """Writes ``ROOT/region_4096_pretraining/<slide>_<x>_<y>.pt`` with a level-1 model."""
-
-    title = "embed tiles"
-    plan: tuple[PixelSource, list[SlideRegions]]
-
-    def prepare(self) -> tuple[PixelSource, list[SlideRegions]]:
-        """See :class:`Extractor`."""
-        source, records, slides = self._find()
-        record = self._record(source, slides)
-        before = check_folder(self.root / RECORD, record, self.root / REGIONS_FOLDER, ".pt")
-        check_pixels(slides, before)
-        if not self.config.dry_run:
-            with oserror_to_data_error(self.root):  # here, so that every process receives the error
-                prepare_folders({(self.root / region.path).parent for region in records}, self.root / RECORD)
-                write_record(self.root / RECORD, record, before)
-                if source.geometry is None:
-                    text = csv_line(REGION_COLUMNS) + "".join(region_lines(records))
-                    write_text(self.root / REGIONS_TABLE, text)
-        return source, slides
-
-    def slides(self) -> Sequence[SlideRegions]:
-        """See :class:`Extractor`."""
-        return self.plan[1]
-
-    def size(self, slide: SlideRegions) -> int:
-        """Number of cells, each counted once."""
-        return slide.plan().cells
-
-    def example(self) -> Tensor | None:
-        """See :class:`Extractor`."""
-        size = self.plan[0].tile_size_px
-        cells = sum(self.size(slide) for slide in self.slides())
-        return torch.zeros(min(self.config.batch_size, max(cells, 1)), 3, size, size, dtype=torch.uint8)
-
-    def normalise(self) -> Normalise:
-        """See :class:`Extractor`."""
-        return normaliser_of(self.loaded)
-
-    def process(self, slide: SlideRegions, advance: Callable[[int], None]) -> None:
-        """See :class:`Extractor`."""
-        plan, config = slide.plan(), self.config
-        ahead = max(1, config.num_workers) if slide.pixels == REGIONS else 2 * config.batch_size
-        with slide.open(self.plan[0], plan) as read:
-            paths = [self.root / record.path for record in slide.records]
-            reading = Reading(config.batch_size, config.num_workers, ahead)
-            write_regions(plan, paths, read, self.embedder, reading, advance)
-
-    def summary(self, slides: Sequence[SlideRegions], **fields: Any) -> ExtractSummary:
-        """See :class:`Extractor`."""
-        rows = sum(record.grid[0] * record.grid[1] for slide in slides for record in slide.records)
-        return ExtractSummary(
-            self.root / REGIONS_FOLDER,
-            written=sum(len(slide.records) for slide in slides),
-            skipped=sum(slide.done for slide in self.slides()),
-            embedded=sum(self.size(slide) for slide in slides),
-            pixels=dict(Counter(slide.pixels for slide in self.slides() if slide.records)),
-            gigabytes=rows * self.embed_dim * 4 / 1e9,
-            **fields,
-        )
-
-    def _find(self) -> tuple[PixelSource, list[RegionRecord], list[SlideRegions]]:
-        root, pixels = self.root, self.config.source
-        if pixels not in SOURCES:
-            raise ConfigError(f"expected source {', '.join(SOURCES)}, found '{pixels}'")
-        if (root / TILING_FILE).exists():
-            source = self._tiled()
-            records = read_regions(root)
-            if not records:
-                raise DataError(
-                    f"expected regions in {root / REGIONS_TABLE}, found none; tile with a smaller region_size_px into "
-                    "another ROOT"
-                )
-            images = match_region_images(root, records) if pixels == REGIONS else None
-            return source, records, split_by_slide(source, records, images, pixels, self.embed_dim)
-        if pixels not in ("auto", REGIONS):
-            raise DataError(f"expected {root / TILING_FILE} for source={pixels}, found none; run `dino tile`")
-        source = PixelSource(root, self.loaded.tile_size_px or DEFAULT_TILE_PX)
-        images = list_region_images(root, source.tile_size_px, self.loaded.spacing_um)
-        records = [image.record for image in images]
-        return source, records, split_by_slide(source, records, images, REGIONS, self.embed_dim)
-
-    def _tiled(self) -> PixelSource:
-        """The source of a ROOT that ``dino tile`` wrote."""
-        geometry, loaded = read_tiling(self.root).geometry, self.loaded
-        trained = loaded.spacing_um
-        if trained and abs(trained - geometry.spacing_um) > geometry.tolerance * trained:
-            raise DataError(
-                f"expected a ROOT tiled at the {trained:g} µm/px that {loaded.source} was trained at, found "
-                f"{geometry.spacing_um:g} in {self.root}; tile the slides at spacing_um={trained:g} into another ROOT"
-            )
-        if loaded.tile_size_px and loaded.tile_size_px != geometry.tile_size_px:
-            progress.warn(
-                f"the model was trained on tiles of {loaded.tile_size_px} px, but the tiles of this ROOT have "
-                f"{geometry.tile_size_px} px"
-            )
-        status = read_status(self.root) if (self.root / STATUS_TABLE).exists() else {}
-        moved = read_slide_list([Path(self.config.slides)], progress.warn) if self.config.slides else []
-        paths = {record.slide_id: record.image_path for record in moved}
-        return PixelSource(self.root, geometry.tile_size_px, geometry, status, paths)
-
-    def _record(self, source: PixelSource, slides: Sequence[SlideRegions]) -> dict[str, Any]:
-        return {
-            **model_record(self.loaded, self.config.precision),
-            "geometry": asdict(source.geometry) if source.geometry else {"tile_size_px": source.tile_size_px},
-            "source": self.config.source,
-            "backend": BACKEND,
-            "resampler": RESAMPLER,
-            "pixels": {slide.slide_id: slide.pixels for slide in slides if slide.records},
-        }

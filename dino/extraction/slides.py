@@ -1,4 +1,4 @@
-"""Level 2: slide files from feature grids: one HDF5 file per slide, in the layout that CLAM and TRIDENT read."""
+"""Level 2: slide files from feature grids: HDF5 files in the layout that CLAM and TRIDENT read."""
 
 import io
 import math
@@ -18,6 +18,7 @@ from dino.data.grids import open_grids, read_grid
 from dino.errors import DataError
 from dino.extraction.embed import Normalise, batches, identity, read_ahead
 from dino.extraction.extractor import Extractor, ExtractSummary
+from dino.extraction.folders import find_grids
 from dino.extraction.record import (
     RECORD,
     check_folder,
@@ -27,6 +28,7 @@ from dino.extraction.record import (
     read_record,
     write_record,
 )
+from dino.extraction.tile_files import coordinate_attributes
 from dino.models.grid_source import check_same_source
 from dino.slides.tables import (
     REGIONS_FOLDER,
@@ -41,7 +43,7 @@ from dino.slides.tables import (
 )
 
 FOLDER = "slide_features"
-OBJECTIVES = (1.25, 2, 4, 5, 10, 20, 40, 60, 80)
+FEATURES, EMBEDDING, MEAN = "features", "slide_embedding", "mean of features"  # of regions
 UNKNOWN = -1  # coordinates of a region whose position is not recorded
 
 
@@ -78,12 +80,16 @@ class SlideGrids:
 
 
 def slides_of_tables(
-    root: Path, records: Sequence[RegionRecord], status: Mapping[str, SlideStatus], tile_size_px: int, spacing_um: float
+    path_of: Callable[[RegionRecord], Path],
+    records: Sequence[RegionRecord],
+    status: Mapping[str, SlideStatus],
+    tile_size_px: int,
+    spacing_um: float,
 ) -> list[SlideGrids]:
     """The slides of a ROOT that ``dino tile`` wrote.
 
     Args:
-        root: ROOT.
+        path_of: The grid of a region.
         records: Its regions.
         status: Its slides.
         tile_size_px: Size of a cell.
@@ -94,8 +100,9 @@ def slides_of_tables(
         by_slide[record.slide_id].append(record)
     slides = []
     for slide_id, regions in by_slide.items():
-        attributes = coordinate_attributes(regions[0], status.get(slide_id), tile_size_px, spacing_um)
-        grids = [GridFile(root / r.path, 0, r.grid, (r.x, r.y)) for r in regions]
+        first, row = regions[0], status.get(slide_id)
+        attributes = coordinate_attributes(first.step_lv0, first.grid, tile_size_px, spacing_um, row, first.spacing_um)
+        grids = [GridFile(path_of(r), 0, r.grid, (r.x, r.y)) for r in regions]
         slides.append(SlideGrids(slide_id, grids, {"name": slide_id, **attributes}))
     return slides
 
@@ -123,61 +130,31 @@ def slides_of_folder(folder: Path) -> list[SlideGrids]:
     return [SlideGrids(slide_id, grids, {"name": slide_id}) for slide_id, grids in sorted(by_slide.items())]
 
 
-def coordinate_attributes(
-    region: RegionRecord, status: SlideStatus | None, tile_size_px: int, spacing_um: float
-) -> dict[str, Any]:
-    """The attributes that CLAM and TRIDENT store with coordinates; their "patch" is a region here.
-
-    ``patch_size`` is its width at the requested spacing and ``patch_size_level0`` at level 0; magnifications are those
-    of the objective nearest to 10 / spacing.
-    """
-    attributes: dict[str, Any] = {
-        "patch_size": region.grid[1] * tile_size_px,
-        "patch_size_level0": region.grid[1] * region.step_lv0,
-        "patch_height": region.grid[0] * tile_size_px,
-        "patch_height_level0": region.grid[0] * region.step_lv0,
-    }
-    if np.isfinite(spacing_um):
-        attributes |= {"target_magnification": objective(spacing_um), "spacing_um": region.spacing_um}
-    if status is not None:
-        attributes |= {"level0_width": status.width, "level0_height": status.height}
-        attributes |= {"slide_path": str(status.image_path)}
-        if status.spacing_um:
-            attributes |= {"level0_magnification": objective(status.spacing_um), "level0_spacing_um": status.spacing_um}
-    return attributes
-
-
-def objective(spacing_um: float) -> float:
-    """Magnification of the objective nearest to a spacing: 0.25 µm/px is 40, 0.5 is 20."""
-    nearest = min(OBJECTIVES, key=lambda power: abs(np.log(power * spacing_um / 10)))
-    return int(nearest) if nearest == int(nearest) else nearest
-
-
-def write_slide(path: Path, slide: SlideGrids, features: Tensor, model: Mapping[str, Any]) -> None:
-    """Write ``features`` (R, D), ``coords`` (R, 2) and the mean ``slide_embedding`` (D,) atomically.
+def write_slide(path: Path, slide: SlideGrids, values: Mapping[str, Tensor], model: Mapping[str, Any]) -> None:
+    """Write features of a slide and ``coords`` (R, 2) of its regions atomically.
 
     Args:
         path: The ``.h5``; its folder must exist.
         slide: The slide.
-        features: ``(R, D)`` float32.
+        values: Float32 datasets by name: ``features`` (R, D) and the mean ``slide_embedding`` (D,), or one of them.
         model: Attributes that identify the model.
     """
     import h5py
 
     content = io.BytesIO()  # in memory first: HDF5 does not report a full disk as an OSError
     with h5py.File(content, "w") as file:
-        stored = file.create_dataset("features", data=features.numpy())
-        stored.attrs.update({"name": slide.slide_id, **model})
+        for name, tensor in values.items():
+            stored = file.create_dataset(name, data=tensor.numpy())
+            stored.attrs.update({"name": slide.slide_id, **model} if name == FEATURES else {})
+            stored.attrs.update({"made_of": MEAN} if tensor.ndim == 1 else {})
         coords = file.create_dataset("coords", data=np.array([g.coords for g in slide.grids], np.int64).reshape(-1, 2))
         coords.attrs.update(slide.attributes)
-        mean = file.create_dataset("slide_embedding", data=features.double().mean(0).float().numpy())
-        mean.attrs["made_of"] = "mean of features"
         file.attrs.update(model)
     files.write_bytes(path, content.getvalue(), make_folder=False)
 
 
-def is_written(path: Path, slide: SlideGrids, dim: int) -> bool:
-    """Whether ``path`` contains the features of all regions of ``slide``."""
+def is_written(path: Path, slide: SlideGrids, shape: tuple[int, ...]) -> bool:
+    """Whether ``path`` contains ``features`` of this shape for all regions of ``slide``."""
     import h5py
 
     if not path.is_file():
@@ -185,7 +162,7 @@ def is_written(path: Path, slide: SlideGrids, dim: int) -> bool:
     expected = np.array([g.coords for g in slide.grids], np.int64).reshape(-1, 2)
     try:
         with h5py.File(path, "r") as file:
-            return file["features"].shape == (len(expected), dim) and np.array_equal(file["coords"][:], expected)  # type: ignore[union-attr, index]
+            return file[FEATURES].shape == shape and np.array_equal(file["coords"][:], expected)  # type: ignore[union-attr, index]
     except (OSError, KeyError, AttributeError):  # damaged: it is written again
         return False
 
@@ -209,16 +186,22 @@ def check_dim(grids: Sequence[GridFile], dim: int) -> None:
 
 
 class SlideExtractor(Extractor):
-    """Writes ``ROOT/slide_features/<slide>.h5`` with a level-2 model."""
+    """Writes features of regions and slides with a level-2 model.
+
+    Without a name ``ROOT/slide_features/<slide>.h5`` with both; with one ``ROOT/region_features_<encoder>/<slide>.h5``
+    and ``ROOT/slide_features_<encoder>/<slide>.h5``.
+    """
 
     title = "embed regions"
     plan: tuple[list[SlideGrids], int]  # slides without a file, and the number of slides with one
 
     def prepare(self) -> tuple[list[SlideGrids], int]:
         """See :class:`Extractor`."""
-        root, folder, expected = self.root, self.root / FOLDER, self.loaded.backbone.spec.input_dim
-        level_1 = read_record(root / RECORD)
-        slides, geometry = self._find()
+        root, expected = self.root, self.loaded.backbone.spec.input_dim
+        grids = find_grids(root, self.config.grids, self.loaded.grids) or root
+        named = grids.name != REGIONS_FOLDER and grids != root
+        level_1 = read_record((grids if named else root) / RECORD)
+        slides, geometry = self._find(grids, named)
         first = next((g for s in slides for g in s.grids if g.path.is_file()), None)
         if first is not None:  # if all grids have another dimension, raise one error and not one per slide
             check_dim([first], expected)
@@ -229,17 +212,18 @@ class SlideExtractor(Extractor):
             )
         self._check_source(slides)
         record = {
-            **model_record(self.loaded, self.config.precision),
+            **model_record(self.loaded, self.config.precision, self.embed_dim),
             "geometry": geometry,
             "grids": {key: level_1.get(key) for key in ("fingerprint", "transform", "precision")} if level_1 else None,
             "grid_order": self.config.grid_order,
         }
-        before = check_folder(folder / RECORD, record, folder, ".h5")
+        before = {folder: check_folder(folder / RECORD, record, folder, ".h5") for folder in self._folders()}
         if not self.config.dry_run:
             with files.oserror_to_data_error(root):  # here, so that every process receives the error
-                prepare_folders([folder], folder / RECORD)
-                write_record(folder / RECORD, record, before)
-        missing = [s for s in slides if not is_written(self._path(s), s, self.embed_dim)]
+                for folder, earlier in before.items():
+                    prepare_folders([folder], folder / RECORD)
+                    write_record(folder / RECORD, record, earlier)
+        missing = [slide for slide in slides if not self._is_written(slide)]
         return missing, len(slides) - len(missing)
 
     def slides(self) -> Sequence[SlideGrids]:
@@ -267,17 +251,38 @@ class SlideExtractor(Extractor):
         for part in self.embedder(batches(grids, config.batch_size)):
             parts.append(part)
             advance(len(part))
-        model = {"model": loaded.source, "encoder": loaded.backbone.spec.arch, "fingerprint": loaded.fingerprint}
-        write_slide(self._path(slide), slide, torch.cat(parts), model)
+        encoder = config.encoder or loaded.backbone.spec.arch
+        model = {"model": loaded.source, "encoder": encoder, "fingerprint": loaded.fingerprint}
+        features = torch.cat(parts)
+        mean = features.double().mean(0).float()
+        for folder, values in zip(
+            self._folders(),
+            [{FEATURES: features}, {FEATURES: mean}] if config.encoder else [{FEATURES: features, EMBEDDING: mean}],
+            strict=True,
+        ):
+            write_slide(folder / f"{slide.slide_id}.h5", slide, values, model)
 
     def summary(self, slides: Sequence[SlideGrids], **fields: Any) -> ExtractSummary:
         """See :class:`Extractor`."""
         regions = sum(len(slide.grids) for slide in slides)
         size = (regions + len(slides)) * self.embed_dim * 4 / 1e9
-        return ExtractSummary(self.root / FOLDER, len(slides), self.plan[1], embedded=regions, gigabytes=size, **fields)
+        written = len(slides) * len(self._folders())
+        skipped = self.plan[1] * len(self._folders())
+        return ExtractSummary(self._folders(), written, skipped, embedded=regions, gigabytes=size, **fields)
 
-    def _path(self, slide: SlideGrids) -> Path:
-        return self.root / FOLDER / f"{slide.slide_id}.h5"
+    def _folders(self) -> tuple[Path, ...]:
+        """The folders that are written to: one, or with a name that of the regions and that of the slides."""
+        name = self.config.encoder
+        return (
+            tuple(self.root / f"{kind}_features_{name}" for kind in ("region", "slide"))
+            if name
+            else (self.root / FOLDER,)
+        )
+
+    def _is_written(self, slide: SlideGrids) -> bool:
+        shapes = (len(slide.grids), self.embed_dim), (self.embed_dim,)
+        paths = (folder / f"{slide.slide_id}.h5" for folder in self._folders())
+        return all(is_written(path, slide, shape) for path, shape in zip(paths, shapes, strict=False))
 
     def _read(self, grid: GridFile) -> Tensor:
         return read_grid(grid.path, self.config.grid_order, grid.shape, grid.region)
@@ -293,11 +298,15 @@ class SlideExtractor(Extractor):
         elif None in found.values():
             progress.say(f"{self.root}: no record of the model of its grids ({RECORD}); it is not compared")
 
-    def _find(self) -> tuple[list[SlideGrids], dict[str, Any] | None]:
-        """All slides, and the geometry of their tiles if it is recorded."""
+    def _find(self, folder: Path, named: bool) -> tuple[list[SlideGrids], dict[str, Any] | None]:
+        """All slides, and the geometry of their tiles if it is recorded.
+
+        Args:
+            folder: Folder of the grids.
+            named: Whether it bears the name of an encoder.
+        """
         root = self.root
         if not (root / REGIONS_TABLE).exists():
-            folder = root / REGIONS_FOLDER if (root / REGIONS_FOLDER).is_dir() else root
             progress.say(f"{folder}: no {REGIONS_TABLE}; assuming square grids with row-major rows (see grid_order)")
             return slides_of_folder(folder), None
         records = read_regions(root)
@@ -311,7 +320,11 @@ class SlideExtractor(Extractor):
             tile_size, spacing = geometry.tile_size_px, geometry.spacing_um
         else:  # images of regions: the level-0 footprint of a cell is assumed to be its size
             tile_size, spacing = records[0].step_lv0, records[0].spacing_um
-        return slides_of_tables(root, records, status, tile_size, spacing), {
+
+        def path_of(record: RegionRecord) -> Path:
+            return folder / record.path.name if named else root / record.path
+
+        return slides_of_tables(path_of, records, status, tile_size, spacing), {
             "tile_size_px": tile_size,
             "spacing_um": spacing if math.isfinite(spacing) else None,
         }

@@ -92,8 +92,8 @@ def check_same_source(expected: GridSource | None, found: GridSource | None, use
         return
     raise DataError(
         f"expected feature grids of {expected.name}, which {user} was trained on, found grids of {found.name} in "
-        f"{where} ({'; '.join(differences)}); extract with the first model into another ROOT, or train a region model "
-        "on these grids in another RUN"
+        f"{where} ({'; '.join(differences)}); read grids of the first model (of `dino extract MODEL ROOT "
+        "encoder=NAME`), or train a region model on these grids in another RUN"
     )
 
 

@@ -7,8 +7,11 @@ may tile different slides into one ROOT, one run after the other.
 """
 
 import csv
+from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -188,6 +191,33 @@ def read_tile_spacings(root: Path) -> dict[str, float]:
         raise DataError(f"expected {path} as written by `dino tile`, could not read it: {error}") from None
 
 
+@dataclass(frozen=True, eq=False)
+class SlideTiles:
+    """The tiles of one slide: level-0 ``coords`` (N, 2) int64 in the order of tiles.csv, footprint, actual spacing."""
+
+    slide_id: str
+    coords: np.ndarray
+    step_lv0: int
+    spacing_um: float
+
+
+def read_slide_tiles(root: Path) -> dict[str, SlideTiles]:
+    """The tiles of each slide that has any, in 16 bytes of memory per tile.
+
+    Raises:
+        DataError: If ROOT/tiles.csv is absent or damaged.
+    """
+    places: dict[str, array[int]] = defaultdict(partial(array, "q"))
+    first: dict[str, TileRecord] = {}
+    for tile in _rows(root / TILES_TABLE, TILE_COLUMNS, _tile):
+        places[tile.slide_id].extend((tile.x, tile.y))
+        first.setdefault(tile.slide_id, tile)
+    return {
+        slide: SlideTiles(slide, np.array(values, np.int64).reshape(-1, 2), tile.step_lv0, tile.spacing_um)
+        for (slide, tile), values in zip(first.items(), places.values(), strict=True)
+    }
+
+
 def read_regions(root: Path) -> list[RegionRecord]:
     """Every region of every slide that was tiled.
 
@@ -195,6 +225,11 @@ def read_regions(root: Path) -> list[RegionRecord]:
         DataError: If ROOT/regions.csv is absent or damaged.
     """
     return _read_table(root / REGIONS_TABLE, REGION_COLUMNS, _region)
+
+
+def write_regions(root: Path, records: Iterable[RegionRecord]) -> None:
+    """Write ROOT/regions.csv of a folder that ``dino tile`` did not write."""
+    files.write_text(root / REGIONS_TABLE, csv_line(REGION_COLUMNS) + "".join(region_lines(records)))
 
 
 def read_status(root: Path) -> dict[str, SlideStatus]:
@@ -306,9 +341,13 @@ def parse_status(row: dict[str, str]) -> SlideStatus:
 
 
 def _read_table(path: Path, columns: Sequence[str], convert: Callable[[dict[str, str]], T]) -> list[T]:
+    return list(_rows(path, columns, convert))
+
+
+def _rows(path: Path, columns: Sequence[str], convert: Callable[[dict[str, str]], T]) -> Iterator[T]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return list(_converted(file, path, columns, convert))
+            yield from _converted(file, path, columns, convert)
     except FileNotFoundError:
         raise DataError(f"expected {path}, which `dino tile` writes, found none") from None
     except (OSError, csv.Error, UnicodeDecodeError) as error:

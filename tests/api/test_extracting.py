@@ -28,7 +28,7 @@ S = 32  # px of a cell
 TILING = TileConfig(
     tile_size_px=S, region_size_px=4 * S, region_overlap_cells=3, tissue_downsample=16, min_tissue=0.0, num_workers=1
 )
-CONFIG = ExtractConfig(device="cpu", precision="fp32", batch_size=7, num_workers=2)
+CONFIG = ExtractConfig(what="regions", device="cpu", precision="fp32", batch_size=7, num_workers=2)
 
 
 def make_root(folder: Path, slides: dict[str, np.ndarray], tiling: TileConfig = TILING) -> Path:
@@ -270,7 +270,7 @@ def test_two_processes_write_the_same_files_as_one(tmp_path):
         "import sys\n"
         "from dino.api.extracting import extract\n"
         "from dino.config.schema import ExtractConfig\n"
-        "config = ExtractConfig(device='cpu', precision='fp32', batch_size=7, num_workers=2)\n"
+        "config = ExtractConfig(what='regions', device='cpu', precision='fp32', batch_size=7, num_workers=2)\n"
         "summary = extract(sys.argv[1], sys.argv[2], config)\n"
         "assert summary.written == 3, summary\n"
     )

@@ -111,17 +111,16 @@ def test_slides_that_are_too_coarse(tmp_path: Path) -> None:
 
 
 def test_a_second_model(tmp_path: Path) -> None:
-    slides, root, other = slide(tmp_path / "slides" / "a.tiff"), tmp_path / "root", tmp_path / "other"
+    slides, root = slide(tmp_path / "slides" / "a.tiff"), tmp_path / "root"
     first, second = (save_checkpoint(tmp_path / f"{name}.pt", seed=seed) for seed, name in enumerate("ab"))
     accepted("tile", slides, root, *TILE)
     accepted("extract", first, root, *EXTRACT)
     kept = {path: path.read_bytes() for path in root.rglob("*.pt")}
     said = refused("extract", second, root, *EXTRACT)
-    assert "tile the slides into another ROOT (storage=none cuts no tiles) and extract there" in said
-    accepted("tile", slides, other, *TILE, "storage=none")
-    accepted("extract", second, other, *EXTRACT)
-    assert not list(other.rglob("*.jpg")) and len(list(other.rglob("*.pt"))) == len(kept) == 12
-    assert kept == {path: path.read_bytes() for path in root.rglob("*.pt")}
+    assert "give a name to its folders: encoder=NAME" in said
+    accepted("extract", second, root, *EXTRACT, "encoder=b")
+    assert len(list(root.rglob("*.pt"))) == 2 * len(kept) == 24
+    assert kept == {path: path.read_bytes() for path in kept}
     (folder,) = re.findall(r"or delete (\S+) to compute them again", said)
     for path in Path(folder).iterdir():
         path.unlink()
@@ -144,7 +143,10 @@ def test_regions_that_do_not_fit(tmp_path: Path) -> None:
     large = [word.replace("region_size_px=128", "region_size_px=1024") for word in TILE]
     assert "a smaller region_size_px (now 1024) and another ROOT give regions" in accepted("tile", slides, root, *large)
     model = save_checkpoint(tmp_path / "m.pt")
-    assert "smaller region_size_px into another ROOT" in refused("extract", model, root, *EXTRACT)
+    assert "no regions in regions.csv" in accepted("extract", model, root, *EXTRACT)
+    said = refused("extract", model, root, *EXTRACT, "what=regions")
+    assert "smaller region_size_px into another ROOT" in said and "what=tiles" in said
+    accepted("extract", model, root, *EXTRACT, "what=tiles")
     accepted("tile", slides, tmp_path / "other", *TILE)
     accepted("extract", model, tmp_path / "other", *EXTRACT)
 

@@ -12,7 +12,7 @@ from tiny_models import save_checkpoint
 from typer.testing import CliRunner
 
 from dino.cli.main import app
-from dino.extraction import regions
+from dino.extraction import regions, tile_files
 from dino.extraction import slides as slide_files
 from dino.slides import storage
 
@@ -109,6 +109,36 @@ def test_a_disk_that_fills_up_while_extracting(
     (small_disk / "filler").unlink()
     dino("extract", model, root, *EXTRACTION)
     assert visible(root) == wanted and everything(root) == everything(whole)
+
+
+@pytest.mark.parametrize(
+    ("owner", "writer", "number"),
+    [(tile_files, "_allocate", 2), (tile_files.TileFile, "write", 1)],
+    ids=["new", "rows"],
+)
+def test_a_disk_that_fills_up_while_tile_files_are_written(
+    slides: Path,
+    small_disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: object,
+    writer: str,
+    number: int,
+) -> None:
+    """HDF5 only writes the empty file; after an error there the process goes on to end properly."""
+    root, model = small_disk / "root", save_checkpoint(tmp_path / "patch.pt")
+    dino("tile", slides, root, *TILING, "storage=none")
+    with monkeypatch.context() as patch:
+        before_call(patch, owner, writer, number, lambda: fill(small_disk))
+        assert "No space left" in refused("extract", model, root, *EXTRACTION, "what=tiles")
+    assert [path.name for path in root.glob("features_patch/*.h5")] in ([], ["one.h5"])
+    (small_disk / "filler").unlink()
+    dino("extract", model, root, *EXTRACTION, "what=tiles")
+    found = visible(root / "features_patch")
+    for path in root.glob("features_patch/*.h5"):
+        path.unlink()
+    dino("extract", model, root, *EXTRACTION, "what=tiles")
+    assert visible(root / "features_patch") == found and len(found) == 3
 
 
 def test_exports_and_scores_on_a_full_disk(labels: Path, small_disk: Path, tmp_path: Path) -> None:

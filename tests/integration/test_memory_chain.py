@@ -13,7 +13,7 @@ from dino.api import extracting
 from dino.api.extracting import extract
 from dino.api.tiling import tile
 from dino.config.schema import ExtractConfig, TileConfig
-from dino.extraction import regions
+from dino.extraction import tiles
 from dino.slides import tiling
 
 FEW, MANY = 16, 50
@@ -61,9 +61,9 @@ def test_many_slides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
     config = TileConfig(tile_size_px=64, region_size_px=256, num_workers=1)
     assert tile([tmp_path / "slides"], tmp_path / "root", config).tiles == count * 192
     watch.assert_flat(count)
-    watch = Watch(regions.write_regions)
-    monkeypatch.setattr(regions, "write_regions", watch)
+    watch = Watch(tiles.write_regions)
+    monkeypatch.setattr(tiles, "write_regions", watch)
     monkeypatch.setattr(extracting, "load_backbone_file", lambda *args, **kwargs: mean_colour())
     config = ExtractConfig(device="cpu", precision="fp32", batch_size=16, num_workers=2)
-    assert extract("RUN", tmp_path / "root", config).written == count * 12
+    assert extract("RUN", tmp_path / "root", config).written == count * 13
     watch.assert_flat(count)
