@@ -8,8 +8,7 @@ LOW, HIGH = 2.0, 98.0  # percentiles that map to 0 and 1, so that outliers do no
 def pca_rgb(features: np.ndarray) -> np.ndarray:
     """The first three principal components of unit-length features as red, green and blue.
 
-    Each component is scaled from its 2nd and 98th percentile to [0, 1]. The sign of a component is arbitrary; the one
-    with a positive third moment is used, so that equal features get equal colours.
+    Each component is scaled from its 2nd and 98th percentile to [0, 1].
 
     Args:
         features: Float, (N, D).
@@ -17,18 +16,36 @@ def pca_rgb(features: np.ndarray) -> np.ndarray:
     Returns:
         float64, (N, 3) in [0, 1]; 0.5 in a component without variance.
     """
-    unit = unit_rows(features)
-    centred = unit - unit.mean(0)
-    # Left singular vectors times singular values are the scores; D is at most a few hundred, N a few thousand.
-    left, singular, _ = np.linalg.svd(centred, full_matrices=False)
-    scores = np.zeros((len(features), 3))
-    count = min(3, len(singular))
-    scores[:, :count] = left[:, :count] * singular[:count]
-    scores *= np.where((scores**3).sum(0) < 0, -1.0, 1.0)
+    scores, _ = pca(features, 3)
     low, high = np.percentile(scores, [LOW, HIGH], axis=0)
     constant = high - low < 1e-9
     scaled = np.clip((scores - low) / np.where(constant, 1.0, high - low), 0.0, 1.0)
     return np.where(constant, 0.5, scaled)
+
+
+def pca(features: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first principal components of unit-length features.
+
+    The sign of a component is arbitrary; the one with a positive third moment is used, so that equal features get equal
+    components.
+
+    Args:
+        features: Float, (N, D).
+        count: Number of components.
+
+    Returns:
+        float64, (N, count), and the fraction of the variance of each component; 0 for those that do not exist.
+    """
+    unit = unit_rows(features)
+    centred = unit - unit.mean(0)
+    # Left singular vectors times singular values are the scores; D is at most a few hundred, N a few thousand.
+    left, singular, _ = np.linalg.svd(centred, full_matrices=False)
+    scores, fractions = np.zeros((len(features), count)), np.zeros(count)
+    found = min(count, len(singular))
+    scores[:, :found] = left[:, :found] * singular[:found]
+    scores *= np.where((scores**3).sum(0) < 0, -1.0, 1.0)
+    fractions[:found] = singular[:found] ** 2 / max((singular**2).sum(), np.finfo(float).tiny)
+    return scores, fractions
 
 
 def nearest_neighbours(features: np.ndarray, query: int, count: int) -> tuple[np.ndarray, np.ndarray]:
