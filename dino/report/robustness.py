@@ -50,8 +50,8 @@ class Shown:
 def robustness_figure(shown: Sequence[Shown], found: Design) -> bytes:
     """Bars of the kinds of neighbours, and for each entry with features maps coloured by label and by confounder.
 
-    Maps are the first two principal components of the features scaled to length 1, and, where the package ``umap-learn``
-    is installed, UMAP of them.
+    Maps are the first two principal components of the features scaled to length 1, and, where the package
+    ``umap-learn`` is installed, UMAP of them.
 
     Args:
         shown: Models and baselines.
@@ -64,7 +64,7 @@ def robustness_figure(shown: Sequence[Shown], found: Design) -> bytes:
     bars_height = BARS_MARGIN + BAR * len(shown)
     with style.figure(WIDTH, bars_height + MAP * len(mapped)) as drawn:
         heights = [bars_height, *[MAP] * len(mapped)]
-        parts = np.atleast_1d(drawn.subfigures(len(heights), 1, height_ratios=heights))
+        parts = drawn.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
         _draw_bars(parts[0], shown, found.by, bars_height)
         for part, one in zip(parts[1:], mapped, strict=True):
             _draw_maps(part, one, found)
@@ -108,7 +108,7 @@ def _draw_maps(part: "Figure | SubFigure", one: Shown, found: Design) -> None:
     generator = randomness.generator(0, 0, "rows of a map")
     rows = generator.permutation(len(one.features))[:MAPPED]  # in random order: no class covers another one
     maps = _projections(np.asarray(one.features)[rows])
-    panels = np.atleast_1d(part.subplots(1, 2 * len(maps)))
+    panels = part.subplots(1, 2 * len(maps), squeeze=False)[0]
     columns = [
         (found.labels[rows], found.classes, LABEL_COLOURS, "label"),
         (found.confounders[rows], found.values, VALUE_COLOURS, found.by),
