@@ -71,7 +71,8 @@ def _knn_measure(run: Run, labels: Path, name: str, resumed: bool) -> Measure:
     settings, level = run.config.evaluate, run.level
     table = read_labels(labels, required=("train",))
     # Files are compared when a run starts: one that an earlier version started goes on.
-    trained = level.pretraining(level.slides, None if resumed else run.config.data_dir)
+    encoder: str | None = getattr(run.config, "encoder", None)  # of level 2
+    trained = level.pretraining(level.slides, None if resumed else run.config.data_dir, encoder)
     facts = check_leakage(table, trained, settings.allow_leakage, ("val", "test"), "evaluate.allow_leakage")
     progress.say(f"{labels}: compared with the training data: {facts['compared']}")
     selection = select_rows(table)

@@ -102,17 +102,20 @@ class Level(ABC):
         """
 
     @classmethod
-    def pretraining(cls, slides: Mapping[str, Any] | None, data_dir: str | None) -> Pretraining:
+    def pretraining(
+        cls, slides: Mapping[str, Any] | None, data_dir: str | None, encoder: str | None = None
+    ) -> Pretraining:
         """What a model was pretrained on, as far as its checkpoint and its data folder tell.
 
         Args:
             slides: ``training_slides`` of the checkpoint.
             data_dir: Data folder of its run; None, or not there, for models of others and exports.
+            encoder: Encoder of the feature grids in it that the run was trained on.
         """
         slides = slides or {}
         if not data_dir or not Path(data_dir).is_dir():
             return Pretraining(slides)
-        root = Root(Path(data_dir))
+        root = Root(Path(data_dir), encoder)
         try:
             folder, names = cls.training_files(root)
         except DataError:  # the files are not there any more

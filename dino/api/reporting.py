@@ -95,7 +95,8 @@ def _region_attention(slide: TiledSlide, run: gather.LoadedRun, device: torch.de
     """Attention over the shown regions; None without their features, or with those of another level-1 model."""
 
     def read() -> AttentionData | None:
-        check_grids([slide.root / region.path for region in slide.regions], run.trained.details, run.trained.source)
+        paths = slide.grid_paths(run.trained.grids, slide.regions)
+        check_grids(paths, run.trained.details, run.trained.source)
         return gather.region_attention(slide, run, device)
 
     return _if_readable("region attention", read)

@@ -16,7 +16,7 @@ from dino.errors import ConfigError, DataError
 from dino.extraction.record import RECORD, grid_source
 from dino.models.grid_source import GridSource
 from dino.models.weights import LOCAL, TIMM
-from dino.slides.tables import REGIONS_FOLDER
+from dino.slides.tables import REGIONS_FOLDER, RegionRecord
 
 UNSAFE = re.compile(r"[^\w.+-]+")  # of a file name; \w are letters and digits of any language
 CHECKPOINTS, EXPORT = "checkpoints", "backbone"  # folders of a run, which is what their models are named after
@@ -62,6 +62,11 @@ def tile_folder(root: Path, encoder: str) -> Path:
 def grid_folder(root: Path, encoder: str | None) -> Path:
     """Folder of the regions' grids."""
     return root / (f"{REGIONS_FOLDER}_{encoder}" if encoder else REGIONS_FOLDER)
+
+
+def grid_path(folder: Path, record: RegionRecord) -> Path:
+    """The file of a region's grid in a folder of grids."""
+    return folder.parent / record.path if folder.name == REGIONS_FOLDER else folder / record.path.name
 
 
 def grid_record(root: Path, encoder: str | None) -> Path:

@@ -18,7 +18,7 @@ from dino.data.grids import open_grids, read_grid
 from dino.errors import DataError
 from dino.extraction.embed import Normalise, batches, identity, read_ahead
 from dino.extraction.extractor import Extractor, ExtractSummary
-from dino.extraction.folders import find_grids
+from dino.extraction.folders import find_grids, grid_path
 from dino.extraction.record import (
     RECORD,
     check_folder,
@@ -80,7 +80,7 @@ class SlideGrids:
 
 
 def slides_of_tables(
-    path_of: Callable[[RegionRecord], Path],
+    folder: Path,
     records: Sequence[RegionRecord],
     status: Mapping[str, SlideStatus],
     tile_size_px: int,
@@ -89,7 +89,7 @@ def slides_of_tables(
     """The slides of a ROOT that ``dino tile`` wrote.
 
     Args:
-        path_of: The grid of a region.
+        folder: The folder of their grids.
         records: Its regions.
         status: Its slides.
         tile_size_px: Size of a cell.
@@ -102,7 +102,7 @@ def slides_of_tables(
     for slide_id, regions in by_slide.items():
         first, row = regions[0], status.get(slide_id)
         attributes = coordinate_attributes(first.step_lv0, first.grid, tile_size_px, spacing_um, row, first.spacing_um)
-        grids = [GridFile(path_of(r), 0, r.grid, (r.x, r.y)) for r in regions]
+        grids = [GridFile(grid_path(folder, r), 0, r.grid, (r.x, r.y)) for r in regions]
         slides.append(SlideGrids(slide_id, grids, {"name": slide_id, **attributes}))
     return slides
 
@@ -198,10 +198,9 @@ class SlideExtractor(Extractor):
     def prepare(self) -> tuple[list[SlideGrids], int]:
         """See :class:`Extractor`."""
         root, expected = self.root, self.loaded.backbone.spec.input_dim
-        grids = find_grids(root, self.config.grids, self.loaded.grids) or root
-        named = grids.name != REGIONS_FOLDER and grids != root
-        level_1 = read_record((grids if named else root) / RECORD)
-        slides, geometry = self._find(grids, named)
+        grids = find_grids(root, self.config.grids, self.loaded.grids)
+        level_1 = read_record((grids if grids and grids.name != REGIONS_FOLDER else root) / RECORD)
+        slides, geometry = self._find(grids)
         first = next((g for s in slides for g in s.grids if g.path.is_file()), None)
         if first is not None:  # if all grids have another dimension, raise one error and not one per slide
             check_dim([first], expected)
@@ -298,15 +297,15 @@ class SlideExtractor(Extractor):
         elif None in found.values():
             progress.say(f"{self.root}: no record of the model of its grids ({RECORD}); it is not compared")
 
-    def _find(self, folder: Path, named: bool) -> tuple[list[SlideGrids], dict[str, Any] | None]:
+    def _find(self, folder: Path | None) -> tuple[list[SlideGrids], dict[str, Any] | None]:
         """All slides, and the geometry of their tiles if it is recorded.
 
         Args:
-            folder: Folder of the grids.
-            named: Whether it bears the name of an encoder.
+            folder: Folder of the grids; None if ROOT has none, which may be one itself.
         """
         root = self.root
         if not (root / REGIONS_TABLE).exists():
+            folder = folder or root
             progress.say(f"{folder}: no {REGIONS_TABLE}; assuming square grids with row-major rows (see grid_order)")
             return slides_of_folder(folder), None
         records = read_regions(root)
@@ -321,10 +320,7 @@ class SlideExtractor(Extractor):
         else:  # images of regions: the level-0 footprint of a cell is assumed to be its size
             tile_size, spacing = records[0].step_lv0, records[0].spacing_um
 
-        def path_of(record: RegionRecord) -> Path:
-            return folder / record.path.name if named else root / record.path
-
-        return slides_of_tables(path_of, records, status, tile_size, spacing), {
+        return slides_of_tables(folder or root / REGIONS_FOLDER, records, status, tile_size, spacing), {
             "tile_size_px": tile_size,
             "spacing_um": spacing if math.isfinite(spacing) else None,
         }

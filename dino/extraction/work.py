@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dino.errors import DataError
 from dino.extraction import tile_files
-from dino.extraction.folders import grid_folder, tile_folder
+from dino.extraction.folders import grid_folder, grid_path, tile_folder
 from dino.extraction.inputs import Inputs, PixelSource
 from dino.extraction.pixels import (
     REGIONS,
@@ -71,7 +71,7 @@ class Outputs:
 
     def grid_path(self, record: RegionRecord) -> Path:
         """The grid of a region."""
-        return self.grid_folder / record.path.name if self.grid_name else self.root / record.path
+        return grid_path(self.grid_folder, record)
 
     def has_tiles(self, tiles: SlideTiles) -> bool:
         """Whether the features of a slide's tiles exist."""

@@ -132,7 +132,7 @@ def tile_attention(features: FeatureData, run: LoadedRun, um_per_px: float, devi
 
 def region_attention(slide: TiledSlide, run: LoadedRun, device: torch.device) -> AttentionData | None:
     """Attention of a region-level run over the shown regions; None if their features have not been extracted."""
-    regions, grids = slide.region_grids(getattr(run.config, "grid_order", "yx"))
+    regions, grids = slide.region_grids(getattr(run.config, "grid_order", "yx"), run.trained.grids)
     if grids is None:
         return None
     images = [slide.region_image(region) for region in regions]

@@ -10,11 +10,22 @@ from torch import Tensor
 
 from dino import progress
 from dino.data.grids import read_grid
+from dino.extraction.folders import find_grids, grid_path
+from dino.models.grid_source import GridSource
 from dino.report.figures import Thumbnail
 from dino.report.sections import SlideData
 from dino.slides.partitions import PRETRAIN
 from dino.slides.reader import SlideReader
-from dino.slides.tables import OK, RegionRecord, TileRecord, read_regions, read_status, read_tiles, read_tiling
+from dino.slides.tables import (
+    OK,
+    REGIONS_FOLDER,
+    RegionRecord,
+    TileRecord,
+    read_regions,
+    read_status,
+    read_tiles,
+    read_tiling,
+)
 
 THUMBNAIL_PX = 1600  # the longer side
 REGION_PX = 512  # side of a region in the report
@@ -119,19 +130,29 @@ class TiledSlide:
             rows.append(np.concatenate(small, axis=1))
         return np.concatenate(rows)
 
-    def region_grids(self, order: str) -> tuple[list[RegionRecord], Tensor | None]:
+    def region_grids(self, order: str, source: GridSource | None) -> tuple[list[RegionRecord], Tensor | None]:
         """The shown regions whose features have been extracted.
 
         Args:
             order: Order of the rows in files without ``regions.csv``, ``yx`` or ``xy``.
+            source: The level-1 model of the features, where known.
 
         Returns:
             The regions, and their features: float32, (n, D, h, w); None if there are none.
         """
         regions = [self.regions[index] for index in self.shown_regions]
-        regions = [region for region in regions if (self.root / region.path).exists()]
-        grids = [read_grid(self.root / region.path, order, region.grid) for region in regions]
-        return regions, torch.stack(grids) if grids else None
+        found = [(r, path) for r, path in zip(regions, self.grid_paths(source, regions), strict=True) if path.exists()]
+        grids = [read_grid(path, order, region.grid) for region, path in found]
+        return [region for region, _ in found], torch.stack(grids) if grids else None
+
+    def grid_paths(self, source: GridSource | None, regions: Sequence[RegionRecord]) -> list[Path]:
+        """Where features of regions are, those of a level-1 model where there are several.
+
+        Raises:
+            DataError: If it is not known which are meant.
+        """
+        folder = find_grids(self.root, expected=source) or self.root / REGIONS_FOLDER
+        return [grid_path(folder, region) for region in regions]
 
 
 def choose_regions(regions: Sequence[RegionRecord], count: int) -> list[int]:
