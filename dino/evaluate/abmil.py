@@ -32,7 +32,7 @@ class Instances(Protocol):
         ...
 
 
-class Bag:
+class PiecewiseBag:
     """The instances of one case: those of its slides, one after the other.
 
     Args:
@@ -65,7 +65,7 @@ class Moments:
         squares: ``(M, D)`` float64.
     """
 
-    def __init__(self, bags: Sequence[Bag], advance: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, bags: Sequence[PiecewiseBag], advance: Callable[[], None] = lambda: None) -> None:
         means, squares = [], []
         for bag in bags:
             sums = [(x.sum(0), x.square().sum(0)) for x in (read().double() for read in bag.pieces())]
@@ -161,21 +161,19 @@ class AttentionPooling:
         config: Settings.
         device: Where to train.
         seed: Seed of weights, order and dropout.
-        advance: Called after each epoch.
     """
 
     def __init__(
         self,
         outcome: Outcome,
-        bags: Sequence[Bag],
+        bags: Sequence[PiecewiseBag],
         moments: Moments,
         config: AbmilConfig,
         device: torch.device,
         seed: int,
-        advance: Callable[[], None] = lambda: None,
     ) -> None:
         self.outcome, self.bags, self.moments, self.config = outcome, bags, moments, config
-        self.device, self.seed, self.advance = device, seed, advance
+        self.device, self.seed = device, seed
         self.candidates = [{"epochs": epoch + 1} for epoch in range(config.epochs)]
 
     def errors(self, train: Rows, validation: Rows) -> Values:
@@ -209,7 +207,6 @@ class AttentionPooling:
                     (head.loss(outputs, int(row)) / len(rows)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            self.advance()
             yield model, head.predict
 
     @torch.no_grad()

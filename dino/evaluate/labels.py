@@ -61,7 +61,7 @@ def read_labels(path: Path, required: Sequence[str] = ("train", "test")) -> Labe
         DataError: If the table, a column or a labelled file is missing, a file or a copy of it is in two rows, a
             partition is unknown or has no rows, a label is blank, or there is only one class.
     """
-    rows = _read_csv(path)
+    rows = _read_csv(path, COLUMNS)
     labels = _canonical([row["label"] for row in rows])
     _require_none(path, [i for i, label in enumerate(labels) if label.lower() in MISSING], "a label", "blank ones")
     partition = [PARTITIONS.get(row["partition"].lower(), "") for row in rows]
@@ -97,7 +97,7 @@ def slide_of_name(name: str) -> str:
     return parts[0] if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit() else stem
 
 
-def _read_csv(path: Path) -> list[dict[str, str]]:
+def _read_csv(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             header = file.readline()
@@ -109,10 +109,10 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
         raise DataError(f"expected a table of labels at {path}, found none") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"expected a CSV of labels at {path}, could not read it: {error}") from None
-    lacking = [name for name in COLUMNS if name not in columns]
+    lacking = [name for name in required if name not in columns]
     if lacking:
         found = ", ".join(printable(name) for name in columns) or "an empty file"
-        raise DataError(f"{path}: expected columns {', '.join(COLUMNS)}; missing {', '.join(lacking)}; found {found}")
+        raise DataError(f"{path}: expected columns {', '.join(required)}; missing {', '.join(lacking)}; found {found}")
     if not rows:
         raise DataError(f"{path}: expected labelled images, found no row")
     return rows

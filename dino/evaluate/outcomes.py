@@ -45,6 +45,11 @@ class Outcome(ABC):
     def strata(self) -> list[str]:
         """``(M,)`` what the folds of a cross-validation are stratified by."""
 
+    @property
+    def needed(self) -> set[str]:
+        """The strata without which no model can be fitted or scored."""
+        return set()
+
     @abstractmethod
     def lacking(self, rows: Rows) -> str:
         """What training rows lack, in words; empty if a model can be fitted to them."""
@@ -98,6 +103,11 @@ class Classes(Outcome):
     def strata(self) -> list[str]:
         """See :class:`Outcome`."""
         return self.labels
+
+    @property
+    def needed(self) -> set[str]:
+        """All classes."""
+        return set(self.classes)
 
     def lacking(self, rows: Rows) -> str:
         """See :class:`Outcome`."""
@@ -215,6 +225,11 @@ class Survival(Outcome):
     def strata(self) -> list[str]:
         """See :class:`Outcome`."""
         return ["event" if event else "censored" for event in self.events]
+
+    @property
+    def needed(self) -> set[str]:
+        """Observed events."""
+        return {"event"}
 
     def lacking(self, rows: Rows) -> str:
         """See :class:`Outcome`."""

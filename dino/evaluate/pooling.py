@@ -1,6 +1,6 @@
 """Predictions of slides from their features: how models are chosen and tested, and mean pooling with a linear model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -78,11 +78,13 @@ def cross_validate(outcome: Outcome, folds: Sequence[Fold], inner: Sequence[Sequ
         folds: The folds.
         inner: For each fold, the folds of its train rows that choose a candidate, see :func:`inner_folds`.
         method: How to predict.
+        advance: Called after each inner split and each fold.
     """
-    chosen = [_choose(method, splits) for splits in inner]
-    predicted = [
-        method.predict(fold.train, fold.test, candidate) for fold, candidate in zip(folds, chosen, strict=True)
-    ]
+    chosen, predicted = [], []
+    for fold, splits in zip(folds, inner, strict=True):
+        chosen.append(_choose(method, splits, advance))
+        predicted.append(method.predict(fold.train, fold.test, chosen[-1]))
+        advance()
     rows = np.concatenate([fold.test for fold in folds])
     ends = np.cumsum([len(fold.test) for fold in folds])
     parts = [np.arange(end - len(fold.test), end) for fold, end in zip(folds, ends, strict=True)]
@@ -90,11 +92,14 @@ def cross_validate(outcome: Outcome, folds: Sequence[Fold], inner: Sequence[Sequ
     return Scored(rows, outcome.statistics(np.concatenate(predicted), rows, parts), details)
 
 
-def inner_folds(fold: Fold, strata: Sequence[str], groups: Sequence[str], count: int, seed: int) -> list[Fold]:
+def inner_folds(
+    fold: Fold, outcome: Outcome, strata: Sequence[str], groups: Sequence[str], count: int, seed: int
+) -> list[Fold]:
     """Splits of a fold's train rows that choose the regularisation; test rows play no part.
 
     Args:
         fold: A fold. If it has validation rows, they are predicted from its train rows.
+        outcome: What is predicted.
         strata: ``(M,)`` what the splits are stratified by.
         groups: ``(M,)`` patient of each row.
         count: Number of splits; fewer where a stratum has fewer patients, none where it has but one.
@@ -107,16 +112,23 @@ def inner_folds(fold: Fold, strata: Sequence[str], groups: Sequence[str], count:
     count = min(count, *groups_per_class(of_rows, patients).values())
     if count < 2:
         return []
-    splits = grouped_folds(of_rows, patients, count, seed)
-    return [single_fold(fold.train[split.train], fold.train[split.test]) for split in splits]
+    splits = [
+        single_fold(fold.train[split.train], fold.train[split.test])
+        for split in grouped_folds(of_rows, patients, count, seed)
+    ]
+    return [split for split in splits if not outcome.lacking(split.train)]
 
 
-def _choose(method: Method, splits: Sequence[Fold]) -> int:
+def _choose(method: Method, splits: Sequence[Fold], advance: Callable[[], None]) -> int:
     """The candidate with the smallest mean error over validation rows, the strongest regularisation among equals."""
     count = len(method.candidates)
     if count == 1 or not splits:
         return count // 2
-    errors = np.stack([method.errors(split.train, split.test) for split in splits])  # (splits, candidates)
+    found = []
+    for split in splits:
+        found.append(method.errors(split.train, split.test))
+        advance()
+    errors = np.stack(found)  # (splits, candidates)
     sizes = np.array([len(split.test) for split in splits], np.float64)[:, None]
     known = ~np.isnan(errors)
     total = np.where(known, sizes, 0).sum(0)

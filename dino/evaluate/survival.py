@@ -64,7 +64,7 @@ def fit_cox(features: Values, times: Values, events: NDArray[np.bool_], penalize
     Raises:
         ConfigError: If lifelines is not installed.
     """
-    lifelines = _import_lifelines()
+    lifelines = import_lifelines()
     import pandas as pd
 
     centre = features.mean(0)
@@ -84,7 +84,12 @@ def fit_cox(features: Values, times: Values, events: NDArray[np.bool_], penalize
     return lambda others: (others - centre) @ weights
 
 
-def _import_lifelines() -> Any:
+def import_lifelines() -> Any:
+    """The package lifelines.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
     try:
         import lifelines
     except ImportError:
