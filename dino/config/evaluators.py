@@ -15,7 +15,7 @@ class AbmilConfig:
     lr: float = runtime(1e-3, "learning rate of AdamW")
     weight_decay: float = runtime(0.01, "weight decay of AdamW")
     dropout: float = runtime(0.25, "dropout rate of the vector of a slide")
-    batch_size: int = runtime(4, "slides or patients per optimizer step")
+    batch_size: int = runtime(1, "slides or patients per optimizer step")
     piece: int = runtime(
         8192, "feature vectors in memory at once; a larger bag is read in pieces, with equal gradients"
     )

@@ -70,7 +70,13 @@ class NoFeatures:
         return np.tile(self.outcome.constant(train), (len(test), 1))
 
 
-def cross_validate(outcome: Outcome, folds: Sequence[Fold], inner: Sequence[Sequence[Fold]], method: Method) -> Scored:
+def cross_validate(
+    outcome: Outcome,
+    folds: Sequence[Fold],
+    inner: Sequence[Sequence[Fold]],
+    method: Method,
+    advance: Callable[[], None] = lambda: None,
+) -> Scored:
     """Predict the test rows of each fold by a model of its train rows, and score all predictions.
 
     Args:
