@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dino.api.evaluating import evaluate_knn
+    from dino.api.evaluating_slides import evaluate_slide
     from dino.api.exporting import export, info, load_backbone
     from dino.api.extracting import extract
     from dino.api.launching import launch_slurm
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "evaluate_knn",
+    "evaluate_slide",
     "export",
     "extract",
     "info",
@@ -33,6 +35,7 @@ __all__ = [
 
 _MODULES = {
     "evaluate_knn": "evaluating",
+    "evaluate_slide": "evaluating_slides",
     "export": "exporting",
     "extract": "extracting",
     "info": "exporting",

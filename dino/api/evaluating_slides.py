@@ -1,49 +1,33 @@
 """``evaluate slide``: predictions of slides or patients from folders of features."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dino import distributed, files, progress
 from dino.api.evaluating import unique_names, write_result
+from dino.api.features import (
+    FeatureSet,
+    check_leakage,
+    find_features,
+    in_memory,
+    open_features,
+    slides_of_patients,
+)
 from dino.config.schema import SlideConfig
-from dino.data.bags import Bag, find_bags, open_bag
-from dino.errors import ConfigError, DataError
+from dino.errors import ConfigError
 from dino.evaluate import abmil, pooling
 from dino.evaluate.results import Entry, Result, collect
-from dino.evaluate.slides import CaseTable, check_folds, read_cases, read_slides_of_patients, split, strata
+from dino.evaluate.slides import CaseTable, check_folds, read_cases, split
 from dino.evaluate.task import Fold, read_folds, write_folds
-from dino.files import printable
-from dino.slides.tables import STATUS_TABLE, read_status
 
 MEAN, ABMIL, CHANCE = "mean", "abmil", "chance"
 METHODS = (MEAN, ABMIL)
-OF_ENCODER = ("fingerprint", "encoder")  # attributes of the features
-FEATURE_FOLDERS = ("features_*", "region_features_*", "slide_features*")
-
-
-@dataclass(frozen=True)
-class FeatureSet:
-    """The features of one encoder.
-
-    Attributes:
-        name: Unique, short.
-        folder: Where they are.
-        bags: By slide.
-    """
-
-    name: str
-    folder: Path
-    bags: Mapping[str, Bag]
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the encoder, if it is recorded."""
-        return next((str(bag.attributes.get("fingerprint") or "") for bag in self.bags.values()), "")
 
 
 @dataclass(frozen=True)
@@ -84,20 +68,20 @@ def evaluate_slide(features: Sequence[str | Path], labels: str | Path, config: S
     methods = _methods(config)
     device = distributed.choose_device(config.device)
     table = read_cases(Path(labels), config.task, config.unit)
-    folders = [_folder(Path(one), config.encoder) for one in features]
-    found = [find_bags(folder) for folder in folders]
-    table = table.with_slides(_slides_of_patients(table, folders, found, config))
-    for folder, bags in zip(folders, found, strict=True):
-        missing = len(table.cases)
-        table = table.with_features(bags, str(folder), config.max_missing)
-        if missing -= len(table.cases):
-            progress.warn(f"{folder}: {missing} labelled {table.unit}s without features are left out (max_missing)")
+    if MEAN in methods:
+        table.outcome().check_packages()  # before features are read
+    found = [find_features(Path(one), config.encoder) for one in features]
+    table = table.with_slides(slides_of_patients(table, found, config.slides))
+    for one in found:
+        labelled, table = len(table.cases), table.with_features(one.paths, str(one.folder), config.max_missing)
+        if missing := labelled - len(table.cases):
+            progress.warn(f"{one.folder}: {missing} labelled {table.unit}s without features are left out (max_missing)")
     study = _study(table, config, device)
-    sets = [
-        FeatureSet(name, folder, _open(folder, bags, table))
-        for name, folder, bags in zip(unique_names([str(one) for one in folders]), folders, found, strict=True)
-    ]
+    names = unique_names([str(one.folder) for one in found])
+    sets = [open_features(name, one, table) for name, one in zip(names, found, strict=True)]
     entries = [entry for one in sets for entry in _scores(one, methods, study)]
+    if not entries:
+        raise ConfigError(f"expected method=mean for features of one vector per {table.unit}, found {', '.join(methods)}")
     chance = pooling.cross_validate(table.outcome(), study.folds, study.inner, pooling.NoFeatures(table.outcome()))
     entries.append(Entry(CHANCE, CHANCE, chance))
     groups = [table.groups[int(row)] for row in chance.rows]
@@ -123,66 +107,6 @@ def _methods(config: SlideConfig) -> list[str]:
     return methods
 
 
-def _folder(given: Path, encoder: str | None) -> Path:
-    """The folder of the features.
-
-    Raises:
-        DataError: If it is not there, or is a ROOT and no encoder is named.
-    """
-    folder = given / f"features_{encoder}" if encoder else given
-    inside = [path.name for pattern in FEATURE_FOLDERS for path in sorted(given.glob(pattern)) if path.is_dir()]
-    if not folder.is_dir() or (not encoder and inside):
-        hint = f"; it has {', '.join(inside)}: give one of these" if inside else ""
-        raise DataError(f"expected a folder of features at {folder}, found {'a ROOT' if inside else 'none'}{hint}")
-    return folder
-
-
-def _slides_of_patients(
-    table: CaseTable, folders: Sequence[Path], found: Sequence[Mapping[str, Path]], config: SlideConfig
-) -> dict[str, list[str]]:
-    """Slides with features of each patient of a table without slides; a file may also be named after a patient."""
-    if all(case.slides for case in table.cases):
-        return {}
-    if config.slides:
-        slides = read_slides_of_patients(Path(config.slides))
-    else:
-        slides = {}
-        for status in (folder.parent / STATUS_TABLE for folder in folders):
-            for row in read_status(status.parent).values() if status.is_file() else ():
-                if row.patient_id and row.slide_id not in slides.setdefault(row.patient_id, []):
-                    slides[row.patient_id].append(row.slide_id)
-    for bags in found:
-        slides = {patient: [one for one in names if one in bags] for patient, names in slides.items()}
-    return {case.name: slides.get(case.name) or [case.name] for case in table.cases}
-
-
-def _open(folder: Path, paths: Mapping[str, Path], table: CaseTable) -> dict[str, Bag]:
-    """Open the features of all labelled slides.
-
-    Raises:
-        DataError: If they are of several encoders or dimensions, or a file has no features.
-    """
-    bags = {slide: open_bag(paths[slide]) for case in table.cases for slide in case.slides}
-    first, *others = bags
-    for slide in others:
-        pairs = [(name, *(bags[one].attributes.get(name) for one in (first, slide))) for name in OF_ENCODER]
-        pairs.append(("D", bags[first].dim, bags[slide].dim))
-        for name, expected, other in pairs:
-            if expected != other:
-                raise DataError(
-                    f"expected features of one encoder in {folder}, found {name} {_short(expected)} of "
-                    f"'{printable(first)}' and {_short(other)} of '{printable(slide)}'; move one encoder's away"
-                )
-    empty = next((slide for slide, bag in bags.items() if not len(bag)), None)
-    if empty is not None:
-        raise DataError(f"expected features in {printable(bags[empty].path)}, found 0 rows; remove the slide's label")
-    return bags
-
-
-def _short(value: Any) -> str:
-    return "unknown" if value is None else str(value)[:16]
-
-
 def _study(table: CaseTable, config: SlideConfig, device: torch.device) -> Study:
     """The outcome, and how the cases are split."""
     outcome = table.outcome()
@@ -193,19 +117,21 @@ def _study(table: CaseTable, config: SlideConfig, device: torch.device) -> Study
     else:
         folds = split(table, outcome, config.folds, config.seed)
     check_folds(table, outcome, folds)
-    by = strata(outcome, table.groups, len(folds))
-    inner = [pooling.inner_folds(one, outcome, by, table.groups, config.inner_folds, config.seed) for one in folds]
+    inner = [pooling.inner_folds(one, outcome, table.groups, config.inner_folds, config.seed) for one in folds]
     return Study(table, folds, inner, config, device)
 
 
 def _scores(features: FeatureSet, methods: Sequence[str], study: Study) -> list[Entry]:
     """A row for each method."""
     config, outcome = study.config, study.table.outcome()
-    opened = _in_memory(features.bags, config.memory_gb) if ABMIL in methods else features.bags
+    opened = in_memory(features.bags, config.memory_gb) if ABMIL in methods else features.bags
     cases = [[opened[slide] for slide in case.slides] for case in study.table.cases]
     bags = [abmil.PiecewiseBag(slides, config.abmil.piece) for slides in cases]
     with progress.bar(f"{features.name}: read features", len(bags)) as bar:
         moments = abmil.Moments(bags, bar.advance)
+    tested = np.concatenate([fold.test for fold in study.folds])
+    leakage = check_leakage(features, [study.table.cases[int(row)] for row in tested], config.allow_leakage)
+    progress.say(f"{features.name}: compared with the pretraining: {leakage['compared']}")
     entries = []
     for method in methods:
         if method == ABMIL and max(map(len, bags)) == 1:
@@ -218,22 +144,12 @@ def _scores(features: FeatureSet, methods: Sequence[str], study: Study) -> list[
                 ABMIL: partial(abmil.AttentionPooling, outcome, bags, moments, config.abmil, study.device, config.seed),
             }
             scored = pooling.cross_validate(outcome, study.folds, study.inner, build[method](), bar.advance)
-        details = {**scored.details, "method": method, "dim": moments.means.shape[1], "vectors": sum(map(len, bags))}
+        details = {**scored.details, "method": method, "leakage": leakage}
+        details |= {"dim": moments.means.shape[1], "vectors": sum(map(len, bags))}
         name = f"{features.name}: {method}" if len(methods) > 1 else features.name
         source, scored = str(features.folder), replace(scored, details=details)
         entries.append(Entry(name, "model", scored, source, features.fingerprint))
     return entries
-
-
-def _in_memory(bags: Mapping[str, Bag], limit_gb: float) -> dict[str, Bag]:
-    """The bags, as many of them as fit with their features in memory, in the type in which they are stored."""
-    left, found = limit_gb * 1e9, {}
-    for slide, bag in bags.items():
-        size = bag.features[:1].nbytes * len(bag)
-        fits = size <= left
-        left -= size * fits
-        found[slide] = replace(bag, features=bag.features[:]) if fits else bag
-    return found
 
 
 def _about(study: Study) -> dict[str, Any]:

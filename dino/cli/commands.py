@@ -30,6 +30,7 @@ from dino.config.schema import (
     LaunchConfig,
     PatchConfig,
     RegionConfig,
+    SlideConfig,
     TileConfig,
 )
 
@@ -355,6 +356,7 @@ SCHEMAS: dict[str, type] = {
     "pretrain region": RegionConfig,
     "extract": ExtractConfig,
     "evaluate knn": KnnConfig,
+    "evaluate slide": SlideConfig,
     "export": ExportConfig,
     "info": InfoConfig,
     "launch slurm": LaunchConfig,
@@ -365,8 +367,8 @@ SCHEMAS: dict[str, type] = {
 def config(arguments: ConfigArguments = None, config: ConfigFile = None, recipe: StartRecipe = None) -> None:
     """Print all settings of a command with their values and comments, as YAML.
 
-    COMMAND is tile, patch, region, extract, knn, export, info, slurm or demo. Values that differ from the default are
-    marked. The output can be saved, edited and passed to the command with --config.
+    COMMAND is tile, patch, region, extract, knn, export, info, slurm, demo or evaluate slide. Values that differ from
+    the default are marked. The output can be saved, edited and passed to the command with --config.
 
     For example:
 

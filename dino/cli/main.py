@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from dino import __version__
-from dino.cli import commands, runs
+from dino.cli import commands, runs, slide_evaluation
 from dino.cli.command import Command, ConfigFile
 
 
@@ -70,6 +70,7 @@ pretraining.command(cls=commands.region_command)(commands.region)
 app.command(cls=commands.extract_command)(commands.extract)
 app.add_typer(evaluation, name="evaluate")
 evaluation.command(cls=commands.knn_command)(commands.knn)
+evaluation.command(cls=slide_evaluation.slide_command)(slide_evaluation.slide)
 app.command(cls=commands.export_command)(commands.export)
 app.command(cls=commands.info_command)(commands.info)
 app.command(cls=runs.resume_command)(runs.resume)

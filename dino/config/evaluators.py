@@ -40,12 +40,16 @@ class SlideConfig:
     splits: str | None = runtime(None, "CSV of the folds that an earlier evaluation wrote, instead of new ones")
     inner_folds: int = runtime(3, "folds of the training rows that choose penalties and epochs")
     max_missing: int = runtime(0, "accept this many labelled slides or patients without features, and leave them out")
+    allow_leakage: bool = runtime(
+        False,
+        "accept test slides or patients that the model of the features was pretrained on (recorded in the result)",
+    )
     resamples: int = runtime(1000, "bootstrap samples of patients for the 95 % intervals, 0 for none")
     seed: int = runtime(0, "random seed of folds, training and bootstrap")
-    abmil: AbmilConfig = group(AbmilConfig)
     memory_gb: float = runtime(4.0, "GB of features kept in memory; others are read again in each epoch")
     device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
     output: str | None = runtime(None, "JSON file for the scores; a CSV, a figure and the folds are written beside it")
+    abmil: AbmilConfig = group(AbmilConfig)
 
 
 @dataclass

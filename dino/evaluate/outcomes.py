@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dino.evaluate import survival
 from dino.evaluate.statistics import Statistic, Values, accuracy, auc, balanced_accuracy, mean, mean_of_parts
-from dino.evaluate.task import Rows
+from dino.evaluate.task import Rows, groups_per_class
 
 Predict = Callable[[Values], Values]
 
@@ -49,6 +49,22 @@ class Outcome(ABC):
     def needed(self) -> set[str]:
         """The strata without which no model can be fitted or scored."""
         return set()
+
+    def strata_of(self, rows: Sequence[int], groups: Sequence[str], folds: int) -> list[str]:
+        """Strata of rows for a number of folds: one for all, where others than the needed ones have too few groups.
+
+        Args:
+            rows: ``(n,)``.
+            groups: ``(n,)`` patient of each of them.
+            folds: Number of folds.
+        """
+        every = self.strata()
+        strata = [every[row] for row in rows]
+        small = {name for name, count in groups_per_class(strata, groups).items() if count < folds}
+        return ["all"] * len(strata) if small and not small & self.needed else strata
+
+    def check_packages(self) -> None:  # noqa: B027 (most need none)
+        """Raise ConfigError if a package that :meth:`fit` needs is not installed."""
 
     @abstractmethod
     def lacking(self, rows: Rows) -> str:
@@ -234,6 +250,10 @@ class Survival(Outcome):
     def lacking(self, rows: Rows) -> str:
         """See :class:`Outcome`."""
         return "" if self.events[rows].any() else "an event that is not censored"
+
+    def check_packages(self) -> None:
+        """See :class:`Outcome`."""
+        survival.import_lifelines()
 
     def fit(self, features: Values, rows: Rows, penalty: float) -> Predict:
         """A Cox model of principal components."""

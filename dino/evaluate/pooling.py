@@ -98,29 +98,27 @@ def cross_validate(
     return Scored(rows, outcome.statistics(np.concatenate(predicted), rows, parts), details)
 
 
-def inner_folds(
-    fold: Fold, outcome: Outcome, strata: Sequence[str], groups: Sequence[str], count: int, seed: int
-) -> list[Fold]:
+def inner_folds(fold: Fold, outcome: Outcome, groups: Sequence[str], count: int, seed: int) -> list[Fold]:
     """Splits of a fold's train rows that choose the regularisation; test rows play no part.
 
     Args:
         fold: A fold. If it has validation rows, they are predicted from its train rows.
         outcome: What is predicted.
-        strata: ``(M,)`` what the splits are stratified by.
         groups: ``(M,)`` patient of each row.
-        count: Number of splits; fewer where a stratum has fewer patients, none where it has but one.
+        count: Number of splits; fewer where a class has fewer patients, none where it has but one.
         seed: Seed.
     """
     if len(fold.validation):
         return [single_fold(fold.train, fold.validation)]
     rows = [int(row) for row in fold.train]
-    of_rows, patients = [strata[row] for row in rows], [groups[row] for row in rows]
-    count = min(count, *groups_per_class(of_rows, patients).values())
+    patients = [groups[row] for row in rows]
+    count = min(count, *groups_per_class(outcome.strata_of(rows, patients, count), patients).values())
     if count < 2:
         return []
+    strata = outcome.strata_of(rows, patients, count)
     splits = [
         single_fold(fold.train[split.train], fold.train[split.test])
-        for split in grouped_folds(of_rows, patients, count, seed)
+        for split in grouped_folds(strata, patients, count, seed)
     ]
     return [split for split in splits if not outcome.lacking(split.train)]
 

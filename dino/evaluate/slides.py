@@ -15,7 +15,7 @@ from dino.evaluate.labels import _first as first_few
 from dino.evaluate.labels import _read_csv as read_rows
 from dino.evaluate.labels import _require_none as refuse_lines
 from dino.evaluate.outcomes import Classes, Numbers, Outcome, Survival
-from dino.evaluate.task import Fold, grouped_folds, groups_per_class, single_fold
+from dino.evaluate.task import Fold, grouped_folds, single_fold
 from dino.files import printable
 
 TASKS = ("classification", "regression", "survival")
@@ -83,7 +83,10 @@ class CaseTable:
         """
         return replace(
             self,
-            cases=[case if case.slides else replace(case, slides=tuple(slides_of.get(case.name, ()))) for case in self.cases],
+            cases=[
+                case if case.slides else replace(case, slides=tuple(slides_of.get(case.name, ())))
+                for case in self.cases
+            ],
         )
 
     def with_features(self, available: Collection[str], where: str, max_missing: int) -> "CaseTable":
@@ -98,14 +101,17 @@ class CaseTable:
             DataError: If there are more.
         """
         found = [replace(case, slides=tuple(one for one in case.slides if one in available)) for case in self.cases]
-        lacking = [old for old, new in zip(self.cases, found, strict=True) if not new.slides or new.slides != old.slides]
+        lacking = [
+            old for old, new in zip(self.cases, found, strict=True) if not new.slides or new.slides != old.slides
+        ]
         if len(lacking) > max_missing:
             missing = [one for case in lacking for one in case.slides or [case.name] if one not in available]
             close = difflib.get_close_matches(missing[0], available, 1, 0.6)
             hint = f" (the nearest to '{missing[0]}' is '{close[0]}')" if close else ""
             raise DataError(
-                f"{self.path}: expected features of every labelled {self.unit} in {where}, found none of {len(missing)} "
-                f"({first_few(missing)}){hint}; extract them, or leave them out with max_missing={len(lacking)}"
+                f"{self.path}: expected features of every labelled {self.unit} in {where}, found none of "
+                f"{len(missing)} ({first_few(missing)}){hint}; extract them, or leave them out with "
+                f"max_missing={len(lacking)}"
             )
         return replace(self, cases=[case for case in found if case.slides])
 
@@ -129,8 +135,8 @@ def read_cases(path: Path, task: str | None = None, unit: str | None = None) -> 
         unit: One of :data:`UNITS`; None: slides, or patients of a table without a column slide_id.
 
     Raises:
-        DataError: If a column is missing, a value is blank or of another kind, a slide or patient is in two rows that do
-            not agree, a patient in two partitions, or there is one class or value only, or no event.
+        DataError: If a column is missing, a value is blank or of another kind, a slide or patient is in two rows that
+            do not agree, a patient in two partitions, or there is one class or value only, or no event.
         ConfigError: If there is no such task or unit.
     """
     rows = read_rows(path, ())
@@ -148,7 +154,9 @@ def read_cases(path: Path, task: str | None = None, unit: str | None = None) -> 
     if "partition" in columns:
         unknown = [i for i, case in enumerate(cases) if not case.partition]
         refuse_lines(path, unknown, "train, val or test as partition", "others")
-    table = CaseTable(path, task, unit, _merged(path, cases, unit, mergeable="slide_id" in columns and unit == "patient"))
+    table = CaseTable(
+        path, task, unit, _merged(path, cases, unit, mergeable="slide_id" in columns and unit == "patient")
+    )
     _check_partitions(table)
     table.outcome()
     return table
@@ -168,6 +176,11 @@ def read_slides_of_patients(path: Path) -> dict[str, list[str]]:
         if row["patient_id"] and row[slide]:
             slides.setdefault(row["patient_id"], []).append(row[slide])
     return slides
+
+
+def unknown_patient(slide: str) -> str:
+    """What stands for the patient of a slide without one."""
+    return f"slide {slide}"
 
 
 def split(table: CaseTable, outcome: Outcome, folds: int, seed: int) -> list[Fold]:
@@ -190,17 +203,11 @@ def split(table: CaseTable, outcome: Outcome, folds: int, seed: int) -> list[Fol
         return [single_fold(parts["train"], parts["test"], parts["val"])]
     if len(set(table.groups)) < folds:
         raise DataError(
-            f"{table.path}: expected at least as many patients (or slides) as folds, found {len(set(table.groups))} and "
-            f"{folds} folds; set folds=N"
+            f"{table.path}: expected at least as many patients (or slides) as folds, found {len(set(table.groups))} "
+            f"and {folds} folds; set folds=N"
         )
-    return grouped_folds(strata(outcome, table.groups, folds), table.groups, folds, seed)
-
-
-def strata(outcome: Outcome, groups: Sequence[str], folds: int) -> list[str]:
-    """What folds are stratified by: nothing, where strata that need not be in every fold have too few patients."""
-    found = outcome.strata()
-    small = {name for name, count in groups_per_class(found, groups).items() if count < folds}
-    return ["all"] * len(found) if small and not small & outcome.needed else found
+    strata = outcome.strata_of(range(len(table.cases)), table.groups, folds)
+    return grouped_folds(strata, table.groups, folds, seed)
 
 
 def check_folds(table: CaseTable, outcome: Outcome, folds: Sequence[Fold]) -> None:
@@ -218,8 +225,8 @@ def check_folds(table: CaseTable, outcome: Outcome, folds: Sequence[Fold]) -> No
             )
         if lacking := outcome.lacking(fold.train):
             raise DataError(
-                f"{table.path}: expected {lacking} among the training rows of every fold, found none in fold {number} of "
-                f"{len(folds)}; set fewer folds, or give a column partition"
+                f"{table.path}: expected {lacking} among the training rows of every fold, found none in fold {number} "
+                f"of {len(folds)}; set fewer folds, or give a column partition"
             )
 
 
@@ -245,7 +252,9 @@ def _check_values(path: Path, rows: Sequence[Mapping[str, str]], task: str) -> N
     elif task == "regression":
         refuse_lines(path, lines("label", _is_number), "a number as label", "others")
     else:
-        refuse_lines(path, lines("time", lambda text: _is_number(text) and float(text) >= 0), "a time of 0 or more", "others")
+        refuse_lines(
+            path, lines("time", lambda text: _is_number(text) and float(text) >= 0), "a time of 0 or more", "others"
+        )
         refuse_lines(path, lines("event", lambda text: text.lower() in EVENTS), "0 or 1 as event", "others")
 
 
@@ -260,7 +269,7 @@ def _case(row: Mapping[str, str], unit: str, predicted: Sequence[str], split: bo
     slide, patient = row.get("slide_id", ""), row.get("patient_id", "")
     return Case(
         row[f"{unit}_id"],
-        patient or f"slide {slide}",
+        patient or unknown_patient(slide),
         (slide,) if slide else (),
         {name: row[name] for name in predicted},
         PARTITIONS.get(row["partition"].lower(), "") if split else "",
@@ -278,8 +287,8 @@ def _merged(path: Path, cases: Sequence[Case], unit: str, mergeable: bool) -> li
             raise DataError(f"{path}: expected every {unit} once, found '{case.name}' again on line {line}")
         if (case.values, case.partition) != (first.values, first.partition):
             raise DataError(
-                f"{path}: expected equal labels in all rows of a patient, found others of '{case.name}' on line {line}; "
-                "predict slides with unit=slide"
+                f"{path}: expected equal labels in all rows of a patient, found others of '{case.name}' on line "
+                f"{line}; predict slides with unit=slide"
             )
         merged[case.name] = replace(first, slides=first.slides + case.slides)
     return list(merged.values())

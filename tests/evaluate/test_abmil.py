@@ -107,7 +107,7 @@ def scores(outcome, bags, config=SMALL, folds=4, seed=0):
     """Values of the primary statistic: of mean pooling, and of attention."""
     groups = [str(i) for i in range(len(bags))]
     splits = grouped_folds(outcome.strata(), groups, folds, 0)
-    inner = [inner_folds(fold, outcome, outcome.strata(), groups, 2, 0) for fold in splits]
+    inner = [inner_folds(fold, outcome, groups, 2, 0) for fold in splits]
     moments = Moments(bags)
     methods = LinearModel(outcome, moments.means), AttentionPooling(outcome, bags, moments, config, CPU, seed)
     scored = [cross_validate(outcome, splits, inner, method) for method in methods]
@@ -145,7 +145,9 @@ def test_numbers_and_times_are_predicted():
 
 def predictions():
     labels, bags = cohort(12, 0.5, 1.0, tiles=30)
-    return AttentionPooling(Classes(labels), bags, Moments(bags), SMALL, CPU, 5).predict(np.arange(8), np.arange(8, 12), 2)
+    return AttentionPooling(Classes(labels), bags, Moments(bags), SMALL, CPU, 5).predict(
+        np.arange(8), np.arange(8, 12), 2
+    )
 
 
 def test_another_process_predicts_the_same_bits():
@@ -154,7 +156,9 @@ def test_another_process_predicts_the_same_bits():
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     other = subprocess.run(
         [sys.executable, "-c", program],
-        **{"capture_output": True, "text": True, "check": True},
+        check=True,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": paths},
     )
     assert other.stdout.strip() == predictions().tobytes().hex()

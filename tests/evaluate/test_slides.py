@@ -10,7 +10,7 @@ from sklearn.metrics import mean_absolute_error, r2_score, roc_auc_score
 from dino.errors import ConfigError, DataError
 from dino.evaluate.outcomes import Classes, Numbers, Survival
 from dino.evaluate.pooling import LinearModel, NoFeatures, cross_validate, inner_folds
-from dino.evaluate.slides import check_folds, read_cases, read_slides_of_patients, split, strata
+from dino.evaluate.slides import check_folds, read_cases, read_slides_of_patients, split
 from dino.evaluate.task import grouped_folds, single_fold
 
 ONE = np.ones((1, 60))
@@ -41,7 +41,11 @@ def test_the_slides_of_a_patient_are_one_case(table):
     found = read_cases(path, unit="patient")
     assert [(case.name, case.slides) for case in found.cases] == [("p", ("a", "b")), ("q", ("c",))]
     outcome = found.outcome()
-    assert isinstance(outcome, Survival) and outcome.times.tolist() == [3, 4.5] and outcome.events.tolist() == [True, False]
+    assert (
+        isinstance(outcome, Survival)
+        and outcome.times.tolist() == [3, 4.5]
+        and outcome.events.tolist() == [True, False]
+    )
 
 
 def test_a_table_of_patients_gets_their_slides_from_another(table, tmp_path):
@@ -70,8 +74,16 @@ TWO = "slide_id,label\na,x\nb,y\n"
         ("slide_id,time,event\na,-3,0\nb,4,1\n", {}, "expected a time of 0 or more in every row"),
         ("slide_id,time,event\na,3,dead\nb,4,1\n", {}, "expected 0 or 1 as event in every row"),
         (TWO + "a,y\n", {}, "expected every slide once, found 'a' again on line 4"),
-        ("slide_id,patient_id,label\na,p,x\nb,p,y\n", {"unit": "patient"}, "expected equal labels in all rows of a patient"),
-        ("slide_id,patient_id,label,partition\na,p,x,train\nb,p,y,test\n", {}, "expected every patient in one partition"),
+        (
+            "slide_id,patient_id,label\na,p,x\nb,p,y\n",
+            {"unit": "patient"},
+            "expected equal labels in all rows of a patient",
+        ),
+        (
+            "slide_id,patient_id,label,partition\na,p,x,train\nb,p,y,test\n",
+            {},
+            "expected every patient in one partition",
+        ),
         ("slide_id,label,partition\na,x,train\nb,y,later\n", {}, "expected train, val or test as partition"),
     ],
 )
@@ -100,7 +112,7 @@ def test_partitions_are_used_as_they_are(table):
     found = read_cases(table("slide_id,label,partition\na,x,train\nb,y,reference\nc,x,test\nd,y,val\n"))
     (fold,) = split(found, found.outcome(), 5, 0)
     assert [rows.tolist() for rows in (fold.train, fold.test, fold.validation)] == [[0, 1], [2], [3]]
-    (inner,) = inner_folds(fold, found.outcome(), found.outcome().strata(), found.groups, 3, 0)
+    (inner,) = inner_folds(fold, found.outcome(), found.groups, 3, 0)
     assert [rows.tolist() for rows in (inner.train, inner.test)] == [[0, 1], [3]]
 
 
@@ -119,8 +131,7 @@ def test_no_patient_is_on_two_sides_of_a_fold(patients, folds, seed, kind):
         "survival": lambda: Survival(np.abs(numbers), numbers < 1),
     }[kind]()
     groups = [f"p{patient}" for patient in patients]
-    by = strata(outcome, groups, folds)
-
+    by = outcome.strata_of(range(len(groups)), groups, folds)
 
     try:
         outer = grouped_folds(by, groups, folds, seed)
@@ -128,7 +139,7 @@ def test_no_patient_is_on_two_sides_of_a_fold(patients, folds, seed, kind):
         return
     assert sorted(row for fold in outer for row in fold.test) == list(range(len(patients)))
     for fold in outer:
-        inner = inner_folds(fold, outcome, by, groups, 3, seed)
+        inner = inner_folds(fold, outcome, groups, 3, seed)
         assert not {row for one in inner for row in (*one.train, *one.test)} & set(fold.test)
         for one in [fold, *inner]:
             assert not {groups[row] for row in one.train} & {groups[row] for row in one.test}
@@ -147,8 +158,8 @@ def test_too_few_patients_and_shared_patients_are_refused(table):
 def test_too_few_events_for_the_folds_are_refused():
     outcome = Survival(np.arange(1.0, 21), np.arange(20) < 3)
     groups = [str(i) for i in range(20)]
-    assert set(strata(outcome, groups, 5)) == {"event", "censored"}  # grouped_folds refuses these
-    assert set(strata(Survival(outcome.times, ~outcome.events), groups, 5)) == {"all"}
+    assert set(outcome.strata_of(range(20), groups, 5)) == {"event", "censored"}  # grouped_folds refuses these
+    assert set(Survival(outcome.times, ~outcome.events).strata_of(range(20), groups, 5)) == {"all"}
 
 
 PARTS = [np.arange(0, 25), np.arange(25, 60)]
@@ -205,7 +216,7 @@ def test_the_penalty_is_chosen_without_the_test_rows():
     for one in (labels, changed):
         outcome = Classes(one)
         fold = single_fold(PARTS[1], PARTS[0])
-        inner = inner_folds(fold, outcome, outcome.strata(), [str(i) for i in range(60)], 3, 0)
+        inner = inner_folds(fold, outcome, [str(i) for i in range(60)], 3, 0)
         model = LinearModel(outcome, vectors)
         chosen.append(cross_validate(outcome, [fold], [inner], model).details["chosen"])
         predicted.append(model.predict(fold.train, fold.test, 3))
