@@ -26,6 +26,7 @@ from dino.data.grids import read_grid
 from dino.data.images import decode
 from dino.errors import DinoError
 from dino.evaluate.labels import read_labels
+from dino.evaluate.slides import read_cases, split
 from dino.extraction.record import check_folder
 from dino.extraction.regions import plan_cells
 from dino.extraction.tile_files import Layout, is_written
@@ -258,14 +259,33 @@ STATUS = (
 
 
 SLIDES = "sample_id,image_path,mask_path,spacing_at_level_0,partition\na,tile.png,,0.5,\nb,tile.png,tile.png,,test\n"
-NAMES = {"labels": "labels.csv", "regions": "regions.csv", "tiles": "tiles.csv", "status": "slides_status.csv"}
-TABLES = {"labels": LABELS, "regions": REGIONS, "tiles": TILES, "status": STATUS, "slides": SLIDES}
+SURVIVAL = "slide_id,patient_id,time,event,partition\n" + "".join(
+    f"s{i},p{i},{i}.5,{i % 2},{('train', 'test')[i // 4]}\n" for i in range(8)
+)
+NAMES = {
+    "labels": "labels.csv",
+    "survival": "labels.csv",
+    "regions": "regions.csv",
+    "tiles": "tiles.csv",
+    "status": "slides_status.csv",
+}
+TABLES = {
+    "labels": LABELS,
+    "survival": SURVIVAL,
+    "regions": REGIONS,
+    "tiles": TILES,
+    "status": STATUS,
+    "slides": SLIDES,
+}
 
 
 def read_table(root: Path, table: str) -> None:
     """Read a table as the commands do, and plan the reading."""
     if table == "labels":
         read_labels(root / "labels.csv")
+    elif table == "survival":
+        cases = read_cases(root / "labels.csv")
+        split(cases, cases.outcome(), 2, 0)
     elif table == "slides":
         read_slide_list([root / "slides.csv"])
     elif table == "tiles":

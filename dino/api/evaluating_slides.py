@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from dino import distributed, files, progress
-from dino.api.evaluating import unique_names, write_result
 from dino.api.features import (
     FeatureSet,
     check_leakage,
@@ -77,11 +76,13 @@ def evaluate_slide(features: Sequence[str | Path], labels: str | Path, config: S
         if missing := labelled - len(table.cases):
             progress.warn(f"{one.folder}: {missing} labelled {table.unit}s without features are left out (max_missing)")
     study = _study(table, config, device)
-    names = unique_names([str(one.folder) for one in found])
+    names = _names([one.folder for one in found])
     sets = [open_features(name, one, table) for name, one in zip(names, found, strict=True)]
     entries = [entry for one in sets for entry in _scores(one, methods, study)]
     if not entries:
-        raise ConfigError(f"expected method=mean for features of one vector per {table.unit}, found {', '.join(methods)}")
+        raise ConfigError(
+            f"expected method=mean for features of one vector per {table.unit}, found {', '.join(methods)}"
+        )
     chance = pooling.cross_validate(table.outcome(), study.folds, study.inner, pooling.NoFeatures(table.outcome()))
     entries.append(Entry(CHANCE, CHANCE, chance))
     groups = [table.groups[int(row)] for row in chance.rows]
@@ -172,4 +173,13 @@ def _write(result: Result, study: Study, output: Path) -> None:
         with files.oserror_to_data_error(path.parent):
             write_folds(path, [case.name for case in study.table.cases], study.folds)
         progress.say(f"folds: {path}; splits={path} uses them again")
-    write_result(result, output)
+    with files.oserror_to_data_error(output.parent):
+        files.write_json(output, result.to_dict())
+        files.write_text(output.with_suffix(".csv"), result.to_csv())
+    progress.say(f"result: {output}, and beside it .csv")
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Unique names of folders."""
+    short = [folder.absolute().name for folder in folders]
+    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]

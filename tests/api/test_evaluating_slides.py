@@ -10,7 +10,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-
 from tiny_models import save_checkpoint
 
 from dino.api import evaluate_slide
