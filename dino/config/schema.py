@@ -8,7 +8,7 @@ settings, such as :class:`PatchAugConfig`; this package imports no other.
 from dataclasses import dataclass
 
 from dino.config.declare import group, identity, runtime
-from dino.config.evaluators import AbmilConfig, SlideConfig  # noqa: F401 -- a part of this module
+from dino.config.evaluators import AbmilConfig, RobustnessConfig, SlideConfig  # noqa: F401 -- a part of this module
 
 # ---------------------------------------------------------------------------------------------- pretraining
 

@@ -272,6 +272,8 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "slides": (schema.TileConfig,),
     "extraction": (schema.ExtractConfig,),
     "evaluate": (schema.KnnConfig, *RUN),
+    "evaluate/confounders.py": (schema.RobustnessConfig,),
+    "evaluate/robustness.py": (schema.RobustnessConfig,),
     "evaluate/slides.py": (schema.SlideConfig,),
     "api/features.py": (schema.SlideConfig,),
     "api/evaluating_slides.py": (schema.SlideConfig,),
