@@ -59,7 +59,8 @@ def fit_cox(features: Values, times: Values, events: NDArray[np.bool_], penalize
         penalizer: Strength of the penalty, in lifelines' units.
 
     Returns:
-        A function of features ``(m, D)`` that gives the logarithm of the relative hazard ``(m,)``.
+        A function of features ``(m, D)`` that gives the logarithm of the relative hazard ``(m,)``; 0 where lifelines
+        finds no optimum.
 
     Raises:
         ConfigError: If lifelines is not installed.

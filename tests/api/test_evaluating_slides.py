@@ -10,10 +10,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from painted_slide import noise
+from painted_slide import write_slide as write_tiff
 from tiny_models import save_checkpoint
 
-from dino.api import evaluate_slide
-from dino.config.schema import AbmilConfig, SlideConfig
+from dino.api import evaluate_slide, extract, tile
+from dino.config.schema import AbmilConfig, ExtractConfig, SlideConfig, TileConfig
 from dino.errors import ConfigError, DataError
 from dino.models.weights import load_backbone_file
 
@@ -228,3 +230,24 @@ def test_without_lifelines_the_extra_is_named(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "lifelines", None)
     with pytest.raises(ConfigError, match=r"pip install 'histodino\[evaluate\]'"):
         evaluate_slide(folders(root), root / "labels.csv", config(task="survival"))
+
+
+def test_patients_are_predicted_from_what_tile_and_extract_wrote(tmp_path):
+    """The patients of the slides are those of the slide list, and the model of the features is found."""
+    lines = ["sample_id,image_path,patient_id"]
+    for i in range(8):
+        pixels = noise(5 * 32, 4 * 32, seed=i)
+        pixels[..., 0] = pixels[..., 0] // 2 + 60 * (i % 2)
+        write_tiff(tmp_path / f"s{i}.tiff", [pixels], mpp=0.5)
+        lines.append(f"s{i},s{i}.tiff,p{i // 4 * 2 + i % 2}")
+    (tmp_path / "slides.csv").write_text("\n".join(lines))
+    cut = TileConfig(tile_size_px=32, region_size_px=64, tissue_downsample=16, min_tissue=0.0, num_workers=1)
+    assert tile([tmp_path / "slides.csv"], tmp_path / "root", cut).exit_code == 0
+    save_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt", training_slides={"slide_ids": ["other"]})
+    plain = ExtractConfig(encoder="ours", what="tiles", device="cpu", precision="fp32", num_workers=1)
+    assert extract(str(tmp_path / "run"), tmp_path / "root", plain).exit_code == 0
+    (tmp_path / "labels.csv").write_text("patient_id,label\np0,dark\np1,red\np2,dark\np3,red\n")
+    result = evaluate_slide([tmp_path / "root"], tmp_path / "labels.csv", config(encoder="ours"))
+    assert (result.about["cases"], result.about["slides"]) == (4, 8)
+    assert result.rows[0].details["leakage"]["compared"] == "slides by slide_id"
+    assert result.rows[0].details["vectors"] == 160 and result.rows[0].estimates["auc"].value is not None

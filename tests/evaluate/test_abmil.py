@@ -150,6 +150,7 @@ def predictions():
     )
 
 
+@pytest.mark.slow
 def test_another_process_predicts_the_same_bits():
     """Also with another state of torch's global generator."""
     program = "import test_abmil, torch; torch.manual_seed(9); print(test_abmil.predictions().tobytes().hex())"
@@ -174,3 +175,32 @@ def test_fewer_epochs_are_the_beginning_of_more():
     )
     assert np.array_equal(short.predict(train, test, 1), long.predict(train, test, 1))
     assert np.array_equal(short.errors(train, test), long.errors(train, test)[:2])
+
+
+LARGE = """
+import resource, sys
+from pathlib import Path
+import h5py, numpy as np
+from test_abmil import AbmilConfig, AttentionPooling, CPU, Classes, Moments, PiecewiseBag
+from dino.data.bags import open_bag
+
+paths = [Path(sys.argv[1]) / f"s{i}.h5" for i in range(2)]
+for i, path in enumerate(paths):
+    values = np.random.default_rng(i).normal(size=(1000, 1024)).astype(np.float16)
+    with h5py.File(path, "w") as file:
+        features = file.create_dataset("features", (100_000, 1024), np.float16)
+        for start in range(0, 100_000, 1000):
+            features[start : start + 1000] = values
+bags = [PiecewiseBag([open_bag(path)], AbmilConfig().piece) for path in paths]
+method = AttentionPooling(Classes(["x", "y"]), bags, Moments(bags), AbmilConfig(epochs=1), CPU, 0)
+assert np.isfinite(method.predict(np.arange(2), np.arange(2), 0)).all()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)  # GB
+"""
+
+
+@pytest.mark.slow
+def test_bags_of_a_hundred_thousand_tiles_are_trained_on_in_little_memory(tmp_path):
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    env = {**os.environ, "PYTHONPATH": paths}
+    program = [sys.executable, "-c", LARGE, str(tmp_path)]
+    assert float(subprocess.run(program, check=True, capture_output=True, text=True, env=env).stdout) < 2
