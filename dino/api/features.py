@@ -12,6 +12,7 @@ from dino.evaluate.labels import LabelTable
 from dino.evaluate.leakage import Pretraining
 from dino.evaluate.leakage import check_leakage as compare_with_pretraining
 from dino.evaluate.slides import Case, CaseTable, read_slides_of_patients, unknown_patient
+from dino.extraction.record import RECORD, read_record
 from dino.files import printable
 from dino.models.weights import load_backbone_file
 from dino.slides.tables import STATUS_TABLE, read_status
@@ -103,10 +104,16 @@ def open_features(name: str, files: Files, table: CaseTable) -> FeatureSet:
         table: The labels.
 
     Raises:
-        DataError: If they are of several encoders or dimensions, or a file has no features.
+        DataError: If they are of several encoders or dimensions, not of the recorded one, or a file has no features.
     """
     bags = {slide: open_bag(files.paths[slide]) for case in table.cases for slide in case.slides}
     first, *others = bags
+    recorded, found = read_record(files.folder / RECORD).get("fingerprint"), bags[first].attributes.get("fingerprint")
+    if recorded and recorded != found:
+        raise DataError(
+            f"expected features of the encoder that {files.folder / RECORD} records ({_short(recorded)}), found "
+            f"fingerprint {_short(found)} of '{printable(first)}'; extract again into an empty folder"
+        )
     for slide in others:
         pairs = [(kind, *(bags[one].attributes.get(kind) for one in (first, slide))) for kind in OF_ENCODER]
         pairs.append(("D", bags[first].dim, bags[slide].dim))

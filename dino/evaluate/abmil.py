@@ -77,10 +77,10 @@ class Moments:
     def of(self, rows: Rows) -> tuple[Values, Values]:
         """Mean and standard deviation ``(D,)`` of instances of ``rows``, in which every case has the same weight."""
         mean = self.means[rows].mean(0)
-        return mean, spread(self.squares[rows].mean(0) - mean**2, mean)
+        return mean, _spread(self.squares[rows].mean(0) - mean**2, mean)
 
 
-def spread(variance: Values, mean: Values) -> Values:
+def _spread(variance: Values, mean: Values) -> Values:
     """Standard deviations to divide by: 1 for a feature that is constant but for rounding."""
     deviation = np.sqrt(variance.clip(0))
     return np.where(deviation > 1e-6 * (1e-6 + np.abs(mean)), deviation, 1.0)

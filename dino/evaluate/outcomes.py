@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from dino.evaluate import survival
 from dino.evaluate.statistics import Statistic, Values, accuracy, auc, balanced_accuracy, mean, mean_of_parts
 from dino.evaluate.task import Rows, groups_per_class
-
-Predict = Callable[[Values], Values]
+from dino.evaluate.tiles import fit_linear
 
 QUANTILES = 4  # strata of a number in a cross-validation
 INTERVALS = 4  # of time, for hazards
@@ -71,8 +70,17 @@ class Outcome(ABC):
         """What training rows lack, in words; empty if a model can be fitted to them."""
 
     @abstractmethod
-    def fit(self, features: Values, rows: Rows, penalty: float) -> Predict:
-        """A linear model of standardised features ``(n, D)`` of ``rows``."""
+    def fit(self, vectors: Values, rows: Rows, penalty: float) -> Callable[[Rows], Values]:
+        """A linear model of standardised vectors.
+
+        Args:
+            vectors: ``(M, D)`` float64.
+            rows: Rows that it is fitted to.
+            penalty: One of :attr:`penalties`.
+
+        Returns:
+            Predictions of rows.
+        """
 
     @abstractmethod
     def head(self, rows: Rows) -> Head:
@@ -129,18 +137,9 @@ class Classes(Outcome):
         """See :class:`Outcome`."""
         return "" if len(set(self.truth[rows])) > 1 else "a second class"
 
-    def fit(self, features: Values, rows: Rows, penalty: float) -> Predict:
+    def fit(self, vectors: Values, rows: Rows, penalty: float) -> Callable[[Rows], Values]:
         """Multinomial logistic regression."""
-        from sklearn.linear_model import LogisticRegression
-
-        model = LogisticRegression(C=1 / penalty, max_iter=1000).fit(features, self.truth[rows])
-
-        def predict(others: Values) -> Values:
-            probabilities = np.zeros((len(others), len(self.classes)))
-            probabilities[:, model.classes_] = model.predict_proba(others)
-            return probabilities
-
-        return predict
+        return fit_linear(vectors, self.truth, rows, 1 / penalty, len(self.classes))
 
     def head(self, rows: Rows) -> Head:
         """Logits and cross-entropy."""
@@ -176,7 +175,7 @@ class Numbers(Outcome):
     """
 
     name = "regression"
-    penalties = tuple(float(value) for value in np.logspace(6, 0, 7))  # of the squared weights; scikit-learn's alpha
+    penalties = tuple(10.0**power for power in range(6, -1, -1))  # of the squared weights; scikit-learn's alpha
 
     def __init__(self, values: Sequence[float]) -> None:
         self.truth = np.asarray(values, np.float64)
@@ -190,12 +189,13 @@ class Numbers(Outcome):
         """See :class:`Outcome`."""
         return "" if len(set(self.truth[rows])) > 1 else "a second value"
 
-    def fit(self, features: Values, rows: Rows, penalty: float) -> Predict:
+    def fit(self, vectors: Values, rows: Rows, penalty: float) -> Callable[[Rows], Values]:
         """Ridge regression."""
         from sklearn.linear_model import Ridge
 
-        model = Ridge(penalty).fit(features, self.truth[rows])
-        return lambda others: model.predict(others)[:, None]
+        standardised = _standardised(vectors, rows)
+        model = Ridge(penalty).fit(standardised(rows), self.truth[rows])
+        return lambda others: model.predict(standardised(others))[:, None]
 
     def head(self, rows: Rows) -> Head:
         """The standardised number, and its squared error."""
@@ -255,10 +255,11 @@ class Survival(Outcome):
         """See :class:`Outcome`."""
         survival.import_lifelines()
 
-    def fit(self, features: Values, rows: Rows, penalty: float) -> Predict:
+    def fit(self, vectors: Values, rows: Rows, penalty: float) -> Callable[[Rows], Values]:
         """A Cox model of principal components."""
-        risk = survival.fit_cox(features, self.times[rows], self.events[rows], penalty)
-        return lambda others: risk(others)[:, None]
+        standardised = _standardised(vectors, rows)
+        risk = survival.fit_cox(standardised(rows), self.times[rows], self.events[rows], penalty)
+        return lambda others: risk(standardised(others))[:, None]
 
     def head(self, rows: Rows) -> Head:
         """Hazards in discrete time.
@@ -288,6 +289,14 @@ class Survival(Outcome):
         return {
             "c_index": mean_of_parts(parts, lambda part: survival.concordance(times[part], events[part], risk[part]))
         }
+
+
+def _standardised(vectors: Values, rows: Rows) -> Callable[[Rows], Values]:
+    """Vectors of any rows, standardised by those of ``rows``."""
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(vectors[rows])
+    return lambda others: np.asarray(scaler.transform(vectors[others]))
 
 
 def _explained(truth: Values, predicted: Values) -> Statistic:

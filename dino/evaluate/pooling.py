@@ -43,10 +43,7 @@ class LinearModel:
 
     def predict(self, train: Rows, test: Rows, candidate: int) -> Values:
         """See :class:`Method`."""
-        mean, deviation = self.vectors[train].mean(0), self.vectors[train].std(0)
-        deviation[deviation <= 1e-6 * (1e-6 + np.abs(mean))] = 1  # constant but for rounding
-        fitted = self.outcome.fit((self.vectors[train] - mean) / deviation, train, self.outcome.penalties[candidate])
-        return fitted((self.vectors[test] - mean) / deviation)
+        return self.outcome.fit(self.vectors, train, self.outcome.penalties[candidate])(test)
 
 
 class NoFeatures:

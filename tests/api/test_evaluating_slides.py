@@ -172,6 +172,10 @@ def _not_finite(root):
             "expected features of one encoder in .*, found fingerprint ours of 's0' and other of 's3'",
         ),
         (
+            lambda root: (root / "features_ours" / "extract.json").write_text('{"fingerprint": "other"}'),
+            r"the encoder that .*extract.json records \(other\), found fingerprint ours of 's0'",
+        ),
+        (
             lambda root: write_slide(root / "features_ours", "s3", np.ones((3, 7)), fingerprint="ours"),
             "found D 6 of 's0' and 7 of 's3'",
         ),
