@@ -1,8 +1,9 @@
 """Tables of labelled images."""
 
 import csv
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dino.errors import DataError
@@ -23,9 +24,11 @@ class LabelTable:
     Attributes:
         paths: Where the images (or ``.pt`` grids) are; all exist.
         labels: Class names.
-        partition: ``train`` (the reference set), ``val`` (chooses checkpoints) or ``test`` (the queries).
+        partition: ``train`` (the reference set), ``val`` (chooses checkpoints) or ``test`` (the queries); "" for every
+            row of a table without partitions.
         slide_ids: Slide of each row, None without that column.
         patient_ids: Patient of each row, None without that column.
+        columns: The further columns that were asked for, by name.
     """
 
     paths: list[Path]
@@ -33,6 +36,7 @@ class LabelTable:
     partition: list[str]
     slide_ids: list[str] | None = None
     patient_ids: list[str] | None = None
+    columns: Mapping[str, list[str]] = field(default_factory=dict)
 
     def rows(self, partition: str) -> list[int]:
         """Indices of the rows of ``train``, ``val`` or ``test``."""
@@ -43,9 +47,37 @@ class LabelTable:
         """The class names, sorted."""
         return sorted(set(self.labels))
 
+    @property
+    def is_split(self) -> bool:
+        """Whether the rows have partitions."""
+        return bool(self.partition[0])
 
-def read_labels(path: Path, required: Sequence[str] = ("train", "test")) -> LabelTable:
-    """Read ``image_path,label,partition[,slide_id,patient_id]``.
+    def groups(self) -> tuple[list[str], str]:
+        """What rows depend on one another by: the patient of each row, else its slide, else the row itself.
+
+        A row without a patient, in a table that has patients, is of a patient of its slide's own. A slide is that of
+        the column or of the file's name, see :func:`slide_of_name`.
+
+        Returns:
+            The group of each row, and ``patients``, ``slides`` or ``rows``.
+        """
+        named = self.slide_ids or [""] * len(self.paths)
+        slides = [name or slide_of_name(path.name) for name, path in zip(named, self.paths, strict=True)]
+        if self.patient_ids:
+            patients = {slide: one for slide, one in zip(slides, self.patient_ids, strict=True) if one}
+            return [patients.get(slide, f"slide {slide}") for slide in slides], "patients"
+        if self.slide_ids or any(slide != path.stem for slide, path in zip(slides, self.paths, strict=True)):
+            return slides, "slides"
+        return [str(row) for row in range(len(slides))], "rows"
+
+
+def read_labels(
+    path: Path,
+    required: Sequence[str] = ("train", "test"),
+    partition_is_optional: bool = False,
+    columns: Sequence[str] = (),
+) -> LabelTable:
+    """Read ``image_path,label,partition[,slide_id,patient_id]``, and further columns.
 
     Labels may be text, numbers (1 and 1.0 are one class) or booleans. The partition is train, val or test; reference is
     equivalent to train, and query to test. Relative paths resolve from the table's folder.
@@ -53,21 +85,25 @@ def read_labels(path: Path, required: Sequence[str] = ("train", "test")) -> Labe
     Args:
         path: A text file of columns separated by commas, semicolons or tabs, whichever the header line contains.
         required: Partitions that must have rows.
+        partition_is_optional: Whether a table without that column will do; its rows are of partition "".
+        columns: Further columns, which must have a value in every row.
 
     Returns:
         The table.
 
     Raises:
         DataError: If the table, a column or a labelled file is missing, a file or a copy of it is in two rows, a
-            partition is unknown or has no rows, a label is blank, or there is only one class.
+            partition is unknown or has no rows, a label or a value of a further column is blank, or there is only one
+            class.
     """
-    rows = _read_csv(path, COLUMNS)
+    rows = _read_csv(path, COLUMNS[:2] if partition_is_optional else COLUMNS)
+    further = {name: _filled_column(path, rows, name) for name in columns}
     labels = _canonical([row["label"] for row in rows])
     _require_none(path, [i for i, label in enumerate(labels) if label.lower() in MISSING], "a label", "blank ones")
-    partition = [PARTITIONS.get(row["partition"].lower(), "") for row in rows]
-    _require_none(
-        path, [i for i, name in enumerate(partition) if not name], "train, val or test as partition", "others"
-    )
+    split = "partition" in rows[0]
+    partition = [PARTITIONS.get(row["partition"].lower(), "") if split else "" for row in rows]
+    unknown = [i for i, name in enumerate(partition) if split and not name]
+    _require_none(path, unknown, "train, val or test as partition", "others")
     paths = [path.parent / Path(row["image_path"]).expanduser() for row in rows]
     absent = [p for p in paths if not p.is_file()]
     if absent:
@@ -82,12 +118,12 @@ def read_labels(path: Path, required: Sequence[str] = ("train", "test")) -> Labe
             f"{len(copies)} rows with an image of an earlier row (lines {first + 2} and {second + 2}: "
             f"{printable(paths[first])}, {printable(paths[second])}); remove all but one of each"
         )
-    for wanted in required:
+    for wanted in required if split else ():
         if wanted not in partition:
             raise DataError(f"{path}: expected rows of partition {' and '.join(required)}, found none of {wanted}")
     if len(set(labels)) < 2:
         raise DataError(f"{path}: expected at least two classes, found only '{labels[0]}'")
-    return LabelTable(paths, labels, partition, _column(rows, "slide_id"), _column(rows, "patient_id"))
+    return LabelTable(paths, labels, partition, _column(rows, "slide_id"), _column(rows, "patient_id"), further)
 
 
 def slide_of_name(name: str) -> str:
@@ -132,6 +168,18 @@ def _canonical(labels: Sequence[str]) -> list[str]:
 def _column(rows: Sequence[Mapping[str, str]], name: str) -> list[str] | None:
     values = [row.get(name) or "" for row in rows]
     return values if any(values) else None
+
+
+def _filled_column(path: Path, rows: Sequence[Mapping[str, str]], name: str) -> list[str]:
+    """A column that has a value in every row."""
+    if name not in rows[0]:
+        found = [column for column in rows[0] if column]
+        close = difflib.get_close_matches(name, found, 1)
+        hint = f"; did you mean '{printable(close[0])}'?" if close else ""
+        raise DataError(f"{path}: expected a column {name}, found {', '.join(map(printable, found))}{hint}")
+    values = [row[name] for row in rows]
+    _require_none(path, [i for i, value in enumerate(values) if value.lower() in MISSING], f"a {name}", "blank ones")
+    return values
 
 
 def _require_none(path: Path, rows: Sequence[int], expected: str, found: str) -> None:

@@ -41,6 +41,7 @@ class Selection:
             [partition[i] for i in rows],
             [table.slide_ids[i] for i in rows] if table.slide_ids else None,
             [table.patient_ids[i] for i in rows] if table.patient_ids else None,
+            {name: [values[i] for i in rows] for name, values in table.columns.items()},
         )
 
 

@@ -51,6 +51,31 @@ def test_a_missing_column_is_reported_with_the_columns_found(write):
         read_labels(write("image_path;class\na;x\n", files=False))
 
 
+def test_further_columns_are_read_if_they_are_asked_for(write):
+    path = write("image_path,label,partition,centre\na,x,train,A\nb,y,test,1.0\n")
+    assert read_labels(path, columns=("centre",)).columns == {"centre": ["A", "1.0"]}
+    assert read_labels(path).columns == {}
+
+
+@pytest.mark.parametrize(
+    ("header", "values", "message"),
+    [
+        (
+            "center",
+            "A,B",
+            r"expected a column centre, found image_path, label, partition, center; did you mean 'center'",
+        ),
+        ("lab", "A,B", r"expected a column centre, found image_path, label, partition, lab$"),
+        ("centre", "A,", r"expected a centre in every row, found 1 blank ones \(line 3\)"),
+    ],
+)
+def test_a_further_column_that_is_missing_or_has_blanks_is_an_error(write, header, values, message):
+    first, second = values.split(",")
+    path = write(f"image_path,label,partition,{header}\na,x,train,{first}\nb,y,test,{second}\n")
+    with pytest.raises(DataError, match=message):
+        read_labels(path, columns=("centre",))
+
+
 @pytest.mark.parametrize(
     ("first", "second", "third", "classes"),
     [("1", "1.0", "2", ["1", "2"]), ("True", "true", "False", ["false", "true"]), ("a", "b", "1", ["1", "a", "b"])],
