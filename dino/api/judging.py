@@ -2,19 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
-from dino import progress
-from dino.api.evaluating import table_scores
+from dino.api.measuring import labelled_measure
 from dino.api.run import Run
-from dino.evaluate import check_leakage, read_labels
-from dino.evaluate.selection import recorded_selection, row_set, select_rows
+from dino.evaluate.selection import recorded_selection
 from dino.evaluate.verdict import FROZEN, INITIAL, RANDOM
-from dino.extraction.embed import FileEmbedder
 from dino.models.backbone import Backbone, build_backbone
 from dino.models.weights import load_backbone_file, read_training
 from dino.train.callbacks import Checkpoints
@@ -37,17 +33,18 @@ DECLINE_PATIENCE = 3  # default of evaluate.decline_patience with model.init and
 def build_evaluator(run: Run, checkpoints: Checkpoints) -> Evaluator | None:
     """The callback that scores a run while it trains, and what the run records of the rows that choose its checkpoints.
 
-    With ``evaluate.labels`` it scores by kNN on val rows, or on a part of the train rows, never on test rows. Without,
-    a run with ``model.init`` is scored by self-retrieval, and any other is not.
+    With ``evaluate.labels`` or ``evaluate.robustness`` it scores labelled images, see :mod:`.measuring`. Without, a run
+    with ``model.init`` is scored by self-retrieval, and any other is not.
 
     Raises:
+        ConfigError: If ``evaluate.select`` does not fit the other settings.
         DataError: If the labels are invalid, name missing files, or share slides or patients with the training data.
     """
     settings, init = run.config.evaluate, run.config.model.init
     run.inherited = run.selection = recorded_selection(read_training(init) if init else {}) or []
-    if settings.labels is not None:
+    if settings.labels is not None or settings.robustness is not None:
         folder = checkpoints.folder
-        measure = _knn_measure(run, Path(settings.labels), str(folder.path), resumed=folder.steps_done() > 0)
+        measure = labelled_measure(run, str(folder.path), resumed=folder.steps_done() > 0)
         every = run.length.steps(1)
     elif init:
         measure, every = _label_free_measure(run), max(run.length.steps(1), math.ceil(run.length.total / EVALUATIONS))
@@ -64,37 +61,6 @@ def build_evaluator(run: Run, checkpoints: Checkpoints) -> Evaluator | None:
         decline_patience,
         checkpoints,
     )
-
-
-def _knn_measure(run: Run, labels: Path, name: str, resumed: bool) -> Measure:
-    """KNN on the rows of a table that choose the checkpoint; they are added to the run's record."""
-    settings, level = run.config.evaluate, run.level
-    table = read_labels(labels, required=("train",))
-    # Files are compared when a run starts: one that an earlier version started goes on.
-    encoder: str | None = getattr(run.config, "encoder", None)  # of level 2
-    trained = level.pretraining(level.slides, None if resumed else run.config.data_dir, encoder)
-    facts = check_leakage(table, trained, settings.allow_leakage, ("val", "test"), "evaluate.allow_leakage")
-    progress.say(f"{labels}: compared with the training data: {facts['compared']}")
-    selection = select_rows(table)
-    progress.say(f"{labels}: the best checkpoint is chosen by {selection.origin}; test rows are not used")
-    tracked, rows = f"knn_{settings.k[0]}_accuracy", selection.restrict(table)
-    record = row_set(rows, tracked)
-    run.selection = [record, *run.inherited]
-    # Tiles are scored at their own size during training, also where the initial weights have another input size.
-    transform = replace(level.transform, input_size_px=None) if level.transform else None
-    embedder = FileEmbedder(
-        rows.paths,
-        level.labelled_reader(rows.paths, level.spec, run.config, name, run.origin),
-        level.normaliser(transform, level.spec.patch_size),
-        run.device,
-        run.config.speed.precision,
-    )
-
-    def score(backbone: Backbone) -> dict[str, float]:
-        (features,) = embedder.embed(backbone)
-        return table_scores(rows, features, settings.k, settings.temperature, "val")  # type: ignore[return-value]
-
-    return Measure(score, tracked, f"{settings.k[0]}-NN accuracy", len(selection.queries), record["salt"])
 
 
 def _label_free_measure(run: Run) -> Measure:

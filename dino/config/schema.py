@@ -214,8 +214,21 @@ class EvaluateConfig:
     labels: str | None = runtime(
         None, "CSV with image_path,label,partition (train, val) for kNN evaluation during training"
     )
-    every_steps: int = runtime(0, "steps between kNN evaluations, 0 for one per epoch")
-    k: list[int] = runtime([20], "numbers of neighbours; the score for the first one selects best.pt")
+    robustness: str | None = runtime(
+        None,
+        "CSV with image_path,label and the column robustness_by (rows of partition val, else train; never test) for "
+        "robustness during training",
+    )
+    robustness_by: str = runtime("centre", "column that the features should not follow: centre, scanner, stain, ...")
+    select: str = runtime(
+        "knn",
+        "score that selects best.pt: knn, linear (a linear probe of the same rows), robustness (the robustness index), "
+        "or mean (of those that there are labels for)",
+    )
+    every_steps: int = runtime(0, "steps between evaluations, 0 for one per epoch")
+    k: list[int] = runtime(
+        [20], "numbers of neighbours; the score for the first one selects best.pt, and robustness counts as many"
+    )
     temperature: float = runtime(0.07, "temperature of the neighbours' weights exp(cosine / temperature)")
     early_stopping_patience: int = runtime(0, "stop after this many evaluations without a better score, 0 for never")
     decline_patience: int | None = runtime(

@@ -81,7 +81,7 @@ def design(by: str, labels: Sequence[str], confounders: Sequence[str], groups: S
     if len(values) < 2:
         raise DataError(
             f"expected at least two values of {by}, which robustness compares, found only '{values[0]}': add rows of "
-            f"another {by}, or compare another column with by=..."
+            f"another {by}, or compare another column"
         )
     for value in values:
         own = [name for name in classes if (value, name) in pairs]

@@ -17,7 +17,7 @@ neighbours.
 The package ``croma`` computes them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,24 @@ from numpy.typing import NDArray
 
 from dino.config.evaluators import RobustnessConfig
 from dino.errors import DataError
-from dino.evaluate.confounders import KINDS, OS, SO, Design, Numbers, import_croma, without_warnings
+from dino.evaluate.confounders import (
+    KINDS,
+    OS,
+    SO,
+    Design,
+    Numbers,
+    check_neighbours,
+    design,
+    import_croma,
+    without_warnings,
+)
 from dino.evaluate.performance_drop import performance_drop
 from dino.evaluate.statistics import Scored, Statistic, Values, divide
 from dino.evaluate.task import Fold, Rows, Task, grouped_folds, groups_per_class
 from dino.evaluate.tiles import linear
 
 TAIL = 0.1  # fraction of the rows, those of the lowest margin, that the tail of CRoMa is the mean of
+NEUTRAL = {"ri": 0.5, "mari": 0.5, "croma": 0.0}  # where no neighbour shows what the features follow, as croma has it
 DISTANCES_AT_ONCE = 1 << 23  # 64 MB
 
 
@@ -137,6 +148,40 @@ def neighbour_measures(
         "confounder_dominant": float((margins <= 0).mean()),  # F(0) of the paper
     }
     return statistics, {**details, "croma_undefined": undefined} if undefined else details
+
+
+def neighbour_scores(
+    by: str, labels: Sequence[str], confounders: Sequence[str], groups: Sequence[str], k: int
+) -> Callable[[NDArray[Any]], dict[str, float]]:
+    """What scores features of some rows by RI, MaRI and CRoMa, again and again during training.
+
+    Args:
+        by: Name of the confounder.
+        labels: See :func:`dino.evaluate.confounders.design`.
+        confounders: See there.
+        groups: See there.
+        k: Number of neighbours; fewer where a row has fewer, as for CRoMa, which averages five.
+
+    Returns:
+        A function of ``(N, D)`` features to ``ri``, ``mari`` and ``croma``, neutral (:data:`NEUTRAL`) where undefined.
+
+    Raises:
+        ConfigError: If ``croma`` is not installed, or k is not positive.
+        DataError: See :func:`dino.evaluate.confounders.design`; if a row has no neighbour of a kind.
+    """
+    import_croma()
+    found = design(by, labels, confounders, groups)
+    candidates = found.candidates()
+    k = min(k, int(candidates.sum(1).min()))
+    m = max(1, min(RobustnessConfig().m, int(candidates[:, [SO, OS]].min())))
+    check_neighbours(found, [k], m)
+
+    def score(features: NDArray[Any]) -> dict[str, float]:
+        measured, _ = neighbour_measures(features, found, [k], m)
+        values = {name: float(measured[name](np.ones((1, len(features))))[0]) for name in NEUTRAL}
+        return {name: NEUTRAL[name] if np.isnan(value) else value for name, value in values.items()}
+
+    return score
 
 
 def chance_measures(found: Design) -> dict[str, Statistic]:

@@ -18,6 +18,7 @@ from dino.evaluate.task import Rows, Task, grouped_folds, groups_per_class
 Features = NDArray[Any]  # (N, D) float16 or float32, maybe a memory map
 
 STRENGTHS = tuple(10.0**power for power in range(-6, 6))  # DINOv2's range of C, arXiv 2304.07193, appendix B.3
+FIXED_STRENGTH = 0.01
 SELECTION_FOLDS = 3
 SELECTION_ROWS = 50_000  # at most, to choose the strength
 ITERATIONS = 1000
@@ -67,6 +68,19 @@ def linear(features: Features, task: Task, strengths: Sequence[float] = STRENGTH
         probabilities.append(fit_linear(features, task.truth, fold.train, strength, len(task.classes))(fold.test))
         chosen.append(strength)
     return Scored(task.tested, classification(task, np.concatenate(probabilities)), {"strengths": chosen})
+
+
+def linear_accuracy(features: Features, truth: Rows, train: Rows, test: Rows) -> float:
+    """Accuracy of a linear probe of a fixed strength, for comparisons of one network with itself.
+
+    Args:
+        features: ``(N, D)``.
+        truth: ``(N,)`` class numbers.
+        train: Indices of the training rows.
+        test: Indices of the test rows.
+    """
+    probabilities = fit_linear(features, truth, train, FIXED_STRENGTH, int(truth.max()) + 1)(test)
+    return float((probabilities.argmax(1) == truth[test]).mean())
 
 
 def fit_linear(features: Features, truth: Rows, rows: Rows, strength: float, classes: int) -> Callable[[Rows], Values]:

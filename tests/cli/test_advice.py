@@ -286,6 +286,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "api/run.py": RUN,
     "api/levels.py": RUN,
     "api/judging.py": RUN,
+    "api/measuring.py": RUN,
     "api/roots.py": (*RUN, schema.TileConfig, schema.ExtractConfig),
     "api/rehearsal.py": RUN,
 }

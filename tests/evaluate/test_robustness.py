@@ -180,7 +180,7 @@ ROWS = ["a", "b", "a", "b"], ["A", "A", "B", "B"], ["1", "2", "3", "4"]
 @pytest.mark.parametrize(
     ("labels", "centres", "message"),
     [
-        ("abab", "AAAA", r"at least two values of scanner.*only 'A'.*by="),
+        ("abab", "AAAA", r"at least two values of scanner.*only 'A'.*or compare another column"),
         ("abaa", "AABB", r"only class 'a' from scanner 'B'.*remove its rows, or add other classes"),
         ("ababac", "AABBBB", r"class 'c' only from scanner 'B'.*remove them, or add rows of another scanner"),
     ],

@@ -14,7 +14,7 @@ from tiny_runs import assert_same_bits, config, last, metrics, with_evaluation
 from typer.testing import CliRunner
 
 from dino import api
-from dino.api import judging, pretrain
+from dino.api import judging, measuring, pretrain
 from dino.cli.main import app
 from dino.config.schema import ExportConfig, KnnConfig, PatchConfig, RegionConfig
 from dino.errors import DataError
@@ -62,7 +62,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, float]]:
     monkeypatch.setattr(Trainer, "fit", lambda self: (trainers.append(self), fit(self)))
     scores: dict[int, float] = {}
     score = lambda *_: {"knn_3_accuracy": scores.get(trainers[-1].step, 0.5)}  # noqa: E731
-    monkeypatch.setattr(judging, "table_scores", score)
+    monkeypatch.setattr(measuring, "table_scores", score)
     yield scores
 
 

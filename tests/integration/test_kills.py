@@ -9,7 +9,7 @@ import torch
 from forked import KILLED, Point, die_at, exit_codes, fork, kill_at_random
 from tiny_runs import Crash, add_bad_files, assert_same_bits, config, crash_after, last, with_evaluation
 
-from dino.api import judging, pretrain
+from dino.api import measuring, pretrain
 from dino.config.schema import PatchConfig, RegionConfig
 from dino.train.loop import Trainer
 
@@ -44,7 +44,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     fit = Trainer.fit
     monkeypatch.setattr(Trainer, "fit", lambda self: (steps.append(self), fit(self)))
     score = lambda *_: {"knn_3_accuracy": SCORES.get(steps[-1].step, 0.1)}  # noqa: E731
-    monkeypatch.setattr(judging, "table_scores", score)
+    monkeypatch.setattr(measuring, "table_scores", score)
 
 
 def killed_at(point: Point, run: PatchConfig | RegionConfig) -> None:
