@@ -1,29 +1,37 @@
 """Features of 256 px tiles from JPEG files and from a slide, against timm with a DataLoader and torchvision v2."""
 
 import importlib.util
+import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.material import IMAGENET, TILE_PX, sample_slide, tile_files, tile_origins
-from benchmarks.measure import Duel, Row, Setting, expect_close, flops, in_turn, relative_error, without_tf32
+from benchmarks.measure import Duel, Row, Setting, clock_of, expect_close, flops, in_turn, relative_error, without_tf32
 from benchmarks.reference.data import WholeTiles, loader, open_rgb
 from dino.data.images import decode
-from dino.extraction.embed import batches, embed, normaliser, read_ahead
+from dino.extraction.embed import batches, embed, embed_batches, normaliser, read_ahead
+from dino.extraction.regions import Reading, plan_cells, write_regions
+from dino.extraction.tile_files import Layout, TileFile, create
 from dino.models.backbone import Backbone, BackboneSpec, build_backbone
+from dino.slides.lattice import cells_of_region
+from dino.slides.tables import RegionRecord, region_path
 
 TITLE = "extraction"
 # Our precision, the comparator's, and the target ratio on a CPU (on a GPU the target is a rate).
 PAIRS = (("bf16", "fp32", 3.0), ("bf16", "bf16", 1.3), ("fp32", "fp32", None))
 GPU_RATE = 12_000
+TILE_FILES = 0.97  # of the rate without them
+GRID = (8, 8)  # cells of a region on the sample slide
 
 
 class Ours:
@@ -111,6 +119,7 @@ def run(setting: Setting) -> Iterator[Row]:
         ours = Ours(backbone, places, read, batch, workers, setting.device)
         data = WholeTiles(places, partial(_openslide_tile, sample_slide()), IMAGENET.mean, IMAGENET.std)
         yield from _measure("slide", arch, ours, Theirs(model, data, batch, workers, setting.device), setting)
+        yield _cost_of_tile_files(arch, ours, setting)
 
 
 def _measure(pixels: str, arch: str, ours: Ours, theirs: Theirs, setting: Setting) -> Iterator[Row]:
@@ -137,6 +146,49 @@ def _measure(pixels: str, arch: str, ours: Ours, theirs: Theirs, setting: Settin
         if setting.on_gpu and mine == "bf16":
             row.details["rate_wanted"] = GPU_RATE
         yield row
+
+
+def _cost_of_tile_files(arch: str, ours: Ours, setting: Setting) -> Row:
+    """One region of the sample slide, as often as the other rows have tiles, with a tile file of its cells and without.
+
+    The cells that are read and embedded are the same.
+    """
+    grid = (2, 2) if setting.quick else GRID
+    record = RegionRecord("s", 0, 0, TILE_PX, grid, 0.5, region_path("s", 0, 0), np.ones(grid, np.float32))
+    coords = cells_of_region(0, 0, TILE_PX, grid)
+    repeats = max(1, len(ours.items) // len(coords))
+    reading = Reading(ours.batch, ours.workers, 2 * ours.batch)
+    layout, slide = Layout(ours.backbone.embed_dim), setting.size(10_000, 10_000, 100)
+
+    def embedder(inputs: Iterable[Tensor]) -> Generator[Tensor, None, None]:
+        return embed_batches(ours.backbone, inputs, ours.normalise, ours.device, "bf16")
+
+    def file_of(places: np.ndarray) -> AbstractContextManager[TileFile]:
+        return create(setting.folder / "s.h5", places, layout, {"name": "s"}, {"model": "m"})
+
+    def extract(with_tiles: bool) -> None:
+        plan = plan_cells([record], coords if with_tiles else None)
+        for _ in range(repeats):
+            with file_of(coords) if with_tiles else nullcontext() as file:
+                path = setting.folder / "s.pt"
+                write_regions(plan, [path], lambda cell: ours.read(cell)[None], embedder, reading, tile_file=file)
+
+    def write() -> None:
+        many = np.arange(2 * slide).reshape(-1, 2)
+        with file_of(many) as file:
+            for rows in np.array_split(np.arange(len(many)), math.ceil(len(many) / ours.batch)):
+                file.write(rows, torch.zeros(len(rows), layout.dim))
+
+    setting.notice(f"{arch}, {repeats} regions of {len(coords)} tiles: with tile files and without")
+    works, clock = [partial(extract, True), partial(extract, False)], clock_of(setting.device)
+    with_files, without = in_turn(works, setting.rounds(5), setting.device, clock=clock)
+    (alone,) = in_turn([write], setting.rounds(5), setting.device)
+    count = repeats * len(coords)
+    row = Duel(with_files, without).row("extraction with tile files", count, "tiles/s", "regions only")
+    row.target = None if setting.quick else TILE_FILES
+    row.note = f"writing {slide:,} tiles of a slide alone {1e6 * statistics.median(alone) / slide:,.1f} µs a tile"
+    row.details = {"arch": arch, "batch": ours.batch, "workers": ours.workers, "tiles_per_file": len(coords)}
+    return row
 
 
 def _reading_rate(ours: Ours) -> float:

@@ -157,8 +157,8 @@ ExtractArguments = Annotated[list[str] | None, typer.Argument(metavar="RUN ROOT 
 def extract(arguments: ExtractArguments = None, config: ConfigFile = None) -> None:
     """Compute features of tiles and regions (level 1) or slides (level 2) with the teacher of a run.
 
-    RUN is a run folder, a checkpoint file (also an external one) or timm:NAME. ROOT is the folder that `dino tile`
-    wrote.
+    RUN is a run folder, a checkpoint file (also an external one), a folder of timm or transformers, timm:NAME or
+    hf-hub:OWNER/NAME. ROOT is the folder that `dino tile` wrote.
 
     A level-1 model writes all tiles of a slide to ROOT/features_<encoder>/<slide>.h5, as CLAM and TRIDENT read
     it, and one .pt grid per region to ROOT/region_4096_pretraining; a level-2 model writes one .h5 file per slide. With

@@ -15,7 +15,7 @@ from pathlib import Path
 from dino.errors import ConfigError, DataError
 from dino.extraction.record import RECORD, grid_source
 from dino.models.grid_source import GridSource
-from dino.models.weights import LOCAL, TIMM
+from dino.models.weights import HUB, LOCAL, TIMM
 from dino.slides.tables import REGIONS_FOLDER, RegionRecord
 
 UNSAFE = re.compile(r"[^\w.+-]+")  # of a file name; \w are letters and digits of any language
@@ -31,8 +31,8 @@ def encoder_name(model: str) -> str:
     Returns:
         A name that can be part of a file name.
     """
-    if model.startswith(TIMM):
-        name = model.removeprefix(TIMM).removeprefix("hf-hub:")
+    if model.startswith((TIMM, HUB)):
+        name = model.removeprefix(TIMM).removeprefix(HUB)
     else:
         path = Path(model.removeprefix(LOCAL)).absolute()
         name = path.name if path.is_dir() else path.stem

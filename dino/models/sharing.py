@@ -69,7 +69,7 @@ def _public(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def base_name(text: str) -> str:
     """A path without its folders; names of timm's models and other text as they are."""
-    return text if text.startswith("timm:") else re.split(r"[\\/]", text.rstrip("\\/"))[-1]
+    return text if text.startswith(("timm:", "hf-hub:")) else re.split(r"[\\/]", text.rstrip("\\/"))[-1]
 
 
 def identifying(training: Mapping[str, Any], config: Mapping[str, Any] | None) -> dict[str, str]:

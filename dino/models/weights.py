@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 TIMM = "timm:"
-LOCAL = "local-dir:"  # timm's prefix of a folder
+LOCAL, HUB = "local-dir:", "hf-hub:"  # timm's prefixes of a folder, and of a repository of Hugging Face
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 HUB_SECONDS = 5.0  # within which the hub must answer
 # Arguments of a timm folder's config that do not change which tensors the model has.
@@ -122,7 +122,8 @@ def load_backbone_file(
 
     Args:
         path: A run folder, a checkpoint of this package, an export, a folder of timm (also as ``local-dir:FOLDER``) or
-            of transformers, an external checkpoint, or ``timm:NAME``.
+            of transformers, a repository of such a folder (``hf-hub:OWNER/NAME``, also after ``timm:``), an external
+            checkpoint, or ``timm:NAME``.
         arch: Architecture of an external checkpoint, where its tensors do not determine it.
         transform: ``auto`` (the checkpoint's own, else imagenet with a warning), ``imagenet``, ``hipt`` or ``timm``.
         which: ``teacher`` or ``student``.
@@ -134,7 +135,9 @@ def load_backbone_file(
     """
     source = str(path)
     path = Path(source.removeprefix(LOCAL))
-    if source.startswith(TIMM):
+    if source.removeprefix(TIMM).startswith(HUB):
+        loaded = replace(_from_folder(_download(source), arch), source=source)
+    elif source.startswith(TIMM):
         loaded = _from_timm(source.removeprefix(TIMM), pretrained)
     elif (Path(path) / "config.json").is_file():
         with readable(source):
@@ -372,18 +375,16 @@ def _from_folder(folder: Path, arch: str | None) -> LoadedBackbone:
 
 def _from_timm(name: str, pretrained: bool) -> LoadedBackbone:
     try:
-        if pretrained:
-            _ask_hub(name)
+        config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+        repository = getattr(config, "hf_hub_id", None)
+        if pretrained and repository and not _is_cached(repository):
+            _ask_hub()
         with torch.random.fork_rng(devices=[]):
             vit = make_timm(name, pretrained=pretrained)
     except DinoError:
         raise
     except Exception as error:  # the hub, the network, the disk and timm each have their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise CheckpointError(
-            f"{TIMM}{name}: timm could not load its weights ({reason}): without a network, give a local folder "
-            "with its config.json and model.safetensors"
-        ) from error
+        raise _not_loaded(f"{TIMM}{name}", error) from error
     if not pretrained:
         init_weights(vit, torch.Generator().manual_seed(0))
     size, patch = vit.patch_embed.img_size, vit.patch_embed.patch_size[0]
@@ -394,18 +395,45 @@ def _from_timm(name: str, pretrained: bool) -> LoadedBackbone:
     return replace(_loaded(Backbone(spec, vit), report, f"{TIMM}{name}"), transform=transform)
 
 
-def _ask_hub(name: str) -> None:
-    """Raise an error of the network now if weights have to be downloaded and the hub does not answer.
+def _download(source: str) -> Path:
+    """The folder of a repository of Hugging Face, ``hf-hub:OWNER/NAME[@REVISION]``, downloaded unless it is cached."""
+    from huggingface_hub import snapshot_download
 
-    timm's download would try again for most of a minute first.
-    """
-    from huggingface_hub import constants, try_to_load_from_cache
+    repository, _, revision = source.removeprefix(TIMM).removeprefix(HUB).partition("@")
+    try:
+        cached = _is_cached(repository, revision or None)
+        if not cached:
+            _ask_hub()
+        files = ["config.json", *FOLDER_WEIGHTS]
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=files, local_files_only=cached)
+        )
+    except Exception as error:  # the hub, the network and the disk each have their own
+        raise _not_loaded(source, error) from error
+
+
+def _not_loaded(source: str, error: Exception) -> CheckpointError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    return CheckpointError(
+        f"{source}: timm could not load its weights ({reason}): without a network, give a local folder "
+        "with its config.json and model.safetensors"
+    )
+
+
+def _is_cached(repository: str, revision: str | None = None) -> bool:
+    """Whether weights of a repository of Hugging Face were downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(repository, file, revision=revision) for file in FOLDER_WEIGHTS)
+    return any(isinstance(path, str) for path in found)
+
+
+def _ask_hub() -> None:
+    """Raise an error of the network now if the hub does not answer; a download would try again for most of a minute."""
+    from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
-    repository = getattr(config, "hf_hub_id", None)
-    if repository and not any(isinstance(try_to_load_from_cache(repository, file), str) for file in FOLDER_WEIGHTS):
-        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
 
 
 def _print_summary(loaded: LoadedBackbone) -> None:

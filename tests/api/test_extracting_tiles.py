@@ -387,7 +387,7 @@ def test_names_of_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert encoder_name(".") == "my_patch"
     assert encoder_name("models/hipt.v2.pth") == "hipt.v2"
     assert encoder_name("timm:vit_small_patch16_224.dino") == "vit_small_patch16_224.dino"
-    assert encoder_name("timm:hf-hub:MahmoodLab/uni") == "MahmoodLab_uni"
+    assert encoder_name("timm:hf-hub:MahmoodLab/uni") == encoder_name("hf-hub:MahmoodLab/uni") == "MahmoodLab_uni"
     assert encoder_name("/") == encoder_name("...") == "encoder"
 
 

@@ -350,7 +350,7 @@ def test_timm_models_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: object, **kwargs: object) -> None:
         raise OSError("network is unreachable\nsecond line")
 
-    monkeypatch.setattr(weights, "_ask_hub", lambda name: None)
+    monkeypatch.setattr(weights, "_ask_hub", lambda: None)
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(CheckpointError, match=r"unreachable.*local folder") as caught:
         load_backbone_file("timm:test_vit")
@@ -363,10 +363,37 @@ def test_timm_weights_that_cannot_be_downloaded_fail_without_retries(
     asked = []
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: asked.append("download"))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
     with pytest.raises(CheckpointError, match=r"timm:test_vit\.r160_in1k: timm could not.*local folder") as caught:
         load_backbone_file("timm:test_vit.r160_in1k")
     assert asked == [] and "\n" not in str(caught.value)
+
+
+def test_repositories_of_hugging_face_are_loaded_as_their_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As timm writes them: its config with mean and std, and the weights; no network is used here."""
+    folder, asked = tmp_path / "snapshot", []
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    timm.models.save_for_hf(model, folder, {"mean": (0.7, 0.6, 0.5), "std": (0.2, 0.2, 0.2)})
+
+    def download(repository: str, **options: object) -> str:
+        asked.append((repository, options["revision"], options["local_files_only"]))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: str(folder / "model.safetensors"))
+    for source in ("hf-hub:lab/model", "timm:hf-hub:lab/model@v2"):
+        loaded = load_backbone_file(source)
+        assert loaded.source == source and loaded.transform is not None and loaded.transform.mean == (0.7, 0.6, 0.5)
+        assert torch.equal(loaded.backbone.vit.norm.weight, model.norm.weight)
+    assert asked == [("lab/model", None, True), ("lab/model", "v2", True)]
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(CheckpointError, match=r"hf-hub:lab/model: .*local folder") as caught:
+        load_backbone_file("hf-hub:lab/model")
+    assert len(asked) == 2 and "\n" not in str(caught.value)
 
 
 def test_a_description_survives_plain_values() -> None:
