@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -228,6 +229,20 @@ def test_patch_tokens(root: Path, checkpoint: str) -> None:
         np.testing.assert_allclose(features, found[:, 0], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(patches[:].reshape(42, 4, 16), found[:, 1:], rtol=2e-3, atol=1e-3)
     assert extract(checkpoint, root, replace(CONFIG, features="patches", what="tiles")).skipped == 2
+
+
+def test_memory_does_not_grow_with_the_tiles_of_a_slide(tmp_path: Path) -> None:
+    """Patch tokens of 4,000 tiles (131 MB) are written with less than 20 MB; a tile lies in one piece in the file."""
+    coords, layout = np.arange(8000).reshape(-1, 2), tile_files.Layout(64, "fp32", (16, 16, 64))
+    rows = torch.arange(32.0)[:, None, None].expand(32, 257, 64).contiguous()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tile_files.create(tmp_path / "s.h5", coords, layout, {}, {}) as file:
+        for start in range(0, 4000, 32):
+            file.write(np.arange(start, start + 32), rows)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 20_000  # KiB
+    with h5py.File(tmp_path / "s.h5") as file:
+        assert file["patches"].chunks is None and file["patches"].id.get_storage_size() == 4000 * 16 * 16 * 64 * 2
+        assert (file["patches"][33] == 1).all() and (file["features"][-1] == 31).all()
 
 
 def test_storage_in_half_precision(root: Path, checkpoint: str) -> None:
