@@ -1,20 +1,16 @@
 """Tables of labelled images."""
 
-import csv
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dino.errors import DataError
 from dino.evaluate.contents import find_copies
+from dino.evaluate.tables import MISSING, canonical, filled_column, first_few, read_rows, refuse_lines
 from dino.files import printable
 
 COLUMNS = ("image_path", "label", "partition")
 PARTITIONS = {"train": "train", "reference": "train", "val": "val", "test": "test", "query": "test"}
-MISSING = {"", "nan", "<na>"}
-DELIMITERS = ",;\t"  # spreadsheets write semicolons where the comma is the decimal separator
-NAMED = 3  # examples listed in an error
 
 
 @dataclass(frozen=True)
@@ -96,20 +92,20 @@ def read_labels(
             partition is unknown or has no rows, a label or a value of a further column is blank, or there is only one
             class.
     """
-    rows = _read_csv(path, COLUMNS[:2] if partition_is_optional else COLUMNS)
-    further = {name: _filled_column(path, rows, name) for name in columns}
-    labels = _canonical([row["label"] for row in rows])
-    _require_none(path, [i for i, label in enumerate(labels) if label.lower() in MISSING], "a label", "blank ones")
+    rows = read_rows(path, COLUMNS[:2] if partition_is_optional else COLUMNS)
+    further = {name: filled_column(path, rows, name) for name in columns}
+    labels = canonical([row["label"] for row in rows])
+    refuse_lines(path, [i for i, label in enumerate(labels) if label.lower() in MISSING], "a label", "blank ones")
     split = "partition" in rows[0]
     partition = [PARTITIONS.get(row["partition"].lower(), "") if split else "" for row in rows]
     unknown = [i for i, name in enumerate(partition) if split and not name]
-    _require_none(path, unknown, "train, val or test as partition", "others")
+    refuse_lines(path, unknown, "train, val or test as partition", "others")
     paths = [path.parent / Path(row["image_path"]).expanduser() for row in rows]
     absent = [p for p in paths if not p.is_file()]
     if absent:
         raise DataError(
             f"{path}: expected every image_path to exist, found {len(absent)} of {len(paths)} missing "
-            f"({_first(absent)}); relative paths resolve from {path.parent}"
+            f"({first_few(absent)}); relative paths resolve from {path.parent}"
         )
     if copies := find_copies(paths):
         first, second = copies[0]
@@ -133,61 +129,6 @@ def slide_of_name(name: str) -> str:
     return parts[0] if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit() else stem
 
 
-def _read_csv(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            header = file.readline()
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter=max(DELIMITERS, key=header.count))
-            rows = [{k: (v or "").strip() for k, v in row.items() if isinstance(k, str)} for row in reader]
-            columns = reader.fieldnames or []
-    except FileNotFoundError:
-        raise DataError(f"expected a table of labels at {path}, found none") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"expected a CSV of labels at {path}, could not read it: {error}") from None
-    lacking = [name for name in required if name not in columns]
-    if lacking:
-        found = ", ".join(printable(name) for name in columns) or "an empty file"
-        raise DataError(f"{path}: expected columns {', '.join(required)}; missing {', '.join(lacking)}; found {found}")
-    if not rows:
-        raise DataError(f"{path}: expected labelled images, found no row")
-    return rows
-
-
-def _canonical(labels: Sequence[str]) -> list[str]:
-    """One spelling per class: programs differ in how they write numbers and booleans (1 or 1.0, True or true)."""
-    if {label.lower() for label in labels} <= {"true", "false"}:
-        return [label.lower() for label in labels]
-    try:
-        numbers = [float(label) for label in labels]
-    except ValueError:
-        return list(labels)
-    return [f"{number:.12g}" for number in numbers]
-
-
 def _column(rows: Sequence[Mapping[str, str]], name: str) -> list[str] | None:
     values = [row.get(name) or "" for row in rows]
     return values if any(values) else None
-
-
-def _filled_column(path: Path, rows: Sequence[Mapping[str, str]], name: str) -> list[str]:
-    """A column that has a value in every row."""
-    if name not in rows[0]:
-        found = [column for column in rows[0] if column]
-        close = difflib.get_close_matches(name, found, 1)
-        hint = f"; did you mean '{printable(close[0])}'?" if close else ""
-        raise DataError(f"{path}: expected a column {name}, found {', '.join(map(printable, found))}{hint}")
-    values = [row[name] for row in rows]
-    _require_none(path, [i for i, value in enumerate(values) if value.lower() in MISSING], f"a {name}", "blank ones")
-    return values
-
-
-def _require_none(path: Path, rows: Sequence[int], expected: str, found: str) -> None:
-    if rows:  # line 1 is the header
-        lines = _first([i + 2 for i in rows])
-        raise DataError(f"{path}: expected {expected} in every row, found {len(rows)} {found} (line {lines})")
-
-
-def _first(items: Iterable[object]) -> str:
-    items = list(items)
-    return ", ".join(str(i) for i in items[:NAMED]) + (", ..." if len(items) > NAMED else "")

@@ -9,14 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from dino.errors import ConfigError, DataError
-from dino.evaluate.labels import MISSING, PARTITIONS
-from dino.evaluate.labels import _canonical as canonical
-from dino.evaluate.labels import _first as first_few
-from dino.evaluate.labels import _read_csv as read_rows
-from dino.evaluate.labels import _require_none as refuse_lines
+from dino.evaluate.labels import PARTITIONS
 from dino.evaluate.outcomes import Classes, Numbers, Outcome, Survival
+from dino.evaluate.tables import MISSING, canonical, check_columns, first_few, read_rows, refuse_lines
 from dino.evaluate.task import Fold, grouped_folds, single_fold
-from dino.files import printable
 
 TASKS = ("classification", "regression", "survival")
 UNITS = ("slide", "patient")
@@ -147,7 +143,7 @@ def read_cases(path: Path, task: str | None = None, unit: str | None = None) -> 
         if value not in known:
             raise ConfigError(f"expected {', '.join(known)} as {name}, found '{value}'")
     predicted = ["time", "event"] if task == "survival" else ["label"]
-    _check_columns(path, columns, [f"{unit}_id", *predicted])
+    check_columns(path, columns, [f"{unit}_id", *predicted])
     _check_values(path, rows, task)
     refuse_lines(path, [i for i, row in enumerate(rows) if not row[f"{unit}_id"]], f"a {unit}_id", "blank ones")
     cases = [_case(row, unit, predicted, "partition" in columns) for row in rows]
@@ -170,7 +166,7 @@ def read_slides_of_patients(path: Path) -> dict[str, list[str]]:
     """
     rows = read_rows(path, ())
     slide = "sample_id" if "slide_id" not in rows[0] and "sample_id" in rows[0] else "slide_id"
-    _check_columns(path, list(rows[0]), [slide, "patient_id"])
+    check_columns(path, list(rows[0]), [slide, "patient_id"])
     slides: dict[str, list[str]] = {}
     for row in rows:
         if row["patient_id"] and row[slide]:
@@ -227,19 +223,6 @@ def check_folds(table: CaseTable, outcome: Outcome, folds: Sequence[Fold]) -> No
             raise DataError(
                 f"{table.path}: expected {lacking} among the training rows of every fold, found none in fold {number} "
                 f"of {len(folds)}; set fewer folds, or give a column partition"
-            )
-
-
-def _check_columns(path: Path, columns: Sequence[str], required: Sequence[str]) -> None:
-    for name in required:
-        if name not in columns:
-            lower = {one.lower(): one for one in columns}
-            close = difflib.get_close_matches(name, lower, 1, 0.5)
-            found = ", ".join(printable(one) for one in columns) or "none with values"
-            raise DataError(
-                f"{path}: expected columns {', '.join(required)}; missing {name}"
-                + (f" (the nearest is '{lower[close[0]]}')" if close else "")
-                + f"; found {found}"
             )
 
 

@@ -62,9 +62,9 @@ TWO = "slide_id,label\na,x\nb,y\n"
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
-        ("slide,label\na,x\n", {}, "missing slide_id (the nearest is 'slide')"),
-        ("slide_id,Label\na,x\n", {}, "missing label (the nearest is 'Label'); found slide_id, Label"),
-        ("slide_id,time,events\na,3,1\n", {}, "missing event (the nearest is 'events')"),
+        ("slide,label\na,x\n", {}, "missing slide_id; found slide, label; did you mean 'slide'?"),
+        ("slide_id,Label\na,x\n", {}, "missing label; found slide_id, Label; did you mean 'Label'?"),
+        ("slide_id,time,events\na,3,1\n", {}, "missing event; found slide_id, time, events; did you mean 'events'?"),
         ("slide_id,label\na,x\nb,x\n", {}, "expected a second class among the labels, found only 'x'"),
         ("slide_id,label\na,x\nb,\n", {}, "expected a label in every row, found 1 blank ones (line 3)"),
         ("slide_id,label\na,x\n,y\n", {}, "expected a slide_id in every row"),
