@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,9 @@ def write_regions(
     # Closed explicitly, not by the garbage collector: no thread may read from a slide after it was closed.
     with closing(read_ahead(read, plan.units, reading.workers, reading.ahead)) as blocks:
         cells = (cell for block in blocks for cell in block)
-        with closing(embedder(batches(cells, reading.batch_size))) as parts:
+        # Batches of regions end with them, so that their features do not depend on whether tiles follow.
+        whole = chain(batches(islice(cells, plan.kept), reading.batch_size), batches(cells, reading.batch_size))
+        with closing(embedder(whole)) as parts:
             for part in parts:
                 if tile_file is not None and plan.tiles is not None:
                     rows = plan.tiles[done : done + len(part)]

@@ -128,6 +128,14 @@ def test_tiles_and_regions_have_the_same_features_and_each_cell_is_embedded_once
     assert all_files(separate) == before
 
 
+def test_grids_have_the_same_bits_with_and_without_tiles(root: Path, checkpoint: str) -> None:
+    extract(checkpoint, root, replace(CONFIG, encoder="both"))
+    extract(checkpoint, root, replace(CONFIG, encoder="regions", what="regions"))
+    for region in read_regions(root):
+        one, other = (root / f"region_4096_pretraining_{name}" / region.path.name for name in ("both", "regions"))
+        assert torch.equal(read_cells(one), read_cells(other))
+
+
 def test_features_of_regions_that_exist_are_not_computed_again(root: Path, counted) -> None:
     """As in a ROOT of an earlier version, whose record has no entry for the kind of features."""
     extract("RUN", root, replace(CONFIG, what="regions"))
