@@ -103,6 +103,8 @@ def _methods(config: SlideConfig) -> list[str]:
         for name, limit in least.items():
             if not getattr(group, name) >= limit:
                 raise ConfigError(f"expected at least {limit} for {name}, found {getattr(group, name)}")
+    if config.abmil.tiles is not None and config.abmil.tiles < 1:
+        raise ConfigError(f"expected at least 1 for abmil.tiles, or null, found {config.abmil.tiles}")
     if not 0 <= config.abmil.dropout < 1:
         raise ConfigError(f"expected abmil.dropout in [0, 1), found {config.abmil.dropout}")
     return methods

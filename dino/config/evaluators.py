@@ -16,6 +16,9 @@ class AbmilConfig:
     weight_decay: float = runtime(0.01, "weight decay of AdamW")
     dropout: float = runtime(0.25, "dropout rate of the vector of a slide")
     batch_size: int = runtime(1, "slides or patients per optimizer step")
+    tiles: int | None = runtime(
+        None, "feature vectors of a slide or patient that a training step sees, drawn anew in each epoch; null: all"
+    )
     piece: int = runtime(
         8192, "feature vectors in memory at once; a larger bag is read in pieces, with equal gradients"
     )

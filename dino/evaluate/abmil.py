@@ -5,6 +5,7 @@ gradients are those of the whole bag.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -27,8 +28,8 @@ class Instances(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, rows: slice, /) -> np.ndarray:
-        """Rows as finite float32 ``(n, D)``."""
+    def read(self, rows: slice | np.ndarray, /) -> np.ndarray:
+        """Rows, a slice or indices, as finite float32 ``(n, D)``."""
         ...
 
 
@@ -46,11 +47,24 @@ class PiecewiseBag:
     def __len__(self) -> int:
         return sum(len(slide) for slide in self.slides)
 
-    def pieces(self) -> Iterator[Piece]:
-        """Functions that read up to ``piece`` instances each, as ``(n, D)`` float32."""
+    def pieces(self, drawn: Rows | None = None) -> Iterator[Piece]:
+        """Functions that read up to ``piece`` instances each, as ``(n, D)`` float32.
+
+        Args:
+            drawn: Indices of the instances, sorted; None for all.
+        """
+        first = 0
         for slide in self.slides:
-            for start in range(0, len(slide), self.piece):
-                yield lambda slide=slide, start=start: torch.from_numpy(slide.read(slice(start, start + self.piece)))
+            here = None if drawn is None else drawn[np.searchsorted(drawn, first) :] - first
+            count = len(slide) if here is None else int(np.searchsorted(here, len(slide)))
+            for start in range(0, count, self.piece):
+                rows = slice(start, min(start + self.piece, count))
+                yield partial(_read, slide, rows if here is None else here[rows])
+            first += len(slide)
+
+
+def _read(slide: Instances, rows: slice | np.ndarray) -> Tensor:
+    return torch.from_numpy(slide.read(rows))
 
 
 class Moments:
@@ -198,16 +212,24 @@ class AttentionPooling:
         for epoch in range(config.epochs):
             order = randomness.generator(self.seed, epoch, "abmil order").permutation(train)
             masks = randomness.generator(self.seed, epoch, "abmil dropout")
+            draws = randomness.generator(self.seed, epoch, "abmil instances")
             for start in range(0, len(order), config.batch_size):
                 rows = order[start : start + config.batch_size]
                 for row in rows:
                     kept = masks.random(config.hidden) >= config.dropout
                     keep = torch.from_numpy(kept / (1 - config.dropout)).float().to(self.device)
-                    outputs = model(list(self.bags[row].pieces()), keep)
+                    outputs = model(list(self.bags[row].pieces(self._drawn(row, draws))), keep)
                     (head.loss(outputs, int(row)) / len(rows)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
             yield model, head.predict
+
+    def _drawn(self, row: int, generator: np.random.Generator) -> Rows | None:
+        """The instances of a case that a step sees; None for all."""
+        count = len(self.bags[row])
+        if self.config.tiles is None or count <= self.config.tiles:
+            return None
+        return np.sort(generator.choice(count, self.config.tiles, replace=False))
 
     @torch.no_grad()
     def _predict(self, model: GatedAttention, predict: Callable[[Tensor], Values], rows: Rows) -> Values:

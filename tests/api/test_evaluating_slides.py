@@ -223,6 +223,7 @@ def test_missing_slides_may_be_accepted(root):
         {"task": "diagnosis"},
         {"abmil": AbmilConfig(dropout=1.0)},
         {"abmil": AbmilConfig(piece=0)},
+        {"abmil": AbmilConfig(tiles=0)},
     ],
 )
 def test_wrong_settings_are_refused(root, changes):

@@ -76,6 +76,28 @@ def test_every_piece_is_read_once_without_gradients_and_twice_with():
     assert sorted(read) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+def test_pieces_are_the_drawn_instances_of_all_slides():
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        slides = [random.normal(size=(int(n), 2)).astype(np.float32) for n in random.integers(1, 9, 3)]
+        every = np.concatenate(slides)
+        bag = PiecewiseBag([Array(slide) for slide in slides], 3)
+        drawn = np.sort(random.choice(len(bag), random.integers(1, len(bag) + 1), replace=False))
+        for rows, pieces in ((slice(None), bag.pieces()), (drawn, bag.pieces(drawn))):
+            read = [piece().numpy() for piece in pieces]
+            assert np.array_equal(np.concatenate(read), every[rows]) and max(map(len, read)) <= 3
+
+
+def test_a_part_of_the_instances_is_drawn_in_each_epoch():
+    labels, bags = cohort(12, 0.5, 1.0, tiles=30)
+    outcome, moments, rows = Classes(labels), Moments(bags), (np.arange(8), np.arange(8, 12))
+    every, some, again = (
+        AttentionPooling(outcome, bags, moments, AbmilConfig(hidden=8, attention=4, tiles=tiles), CPU, 0).errors(*rows)
+        for tiles in (30, 10, 10)
+    )
+    assert np.array_equal(some, again) and not np.array_equal(some, every)
+
+
 def test_moments_weigh_every_case_alike():
     random = np.random.default_rng(0)
     bags = [random.normal(i, 1 + i, (10 * (i + 1), 5)).astype(np.float32) for i in range(3)]
