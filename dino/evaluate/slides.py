@@ -104,6 +104,8 @@ class CaseTable:
             missing = [one for case in lacking for one in case.slides or [case.name] if one not in available]
             close = difflib.get_close_matches(missing[0], available, 1, 0.6)
             hint = f" (the nearest to '{missing[0]}' is '{close[0]}')" if close else ""
+            if any(case.slides == (case.name,) for case in lacking) and self.unit == "patient":
+                hint += "; say which slides are theirs in a CSV, slides=FILE"
             raise DataError(
                 f"{self.path}: expected features of every labelled {self.unit} in {where}, found none of "
                 f"{len(missing)} ({first_few(missing)}){hint}; extract them, or leave them out with "

@@ -119,7 +119,7 @@ def test_patients_are_predicted_from_all_their_slides(root, task, metrics):
 
 def test_a_table_of_patients_is_joined_by_a_table_of_slides(root):
     (root / "patients.csv").write_text("patient_id,label\n" + "".join(f"p{i},{'xy'[i % 2]}\n" for i in range(8)))
-    with pytest.raises(DataError, match="expected features of every labelled patient .*found none of 8"):
+    with pytest.raises(DataError, match="expected features of every labelled patient .*found none of 8 .*slides=FILE"):
         evaluate_slide(folders(root), root / "patients.csv", config())
     result = evaluate_slide(folders(root), root / "patients.csv", config(slides=str(root / "labels.csv")))
     assert (result.about["cases"], result.about["slides"]) == (8, 16)
