@@ -160,7 +160,7 @@ def extract(arguments: ExtractArguments = None, config: ConfigFile = None) -> No
     RUN is a run folder, a checkpoint file (also an external one), a folder of timm or transformers, timm:NAME or
     hf-hub:OWNER/NAME. ROOT is the folder that `dino tile` wrote.
 
-    A level-1 model writes all tiles of a slide to ROOT/features_<encoder>/<slide>.h5, as CLAM and TRIDENT read
+    A level-1 model writes all tiles of a slide to ROOT/features_ENCODER/SLIDE.h5, as CLAM and TRIDENT read
     it, and one .pt grid per region to ROOT/region_4096_pretraining; a level-2 model writes one .h5 file per slide. With
     encoder=NAME all folders bear that name, so that several models stand side by side. Files that the same model has
     already written are skipped. Under torchrun the work is distributed over the processes.
