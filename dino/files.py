@@ -107,8 +107,18 @@ def csv_text(rows: Iterable[Sequence[str]]) -> str:
     """Rows as CSV; a cell that a spreadsheet would run as a formula gets a leading apostrophe."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerows([f"'{cell}" if cell[:1] in tuple("=+-@\t\r") else cell for cell in row] for row in rows)
+    lines.writerows([f"'{cell}" if _is_formula(cell) else cell for cell in row] for row in rows)
     return text.getvalue()
+
+
+def _is_formula(cell: str) -> bool:
+    if cell[:1] not in tuple("=+-@\t\r"):
+        return False
+    try:
+        float(cell)
+    except ValueError:
+        return True
+    return False  # a negative number
 
 
 def write_bytes(path: Path, content: bytes, *, make_folder: bool = True) -> None:

@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dino.api.evaluating import evaluate_knn
+    from dino.api.evaluating import compare, evaluate, evaluate_knn
     from dino.api.evaluating_slides import evaluate_slide
     from dino.api.exporting import export, info, load_backbone
     from dino.api.extracting import extract
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from dino.api.tiling import tile
 
 __all__ = [
+    "compare",
+    "evaluate",
     "evaluate_knn",
     "evaluate_slide",
     "export",
@@ -34,6 +36,8 @@ __all__ = [
 ]
 
 _MODULES = {
+    "compare": "evaluating",
+    "evaluate": "evaluating",
     "evaluate_knn": "evaluating",
     "evaluate_slide": "evaluating_slides",
     "export": "exporting",

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dino.api.roots import Root, Split, check_grids, shapes_of_grids, source_of_grids
-from dino.config.schema import KnnConfig, PatchConfig, PretrainConfig, RegionConfig
+from dino.config.schema import EvaluationConfig, PatchConfig, PretrainConfig, RegionConfig
 from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
 from dino.data import (
@@ -146,7 +146,7 @@ class Level(ABC):
         cls,
         paths: Sequence[Path],
         spec: BackboneSpec,
-        config: PretrainConfig | KnnConfig,
+        config: PretrainConfig | EvaluationConfig,
         model: str,
         origin: Mapping[str, Any],
     ) -> Read:
@@ -231,7 +231,7 @@ class PatchLevel(Level):
         cls,
         paths: Sequence[Path],
         spec: BackboneSpec,
-        config: PretrainConfig | KnnConfig,
+        config: PretrainConfig | EvaluationConfig,
         model: str,
         origin: Mapping[str, Any],
     ) -> Read:
@@ -317,7 +317,7 @@ class RegionLevel(Level):
         cls,
         paths: Sequence[Path],
         spec: BackboneSpec,
-        config: PretrainConfig | KnnConfig,
+        config: PretrainConfig | EvaluationConfig,
         model: str,
         origin: Mapping[str, Any],
     ) -> Read:

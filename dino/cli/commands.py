@@ -21,16 +21,15 @@ from dino.config.load import (
 )
 from dino.config.load import settings as all_settings
 from dino.config.schema import (
+    EVALUATION_CONFIGS,
     LEVEL_CONFIGS,
     DemoConfig,
     ExportConfig,
     ExtractConfig,
     InfoConfig,
-    KnnConfig,
     LaunchConfig,
     PatchConfig,
     RegionConfig,
-    SlideConfig,
     TileConfig,
 )
 
@@ -195,36 +194,6 @@ def extract_arguments(arguments: list[str], file: Path | None) -> tuple[str, Pat
 
 extract_command = with_settings(ExtractConfig)
 
-# --------------------------------------------------------------------------------------------- evaluate knn
-
-KnnArguments = Annotated[list[str] | None, typer.Argument(metavar="RUN LABELS [KEY=VALUE]...", hidden=True)]
-
-
-def knn(arguments: KnnArguments = None, config: ConfigFile = None) -> None:
-    """Evaluate frozen features by weighted k-nearest-neighbour classification.
-
-    RUN is a run folder, a checkpoint file or timm:NAME. LABELS is a CSV (commas, semicolons or tabs) with the columns
-    image_path, label and partition (train, val or test), and optionally slide_id and patient_id: test rows are
-    classified by train rows. Paths are relative to the folder of the CSV. It is an error if the model was pretrained on
-    test slides or patients, or if test rows chose its checkpoint (evaluate.labels). The scores of a run are written to
-    RUN/knn_LABELS.json, named after the CSV; output=FILE writes them to another file.
-
-    For example:
-
-        dino evaluate knn runs/patch labels.csv k=[10,20]
-    """
-    positional, overrides = split(arguments or [])
-    model, labels = expect(positional, ["RUN", "LABELS"])
-    settings = load_config(KnnConfig, file=config, overrides=overrides)
-    from dino import api, progress
-    from dino.evaluate.scores import score_table
-
-    result = api.evaluate_knn(model, Path(labels), settings)
-    progress.table(*score_table(result))
-
-
-knn_command = with_settings(KnnConfig)
-
 # --------------------------------------------------------------------------------------------------- export
 
 ExportArguments = Annotated[list[str] | None, typer.Argument(metavar="RUN DIR [KEY=VALUE]...", hidden=True)]
@@ -355,8 +324,7 @@ SCHEMAS: dict[str, type] = {
     "pretrain patch": PatchConfig,
     "pretrain region": RegionConfig,
     "extract": ExtractConfig,
-    "evaluate knn": KnnConfig,
-    "evaluate slide": SlideConfig,
+    **{f"evaluate {name}": schema for name, schema in EVALUATION_CONFIGS.items()},
     "export": ExportConfig,
     "info": InfoConfig,
     "launch slurm": LaunchConfig,
@@ -367,8 +335,8 @@ SCHEMAS: dict[str, type] = {
 def config(arguments: ConfigArguments = None, config: ConfigFile = None, recipe: StartRecipe = None) -> None:
     """Print all settings of a command with their values and comments, as YAML.
 
-    COMMAND is tile, patch, region, extract, knn, export, info, slurm, demo or evaluate slide. Values that differ from
-    the default are marked. The output can be saved, edited and passed to the command with --config.
+    COMMAND is tile, patch, region, extract, export, info, slurm, demo, or an evaluation such as knn. Values that differ
+    from the default are marked. The output can be saved, edited and passed to the command with --config.
 
     For example:
 

@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from dino import __version__
-from dino.cli import commands, runs, slide_evaluation
+from dino.cli import commands, evaluations, runs
 from dino.cli.command import Command, ConfigFile
 
 
@@ -69,8 +69,8 @@ pretraining.command(cls=commands.patch_command)(commands.patch)
 pretraining.command(cls=commands.region_command)(commands.region)
 app.command(cls=commands.extract_command)(commands.extract)
 app.add_typer(evaluation, name="evaluate")
-evaluation.command(cls=commands.knn_command)(commands.knn)
-evaluation.command(cls=slide_evaluation.slide_command)(slide_evaluation.slide)
+for name, (command, function) in evaluations.COMMANDS.items():
+    evaluation.command(name, cls=command)(function)
 app.command(cls=commands.export_command)(commands.export)
 app.command(cls=commands.info_command)(commands.info)
 app.command(cls=runs.resume_command)(runs.resume)

@@ -6,6 +6,80 @@ from dino.config.declare import group, runtime
 
 
 @dataclass
+class EvaluationConfig:
+    """Settings of every evaluation of labelled tiles (or grids)."""
+
+    arch: str | None = runtime(None, "architecture of an external checkpoint, if its number of heads is not dim/64")
+    transform: str = runtime("auto", "normalisation: auto (recorded in the checkpoint), imagenet, hipt or timm")
+    grid_order: str = runtime("yx", "order of the rows in .pt files without regions.csv: yx (row-major) or xy")
+    allow_leakage: bool = runtime(
+        False,
+        "accept test slides or patients that were used for pretraining, and test rows that chose the checkpoint (noted "
+        "in every table)",
+    )
+    folds: int = runtime(5, "folds of the cross-validation of a table without partitions, grouped by patient")
+    splits: str | None = runtime(None, "CSV of the folds that an earlier evaluation wrote; null: draw them by seed")
+    seed: int = runtime(0, "random seed of folds, draws and bootstrap samples")
+    resamples: int = runtime(1000, "bootstrap samples of patients for the 95 % intervals, 0 for no intervals")
+    precision: str = runtime("bf16", "bf16 (autocast), fp32 or fp64")
+    batch_size: int = runtime(64, "images per forward pass")
+    num_workers: int = runtime(2, "threads that read and decode images")
+    device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
+    cache: str = runtime("auto", "where features are kept: auto (~/.cache/histodino), none, or a folder")
+    output: str | None = runtime(
+        None, "JSON file for the result, with a CSV and a PNG beside it (null: in the first model's run folder)"
+    )
+
+
+@dataclass
+class KnnConfig(EvaluationConfig):
+    """`dino evaluate knn`."""
+
+    k: list[int] = runtime([10, 20, 100, 200], "numbers of neighbours")
+    temperature: float = runtime(0.07, "temperature of the neighbours' weights exp(cosine / temperature)")
+
+
+@dataclass
+class LinearConfig(EvaluationConfig):
+    """`dino evaluate linear`."""
+
+    strengths: list[float] = runtime(
+        [10.0**power for power in range(-6, 6)], "values of C (inverse regularisation) to choose from"
+    )
+
+
+@dataclass
+class FewshotConfig(EvaluationConfig):
+    """`dino evaluate fewshot`."""
+
+    shots: list[int] = runtime([1, 2, 4, 8, 16], "numbers of labelled examples per class")
+    draws: int = runtime(100, "draws of the examples; the score is their mean")
+
+
+@dataclass
+class RetrievalConfig(EvaluationConfig):
+    """`dino evaluate retrieval`."""
+
+    k: list[int] = runtime([1, 5, 10], "numbers of first hits that are looked at")
+
+
+@dataclass
+class ClusterConfig(EvaluationConfig):
+    """`dino evaluate cluster`."""
+
+    repeats: int = runtime(10, "starts of k-means, of which the best is taken")
+
+
+@dataclass
+class CompareConfig:
+    """`dino evaluate compare`."""
+
+    output: str | None = runtime(
+        None, "file for the table, with the figure as .png beside it: .md (Markdown), .tex (LaTeX) or .csv; null: none"
+    )
+
+
+@dataclass
 class AbmilConfig:
     """Attention-based multiple-instance learning."""
 
@@ -69,3 +143,16 @@ class RobustnessConfig:
     strengths: list[float] = runtime([0.001, 0.01, 0.1], "values of C (inverse regularisation) of the linear probes")
     folds: int = runtime(5, "folds of the linear probes, grouped by patient")
     seed: int = runtime(0, "random seed of folds, APD and bootstrap")
+
+
+# Settings of `dino evaluate NAME`.
+EVALUATION_CONFIGS: dict[str, type] = {
+    "knn": KnnConfig,
+    "linear": LinearConfig,
+    "fewshot": FewshotConfig,
+    "retrieval": RetrievalConfig,
+    "cluster": ClusterConfig,
+    "slide": SlideConfig,
+    "robustness": RobustnessConfig,
+    "compare": CompareConfig,
+}

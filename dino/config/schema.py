@@ -8,7 +8,19 @@ settings, such as :class:`PatchAugConfig`; this package imports no other.
 from dataclasses import dataclass
 
 from dino.config.declare import group, identity, runtime
-from dino.config.evaluators import AbmilConfig, RobustnessConfig, SlideConfig  # noqa: F401 -- a part of this module
+from dino.config.evaluators import (  # noqa: F401 -- a part of this module
+    EVALUATION_CONFIGS,
+    AbmilConfig,
+    ClusterConfig,
+    CompareConfig,
+    EvaluationConfig,
+    FewshotConfig,
+    KnnConfig,
+    LinearConfig,
+    RetrievalConfig,
+    RobustnessConfig,
+    SlideConfig,
+)
 
 # ---------------------------------------------------------------------------------------------- pretraining
 
@@ -415,27 +427,6 @@ class LaunchConfig:
     """`dino launch slurm`."""
 
     slurm: SlurmConfig = group(SlurmConfig)
-
-
-@dataclass
-class KnnConfig:
-    """`dino evaluate knn`."""
-
-    k: list[int] = runtime([10, 20, 100, 200], "numbers of neighbours")
-    temperature: float = runtime(0.07, "temperature of the neighbours' weights exp(cosine / temperature)")
-    arch: str | None = runtime(None, "architecture of an external checkpoint, if its number of heads is not dim/64")
-    transform: str = runtime("auto", "normalisation: auto (recorded in the checkpoint), imagenet, hipt or timm")
-    grid_order: str = runtime("yx", "order of the rows in .pt files without regions.csv: yx (row-major) or xy")
-    allow_leakage: bool = runtime(
-        False,
-        "accept test slides or patients that were used for pretraining, and test rows that chose the checkpoint (noted "
-        "in every table)",
-    )
-    precision: str = runtime("bf16", "bf16 (autocast), fp32 or fp64")
-    batch_size: int = runtime(64, "images per forward pass")
-    num_workers: int = runtime(2, "threads that read and decode images")
-    device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
-    output: str | None = runtime(None, "JSON file for the scores (null: RUN/knn_LABELS.json if RUN is a run folder)")
 
 
 @dataclass

@@ -1,8 +1,5 @@
 """Results of an evaluation: a row per model and baseline, with intervals and differences to the first model."""
 
-import csv
-import io
-import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dino import files
 from dino.errors import DataError
 from dino.evaluate.statistics import Scored, Values, bootstrap
 
@@ -31,7 +29,7 @@ class Estimate:
         sign = "+" if signed else ""
         if self.value is None:
             return "undefined"
-        if self.low is None or self.high is None:
+        if self.low is None or self.high is None or self.low == self.high:
             return f"{self.value:{sign}.3f}"
         return f"{self.value:{sign}.3f} [{self.low:{sign}.3f}, {self.high:{sign}.3f}]"
 
@@ -147,18 +145,15 @@ class Result:
 
     def to_csv(self) -> str:
         """A line per model and metric."""
-        content = io.StringIO()
-        writer = csv.writer(content)
         ends = ("value", "low", "high")
-        writer.writerow(["evaluation", "model", "role", "metric", *ends, *(f"difference_{end}" for end in ends)])
+        lines = [["evaluation", "model", "role", "metric", *ends, *(f"difference_{end}" for end in ends)]]
         for row in self.rows:
-            for metric, estimate in row.estimates.items():
-                difference = row.differences.get(metric, Estimate(None))
-                numbers = [estimate.value, estimate.low, estimate.high]
-                numbers += [difference.value, difference.low, difference.high]
+            for metric, found in row.estimates.items():
+                pair = (found, row.differences.get(metric, Estimate(None)))
+                numbers = [number for one in pair for number in (one.value, one.low, one.high)]
                 words = ["" if number is None else f"{number:.6g}" for number in numbers]
-                writer.writerow([self.evaluation, row.name, row.role, metric, *words])
-        return content.getvalue()
+                lines.append([self.evaluation, row.name, row.role, metric, *words])
+        return files.csv_text(lines)
 
 
 def collect(
@@ -223,7 +218,7 @@ def read_result(path: Path) -> Result:
         DataError: If the file is missing, or is no result of an evaluation.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = files.read_json(path)
     except FileNotFoundError:
         raise DataError(f"expected the JSON file of an evaluation at {path}, found none") from None
     except (OSError, ValueError) as error:

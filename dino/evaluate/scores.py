@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dino.evaluate.results import Result
 from dino.evaluate.verdict import baselines_of, in_words
 
 NOT_COLUMNS = {"standard_error", "standard_errors", "about"}
@@ -16,7 +17,7 @@ def score_table(result: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
     Args:
         result: What :func:`dino.api.evaluate_knn` returned, or wrote as JSON.
     """
-    names = [name for name in result if name not in NOT_COLUMNS]
+    names = [name for name, found in result.items() if name not in NOT_COLUMNS and isinstance(found, Mapping)]
     errors = result.get("standard_errors", {})
     rows = []
     for metric in result[names[0]]:
@@ -42,6 +43,15 @@ def leakage_marks(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = selection.get("seen_rows", 0)
     chose = [("test rows that chose the checkpoint", f"{rows} of {about.get('queries', rows)}")] if rows else []
     return [*chose, *((text, str(count)) for text, count in counts.items() if count)]
+
+
+def marks(result: Result) -> list[str]:
+    """A line per model whose scores are optimistic, see :func:`leakage_marks`."""
+    return [
+        f"{row.name}: optimistic, {count} {text}"
+        for row in result.rows
+        for text, count in leakage_marks({"about": {**row.details, "queries": result.about.get("queries")}})
+    ]
 
 
 def _text(value: float | None) -> str:

@@ -61,6 +61,11 @@ def mean(values: ArrayLike) -> Statistic:
     return statistic
 
 
+def constant(value: float) -> Statistic:
+    """The same value for all weights."""
+    return lambda weights: np.full(len(weights), value)
+
+
 def accuracy(truth: ArrayLike, predicted: ArrayLike) -> Statistic:
     """Share of the rows that are predicted correctly.
 

@@ -1,7 +1,6 @@
 """What a set of features is scored on: class numbers, patients, and which rows are trained and tested on."""
 
 import csv
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,11 +99,8 @@ def write_folds(path: Path, names: Sequence[str], folds: Sequence[Fold]) -> None
         names: ``(N,)`` unique name of each row: the image, slide or patient.
         folds: The folds.
     """
-    content = io.StringIO()
-    writer = csv.writer(content)
-    writer.writerow(FOLD_COLUMNS)
-    writer.writerows((names[row], number) for number, fold in enumerate(folds) for row in fold.test)
-    files.write_text(path, content.getvalue())
+    lines = [[names[row], str(number)] for number, fold in enumerate(folds) for row in fold.test]
+    files.write_text(path, files.csv_text([FOLD_COLUMNS, *lines]))
 
 
 def read_folds(path: Path, names: Sequence[str]) -> list[Fold]:
@@ -125,7 +121,7 @@ def read_folds(path: Path, names: Sequence[str]) -> list[Fold]:
             f"expected a table of folds at {path}, with columns {', '.join(FOLD_COLUMNS)} as an evaluation writes it, "
             f"could not read it: {error!r}"
         ) from None
-    fold_of = dict(rows)
+    fold_of = {**dict(rows), **{name[1:]: fold for name, fold in rows if name[:1] == "'"}}  # see files.csv_text
     lacking = [name for name in names if name not in fold_of]
     if lacking or len(rows) != len(names) or len(set(fold_of.values())) < 2:
         example = f"; no fold of {lacking[0]}" if lacking else ""
@@ -134,5 +130,5 @@ def read_folds(path: Path, names: Sequence[str]) -> list[Fold]:
             f"{len(rows)} rows in {len(set(fold_of.values()))} folds{example}: give the labels that it was made for"
         )
     of_row = np.array([fold_of[name] for name in names])
-    numbers = sorted(set(fold_of.values()))
+    numbers = sorted(set(of_row.tolist()))
     return [single_fold(np.flatnonzero(of_row != number), np.flatnonzero(of_row == number)) for number in numbers]

@@ -21,7 +21,7 @@ from dino.train.checkpoint import START
 from dino.train.optimizer import SEGMENTS, Segment
 
 IDENTITY = "identity.json"
-SCORES_FILE = "knn_{labels}.json"  # one file per table of labels
+RESULT_FILE = "{evaluation}_{labels}.json"  # one file per evaluation and table of labels
 LENGTHS = {"training.nepochs", "training.max_steps"}
 COMPLETE = {"finished", "early_stopped"}
 FINAL_STATES = COMPLETE | {"stopped", "failed"}
@@ -34,6 +34,16 @@ DEFAULT_STATUS: dict[str, Any] = {
     "bad_files": 0,
     "warnings": [],
 }
+
+
+def result_file(evaluation: str, labels: str) -> str:
+    """Name of the file of an evaluation in a run folder.
+
+    Args:
+        evaluation: ``knn``, ``linear``, ...
+        labels: Name of the table, without its ending.
+    """
+    return RESULT_FILE.format(evaluation=evaluation, labels=labels)
 
 
 class RunReader:
@@ -85,7 +95,7 @@ class RunReader:
     def scores(self) -> dict[str, dict[str, Any]]:
         """What ``dino evaluate`` wrote into the folder, by name of the file."""
         found = {}
-        for path in sorted(self.path.glob(SCORES_FILE.format(labels="*"))):
+        for path in sorted(self.path.glob(result_file("knn", "*"))):
             with suppress(OSError, ValueError):
                 content = read_json(path)
                 if isinstance(content, dict) and isinstance(content.get("model"), dict):

@@ -1,0 +1,143 @@
+"""Features of labelled files by several models and their baselines, and whether the models have seen the files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dino import distributed, progress
+from dino.api.levels import level_named
+from dino.config.schema import EvaluationConfig
+from dino.evaluate import LabelTable, check_leakage
+from dino.evaluate.selection import check_selection, recorded_selection
+from dino.evaluate.verdict import INITIAL, RANDOM, in_words
+from dino.extraction.cache import FeatureCache
+from dino.extraction.embed import FileEmbedder
+from dino.files import printable
+from dino.models.backbone import Backbone, build_backbone
+from dino.models.checkpoint import fingerprint
+from dino.models.weights import LoadedBackbone, load_backbone_file
+from dino.train.checkpoint import START
+
+MODEL = "model"
+
+Features = NDArray[Any]  # (N, D)
+
+
+@dataclass(frozen=True)
+class Column:
+    """Features of all rows of a table.
+
+    Attributes:
+        name: Name in the table of results.
+        role: ``model``, or the kind of baseline.
+        features: ``(N, D)``.
+        source: Where the model is.
+        fingerprint: Of its weights.
+    """
+
+    name: str
+    role: str
+    features: Features
+    source: str = ""
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Embeds the rows of a table on all processes, unless their features are cached."""
+
+    table: LabelTable
+    config: EvaluationConfig
+    device: torch.device
+    cache: FeatureCache
+
+    def columns(self, names: Sequence[str], models: Sequence[LoadedBackbone]) -> list[Column]:
+        """Features by the models, then by the baselines of the first one."""
+        first, columns, plain = models[0], [], np.empty(0)
+        for name, loaded in zip(names, models, strict=True):
+            features, *others = self._embed(loaded, loaded.backbone, loaded.fingerprint, name, loaded is first)
+            columns.append(Column(name, MODEL, features, loaded.source, loaded.fingerprint))
+            plain = others[0] if others else plain
+        for role, network in _baseline_networks(first).items():
+            (features,) = self._embed(first, network, fingerprint(network), in_words(role))
+            columns.append(Column(in_words(role), role, features))
+        baseline = level_named(first.level).baseline
+        return [*columns, Column(in_words(baseline), baseline, plain)]
+
+    def _embed(
+        self, loaded: LoadedBackbone, network: Backbone, mark: str, name: str, with_plain: bool = False
+    ) -> list[Features]:
+        """Features by a network that gets what ``loaded`` gets; and those that need no network, as files are read once.
+
+        With several processes only the main one has those that were cached.
+        """
+        level = level_named(loaded.level)
+        transform = asdict(loaded.transform) if loaded.transform else None
+        keys: list[Mapping[str, Any]] = [
+            {"network": mark, "transform": transform, "precision": self.config.precision},
+            *([{"network": level.baseline}] if with_plain else []),
+        ]
+        cached = [found for key in keys if (found := self.cache.load(key)) is not None]
+        if distributed.broadcast(len(cached) == len(keys)):
+            progress.say(f"{name}: features of {len(self.table.paths):,} files are in {self.cache.folder}")
+            return list(cached)
+        spec, config = loaded.backbone.spec, self.config
+        embedder = FileEmbedder(
+            self.table.paths,
+            level.labelled_reader(self.table.paths, spec, config, loaded.source, loaded.details),
+            level.normaliser(loaded.transform, spec.patch_size),
+            self.device,
+            config.precision,
+            config.batch_size,
+            config.num_workers,
+        )
+        with progress.bar(f"embed: {name}", len(embedder.own_paths)) as bar:
+            plain = [level.baseline_features] if with_plain else []
+            found = [one.numpy() for one in embedder.embed(network, *plain, advance=bar.advance)]
+        if distributed.is_main():
+            for key, features in zip(keys, found, strict=True):
+                self.cache.store(key, features)
+        return list(found)
+
+
+def check_rows(table: LabelTable, labels: Path, loaded: LoadedBackbone, allow: bool) -> dict[str, Any]:
+    """Compare the tested rows with what a model was pretrained on, and with the rows that chose its checkpoint."""
+    if not table.is_split:
+        table = replace(table, partition=["test"] * len(table.paths))  # each is tested in one of the folds
+    level = level_named(loaded.level)
+    trained = level.pretraining(loaded.details.get("training_slides"), (loaded.config or {}).get("data_dir"))
+    leakage = check_leakage(table, trained, allow)
+    progress.say(f"{labels}: compared with the pretraining: {leakage['compared']}")
+    selection = check_selection(table, recorded_selection(loaded.details), allow)
+    progress.say(f"{labels}: compared with the choice of the checkpoint: {selection['compared']}")
+    if leakage["allowed"]:
+        progress.warn("test data that was pretrained on is allowed (allow_leakage=true): the score is optimistic")
+    if selection["allowed"]:
+        progress.warn(
+            f"{selection['seen_rows']} test rows that chose the checkpoint are allowed (allow_leakage=true): the score "
+            "is optimistic"
+        )
+    return {"leakage": leakage, "selection": selection}
+
+
+def _baseline_networks(loaded: LoadedBackbone) -> dict[str, Backbone]:
+    """The weights that a model's run started from, if it was ``model.init`` and they are there, and random ones."""
+    config = loaded.config or {}
+    random = {RANDOM: build_backbone(loaded.backbone.spec, config.get("seed", 0))}
+    model = config.get("model")
+    if not isinstance(model, Mapping) or not model.get("init"):
+        return random
+    source = Path(loaded.source)  # a checkpoint of a run, or its export RUN/backbone
+    start = (source.parent / "checkpoints" if source.is_dir() else source.parent) / START
+    if start.is_file():
+        initial = load_backbone_file(start)
+        others = {**((initial.config or {}).get("model") or {}), "init": model["init"]}  # without folders in an export
+        if others == model:
+            return {INITIAL: initial.backbone, **random}
+    progress.say(f"the initial weights, {printable(model['init'])}, are not scored: they are not at {start}")
+    return random
