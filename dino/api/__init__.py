@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dino.api.evaluating import compare, evaluate, evaluate_knn
+    from dino.api.evaluating import evaluate, evaluate_knn
     from dino.api.evaluating_slides import evaluate_slide
     from dino.api.exporting import export, info, load_backbone
     from dino.api.extracting import extract
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dino.api.pretraining import pretrain, resume
     from dino.api.rehearsal import replay
     from dino.api.reporting import report
+    from dino.api.results import compare
     from dino.api.tiling import tile
 
 __all__ = [
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "compare": "evaluating",
+    "compare": "results",
     "evaluate": "evaluating",
     "evaluate_knn": "evaluating",
     "evaluate_slide": "evaluating_slides",

@@ -12,10 +12,18 @@ from numpy.typing import NDArray
 from dino import distributed, progress
 from dino.api.levels import level_named
 from dino.config.schema import EvaluationConfig
-from dino.evaluate import LabelTable, check_leakage
-from dino.evaluate.selection import check_selection, recorded_selection
-from dino.evaluate.verdict import INITIAL, RANDOM, in_words
-from dino.extraction.cache import FeatureCache
+from dino.errors import DataError
+from dino.evaluate import (
+    INITIAL,
+    MODEL,
+    RANDOM,
+    LabelTable,
+    check_leakage,
+    check_selection,
+    in_words,
+    recorded_selection,
+)
+from dino.extraction.cache import FeatureCache, cache_folder
 from dino.extraction.embed import FileEmbedder
 from dino.files import printable
 from dino.models.backbone import Backbone, build_backbone
@@ -23,9 +31,24 @@ from dino.models.checkpoint import fingerprint
 from dino.models.weights import LoadedBackbone, load_backbone_file
 from dino.train.checkpoint import START
 
-MODEL = "model"
-
 Features = NDArray[Any]  # (N, D)
+
+
+def load_models(models: Sequence[str], config: EvaluationConfig) -> list[LoadedBackbone]:
+    """Load the models of an evaluation.
+
+    Raises:
+        CheckpointError: If one cannot be loaded.
+        DataError: If they are not of one level.
+    """
+    loaded = [load_backbone_file(model, config.arch, config.transform) for model in models]
+    other = next((one for one in loaded if one.level != loaded[0].level), None)
+    if other is not None:
+        raise DataError(
+            f"expected models of one level, found {loaded[0].source} ({loaded[0].level}) and {other.source} "
+            f"({other.level}): evaluate them separately"
+        )
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -47,14 +70,18 @@ class Column:
     fingerprint: str = ""
 
 
-@dataclass(frozen=True)
 class Embedding:
-    """Embeds the rows of a table on all processes, unless their features are cached."""
+    """Embeds the rows of a table on all processes, unless their features are cached.
 
-    table: LabelTable
-    config: EvaluationConfig
-    device: torch.device
-    cache: FeatureCache
+    Args:
+        table: The rows.
+        config: Settings.
+        device: Where to compute.
+    """
+
+    def __init__(self, table: LabelTable, config: EvaluationConfig, device: torch.device) -> None:
+        self.table, self.config, self.device = table, config, device
+        self.cache = FeatureCache(cache_folder(config.cache), table.paths)
 
     def columns(self, names: Sequence[str], models: Sequence[LoadedBackbone]) -> list[Column]:
         """Features by the models, then by the baselines of the first one."""
@@ -105,8 +132,22 @@ class Embedding:
         return list(found)
 
 
-def check_rows(table: LabelTable, labels: Path, loaded: LoadedBackbone, allow: bool) -> dict[str, Any]:
-    """Compare the tested rows with what a model was pretrained on, and with the rows that chose its checkpoint."""
+def facts_of(table: LabelTable, labels: Path, loaded: LoadedBackbone, allow: bool) -> dict[str, Any]:
+    """What is recorded of a model beside its scores, after a check that it has not seen the rows that are tested.
+
+    Args:
+        table: The labels.
+        labels: Their file, for messages.
+        loaded: The model.
+        allow: Accept test data that was pretrained on or chose the checkpoint; warn instead.
+
+    Returns:
+        ``step``, ``arch`` and ``transform`` of the model; ``leakage`` and ``selection``, see
+        :func:`dino.evaluate.leakage.check_leakage` and :func:`dino.evaluate.selection.check_selection`.
+
+    Raises:
+        DataError: If the model has seen tested rows, and ``allow`` is False.
+    """
     if not table.is_split:
         table = replace(table, partition=["test"] * len(table.paths))  # each is tested in one of the folds
     level = level_named(loaded.level)
@@ -122,7 +163,19 @@ def check_rows(table: LabelTable, labels: Path, loaded: LoadedBackbone, allow: b
             f"{selection['seen_rows']} test rows that chose the checkpoint are allowed (allow_leakage=true): the score "
             "is optimistic"
         )
-    return {"leakage": leakage, "selection": selection}
+    transform = loaded.transform.name if loaded.transform else None
+    facts = {"step": loaded.step, "arch": loaded.backbone.spec.arch, "transform": transform}
+    return {**facts, "leakage": leakage, "selection": selection}
+
+
+def unique_names(models: Sequence[str]) -> list[str]:
+    """Short names of models: the last part of their paths, more of it where two would be equal."""
+    parts = [Path(model).absolute().parts if Path(model).exists() else (model,) for model in models]
+    for length in range(1, 1 + max(map(len, parts))):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{'/'.join(part[-1:])} ({i})" for i, part in enumerate(parts, 1)]  # one model several times
 
 
 def _baseline_networks(loaded: LoadedBackbone) -> dict[str, Backbone]:

@@ -14,6 +14,7 @@ from dino.evaluate.statistics import Scored, Values, bootstrap
 
 LEVEL = 95.0  # percent, of the intervals
 FORMAT = 1
+MODEL, CHANCE = "model", "chance"  # roles of rows, beside those of baselines
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class FeatureCache:
             with files.atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.save(file, np.ascontiguousarray(features))
         except OSError as error:
-            progress.warn(f"features are not cached: {path.parent} cannot be written ({error.strerror}); see cache=")
+            progress.warn(f"features are not cached: {path.parent} cannot be written ({error.strerror})")
 
     def _path(self, encoder: Mapping[str, Any]) -> Path | None:
         if self.folder is None:
