@@ -1,7 +1,7 @@
 """The commands ``dino evaluate ...``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,9 @@ from dino.cli.command import ConfigFile, with_settings
 from dino.cli.grammar import UsageError, expect_many, split
 from dino.config.load import load_config
 from dino.config.schema import EVALUATION_CONFIGS
+
+if TYPE_CHECKING:
+    from dino.evaluate.results import Result
 
 ModelArguments = Annotated[list[str] | None, typer.Argument(metavar="MODEL... LABELS [KEY=VALUE]...", hidden=True)]
 FeatureArguments = Annotated[list[str] | None, typer.Argument(metavar="FEATURES... LABELS [KEY=VALUE]...", hidden=True)]
@@ -118,8 +121,7 @@ def slide(arguments: FeatureArguments = None, config: ConfigFile = None) -> None
     _show(api.evaluate_slide(features, Path(labels), settings))
 
 
-def compare(arguments: FeatureArguments = Annotated[list[str] | None, typer.Argument(metavar="FEATURES... LABELS [KEY=VALUE]...", hidden=True)]
-ResultArguments = None, config: ConfigFile = None) -> None:
+def compare(arguments: ResultArguments = None, config: ConfigFile = None) -> None:
     """Show the results of several evaluations as one table and one figure.
 
     RESULT is a JSON file that an evaluation wrote. With output=FILE the table is written as Markdown (.md), LaTeX
@@ -142,10 +144,15 @@ def _evaluate(name: str, arguments: list[str] | None, config: Path | None) -> No
     positional, overrides = split(arguments or [])
     models, labels = expect_many(positional, "MODEL", "LABELS")
     settings = load_config(EVALUATION_CONFIGS[name], file=config, overrides=overrides)
-    from dino import api, progress
+    from dino import api
+
+    _show(api.evaluate(name, models, labels, settings))
+
+
+def _show(result: "Result") -> None:
+    from dino import progress
     from dino.evaluate.scores import marks
 
-    result = api.evaluate(name, models, labels, settings)
     progress.table(*result.table())
     for line in marks(result):
         progress.warn(line)
@@ -153,5 +160,5 @@ def _evaluate(name: str, arguments: list[str] | None, config: Path | None) -> No
 
 COMMANDS = {
     function.__name__: (with_settings(EVALUATION_CONFIGS[function.__name__]), function)
-    for function in (knn, linear, fewshot, retrieval, cluster, compare)
+    for function in (knn, linear, fewshot, retrieval, cluster, slide, compare)
 }

@@ -12,14 +12,14 @@ from dino.cli.main import app
 from dino.config import schema
 from dino.config.load import load_config, settings
 from dino.errors import CheckpointError, DataError, Stopped, TrainingFault
+from dino.evaluate.results import Estimate, Result, ResultRow
 
 COMMANDS = {
     ("tile",): schema.TileConfig,
     ("pretrain", "patch"): schema.PatchConfig,
     ("pretrain", "region"): schema.RegionConfig,
     ("extract",): schema.ExtractConfig,
-    ("evaluate", "knn"): schema.KnnConfig,
-    ("evaluate", "slide"): schema.SlideConfig,
+    **{("evaluate", name): kind for name, kind in schema.EVALUATION_CONFIGS.items()},
     ("export",): schema.ExportConfig,
     ("info",): schema.InfoConfig,
     ("demo",): schema.DemoConfig,
@@ -37,13 +37,26 @@ def calls(monkeypatch):
         "pretrain": None,
         "extract": SimpleNamespace(exit_code=0),
         "export": None,
-        "evaluate_knn": {
-            "model": {"knn_20_accuracy": 0.51234, "knn_20_auc": None},
-            "random_initialization": {"knn_20_accuracy": 0.4, "knn_20_auc": 0.5},
-            "standard_error": {"knn_20_accuracy": 0.01},
-            "standard_errors": {"model": {"knn_20_accuracy": 0.01}, "random_initialization": {"knn_20_accuracy": 0.02}},
-            "about": {"queries": 12, "selection": {"seen_rows": 3}, "leakage": {"seen_slides": ["s"]}},
-        },
+        "evaluate": Result(
+            "knn",
+            "labels.csv",
+            "knn_20_accuracy",
+            [
+                ResultRow(
+                    "run",
+                    "model",
+                    {"knn_20_accuracy": Estimate(0.51234, 0.4, 0.6), "knn_20_auc": Estimate(None)},
+                    details={"selection": {"seen_rows": 3}, "leakage": {"seen_slides": ["s"]}},
+                ),
+                ResultRow(
+                    "random initialization",
+                    "random_initialization",
+                    {"knn_20_accuracy": Estimate(0.4, 0.3, 0.5), "knn_20_auc": Estimate(0.5)},
+                    {"knn_20_accuracy": Estimate(-0.11, -0.2, -0.05)},
+                ),
+            ],
+            {"queries": 12},
+        ),
         "info": {"arch": "vit_tiny", "transform": {"name": "imagenet"}, "config": {"min_lr": 1e-6}},
     }.items():
         setattr(api, name, lambda *args, name=name, answer=answer: made.append((name, *args)) or answer)
@@ -95,13 +108,11 @@ def test_extract_evaluate_export_info(run, calls):
     assert run("extract", "timm:vit_tiny_patch16_224", "root", "pretrained=false").exit_code == 0
     assert run("extract", "model=run", "data_dir=root").exit_code == 0
     result = run("evaluate", "knn", "run", "labels.csv", "k=[5]")
-    lines = [line.split() for line in result.stdout.splitlines()]
-    assert lines[0] == ["model", "random", "initialization"]
-    assert lines[1] == ["knn_20_accuracy", "0.5123", "0.4000"]
-    assert lines[2] == ["20-NN", "accuracy,", "standard", "error", "0.0100", "0.0200"]
-    assert lines[3] == ["knn_20_auc", "undefined", "0.5000"]
-    assert " ".join(lines[4]) == "optimistic: test rows that chose the checkpoint 3 of 12"
-    assert " ".join(lines[5]) == "optimistic: test slides that were pretrained on 1"
+    text = " ".join(result.output.split())
+    assert "run 0.512 [0.400, 0.600] undefined" in text
+    assert "random initialization 0.400 [0.300, 0.500] 0.500 -0.110 [-0.200, -0.050]" in text
+    assert "run: optimistic, 3 of 12 test rows that chose the checkpoint" in text
+    assert "run: optimistic, 1 test slides that were pretrained on" in text
     assert run("export", "run", "folder").exit_code == 0
     assert "transform.name" in run("info", "run").stdout
     assert "lr" not in run("info", "run").stdout and "1e-06" in run("info", "run", "--all").stdout
@@ -109,12 +120,13 @@ def test_extract_evaluate_export_info(run, calls):
     assert plain == [
         ("extract", "timm:vit_tiny_patch16_224", Path("root")),
         ("extract", "run", Path("root")),
-        ("evaluate_knn", "run", Path("labels.csv")),
+        ("evaluate", "knn"),
         ("export", "run", Path("folder")),
         *[("info", "run")] * 3,
     ]
     assert calls[0][3].pretrained is False
-    assert calls[2][3].k == [5]
+    assert calls[2][2:4] == (["run"], "labels.csv")
+    assert calls[2][4].k == [5]
 
 
 @pytest.mark.parametrize("arguments", COMMANDS)
