@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dino.api.evaluating import evaluate, evaluate_knn
+    from dino.api.evaluating_robustness import evaluate_robustness
     from dino.api.evaluating_slides import evaluate_slide
     from dino.api.exporting import export, info, load_backbone
     from dino.api.extracting import extract
@@ -23,6 +24,7 @@ __all__ = [
     "compare",
     "evaluate",
     "evaluate_knn",
+    "evaluate_robustness",
     "evaluate_slide",
     "export",
     "extract",
@@ -40,6 +42,7 @@ _MODULES = {
     "compare": "results",
     "evaluate": "evaluating",
     "evaluate_knn": "evaluating",
+    "evaluate_robustness": "evaluating_robustness",
     "evaluate_slide": "evaluating_slides",
     "export": "exporting",
     "extract": "extracting",

@@ -65,6 +65,17 @@ def evaluate(evaluation: str, models: Sequence[str], labels: str | Path, config:
     """
     if isinstance(config, KnnConfig):
         check_k(config.k, config.temperature)
+    return on_all_processes(models, config, lambda device: _evaluate(evaluation, models, Path(labels), config, device))
+
+
+def on_all_processes(
+    models: Sequence[str], config: EvaluationConfig, function: Callable[[torch.device], Result]
+) -> Result:
+    """Call what evaluates models on every process of a process group, with its device.
+
+    Raises:
+        ConfigError: If a setting is invalid.
+    """
     if config.resamples < 0 or not models:
         raise ConfigError(f"expected a model and resamples of 0 or more, found {len(models)} and {config.resamples}")
     check_settings(config.precision, config.batch_size, config.num_workers)
@@ -73,7 +84,7 @@ def evaluate(evaluation: str, models: Sequence[str], labels: str | Path, config:
     with distributed.process_group(device, TIMEOUT_MINUTES):
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        return _evaluate(evaluation, models, Path(labels), config, device)
+        return function(device)
 
 
 def evaluate_knn(model: str, labels: str | Path, config: KnnConfig) -> dict[str, Any]:

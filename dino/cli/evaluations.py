@@ -121,6 +121,36 @@ def slide(arguments: FeatureArguments = None, config: ConfigFile = None) -> None
     _show(api.evaluate_slide(features, Path(labels), settings))
 
 
+def robustness(arguments: ModelArguments = None, config: ConfigFile = None) -> None:
+    """Measure whether features follow the biology, or the centre, scanner or stain.
+
+    MODEL and LABELS are those of `dino evaluate knn`; LABELS has a further column centre (or by=COLUMN), or slides=FILE
+    has it for each slide. Test rows are scored; without a column partition all rows are. Rows of one patient are never
+    compared with one another.
+
+    Among the nearest neighbours of each row, those of its class from another centre are evidence of biology, and those
+    of another class from its centre are evidence of the centre. The columns are the robustness index (ri: 1 biology, 0
+    centre), the same weighted by distance (mari), the median margin between both (croma, -1 to 1) and the mean of its
+    lowest tenth (croma tail), the average performance drop of a classifier whose training data associate class and
+    centre (apd, 0 is best), and the balanced accuracy of linear probes of the class and of the centre. The last one is
+    best at chance, which is shown too.
+
+    Every centre needs rows of two classes, and every class rows of two centres. The result is written as that of the
+    other evaluations, with a further figure: the neighbours, and the features coloured by class and by centre.
+
+    For example:
+
+        dino evaluate robustness runs/patch labels.csv
+        dino evaluate robustness runs/ours runs/theirs labels.csv by=scanner slides=slides.csv output=robustness.json
+    """
+    positional, overrides = split(arguments or [])
+    models, labels = expect_many(positional, "MODEL", "LABELS")
+    settings = load_config(EVALUATION_CONFIGS["robustness"], file=config, overrides=overrides)
+    from dino import api
+
+    _show(api.evaluate_robustness(models, labels, settings))
+
+
 def compare(arguments: ResultArguments = None, config: ConfigFile = None) -> None:
     """Show the results of several evaluations as one table and one figure.
 
@@ -160,5 +190,5 @@ def _show(result: "Result") -> None:
 
 COMMANDS = {
     function.__name__: (with_settings(EVALUATION_CONFIGS[function.__name__]), function)
-    for function in (knn, linear, fewshot, retrieval, cluster, slide, compare)
+    for function in (knn, linear, fewshot, retrieval, cluster, slide, robustness, compare)
 }

@@ -130,7 +130,7 @@ class SlideConfig:
 
 
 @dataclass
-class RobustnessConfig:
+class RobustnessConfig(EvaluationConfig):
     """`dino evaluate robustness`."""
 
     by: str = runtime("centre", "column that the features should not follow: centre, scanner, stain, ...")
@@ -141,8 +141,7 @@ class RobustnessConfig:
     m: int = runtime(5, "neighbours of each kind that CRoMa averages")
     apd: int = runtime(20, "repetitions of APD, 0 to leave it out")
     strengths: list[float] = runtime([0.001, 0.01, 0.1], "values of C (inverse regularisation) of the linear probes")
-    folds: int = runtime(5, "folds of the linear probes, grouped by patient")
-    seed: int = runtime(0, "random seed of folds, APD and bootstrap")
+    folds: int = runtime(5, "folds of the linear probes, grouped by patient; fewer where patients are few")
 
 
 # Settings of `dino evaluate NAME`.

@@ -1,7 +1,7 @@
 """Evaluation of features: kNN classification, self-retrieval, tables of labels, and the verdict on a run."""
 
 from dino.evaluate.knn import check_k, knn_scores, weighted_knn
-from dino.evaluate.labels import LabelTable, read_labels
+from dino.evaluate.labels import LabelTable, join_slides, read_labels
 from dino.evaluate.leakage import Pretraining, check_leakage
 from dino.evaluate.results import MODEL
 from dino.evaluate.retrieval import effective_rank, mean_pairwise_cosine, pixel_features, self_retrieval_accuracy
@@ -23,6 +23,7 @@ __all__ = [
     "difference_error",
     "effective_rank",
     "in_words",
+    "join_slides",
     "knn_scores",
     "mean_pairwise_cosine",
     "pixel_features",

@@ -1,16 +1,17 @@
 """Tables of labelled images."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dino.errors import DataError
 from dino.evaluate.contents import find_copies
-from dino.evaluate.tables import MISSING, canonical, filled_column, first_few, read_rows, refuse_lines
+from dino.evaluate.tables import MISSING, canonical, check_columns, filled_column, first_few, read_rows, refuse_lines
 from dino.files import printable
 
 COLUMNS = ("image_path", "label", "partition")
 PARTITIONS = {"train": "train", "reference": "train", "val": "val", "test": "test", "query": "test"}
+STATUS_TABLE = "slides_status.csv"  # of a ROOT
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,21 @@ class LabelTable:
         """Whether the rows have partitions."""
         return bool(self.partition[0])
 
+    @property
+    def slides(self) -> list[str]:
+        """Slide of each row: that of the column, else of the file's name, see :func:`slide_of_name`."""
+        named = self.slide_ids or [""] * len(self.paths)
+        return [name or slide_of_name(path.name) for name, path in zip(named, self.paths, strict=True)]
+
     def groups(self) -> tuple[list[str], str]:
         """What rows depend on one another by: the patient of each row, else its slide, else the row itself.
 
-        A row without a patient, in a table that has patients, is of a patient of its slide's own. A slide is that of
-        the column or of the file's name, see :func:`slide_of_name`.
+        A row without a patient, in a table that has patients, is of a patient of its slide's own.
 
         Returns:
             The group of each row, and ``patients``, ``slides`` or ``rows``.
         """
-        named = self.slide_ids or [""] * len(self.paths)
-        slides = [name or slide_of_name(path.name) for name, path in zip(named, self.paths, strict=True)]
+        slides = self.slides
         if self.patient_ids:
             patients = {slide: one for slide, one in zip(slides, self.patient_ids, strict=True) if one}
             return [patients.get(slide, f"slide {slide}") for slide in slides], "patients"
@@ -120,6 +125,33 @@ def read_labels(
     if len(set(labels)) < 2:
         raise DataError(f"{path}: expected at least two classes, found only '{labels[0]}'")
     return LabelTable(paths, labels, partition, _column(rows, "slide_id"), _column(rows, "patient_id"), further)
+
+
+def join_slides(table: LabelTable, slides: Path, name: str) -> LabelTable:
+    """Add a column of a table of slides to labels, by the slide of each row.
+
+    Args:
+        table: The labels.
+        slides: A ``slides.csv``, or a ROOT, of which ``slides_status.csv`` is read.
+        name: The column.
+
+    Raises:
+        DataError: If there is no such table or column, or a slide of the labels has no value in it.
+    """
+    path = slides / STATUS_TABLE if slides.is_dir() else slides
+    if not path.is_file():
+        raise DataError(f"expected a slides.csv, or a ROOT with {STATUS_TABLE}, at {slides}, found none")
+    rows = read_rows(path, (name,))
+    key = "sample_id" if "sample_id" in rows[0] else "slide_id"
+    check_columns(path, list(rows[0]), (key,))
+    of_slide = {row[key]: row[name] for row in rows if row[name].lower() not in MISSING}
+    lacking = sorted({slide for slide in table.slides if slide not in of_slide})
+    if lacking:
+        raise DataError(
+            f"{path}: expected a {name} of every labelled slide, found none of {len(lacking)} of "
+            f"{len(set(table.slides))} ({first_few(lacking)}); add them, or remove their rows from the labels"
+        )
+    return replace(table, columns={**table.columns, name: [of_slide[slide] for slide in table.slides]})
 
 
 def slide_of_name(name: str) -> str:

@@ -46,7 +46,9 @@ NEUTRAL = {"ri": 0.5, "mari": 0.5, "croma": 0.0}  # where no neighbour shows wha
 DISTANCES_AT_ONCE = 1 << 23  # 64 MB
 
 
-def robustness(features: NDArray[Any], found: Design, rows: Rows, config: RobustnessConfig) -> Scored:
+def robustness(
+    features: NDArray[Any], found: Design, rows: Rows, folds: Sequence[Fold], config: RobustnessConfig
+) -> Scored:
     """RI, MaRI, CRoMa and its tail, APD, and how well linear probes predict the label and the confounder.
 
     A statistic of rows has the interval of a bootstrap over patients; APD is a single number, of which the details have
@@ -56,6 +58,7 @@ def robustness(features: NDArray[Any], found: Design, rows: Rows, config: Robust
         features: ``(M, D)`` features of the rows.
         found: Labels, confounders and patients of the rows.
         rows: ``(M,)`` their indices in the table.
+        folds: Of the rows, for both probes, see :func:`probe_folds`.
         config: Settings.
 
     Raises:
@@ -67,7 +70,7 @@ def robustness(features: NDArray[Any], found: Design, rows: Rows, config: Robust
         drop = performance_drop(features, found, config.apd, config.seed)
         scores["apd"] = of_the_data(np.nan if drop.value is None else drop.value)
         details |= drop.to_dict()
-    folds, groups = probe_folds(found, config.folds, config.seed), list(map(str, found.groups))
+    groups = list(map(str, found.groups))
     for name, truth, classes in (("label", found.labels, found.classes), (found.by, found.confounders, found.values)):
         task = Task(truth, classes, groups, folds, config.seed)
         probe = linear(features, task, config.strengths)
@@ -184,19 +187,27 @@ def neighbour_scores(
     return score
 
 
-def chance_measures(found: Design) -> dict[str, Statistic]:
-    """The measures of features that know neither label nor confounder, whose neighbours are drawn at random."""
+def chance(found: Design, rows: Rows, measures: Sequence[str]) -> Scored:
+    """The measures of features that know neither label nor confounder, whose neighbours are drawn at random.
+
+    Args:
+        found: The rows.
+        rows: ``(M,)`` their indices in the table.
+        measures: Names of the measures; those without a known chance are left out.
+    """
     candidates = found.candidates()
     share = candidates / candidates.sum(1, keepdims=True)
     typed = share[:, SO] + share[:, OS]
     ri = _pooled(divide(share[:, SO], typed), typed)
-    known = {
+    exact = {
         "croma": 0.0,
         "apd": 0.0,
         "label_probe": 1 / len(found.classes),
         f"{found.by}_probe": 1 / len(found.values),
     }
-    return {"ri": ri, "mari": ri, **{name: of_the_data(value) for name, value in known.items()}}
+    known = {"ri": ri, "mari": ri, **{name: of_the_data(value) for name, value in exact.items()}}
+    neighbours = dict(zip(KINDS, share.mean(0).tolist(), strict=True))
+    return Scored(rows, {name: known[name] for name in measures if name in known}, {"neighbours": neighbours})
 
 
 def nearest(unit: Values, found: Design, k: int) -> tuple[Numbers, Values]:

@@ -10,7 +10,7 @@ from dino.errors import ConfigError, DataError
 from dino.evaluate.confounders import check_neighbours, design
 from dino.evaluate.results import Entry, collect
 from dino.evaluate.robustness import (
-    chance_measures,
+    chance,
     lower_mean,
     median,
     nearest,
@@ -36,8 +36,9 @@ def synthetic(biology, centre, rows=240, patients=24, values=2, classes=2, seed=
     return features, found
 
 
-def settings(**changes):
-    return RobustnessConfig(**{"k": K, "apd": 0, "strengths": [0.01], "folds": 3, **changes})
+def scored_rows(features, found, folds=3, **changes):
+    settings = RobustnessConfig(**{"k": K, "apd": 0, "strengths": [0.01], **changes})
+    return robustness(features, found, np.arange(240), probe_folds(found, folds, 0), settings)
 
 
 def values_of(statistics, weights=None):
@@ -113,11 +114,11 @@ def test_biology_gives_1_and_the_centre_0_and_noise_what_chance_gives():
     found = {name: neighbour_measures(*synthetic(*of), K, 5)[0] for name, of in
              {"biology": (9, 0), "centre": (0, 9), "noise": (0, 0)}.items()}  # fmt: skip
     values = {name: values_of(statistics) for name, statistics in found.items()}
-    chance = values_of(chance_measures(synthetic(0, 0)[1]))
+    by_chance = values_of(chance(synthetic(0, 0)[1], np.arange(240), MEASURES).statistics)
     assert values["biology"]["ri"] > 0.99 and values["biology"]["mari"] > 0.99 and values["biology"]["croma"] > 0.4
     assert values["centre"]["ri"] < 0.01 and values["centre"]["mari"] < 0.01 and values["centre"]["croma"] < -0.4
-    assert values["noise"]["ri"] == pytest.approx(chance["ri"], abs=0.05)
-    assert values["noise"]["croma"] == pytest.approx(chance["croma"], abs=0.02)
+    assert values["noise"]["ri"] == pytest.approx(by_chance["ri"], abs=0.05)
+    assert values["noise"]["croma"] == pytest.approx(by_chance["croma"], abs=0.02)
 
 
 def test_chance_is_the_expectation_of_random_neighbours():
@@ -131,9 +132,9 @@ def test_chance_is_the_expectation_of_random_neighbours():
         ]
         assert list(np.bincount(kinds, minlength=4)) == list(found.candidates()[i])
         counts += np.bincount(kinds, minlength=4) / len(others)
-    assert float(chance_measures(found)["ri"](np.ones((1, 120)))[0]) == pytest.approx(
-        counts[1] / (counts[1] + counts[2])
-    )
+    scored = chance(found, np.arange(120), MEASURES)
+    assert float(scored.statistics["ri"](np.ones((1, 120)))[0]) == pytest.approx(counts[1] / (counts[1] + counts[2]))
+    assert list(scored.details["neighbours"].values()) == pytest.approx(counts / 120)
 
 
 def test_a_bootstrap_sample_counts_each_row_as_often_as_it_was_drawn():
@@ -217,7 +218,7 @@ def test_too_few_neighbours_are_an_error(k, m, error, message):
 @pytest.mark.parametrize(("biology", "centre", "label_probe", "centre_probe"), [(9, 0, 1, 0.5), (0, 9, 0.5, 1)])
 def test_probes_find_what_the_features_contain(biology, centre, label_probe, centre_probe):
     features, found = synthetic(biology, centre)
-    scored = robustness(features, found, np.arange(240), settings(folds=3))
+    scored = scored_rows(features, found)
     values = values_of(scored.statistics)
     assert list(values) == [*MEASURES, "label_probe", "centre_probe"]
     assert values["label_probe"] == pytest.approx(label_probe, abs=0.1)
@@ -238,7 +239,7 @@ def test_a_probe_is_that_of_scikit_learn_on_the_same_folds():
         model = LogisticRegression(C=0.1, tol=1e-6, max_iter=1000)
         model.fit(scaler.transform(features[fold.train]), found.confounders[fold.train])
         predicted[fold.test] = model.predict(scaler.transform(features[fold.test]))
-    scored = robustness(features, found, np.arange(240), settings(folds=4, strengths=[0.1]))
+    scored = scored_rows(features, found, folds=4, strengths=[0.1])
     expected = balanced_accuracy_score(found.confounders, predicted)
     assert values_of(scored.statistics)["centre_probe"] == pytest.approx(expected, abs=0.005)
     twice = np.where(np.arange(240) < 120, 2.0, 0.0)
@@ -249,7 +250,7 @@ def test_a_probe_is_that_of_scikit_learn_on_the_same_folds():
 
 def test_intervals_are_over_patients_and_the_performance_drop_has_none():
     features, found = synthetic(2, 1)
-    models = [robustness(x, found, np.arange(240), settings(apd=2)) for x in (features, synthetic(0, 2)[0])]
+    models = [scored_rows(x, found, apd=2) for x in (features, synthetic(0, 2)[0])]
     entries = [Entry(f"m{i}", "model", scored) for i, scored in enumerate(models)]
     result = collect("robustness", "labels.csv", entries, list(found.groups), 200, 0, {})
     assert result.primary == "ri" and result.about["resampled"] == 24
