@@ -120,7 +120,7 @@ def test_extract_evaluate_export_info(run, calls):
     assert plain == [
         ("extract", "timm:vit_tiny_patch16_224", Path("root")),
         ("extract", "run", Path("root")),
-        ("evaluate", "knn"),
+        ("evaluate", "knn", "labels.csv"),
         ("export", "run", Path("folder")),
         *[("info", "run")] * 3,
     ]
@@ -182,7 +182,7 @@ def test_version(run):
         (["pretrain", "region", "a", "b", "aug.hed_jitter=1"], "unknown setting 'aug.hed_jitter'"),
         (["extract", "run"], "expected RUN ROOT, found 1 argument (run)"),
         (["extract", "model=run"], "expected RUN ROOT (or model= and data_dir=), found run"),
-        (["evaluate", "knn", "run"], "expected RUN LABELS, found 1 argument (run)"),
+        (["evaluate", "knn", "run"], "expected at least one MODEL followed by LABELS, found 1 argument (run)"),
         (["evaluate", "slide", "a"], "expected at least one FEATURES followed by LABELS, found 1 argument (a)"),
         (["export", "run", "a", "b"], "expected RUN DIR, found 3 arguments (run a b)"),
         (["info"], "expected CHECKPOINT, found no arguments"),
