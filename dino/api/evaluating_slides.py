@@ -18,14 +18,15 @@ from dino.api.features import (
     open_features,
     slides_of_patients,
 )
+from dino.api.results import write_result
 from dino.config.schema import SlideConfig
 from dino.errors import ConfigError
 from dino.evaluate import abmil, pooling
-from dino.evaluate.results import Entry, Result, collect
+from dino.evaluate.results import CHANCE, MODEL, Entry, Result, collect
 from dino.evaluate.slides import CaseTable, check_folds, read_cases, split
 from dino.evaluate.task import Fold, read_folds, write_folds
 
-MEAN, ABMIL, CHANCE = "mean", "abmil", "chance"
+MEAN, ABMIL = "mean", "abmil"
 METHODS = (MEAN, ABMIL)
 
 
@@ -69,15 +70,14 @@ def evaluate_slide(features: Sequence[str | Path], labels: str | Path, config: S
     table = read_cases(Path(labels), config.task, config.unit)
     if MEAN in methods:
         table.outcome().check_packages()  # before features are read
-    found = [find_features(Path(one), config.encoder) for one in features]
+    found = find_features(features, config.encoder)
     table = table.with_slides(slides_of_patients(table, found, config.slides))
     for one in found:
         labelled, table = len(table.cases), table.with_features(one.paths, str(one.folder), config.max_missing)
         if missing := labelled - len(table.cases):
             progress.warn(f"{one.folder}: {missing} labelled {table.unit}s without features are left out (max_missing)")
     study = _study(table, config, device)
-    names = _names([one.folder for one in found])
-    sets = [open_features(name, one, table) for name, one in zip(names, found, strict=True)]
+    sets = [open_features(one, table) for one in found]
     entries = [entry for one in sets for entry in _scores(one, methods, study)]
     if not entries:
         raise ConfigError(
@@ -151,7 +151,7 @@ def _scores(features: FeatureSet, methods: Sequence[str], study: Study) -> list[
         details |= {"dim": moments.means.shape[1], "vectors": sum(map(len, bags))}
         name = f"{features.name}: {method}" if len(methods) > 1 else features.name
         source, scored = str(features.folder), replace(scored, details=details)
-        entries.append(Entry(name, "model", scored, source, features.fingerprint))
+        entries.append(Entry(name, MODEL, scored, source, features.fingerprint))
     return entries
 
 
@@ -175,13 +175,4 @@ def _write(result: Result, study: Study, output: Path) -> None:
         with files.oserror_to_data_error(path.parent):
             write_folds(path, [case.name for case in study.table.cases], study.folds)
         progress.say(f"folds: {path}; splits={path} uses them again")
-    with files.oserror_to_data_error(output.parent):
-        files.write_json(output, result.to_dict())
-        files.write_text(output.with_suffix(".csv"), result.to_csv())
-    progress.say(f"result: {output}, and beside it .csv")
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """Unique names of folders."""
-    short = [folder.absolute().name for folder in folders]
-    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+    write_result(result, output)

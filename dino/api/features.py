@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dino.api.labelled import unique_names
 from dino.api.roots import Root
 from dino.data.bags import Bag, find_bags, open_bag
 from dino.errors import DataError
@@ -46,30 +47,38 @@ class Files:
     """The files of a folder of features.
 
     Attributes:
+        name: Unique, short.
         folder: The folder.
         paths: Its files by slide.
     """
 
+    name: str
     folder: Path
     paths: Mapping[str, Path]
 
 
-def find_features(given: Path, encoder: str | None) -> Files:
-    """Find a folder of features.
+def find_features(given: Sequence[str | Path], encoder: str | None) -> list[Files]:
+    """Find folders of features.
 
     Args:
-        given: The folder, or a ROOT.
-        encoder: The encoder whose tile features of a ROOT are read.
+        given: Folders, or ROOTs.
+        encoder: The encoder whose tile features of ROOTs are read.
 
     Raises:
-        DataError: If it is not there or empty, or is a ROOT and no encoder is named.
+        DataError: If one is not there or empty, or is a ROOT and no encoder is named.
     """
+    folders = [_folder(Path(one), encoder) for one in given]
+    names = unique_names([str(folder) for folder in folders])
+    return [Files(name, folder, find_bags(folder)) for name, folder in zip(names, folders, strict=True)]
+
+
+def _folder(given: Path, encoder: str | None) -> Path:
     folder = given / f"features_{encoder}" if encoder else given
     inside = [path.name for pattern in FOLDERS for path in sorted(given.glob(pattern)) if path.is_dir()]
     if not folder.is_dir() or (not encoder and inside):
         hint = f"; it has {', '.join(inside)}: give one of these" if inside else ""
         raise DataError(f"expected a folder of features at {folder}, found {'a ROOT' if inside else 'none'}{hint}")
-    return Files(folder, find_bags(folder))
+    return folder
 
 
 def slides_of_patients(table: CaseTable, found: Sequence[Files], path: str | None) -> dict[str, list[str]]:
@@ -95,11 +104,10 @@ def slides_of_patients(table: CaseTable, found: Sequence[Files], path: str | Non
     return {case.name: slides.get(case.name) or [case.name] for case in table.cases}
 
 
-def open_features(name: str, files: Files, table: CaseTable) -> FeatureSet:
+def open_features(files: Files, table: CaseTable) -> FeatureSet:
     """Open the features of all labelled slides.
 
     Args:
-        name: A unique name.
         files: The files.
         table: The labels.
 
@@ -126,7 +134,7 @@ def open_features(name: str, files: Files, table: CaseTable) -> FeatureSet:
     empty = next((slide for slide, bag in bags.items() if not len(bag)), None)
     if empty is not None:
         raise DataError(f"expected features in {printable(bags[empty].path)}, found 0 rows; remove the slide's label")
-    return FeatureSet(name, files.folder, bags)
+    return FeatureSet(files.name, files.folder, bags)
 
 
 def _short(value: Any) -> str:

@@ -106,7 +106,7 @@ def slide(arguments: FeatureArguments = None, config: ConfigFile = None) -> None
     within the training rows, or on rows of partition val.
 
     Each score has a 95 % interval from a bootstrap over patients. AUC, C-index and Pearson's correlation are means over
-    folds. output=FILE.json writes the result, with a table (.csv) and the folds beside it.
+    folds. output=FILE.json writes the result, with a table (.csv), a figure (.png) and the folds beside it.
 
     For example:
 

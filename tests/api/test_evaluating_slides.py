@@ -67,6 +67,7 @@ def test_every_encoder_and_method_has_a_row_with_intervals_and_differences(root)
     written = json.loads((root / "out" / "slides.json").read_text())
     assert written["rows"][1]["details"]["method"] == "abmil"
     assert "features_theirs: abmil" in (root / "out" / "slides.csv").read_text()
+    assert (root / "out" / "slides.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_written_folds_give_the_same_result(root):
