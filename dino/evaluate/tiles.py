@@ -177,11 +177,11 @@ def fewshot(features: Features, task: Task, shots: Sequence[int], draws: int) ->
         correct[shot] = np.concatenate(parts), float(np.std(means))
     truth = task.truth[task.tested]
     scores = {
-        f"fewshot_{shot}_balanced_accuracy": statistics.class_mean(truth, one) for shot, (one, _) in correct.items()
+        f"fewshot_{shot}_balanced_accuracy": statistics.class_mean(truth, right) for shot, (right, _) in correct.items()
     }
     deviations = {str(shot): deviation for shot, (_, deviation) in correct.items()}
     details = {"deviation_of_accuracy_between_draws": deviations, "draws": draws}
-    return Scored(task.tested, dict(reversed(scores.items())), details)
+    return Scored(task.tested, scores, details, primary=list(scores)[-1])
 
 
 def _possible_shots(task: Task, shots: Sequence[int]) -> list[int]:

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from dino.evaluate.scores import leakage_marks, score_table
+from dino.evaluate.results import Result
+from dino.evaluate.scores import leakage_marks, marks, score_table
 from dino.evaluate.verdict import Verdict
 from dino.report import figures, methods
 from dino.report.figures import MontageImage, Thumbnail
@@ -263,12 +264,20 @@ def scores_table(run: RunData, name: str, result: Mapping[str, Any]) -> Table:
         name: Name of the file.
         result: Its content.
     """
-    rows, header = score_table(result)
     about = result.get("about", {})
     counts = f"{about.get('queries', '?')} test and {about.get('references', '?')} reference rows"
     step = f", checkpoint of step {about['step']:,}" if isinstance(about.get("step"), int) else ""
-    marks = "; ".join(f"{text}: {count}" for text, count in leakage_marks(result))
-    warning = f" These scores are optimistic: {marks}." if marks else ""
+    if "evaluation" in result:
+        whole = Result.from_dict(result, name)
+        rows, header = whole.table()
+        counts = f"{about.get('queries', about.get('cases', '?'))} scored rows of {whole.labels}"
+        resampled = f", with 95 % intervals from {about.get('resamples', 0):,} bootstrap samples"
+        units = f" of {about.get('resampled', '?')} {about.get('grouped_by', 'groups')}"
+        warning = "".join(f" {line}." for line in marks(whole))
+        return Table(header, rows, f"{run.name}, {name}: {counts}{step}{resampled}{units}.{warning}")
+    rows, header = score_table(result)
+    found = "; ".join(f"{text}: {count}" for text, count in leakage_marks(result))
+    warning = f" These scores are optimistic: {found}." if found else ""
     return Table(header, rows, f"{run.name}, {name}: {counts} of {about.get('labels', '?')}{step}.{warning}")
 
 

@@ -95,11 +95,11 @@ class RunReader:
     def scores(self) -> dict[str, dict[str, Any]]:
         """What ``dino evaluate`` wrote into the folder, by name of the file."""
         found = {}
-        for path in sorted(self.path.glob(result_file("knn", "*"))):
+        for path in sorted(self.path.glob(result_file("*", "*"))):
             with suppress(OSError, ValueError):
                 content = read_json(path)
-                if isinstance(content, dict) and isinstance(content.get("model"), dict):
-                    found[path.name] = content
+                if isinstance(content, dict) and ("evaluation" in content or isinstance(content.get("model"), dict)):
+                    found[path.name] = content  # files of versions up to 0.1.0 have a model only
         return found
 
     def identity(self) -> dict[str, Any]:
