@@ -14,7 +14,7 @@ from dino.api.labelled import Embedding, Features, facts_of, load_models, unique
 from dino.api.results import knn_record, output_path, write_result
 from dino.config.schema import EvaluationConfig, KnnConfig
 from dino.errors import ConfigError
-from dino.evaluate import LabelTable, check_k, knn_scores, read_labels, statistics, tiles
+from dino.evaluate import LabelTable, capped_k, check_k, knn_scores, read_labels, statistics, tiles
 from dino.evaluate.results import CHANCE, Entry, Result, collect
 from dino.evaluate.statistics import Scored
 from dino.evaluate.task import Task, grouped_folds, read_folds, single_fold, write_folds
@@ -25,7 +25,7 @@ TIMEOUT_MINUTES = 24 * 60  # processes synchronise only after each has embedded 
 
 def _knn(features: Features, task: Task, config: Any) -> Scored:
     references = min(len(fold.train) for fold in task.folds)
-    return tiles.knn(features, task, sorted({min(k, references) for k in config.k}), config.temperature)
+    return tiles.knn(features, task, sorted({capped_k(k, references) for k in config.k}), config.temperature)
 
 
 EVALUATIONS: Mapping[str, Callable[[Features, Task, Any], Scored]] = {

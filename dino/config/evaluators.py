@@ -44,7 +44,7 @@ class LinearConfig(EvaluationConfig):
     """`dino evaluate linear`."""
 
     strengths: list[float] = runtime(
-        [10.0**power for power in range(-6, 6)], "values of C (inverse regularisation) to choose from"
+        [10.0**power for power in range(-6, 3)], "values of C (inverse regularisation) to choose from"
     )
 
 

@@ -1,6 +1,6 @@
 """Evaluation of features: kNN classification, self-retrieval, tables of labels, and the verdict on a run."""
 
-from dino.evaluate.knn import check_k, knn_scores, weighted_knn
+from dino.evaluate.knn import capped_k, check_k, knn_scores, weighted_knn
 from dino.evaluate.labels import LabelTable, join_slides, read_labels
 from dino.evaluate.leakage import Pretraining, check_leakage
 from dino.evaluate.results import MODEL
@@ -17,6 +17,7 @@ __all__ = [
     "Score",
     "Signs",
     "Verdict",
+    "capped_k",
     "check_k",
     "check_leakage",
     "check_selection",
