@@ -106,13 +106,16 @@ class Embedding:
         level = level_named(loaded.level)
         transform = asdict(loaded.transform) if loaded.transform else None
         keys: list[Mapping[str, Any]] = [
-            {"network": mark, "transform": transform, "precision": self.config.precision},
+            {
+                **{"network": mark, "transform": transform, "precision": self.config.precision},
+                "grid_order": self.config.grid_order,
+            },
             *([{"network": level.baseline}] if with_plain else []),
         ]
-        cached = [found for key in keys if (found := self.cache.load(key)) is not None]
-        if distributed.broadcast(len(cached) == len(keys)):
+        cached = [self.cache.load(key) for key in keys]
+        if distributed.broadcast(all(one is not None for one in cached)):
             progress.say(f"{name}: features of {len(self.table.paths):,} files are in {self.cache.folder}")
-            return list(cached)
+            return [np.empty((0, 0)) if one is None else one for one in cached]
         spec, config = loaded.backbone.spec, self.config
         embedder = FileEmbedder(
             self.table.paths,
