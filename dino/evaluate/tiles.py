@@ -22,7 +22,7 @@ STRENGTHS = tuple(10.0**power for power in range(-6, 3))  # of C: DINOv2's range
 FIXED_STRENGTH = 0.01
 SELECTION_FOLDS = 3
 SELECTION_ROWS = 50_000  # at most, to choose the strength
-ITERATIONS = 1000
+ITERATIONS = 1000  # of lbfgs, at most
 RANKED_AT_ONCE = 1 << 24
 
 
@@ -100,32 +100,54 @@ def fit_linear(features: Features, truth: Rows, rows: Rows, strength: float, cla
     Raises:
         DataError: If the training rows are of one class.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
+    probe = _LinearPath(features, truth, rows, classes)
+    probe.fit(strength)
+    return probe.predict
 
-    labels = truth[rows]
-    if len(np.unique(labels)) < 2:
-        raise DataError("expected training rows of at least two classes, found one; give more rows or other folds")
-    scaler = StandardScaler(copy=False)
-    inputs = scaler.fit_transform(_array(features, rows))
-    model = LogisticRegression(C=strength, max_iter=ITERATIONS)
-    with warnings.catch_warnings():  # weak regularisation that has not converged is a strength to choose from too
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(inputs, labels)
 
-    def predict(test: Rows) -> Values:
-        found = np.zeros((len(test), classes))
-        found[:, model.classes_] = model.predict_proba(scaler.transform(_array(features, test)))
+class _LinearPath:
+    """Logistic regressions of the same rows, each fitted from the last one.
+
+    Raises:
+        DataError: If the training rows are of one class.
+    """
+
+    def __init__(self, features: Features, truth: Rows, rows: Rows, classes: int) -> None:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.preprocessing import StandardScaler
+
+        self.features, self.labels, self.classes = features, truth[rows], classes
+        if len(np.unique(self.labels)) < 2:
+            raise DataError("expected training rows of at least two classes, found one; give more rows or other folds")
+        self.scaler = StandardScaler(copy=False)
+        self.inputs = self.scaler.fit_transform(_array(features, rows))
+        self.model = LogisticRegression(max_iter=ITERATIONS, warm_start=True)
+
+    def fit(self, strength: float) -> bool:
+        """Fit with ``C`` of scikit-learn; whether it converged."""
+        from sklearn.exceptions import ConvergenceWarning
+
+        self.model.set_params(C=strength)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            self.model.fit(self.inputs, self.labels)
+        return bool(self.model.n_iter_.max() < ITERATIONS)
+
+    def predict(self, test: Rows) -> Values:
+        """Probabilities ``(M, C)`` of rows ``(M,)``."""
+        found = np.zeros((len(test), self.classes))
+        found[:, self.model.classes_] = self.model.predict_proba(self.scaler.transform(_array(self.features, test)))
         return found
-
-    return predict
 
 
 def _choose_strength(
     features: Features, task: Task, train: Rows, validation: Rows, strengths: Sequence[float]
 ) -> float:
-    """The ``C`` with the highest balanced accuracy on held-out rows of the training part."""
+    """The ``C`` with the highest balanced accuracy on held-out rows of the training part.
+
+    Values are tried from the smallest one on. A fit that does not converge ends the search: the larger ones regularise
+    even less.
+    """
     if len(strengths) == 1:
         return strengths[0]
     if len(validation):
@@ -139,14 +161,18 @@ def _choose_strength(
             return 1.0
         folds = grouped_folds(labels, groups, number, task.seed)
         splits = [(drawn[fold.train], drawn[fold.test]) for fold in folds]
-    totals = []
-    for strength in strengths:
-        scores = []
-        for known, held_out in splits:
-            predicted = fit_linear(features, task.truth, known, strength, len(task.classes))(held_out).argmax(1)
-            scores.append(statistics.balanced_accuracy(task.truth[held_out], predicted)(np.ones((1, len(held_out))))[0])
-        totals.append(np.mean(scores))
-    return strengths[int(np.argmax(totals))]
+    paths = [_LinearPath(features, task.truth, known, len(task.classes)) for known, _ in splits]
+    scores: dict[float, float] = {}
+    for strength in sorted(strengths):
+        converged = [path.fit(strength) for path in paths]
+        if scores and not all(converged):
+            break
+        found = []
+        for path, (_, held_out) in zip(paths, splits, strict=True):
+            predicted = path.predict(held_out).argmax(1)
+            found.append(statistics.balanced_accuracy(task.truth[held_out], predicted)(np.ones((1, len(held_out))))[0])
+        scores[strength] = float(np.mean(found))
+    return max(scores, key=lambda strength: (scores[strength], -strength))
 
 
 def fewshot(features: Features, task: Task, shots: Sequence[int], draws: int) -> Scored:
