@@ -103,12 +103,14 @@ class Embedding:
 
         With several processes only the main one has those that were cached.
         """
-        level = level_named(loaded.level)
+        level, spec, config = level_named(loaded.level), loaded.backbone.spec, self.config
+        # Built first, because it refuses files that are not for this model; cached features may be those of another.
+        read = level.labelled_reader(self.table.paths, spec, config, loaded.source, loaded.details)
         transform = asdict(loaded.transform) if loaded.transform else None
         keys: list[Mapping[str, Any]] = [
             {
-                **{"network": mark, "transform": transform, "precision": self.config.precision},
-                "grid_order": self.config.grid_order,
+                **{"network": mark, "transform": transform, "precision": config.precision},
+                "grid_order": config.grid_order,
             },
             *([{"network": level.baseline}] if with_plain else []),
         ]
@@ -116,10 +118,9 @@ class Embedding:
         if distributed.broadcast(all(one is not None for one in cached)):
             progress.say(f"{name}: features of {len(self.table.paths):,} files are in {self.cache.folder}")
             return [np.empty((0, 0)) if one is None else one for one in cached]
-        spec, config = loaded.backbone.spec, self.config
         embedder = FileEmbedder(
             self.table.paths,
-            level.labelled_reader(self.table.paths, spec, config, loaded.source, loaded.details),
+            read,
             level.normaliser(loaded.transform, spec.patch_size),
             self.device,
             config.precision,

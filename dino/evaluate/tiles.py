@@ -22,7 +22,7 @@ STRENGTHS = tuple(10.0**power for power in range(-6, 3))  # of C: DINOv2's range
 FIXED_STRENGTH = 0.01
 SELECTION_FOLDS = 3
 SELECTION_ROWS = 50_000  # at most, to choose the strength
-ITERATIONS = 1000  # of lbfgs, at most
+ITERATIONS = 300  # of lbfgs, at most
 RANKED_AT_ONCE = 1 << 24
 
 

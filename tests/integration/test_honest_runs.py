@@ -82,7 +82,7 @@ def test_the_suggested_command_scores_rows_that_did_not_choose_the_checkpoint(
     with pytest.raises(DataError, match="expected test rows that did not choose the checkpoint"):
         api.evaluate_knn(str(tmp_path / "run"), swapped, KnnConfig(**KNN))
     arguments = ["evaluate", "knn", str(tmp_path / "run"), str(swapped), "k=[3]", "device=cpu", "allow_leakage=true"]
-    assert "optimistic: test rows that chose the checkpoint" in CliRunner().invoke(app, arguments).output
+    assert "test rows that chose the checkpoint" in CliRunner().invoke(app, arguments).output
     written = json.loads((tmp_path / "run" / "knn_renamed.json").read_text())["about"]["selection"]
     assert written["allowed"] and written["seen_rows"] == swapped.read_text().count(",test,")
 
