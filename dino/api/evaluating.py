@@ -136,6 +136,11 @@ def _task(table: LabelTable, config: EvaluationConfig, output: Path | None) -> T
     """The labels as numbers, and the folds: the table's partitions, those of a file, or drawn and written to one."""
     groups, kind = table.groups()
     names = [str(path) for path in table.paths]
+    if kind == "rows":
+        progress.warn(
+            "neither patients nor slides are known: rows that share a slide make intervals too narrow, and linear "
+            "probes, whose strength is chosen within the training rows, too weakly regularised; give slide_id or patient_id"
+        )
     if table.is_split:
         if config.splits:
             raise ConfigError("expected splits for a table without a partition column, found both; leave one out")
