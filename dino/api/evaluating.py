@@ -138,8 +138,9 @@ def _task(table: LabelTable, config: EvaluationConfig, output: Path | None) -> T
     names = [str(path) for path in table.paths]
     if kind == "rows":
         progress.warn(
-            "neither patients nor slides are known: rows that share a slide make intervals too narrow, and linear "
-            "probes, whose strength is chosen within the training rows, too weakly regularised; give slide_id or patient_id"
+            "neither patients nor slides are known: rows that share a slide make intervals too narrow, and the "
+            "regularisation of linear probes, which is chosen within the training rows, too weak; give slide_id or "
+            "patient_id"
         )
     if table.is_split:
         if config.splits:
