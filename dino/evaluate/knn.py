@@ -21,6 +21,7 @@ def weighted_knn(
     k: Sequence[int],
     temperature: float,
     classes: int,
+    unit: bool = False,
 ) -> dict[int, Tensor]:
     """Class probabilities by the weighted votes of the nearest neighbours.
 
@@ -36,6 +37,7 @@ def weighted_knn(
         k: Numbers of neighbours; each is capped to N with a warning.
         temperature: Temperature of the votes (0.07 in the paper).
         classes: Number of classes C.
+        unit: Whether the features are float32 of length 1 already, so that no copy of them is needed.
 
     Returns:
         For every entry of ``k`` the ``(M, C)`` float64 probabilities, rows summing to 1.
@@ -47,7 +49,8 @@ def weighted_knn(
     check_k(k, temperature)
     _check(reference, reference_labels, query)
     used = {wanted: capped_k(wanted, len(reference)) for wanted in k}
-    reference, query = F.normalize(reference.float(), dim=1), F.normalize(query.float(), dim=1)
+    if not unit:
+        reference, query = F.normalize(reference.float(), dim=1), F.normalize(query.float(), dim=1)
     results: dict[int, list[Tensor]] = {wanted: [] for wanted in used}
     for chunk in query.split(max(1, SIMILARITIES_AT_ONCE // len(reference))):
         similarity, index = _nearest(chunk @ reference.T, max(used.values()))  # (m, k)

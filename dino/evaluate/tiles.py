@@ -1,5 +1,6 @@
 """Evaluators of labelled tiles: functions of features and a task, which know no model."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ SELECTION_FOLDS = 3
 SELECTION_ROWS = 50_000  # at most, to choose the strength
 ITERATIONS = 300  # of lbfgs, at most
 RANKED_AT_ONCE = 1 << 24
+ROWS_AT_ONCE = 1 << 14
 
 
 # ------------------------------------------------------------------------------------------- classifiers
@@ -40,9 +42,9 @@ def knn(features: Features, task: Task, k: Sequence[int], temperature: float) ->
     """
     votes: dict[int, list[Values]] = {count: [] for count in k}
     for fold in task.folds:
-        reference, query = (_tensor(features, rows) for rows in (fold.train, fold.test))
+        reference, query = (_unit_tensor(features, rows) for rows in (fold.train, fold.test))
         labels = torch.from_numpy(task.truth[fold.train])
-        found = weighted_knn(reference, labels, query, k, temperature, len(task.classes))
+        found = weighted_knn(reference, labels, query, k, temperature, len(task.classes), unit=True)
         for count, probabilities in found.items():
             votes[count].append(probabilities.cpu().numpy())
     scores: dict[str, Statistic] = {}
@@ -119,8 +121,10 @@ class _LinearPath:
         self.features, self.labels, self.classes = features, truth[rows], classes
         if len(np.unique(self.labels)) < 2:
             raise DataError("expected training rows of at least two classes, found one; give more rows or other folds")
-        self.scaler = StandardScaler(copy=False)
-        self.inputs = self.scaler.fit_transform(_array(features, rows))
+        self.scaler, inputs = StandardScaler(copy=False), _array(features, rows)
+        for part in np.array_split(inputs, math.ceil(len(inputs) / ROWS_AT_ONCE)):  # whole, it needs float64 copies
+            self.scaler.partial_fit(part)
+        self.inputs = self.scaler.transform(inputs)
         self.model = LogisticRegression(max_iter=ITERATIONS, warm_start=True)
 
     def fit(self, strength: float) -> bool:
@@ -256,11 +260,11 @@ def retrieval(features: Features, task: Task, k: Sequence[int]) -> Scored:
     found: dict[str, list[NDArray[Any]]] = {}
     for fold in task.folds:
         candidates = fold.train if len(task.folds) == 1 else np.arange(len(task.truth))
-        reference = F.normalize(_tensor(features, candidates), dim=1)
+        reference = _unit_tensor(features, candidates)
         size = max(1, RANKED_AT_ONCE // max(1, len(candidates)))
         for start in range(0, len(fold.test), size):
             rows = fold.test[start : start + size]
-            similarity = F.normalize(_tensor(features, rows), dim=1) @ reference.T  # (m, candidates)
+            similarity = _unit_tensor(features, rows) @ reference.T  # (m, candidates)
             similarity[torch.from_numpy(patients[rows][:, None] == patients[candidates])] = -torch.inf
             order = torch.argsort(similarity, stable=True, dim=1, descending=True).numpy()
             allowed = np.take_along_axis(similarity.numpy(), order, 1) > -np.inf
@@ -392,12 +396,19 @@ def chance(task: Task, metrics: Sequence[str]) -> Mapping[str, float]:
 
 
 def _array(features: Features, rows: Rows) -> NDArray[np.float32]:
-    """A float32 copy of some rows."""
-    return np.asarray(features[rows]).astype(np.float32)
+    """A float32 copy of some rows, made without another one of all of them."""
+    found = np.empty((len(rows), features.shape[1]), np.float32)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        found[start : start + ROWS_AT_ONCE] = features[rows[start : start + ROWS_AT_ONCE]]
+    return found
 
 
-def _tensor(features: Features, rows: Rows) -> torch.Tensor:
-    return torch.from_numpy(_array(features, rows))
+def _unit_tensor(features: Features, rows: Rows) -> torch.Tensor:
+    """A float32 copy of some rows, scaled to length 1."""
+    found = torch.from_numpy(_array(features, rows))
+    for part in found.split(ROWS_AT_ONCE):
+        part.copy_(F.normalize(part, dim=1))
+    return found
 
 
 def _unit(values: NDArray[np.float32]) -> NDArray[np.float32]:

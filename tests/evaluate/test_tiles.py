@@ -193,32 +193,3 @@ def test_folds_are_read_as_they_were_written(task: Task, tmp_path) -> None:
         assert np.array_equal(before.test, after.test) and np.array_equal(before.train, after.train)
     with pytest.raises(DataError, match="a fold, of at least two, for each of the 1 rows"):
         read_folds(tmp_path / "folds.csv", names[:1])
-
-
-@pytest.mark.slow
-def test_a_million_features_are_scored_within_8_gb() -> None:
-    """1,000,000 x 1,024 float16 features in a memory map, kNN and a linear probe with one strength."""
-    import subprocess
-    import sys
-
-    code = """
-import resource, tempfile
-import numpy as np
-from dino.evaluate import tiles
-from dino.evaluate.task import Task, single_fold
-with tempfile.NamedTemporaryFile() as file:
-    features = np.memmap(file.name, np.float16, "w+", shape=(1_000_000, 1024))
-    generator = np.random.default_rng(0)
-    truth = generator.integers(0, 2, len(features))
-    for start in range(0, len(features), 50_000):
-        block = generator.standard_normal((50_000, 1024), dtype=np.float32)
-        block[:, 0] += 4 * truth[start : start + 50_000]
-        features[start : start + 50_000] = block
-    groups = [str(i) for i in range(len(features))]
-    task = Task(truth, ["a", "b"], groups, [single_fold(np.arange(900_000), np.arange(900_000, 901_000))])
-    tiles.knn(features, task, [20], 0.07)
-    tiles.linear(features, task, [1e-3])
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 8
