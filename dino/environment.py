@@ -1,10 +1,13 @@
 """Versions of the software that results depend on, and threads for independent work on the CPU."""
 
+import importlib
 import platform
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import Any
+
+from dino.errors import ConfigError
 
 VERSION = "0.1.0"
 PACKAGES = (
@@ -18,6 +21,26 @@ PACKAGES = (
     "openslide-python",
     "openslide-bin",
 )
+
+
+def import_extra(package: str, use: str, extra: str) -> Any:
+    """A package that is installed with an extra of this one.
+
+    Args:
+        package: Its name.
+        use: What it is needed for, for the message.
+        extra: Name of the extra.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ConfigError(
+            f"expected the package {package} for {use}, found that it is not installed; pip install "
+            f"'histodino[{extra}]'"
+        ) from None
 
 
 def versions() -> dict[str, str]:

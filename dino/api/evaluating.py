@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino import distributed, files, progress
+from dino import distributed, progress
 from dino.api.labelled import Embedding, Features, facts_of, load_models, unique_names
 from dino.api.results import knn_record, output_path, write_result
 from dino.config.schema import EvaluationConfig, KnnConfig
@@ -17,7 +17,7 @@ from dino.errors import ConfigError
 from dino.evaluate import LabelTable, capped_k, check_k, knn_scores, read_labels, statistics, tiles
 from dino.evaluate.results import CHANCE, Entry, Result, collect
 from dino.evaluate.statistics import Scored
-from dino.evaluate.task import Task, grouped_folds, read_folds, single_fold, write_folds
+from dino.evaluate.task import Task, grouped_folds, read_folds, single_fold
 from dino.extraction.embed import check_settings
 
 TIMEOUT_MINUTES = 24 * 60  # processes synchronise only after each has embedded its part
@@ -106,7 +106,7 @@ def _evaluate(
     loaded = load_models(models, config)
     facts = [facts_of(table, labels, one, config.allow_leakage) for one in loaded]
     output = output_path(evaluation, models[0], labels, config.output)
-    task = distributed.run_on_main(lambda: _task(table, config, output))
+    task = distributed.run_on_main(lambda: _task(table, config))
     columns = Embedding(table, config, device).columns(unique_names(models), loaded)
     about = {
         **{"classes": len(table.classes), "folds": len(task.folds), "references": len(task.folds[0].train)},
@@ -128,14 +128,13 @@ def _evaluate(
 
     result = distributed.run_on_main(score)
     if output is not None and distributed.is_main():
-        write_result(result, output)
+        write_result(result, output, [str(path) for path in table.paths], () if table.is_split else task.folds)
     return result
 
 
-def _task(table: LabelTable, config: EvaluationConfig, output: Path | None) -> Task:
-    """The labels as numbers, and the folds: the table's partitions, those of a file, or drawn and written to one."""
+def _task(table: LabelTable, config: EvaluationConfig) -> Task:
+    """The labels as numbers, and the folds: the table's partitions, those of a file, or drawn by the seed."""
     groups, kind = table.groups()
-    names = [str(path) for path in table.paths]
     if kind == "rows":
         progress.warn(
             "neither patients nor slides are known: rows that share a slide make intervals too narrow, and the "
@@ -147,15 +146,10 @@ def _task(table: LabelTable, config: EvaluationConfig, output: Path | None) -> T
             raise ConfigError("expected splits for a table without a partition column, found both; leave one out")
         folds = [single_fold(*(table.rows(partition) for partition in ("train", "test", "val")))]
     elif config.splits:
-        folds = read_folds(Path(config.splits), names)
+        folds = read_folds(Path(config.splits), [str(path) for path in table.paths])
     else:
         folds = grouped_folds(table.labels, groups, config.folds, config.seed)
         progress.say(f"no partition column: {config.folds}-fold cross-validation, no {kind} on both sides of a fold")
-        if output is not None:
-            path = output.with_name(f"{output.stem}_folds.csv")
-            with files.oserror_to_data_error(path.parent):
-                write_folds(path, names, folds)
-            progress.say(f"folds: {path}; splits={path} uses them again")
     number = {name: i for i, name in enumerate(table.classes)}
     return Task(np.array([number[label] for label in table.labels]), table.classes, groups, folds, config.seed)
 

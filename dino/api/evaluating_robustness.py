@@ -10,13 +10,13 @@ import torch
 from dino import distributed, files, progress
 from dino.api.evaluating import on_all_processes
 from dino.api.labelled import Column, Embedding, facts_of, load_models, unique_names
-from dino.api.results import CHANCE, MODEL, output_path, write_result
+from dino.api.results import output_path, write_result
 from dino.config.schema import RobustnessConfig
 from dino.evaluate import LabelTable, join_slides, read_labels
 from dino.evaluate.confounders import Design, check_neighbours, design, import_croma
-from dino.evaluate.results import Entry, Result, collect
+from dino.evaluate.results import CHANCE, MODEL, Entry, Result, collect
 from dino.evaluate.robustness import chance, probe_folds, robustness
-from dino.evaluate.task import Fold, Rows, read_folds, write_folds
+from dino.evaluate.task import Fold, Rows, read_folds
 
 
 def evaluate_robustness(models: Sequence[str], labels: str | Path, config: RobustnessConfig) -> Result:
@@ -52,7 +52,8 @@ def _evaluate(models: Sequence[str], labels: Path, config: RobustnessConfig, dev
     loaded = load_models(models, config)
     facts = [facts_of(table, labels, one, config.allow_leakage) for one in loaded]
     output = output_path("robustness", models[0], labels, config.output)
-    folds = distributed.run_on_main(lambda: _folds(table, rows, found, config, output))
+    names = [str(table.paths[row]) for row in rows]
+    folds = distributed.run_on_main(lambda: _folds(names, found, config))
     columns = Embedding(table, config, device).columns(unique_names(models), loaded)
     about = {
         **{"by": config.by, "values": list(found.values), "classes": len(found.classes), "queries": len(rows)},
@@ -66,14 +67,13 @@ def _evaluate(models: Sequence[str], labels: Path, config: RobustnessConfig, dev
             if len(entries) < len(facts):  # of a model, not of a baseline
                 scored = replace(scored, details={**scored.details, **facts[len(entries)]})
             entries.append(Entry(column.name, column.role, scored, column.source, column.fingerprint))
-        names = list(entries[0].scored.statistics)
-        entries.append(Entry(CHANCE, CHANCE, chance(found, rows, names)))
+        entries.append(Entry(CHANCE, CHANCE, chance(found, rows, list(entries[0].scored.statistics))))
         groups = [str(group) for group in found.groups]
         return collect("robustness", str(labels), entries, groups, config.resamples, config.seed, about)
 
     result = distributed.run_on_main(score)
     if output is not None and distributed.is_main():
-        write_result(result, output)
+        write_result(result, output, names, folds)
         _write_figure(result, columns, rows, found, output.with_name(f"{output.stem}_features.png"))
     return result
 
@@ -85,17 +85,11 @@ def _design(table: LabelTable, rows: Rows, config: RobustnessConfig) -> Design:
     return found
 
 
-def _folds(table: LabelTable, rows: Rows, found: Design, config: RobustnessConfig, output: Path | None) -> list[Fold]:
-    """The folds of the linear probes: those of a file, or drawn and written to one."""
-    names = [str(table.paths[row]) for row in rows]
+def _folds(names: Sequence[str], found: Design, config: RobustnessConfig) -> list[Fold]:
+    """The folds of the linear probes: those of a file, or drawn by the seed."""
     if config.splits:
         return read_folds(Path(config.splits), names)
-    folds = probe_folds(found, config.folds, config.seed)
-    if output is not None:
-        path = output.with_name(f"{output.stem}_folds.csv")
-        with files.oserror_to_data_error(path.parent):
-            write_folds(path, names, folds)
-    return folds
+    return probe_folds(found, config.folds, config.seed)
 
 
 def _write_figure(result: Result, columns: Sequence[Column], rows: Rows, found: Design, path: Path) -> None:

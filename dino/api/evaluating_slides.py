@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dino import distributed, files, progress
+from dino import distributed, progress
 from dino.api.features import (
     FeatureSet,
     check_leakage,
@@ -24,7 +24,7 @@ from dino.errors import ConfigError
 from dino.evaluate import abmil, pooling
 from dino.evaluate.results import CHANCE, MODEL, Entry, Result, collect
 from dino.evaluate.slides import CaseTable, check_folds, read_cases, split
-from dino.evaluate.task import Fold, read_folds, write_folds
+from dino.evaluate.task import Fold, read_folds
 
 MEAN, ABMIL = "mean", "abmil"
 METHODS = (MEAN, ABMIL)
@@ -88,7 +88,8 @@ def evaluate_slide(features: Sequence[str | Path], labels: str | Path, config: S
     groups = [table.groups[int(row)] for row in chance.rows]
     result = collect("slide", str(labels), entries, groups, config.resamples, config.seed, _about(study))
     if config.output:
-        _write(result, study, Path(config.output))
+        crossed = not table.cases[0].partition
+        write_result(result, Path(config.output), [case.name for case in table.cases], study.folds if crossed else ())
     return result
 
 
@@ -166,13 +167,3 @@ def _about(study: Study) -> dict[str, Any]:
         "folds": len(study.folds),
         "settings": asdict(study.config),
     }
-
-
-def _write(result: Result, study: Study, output: Path) -> None:
-    """The result, and the folds of a cross-validation."""
-    if not study.table.cases[0].partition:
-        path = output.with_name(f"{output.stem}_folds.csv")
-        with files.oserror_to_data_error(path.parent):
-            write_folds(path, [case.name for case in study.table.cases], study.folds)
-        progress.say(f"folds: {path}; splits={path} uses them again")
-    write_result(result, output)

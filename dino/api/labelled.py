@@ -158,9 +158,9 @@ def facts_of(table: LabelTable, labels: Path, loaded: LoadedBackbone, allow: boo
     run = loaded.config or {}
     trained = level.pretraining(loaded.details.get("training_slides"), run.get("data_dir"), run.get("encoder"))
     leakage = check_leakage(table, trained, allow)
-    progress.say(f"{labels}: compared with the pretraining: {leakage['compared']}")
+    progress.say(f"{labels}: compared with the pretraining of {loaded.source}: {leakage['compared']}")
     selection = check_selection(table, recorded_selection(loaded.details), allow)
-    progress.say(f"{labels}: compared with the choice of the checkpoint: {selection['compared']}")
+    progress.say(f"{labels}: compared with the choice of {loaded.source}: {selection['compared']}")
     if leakage["allowed"]:
         progress.warn("test data that was pretrained on is allowed (allow_leakage=true): the score is optimistic")
     if selection["allowed"]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dino import progress
 from dino.config.schema import SlurmConfig
+from dino.environment import import_extra
 from dino.errors import ConfigError, DinoError, Stopped
 
 CLUSTERS = ("slurm", "local")
@@ -83,13 +84,7 @@ def _check(settings: SlurmConfig) -> None:
 
 
 def _submitit() -> Any:
-    try:
-        import submitit
-    except ImportError:
-        raise ConfigError(
-            "expected submitit for `dino launch slurm`, found that it is not installed; pip install 'histodino[slurm]'"
-        ) from None
-    return submitit
+    return import_extra("submitit", "`dino launch slurm`", "slurm")
 
 
 def _parameters(settings: SlurmConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dino import files, progress
 from dino.config.schema import CompareConfig
 from dino.errors import ConfigError
 from dino.evaluate.results import CHANCE, MODEL, Result, read_result
+from dino.evaluate.task import Fold, write_folds
 from dino.train.run_folder import result_file
 
 
@@ -38,8 +39,14 @@ def knn_record(result: Result) -> dict[str, Any]:
     return {**scores, "standard_error": errors[MODEL], "standard_errors": errors, **values, "about": about}
 
 
-def write_result(result: Result, output: Path) -> None:
-    """Write a result as JSON, and with the same name as CSV and PNG.
+def write_result(result: Result, output: Path, names: Sequence[str] = (), folds: Sequence[Fold] = ()) -> None:
+    """Write a result as JSON, and with the same name as CSV and PNG; the folds of a cross-validation beside them.
+
+    Args:
+        result: The result.
+        output: The JSON file.
+        names: Name of each row: the image, slide or patient.
+        folds: The folds, if the rows were cross-validated.
 
     Raises:
         DataError: If the disk cannot be written.
@@ -51,6 +58,11 @@ def write_result(result: Result, output: Path) -> None:
         files.write_text(output.with_suffix(".csv"), result.to_csv())
         files.write_bytes(output.with_suffix(".png"), forest_plot([result]))
     progress.say(f"result: {output}, and beside it .csv and .png")
+    if folds:
+        path = output.with_name(f"{output.stem}_folds.csv")
+        with files.oserror_to_data_error(path.parent):
+            write_folds(path, names, folds)
+        progress.say(f"folds: {path}; splits={path} uses them again")
 
 
 def compare(results: Sequence[Path], config: CompareConfig) -> tuple[list[list[str]], list[str]]:

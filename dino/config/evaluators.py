@@ -6,7 +6,23 @@ from dino.config.declare import group, runtime
 
 
 @dataclass
-class EvaluationConfig:
+class ScoringConfig:
+    """Settings of every evaluation of labels."""
+
+    folds: int = runtime(5, "folds of the cross-validation of a table without partitions, grouped by patient")
+    splits: str | None = runtime(None, "CSV of the folds that an earlier evaluation wrote; null: draw them by seed")
+    seed: int = runtime(0, "random seed of folds, draws, training and bootstrap samples")
+    resamples: int = runtime(1000, "bootstrap samples of patients for the 95 % intervals, 0 for no intervals")
+    device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
+    output: str | None = runtime(
+        None,
+        "JSON file for the result, with a CSV, a figure and the folds beside it (null: into the run folder of the "
+        "first model, if it is one)",
+    )
+
+
+@dataclass
+class EvaluationConfig(ScoringConfig):
     """Settings of every evaluation of labelled tiles (or grids)."""
 
     arch: str | None = runtime(None, "architecture of an external checkpoint, if its number of heads is not dim/64")
@@ -17,18 +33,10 @@ class EvaluationConfig:
         "accept test slides or patients that were used for pretraining, and test rows that chose the checkpoint (noted "
         "in every table)",
     )
-    folds: int = runtime(5, "folds of the cross-validation of a table without partitions, grouped by patient")
-    splits: str | None = runtime(None, "CSV of the folds that an earlier evaluation wrote; null: draw them by seed")
-    seed: int = runtime(0, "random seed of folds, draws and bootstrap samples")
-    resamples: int = runtime(1000, "bootstrap samples of patients for the 95 % intervals, 0 for no intervals")
     precision: str = runtime("bf16", "bf16 (autocast), fp32 or fp64")
     batch_size: int = runtime(64, "images per forward pass")
     num_workers: int = runtime(2, "threads that read and decode images")
-    device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
     cache: str = runtime("auto", "where features are kept: auto (~/.cache/histodino), none, or a folder")
-    output: str | None = runtime(
-        None, "JSON file for the result, with a CSV and a PNG beside it (null: in the first model's run folder)"
-    )
 
 
 @dataclass
@@ -44,7 +52,8 @@ class LinearConfig(EvaluationConfig):
     """`dino evaluate linear`."""
 
     strengths: list[float] = runtime(
-        [10.0**power for power in range(-6, 3)], "values of C (inverse regularisation) to choose from"
+        [10.0**power for power in range(-6, 3)],
+        "values of C (inverse regularisation) to choose from; the first that does not converge ends the search",
     )
 
 
@@ -99,7 +108,7 @@ class AbmilConfig:
 
 
 @dataclass
-class SlideConfig:
+class SlideConfig(ScoringConfig):
     """`dino evaluate slide`."""
 
     encoder: str | None = runtime(None, "each FEATURES is a ROOT, of which features_<encoder> is read")
@@ -113,19 +122,13 @@ class SlideConfig:
         None, "CSV with slide_id and patient_id, for labels of patients alone (null: slides_status.csv of the ROOT)"
     )
     method: list[str] = runtime(["mean", "abmil"], "mean (linear model of the mean feature vector), abmil, or both")
-    folds: int = runtime(5, "folds of the cross-validation, without a column partition")
-    splits: str | None = runtime(None, "CSV of the folds that an earlier evaluation wrote, instead of new ones")
     inner_folds: int = runtime(3, "folds of the training rows that choose penalties and epochs")
     max_missing: int = runtime(0, "accept this many labelled slides or patients without features, and leave them out")
     allow_leakage: bool = runtime(
         False,
         "accept test slides or patients that the model of the features was pretrained on (recorded in the result)",
     )
-    resamples: int = runtime(1000, "bootstrap samples of patients for the 95 % intervals, 0 for none")
-    seed: int = runtime(0, "random seed of folds, training and bootstrap")
     memory_gb: float = runtime(4.0, "GB of features kept in memory; others are read again in each epoch")
-    device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
-    output: str | None = runtime(None, "JSON file for the scores; a CSV, a figure and the folds are written beside it")
     abmil: AbmilConfig = group(AbmilConfig)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dino.environment import import_extra
 from dino.errors import ConfigError, DataError
 from dino.evaluate.statistics import Values
 
@@ -144,14 +145,7 @@ def import_croma() -> Any:
     Raises:
         ConfigError: If it is not installed.
     """
-    try:
-        import croma
-    except ImportError:
-        raise ConfigError(
-            "expected the package croma for robustness, found that it is not installed; pip install "
-            "'histodino[evaluate]'"
-        ) from None
-    return croma
+    return import_extra("croma", "robustness", "evaluate")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from dino.errors import ConfigError
+from dino.environment import import_extra
 from dino.evaluate.statistics import Statistic, Values
 
 COMPONENTS = 16  # at most, of the features that a Cox model is fitted to
@@ -91,13 +91,7 @@ def import_lifelines() -> Any:
     Raises:
         ConfigError: If it is not installed.
     """
-    try:
-        import lifelines
-    except ImportError:
-        raise ConfigError(
-            "expected lifelines, which fits Cox models, found it not installed; pip install 'histodino[evaluate]'"
-        ) from None
-    return lifelines
+    return import_extra("lifelines", "Cox models", "evaluate")
 
 
 def interval_ends(times: Values, events: NDArray[np.bool_], count: int) -> Values:

@@ -19,7 +19,6 @@ from dino.evaluate.task import Rows, Task, grouped_folds, groups_per_class
 
 Features = NDArray[Any]  # (N, D) float16 or float32, maybe a memory map
 
-STRENGTHS = tuple(10.0**power for power in range(-6, 3))  # of C: DINOv2's range, less what fits standardised noise
 FIXED_STRENGTH = 0.01
 SELECTION_FOLDS = 3
 SELECTION_ROWS = 50_000  # at most, to choose the strength
@@ -53,12 +52,12 @@ def knn(features: Features, task: Task, k: Sequence[int], temperature: float) ->
     return Scored(task.tested, scores)
 
 
-def linear(features: Features, task: Task, strengths: Sequence[float] = STRENGTHS) -> Scored:
+def linear(features: Features, task: Task, strengths: Sequence[float]) -> Scored:
     """Linear probe: L2-regularised multinomial logistic regression on standardised features (scikit-learn).
 
     The strength ``C`` is the one with the highest balanced accuracy on the validation rows, or where there are none in
-    a cross-validation within the training rows, grouped by patient; the smallest of equals. Where a class is of one
-    patient it cannot be chosen, and is 1.
+    a cross-validation within the training rows, grouped by patient; the smallest of equals. The first fit that
+    does not converge ends the search. Where a class is of one patient ``C`` cannot be chosen, and is 1.
 
     Args:
         features: ``(N, D)``.

@@ -12,10 +12,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from dino.config.schema import LinearConfig
 from dino.errors import DataError
 from dino.evaluate import tiles
 from dino.evaluate.statistics import Scored
 from dino.evaluate.task import Task, grouped_folds, read_folds, single_fold, write_folds
+
+STRENGTHS = LinearConfig().strengths
 
 
 def values_of(scored: Scored) -> dict[str, float]:
@@ -51,33 +54,35 @@ def test_a_linear_probe_is_that_of_scikit_learn(features: np.ndarray, task: Task
 
 def test_the_strength_is_chosen_on_training_rows_alone(features: np.ndarray, task: Task) -> None:
     """Other labels of the test rows change the score, not the strength; validation rows are used if there are any."""
-    chosen = tiles.linear(features, task).details["strengths"]
+    chosen = tiles.linear(features, task, STRENGTHS).details["strengths"]
     shuffled = task.truth.copy()
     shuffled[80:] = shuffled[80:][::-1]
     other = Task(shuffled, task.classes, task.groups, task.folds)
-    assert tiles.linear(features, other).details["strengths"] == chosen
+    assert tiles.linear(features, other, STRENGTHS).details["strengths"] == chosen
     validated = Task(task.truth, task.classes, task.groups, [single_fold(range(60), range(80, 120), range(60, 80))])
     scores = [
         tiles.fit_linear(features, task.truth, np.arange(60), strength, 3)(np.arange(60, 80)).argmax(1)
-        for strength in tiles.STRENGTHS
+        for strength in STRENGTHS
     ]
     accuracies = [
         np.mean([(found == task.truth[60:80])[task.truth[60:80] == label].mean() for label in range(3)])
         for found in scores
     ]
-    assert tiles.linear(features, validated).details["strengths"] == [tiles.STRENGTHS[int(np.argmax(accuracies))]]
+    assert tiles.linear(features, validated, STRENGTHS).details["strengths"] == [STRENGTHS[int(np.argmax(accuracies))]]
 
 
 def test_a_strength_that_cannot_be_chosen_is_1(features: np.ndarray) -> None:
     truth = np.arange(120) % 3
     groups = [f"patient {label}" for label in truth]
     task = Task(truth, ["a", "b", "c"], groups, [single_fold(range(80), range(80, 120))])
-    assert tiles.linear(features, task).details["strengths"] == [1.0]
+    assert tiles.linear(features, task, STRENGTHS).details["strengths"] == [1.0]
 
 
 def test_float16_features_give_the_scores_of_the_same_values_in_float32(features: np.ndarray, task: Task) -> None:
     half = features.astype(np.float16)
-    assert values_of(tiles.linear(half, task)) == values_of(tiles.linear(half.astype(np.float32), task))
+    assert values_of(tiles.linear(half, task, STRENGTHS)) == values_of(
+        tiles.linear(half.astype(np.float32), task, STRENGTHS)
+    )
 
 
 def test_knn_is_that_of_scikit_learn(features: np.ndarray, task: Task) -> None:
