@@ -16,7 +16,7 @@ from benchmarks.reference.crops import PillowCrops
 from benchmarks.reference.data import TileViews, loader
 from benchmarks.reference.step import Step
 from dino.crops.images import ImageCrops
-from dino.data.datasets import TileDataset
+from dino.data.datasets import FolderTiles, TileDataset
 from dino.data.loader import Batch, DrawnBatches, Layout, load_batches
 from dino.data.samplers import PermutationSampler
 from dino.train.loop import Trainer
@@ -69,7 +69,7 @@ class OurTurn:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        dataset = TileDataset(plan.paths[0].parent, [path.name for path in plan.paths])
+        dataset = TileDataset(FolderTiles(plan.paths[0].parent, [path.name for path in plan.paths]))
         self.batches = DrawnBatches(
             dataset, PermutationSampler(len(dataset), 0), plan.crops.draw, None, plan.task.batch, seed=0
         )

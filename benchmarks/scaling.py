@@ -16,7 +16,7 @@ from benchmarks.measure import Duel, Row, Setting
 from benchmarks.networks import ReadyViews, Task, our_trainer, take_steps
 from benchmarks.results import ROOT
 from dino import distributed
-from dino.data.datasets import TileDataset
+from dino.data.datasets import FolderTiles, TileDataset
 from dino.data.images import list_names
 
 TITLE = "processes and files"
@@ -99,10 +99,10 @@ def _fill(root: Path, count: int) -> None:
 def _open(root: Path) -> tuple[float, int, int]:
     """Seconds to list a folder and make it a dataset; the bytes that the dataset keeps, and most on the way to it."""
     started = time.perf_counter()
-    TileDataset(root, list_names(root))
+    TileDataset(FolderTiles(root, list_names(root)))
     seconds = time.perf_counter() - started
     tracemalloc.start()
-    source = TileDataset(root, list_names(root))
+    source = TileDataset(FolderTiles(root, list_names(root)))
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     del source

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dino.api.roots import Root, Split, check_grids, shapes_of_grids, source_of_grids
+from dino.api.roots import Root, Split, check_grids, origin_of_grids, shapes_of_grids, source_of_grids
+from dino.api.sources import open_tiles
 from dino.config.schema import EvaluationConfig, PatchConfig, PretrainConfig, RegionConfig
 from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
@@ -27,7 +28,6 @@ from dino.data import (
     GridFiles,
     PermutationSampler,
     Sampler,
-    TileDataset,
     decode,
     grid_dtype,
     open_grids,
@@ -41,7 +41,6 @@ from dino.extraction.embed import Normalise, identity, normaliser
 from dino.extraction.slides import SlideExtractor
 from dino.extraction.tiles import TileExtractor
 from dino.models.backbone import BackboneSpec
-from dino.models.grid_source import KEY, check_same_source, recorded
 from dino.models.weights import TRANSFORMS, LoadedBackbone, Transform, load_backbone_file, settings_that_fit
 from dino.objectives.features import FrozenBackbone
 
@@ -187,22 +186,20 @@ class PatchLevel(Level):
     extractor = TileExtractor
 
     def __init__(self, config: PatchConfig) -> None:
-        root, aug, model = Root(Path(config.data_dir)), config.aug, config.model
-        root.check_held_out()
-        folder, names, held_out = root.tiles()
-        self.dataset = TileDataset(folder, names, root.slide_infos(root.tile_spacings()), config.speed.ram_cache)
+        aug, model = config.aug, config.model
+        tiles = open_tiles(config)
+        self.dataset = tiles.dataset
         start = load_backbone_file(model.init, model.init_arch) if model.init else None
         check_crops(config, start)
         self.transform = (start.transform if start else None) or TRANSFORMS["imagenet"]
         self.crops = ImageCrops(aug, self.transform.mean, self.transform.std)
         size = (aug.global_crops_size, aug.global_crops_size)
         self.spec = BackboneSpec(model.arch, self.name, 3, size, model.patch_size, model.pos_resample)
-        self.geometry, self.slides = root.geometry(), root.slides(self.dataset.slide_ids)
+        self.geometry, self.slides = tiles.geometry, tiles.slides
         if config.teacher:
             self.teacher = FrozenBackbone.load(config.teacher, config.distill, self.transform, model)
         self.origin = self.teacher.origin if self.teacher else {}
-        self.split = Split("tiles", len(self.dataset), len(self.slides["slide_ids"]), held_out)
-        self.warnings = root.unknown_partitions()
+        self.split, self.warnings = tiles.split, tiles.warnings
 
     @staticmethod
     def training_files(root: Root) -> tuple[Path, list[str]]:
@@ -287,10 +284,8 @@ class RegionLevel(Level):
         root, model = Root(Path(config.data_dir), config.encoder), config.model
         root.check_held_out()
         folder, entries, held_out = root.grids()
-        source = source_of_grids(folder)
-        if model.init:
-            init = load_backbone_file(model.init, model.init_arch)
-            check_same_source(init.grids, source, model.init, str(folder))
+        start = load_backbone_file(model.init, model.init_arch) if model.init else None
+        source = source_of_grids(folder, start.grids if start else None, str(model.init))
         files = GridFiles(folder, entries, config.grid_order, grid_dtype(config.speed), source.key if source else "")
         survey, packed, cells = prepare_grids(
             files, config.speed, config.training.max_bad_fraction, may_write=not config.dry_run
@@ -302,7 +297,7 @@ class RegionLevel(Level):
         self.spec = BackboneSpec(model.arch, self.name, survey.dim, (height, width), 1, model.pos_resample)
         self.transform = None
         self.geometry = {**root.geometry(), "region_cells": [survey.height, survey.width]}
-        self.slides, self.origin = root.slides(self.dataset.slide_ids), {KEY: recorded(source)}
+        self.slides, self.origin = root.slides(self.dataset.slide_ids), origin_of_grids(source)
         self.split = Split("regions", len(self.dataset), len(self.slides["slide_ids"]), held_out)
         self.warnings = root.unknown_partitions()
 

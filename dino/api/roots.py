@@ -11,7 +11,7 @@ from dino.errors import DataError
 from dino.evaluate.contents import find_copies
 from dino.extraction.folders import find_grids
 from dino.extraction.record import RECORD, grid_source
-from dino.models.grid_source import KEY, GridSource, check_same_source
+from dino.models.grid_source import KEY, GridSource, check_same_source, recorded
 from dino.slides.partitions import PRETRAIN, Split, split_files, unknown_values
 from dino.slides.tables import (
     COORDINATES_FOLDER,
@@ -24,14 +24,17 @@ from dino.slides.tables import (
     TILING_FILE,
     RegionRecord,
     SlideStatus,
+    SlideTiles,
     Tiling,
     read_regions,
+    read_slide_tiles,
     read_status,
     read_tile_spacings,
     read_tiling,
 )
+from dino.slides.tiled import TiledSlides, slide_paths
 
-__all__ = ["Root", "Split", "check_grids", "shapes_of_grids", "source_of_grids"]
+__all__ = ["Root", "Split", "check_grids", "origin_of_grids", "shapes_of_grids", "source_of_grids"]
 
 HeldOut = dict[str, tuple[int, int]]  # number of slides and of their samples by partition
 
@@ -73,6 +76,38 @@ class Root:
         if not names:
             raise _only_held_out("tiles", folder, held_out)
         return folder, names, held_out
+
+    def listed_tiles(self) -> tuple[list[SlideTiles], HeldOut]:
+        """The listed tiles of the slides that may be trained on, and the numbers of slides and tiles held out.
+
+        Raises:
+            DataError: If there are none, or no table of tiles.
+        """
+        listed, table = read_slide_tiles(self.path), self.path / TILES_TABLE
+        kept, held_out = split_files(list(listed), lambda slide: slide, self.partitions)
+        if not kept:
+            if not listed:
+                raise DataError(f"expected tiles in {table}, found none; tile the slides again")
+            raise _only_held_out("tiles", table, held_out)
+        held = {word: [one for slide, one in listed.items() if self.partitions.get(slide) == word] for word in held_out}
+        counts = {word: (len(found), sum(len(one.coords) for one in found)) for word, found in held.items()}
+        return [listed[slide] for slide in kept], counts
+
+    def tiled_slides(self, moved: str | None) -> TiledSlides:
+        """Its slides.
+
+        Args:
+            moved: Folder or slides.csv of slides that were moved; None if they were not.
+
+        Raises:
+            DataError: If ``dino tile`` did not write the folder.
+        """
+        if self.tiling is None:
+            raise DataError(
+                f"expected {TILING_FILE}, which `dino tile` writes, in {self.path} to read tiles from slides, "
+                "found none"
+            )
+        return TiledSlides(self.tiling.geometry, self.status, slide_paths(moved))
 
     def unknown_partitions(self) -> list[str]:
         """Warnings about values of ``partition`` that are not known."""
@@ -158,15 +193,12 @@ def tile_folder(root: Root) -> Path:
     if tiles.is_dir():
         return tiles
     if root.tiling is not None:  # other images under this folder are previews, not tiles
-        storage = root.tiling.storage
-        if storage == "jpeg":
-            what = "tile the same slides again to cut what is missing"
-        else:
-            what = (
-                f"it was tiled with storage={storage}, which cannot be trained on: tile the slides with storage=jpeg "
-                "into another ROOT"
-            )
-        raise DataError(f"expected tiles in {tiles}, found none; {what}")
+        stored = root.tiling.storage == "jpeg"
+        again = "tile the same slides again to cut what is missing" if stored else "tile them with storage=jpeg"
+        raise DataError(
+            f"expected tiles in {tiles}, found none (storage={root.tiling.storage}); read them from the slides "
+            f"(source=slides), or {again}{'' if stored else ' into another ROOT'}"
+        )
     if (root.path / COORDINATES_FOLDER).is_dir():
         raise DataError(
             f"expected {TILING_FILE} and {TILES_FOLDER}/imgs in {root.path}, which has other files of `dino tile`, "
@@ -215,12 +247,27 @@ def _only_held_out(items: str, folder: Path, held_out: HeldOut) -> DataError:
     )
 
 
-def source_of_grids(folder: Path) -> GridSource | None:
-    """The level-1 model of the grids in a folder; None, and a line that says so, where it is not recorded."""
+def source_of_grids(folder: Path, expected: GridSource | None = None, user: str = "") -> GridSource | None:
+    """The level-1 model of the grids in a folder; None, and a line that says so, where it is not recorded.
+
+    Args:
+        folder: The folder.
+        expected: The model of the grids that a level-2 model was trained on; None if there is none, or not known.
+        user: That level-2 model, for the message.
+
+    Raises:
+        DataError: If the grids are of another model than expected.
+    """
     source = grid_source(folder)
     if source is None:
         progress.say(f"{folder}: no record of the model of these grids ({RECORD}); it is recorded as unknown")
+    check_same_source(expected, source, user, str(folder))
     return source
+
+
+def origin_of_grids(source: GridSource | None) -> dict[str, Any]:
+    """What is recorded of feature grids in the identity and the checkpoints of a run, see ``Level.origin``."""
+    return {KEY: recorded(source)}
 
 
 def check_grids(paths: Sequence[Path], origin: Mapping[str, Any], model: str) -> None:

@@ -192,6 +192,19 @@ class RegionAugConfig:
 
 
 @dataclass
+class SamplingConfig:
+    """Which tiles are drawn, and where on a slide they lie."""
+
+    jitter_px: int = identity(
+        0, "shift each tile by up to this many px along x and y, within its slide's tiles; at most half its side"
+    )
+    spacing_um: list[float] = identity(
+        [], "spacings in µm per px at which tiles are read, one drawn for each sample (empty: that of tiling)"
+    )
+    spacing_shares: list[float] = identity([], "share of each of these spacings (empty: equal shares)")
+
+
+@dataclass
 class SpeedConfig:
     """Device, precision and data loading; nothing here changes which crops are drawn."""
 
@@ -209,6 +222,7 @@ class PatchSpeedConfig(SpeedConfig):
     """Device, precision and data loading; nothing here changes which crops are drawn."""
 
     ram_cache: float = runtime(0.0, "GB of memory for decoded tiles, shared by the workers of a process; 0 for none")
+    open_slides: int = runtime(16, "slides that each worker keeps open where tiles are read from slides")
 
 
 @dataclass
@@ -294,10 +308,13 @@ class PatchConfig(PretrainConfig):
     """`dino pretrain patch`."""
 
     data_dir: str = runtime("", "ROOT that `dino tile` wrote, or a folder of images")
+    source: str = runtime("auto", "what tiles are read from: auto (tile files where there are any), files or slides")
+    slides: str | None = runtime(None, "folder or slides.csv of the slides, if they were moved after tiling")
     teacher: str | None = identity(
         None, "frozen network to distil: timm:NAME, a checkpoint file, a timm folder or a run folder; null: none"
     )
     distill: DistillConfig = group(DistillConfig)
+    sampling: SamplingConfig = group(SamplingConfig)
     speed: PatchSpeedConfig = group(PatchSpeedConfig)
     aug: PatchAugConfig = group(PatchAugConfig)
 

@@ -1,11 +1,23 @@
 """Datasets, samplers and batches of tiles and feature grids."""
 
-from dino.data.datasets import BadSample, Dataset, GridDataset, Sample, SlideInfo, TileDataset, slide_of
+from dino.data.datasets import (
+    BadSample,
+    Dataset,
+    EncodedTiles,
+    FolderTiles,
+    GridDataset,
+    Sample,
+    SlideInfo,
+    SlideRanges,
+    TileDataset,
+    slide_of,
+)
 from dino.data.grids import GridEntry, open_grids, read_grid
-from dino.data.images import decode, list_images, list_names
+from dino.data.images import decode, decode_bytes, list_images, list_names
 from dino.data.loader import Batch, DrawnBatches, DropPath, Layout, load_batches
 from dino.data.packed import GridFiles, grid_dtype, prepare_grids
 from dino.data.samplers import PermutationSampler, Sampler
+from dino.data.slide_tiles import SlideTileDataset
 
 __all__ = [
     "BadSample",
@@ -13,6 +25,8 @@ __all__ = [
     "Dataset",
     "DrawnBatches",
     "DropPath",
+    "EncodedTiles",
+    "FolderTiles",
     "GridDataset",
     "GridEntry",
     "GridFiles",
@@ -21,8 +35,11 @@ __all__ = [
     "Sample",
     "Sampler",
     "SlideInfo",
+    "SlideRanges",
+    "SlideTileDataset",
     "TileDataset",
     "decode",
+    "decode_bytes",
     "grid_dtype",
     "list_images",
     "list_names",

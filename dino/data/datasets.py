@@ -3,9 +3,10 @@
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -90,6 +91,30 @@ class BadSample(DataError):
         self.name = name
 
 
+@dataclass(frozen=True, eq=False)
+class SlideRanges:
+    """The slides of a dataset's samples, in memory that does not depend on the number of samples.
+
+    Attributes:
+        slide_ids: Slide of each range, None where it is not known. A slide may have several ranges.
+        starts: ``(R + 1,)`` int64; range ``i`` has the indices ``starts[i] ... starts[i + 1] - 1``.
+    """
+
+    slide_ids: Sequence[str | None]
+    starts: np.ndarray
+
+    @classmethod
+    def of(cls, slides: Iterable[str | None]) -> "SlideRanges":
+        """The ranges of samples whose slides are given in order."""
+        runs = [(slide, sum(1 for _ in run)) for slide, run in groupby(slides)]
+        return cls([slide for slide, _ in runs], np.cumsum([0, *(count for _, count in runs)], dtype=np.int64))
+
+    @property
+    def known(self) -> set[str]:
+        """The slides that are known."""
+        return {slide for slide in self.slide_ids if slide}
+
+
 class Dataset(Protocol):
     """Samples by index; which of them is taken when is up to a :class:`~dino.data.samplers.Sampler`."""
 
@@ -105,15 +130,28 @@ class Dataset(Protocol):
         """
         ...
 
+    def drawn(self, index: int, draw: int) -> Sample:
+        """The sample at an index, as a draw takes it: where reading has random choices, they depend on the draw number.
+
+        Raises:
+            BadSample: If the sample cannot be used.
+        """
+        return self[index]
+
     @property
     def fingerprint(self) -> str:
         """Hash of the sample names in order: equal for equal data, wherever its folder is."""
         ...
 
     @property
+    def ranges(self) -> SlideRanges:
+        """The slides of the samples."""
+        ...
+
+    @property
     def slide_ids(self) -> set[str]:
         """Slides of all samples, where known."""
-        ...
+        return self.ranges.known
 
 
 def slide_of(path: Path | str) -> str | None:
@@ -123,35 +161,71 @@ def slide_of(path: Path | str) -> str | None:
     return match["slide"] if match else None
 
 
-class TileDataset:
-    """Tiles of a folder (level 1).
+class EncodedTiles(Protocol):
+    """Image files of tiles, wherever they are stored."""
 
-    What is known of a slide is looked up by its id when one of its tiles is read, so that a tile costs the memory of
-    its name only.
+    @property
+    def names(self) -> Names:
+        """Path of each, ``<slide>/<slide>_<x>_<y>.jpg`` where ``dino tile`` wrote it, in a fixed order."""
+        ...
+
+    def read(self, index: int) -> Tensor:
+        """``(3, H, W)`` uint8 pixels of a tile.
+
+        Raises:
+            DataError: If it cannot be decoded.
+        """
+        ...
+
+
+class FolderTiles(EncodedTiles):
+    """Image files in a folder.
 
     Args:
         root: The folder.
         names: Paths of image files in it, in a fixed order.
-        slides: What is known of each slide.
         ram_cache_gb: GB of memory for decoded tiles; 0 to decode a tile each time it is read. The pixels are the same.
 
     Raises:
         ConfigError: If there is not as much memory.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        names: Sequence[str],
-        slides: Mapping[str, SlideInfo] | None = None,
-        ram_cache_gb: float = 0.0,
-    ) -> None:
-        self.root, self._names, self._slides = root, Names(names), slides or {}
+    def __init__(self, root: Path, names: Sequence[str], ram_cache_gb: float = 0.0) -> None:
+        self._root, self._names = root, Names(names)
         self._cache = tile_cache(len(names), ram_cache_gb)
+
+    @property
+    def names(self) -> Names:
+        """Their paths in the folder."""
+        return self._names
+
+    def read(self, index: int) -> Tensor:
+        """Decode a file, or return its pixels from memory.
+
+        Raises:
+            DataError: If it cannot be decoded.
+        """
+        path = self._root / self._names[index]
+        return decode(path) if self._cache is None else self._cache(index, path)
+
+
+class TileDataset(Dataset):
+    """Tiles that are stored as image files (level 1).
+
+    What is known of a slide is looked up by its id when one of its tiles is read, so that a tile costs the memory of
+    its name only.
+
+    Args:
+        tiles: The files.
+        slides: What is known of each slide.
+    """
+
+    def __init__(self, tiles: EncodedTiles, slides: Mapping[str, SlideInfo] | None = None) -> None:
+        self._tiles, self._slides = tiles, slides or {}
 
     def __len__(self) -> int:
         """Number of tiles."""
-        return len(self._names)
+        return len(self._tiles.names)
 
     def __getitem__(self, index: int) -> Sample:
         """Decode a tile.
@@ -159,27 +233,27 @@ class TileDataset:
         Raises:
             BadSample: If the file cannot be decoded.
         """
-        name = self._names[index]
-        path, slide_id = self.root / name, slide_of(name)
+        name = self._tiles.names[index]
         try:
-            pixels = decode(path) if self._cache is None else self._cache(index, path)  # (3, H, W)
+            pixels = self._tiles.read(index)  # (3, H, W)
         except DataError as error:
             raise BadSample(printable(name), str(error)) from None
         height, width = pixels.shape[-2:]
+        slide_id = slide_of(name)
         return Sample(pixels, name, (height, width), slide_id, self._slides.get(slide_id or "", UNKNOWN))
 
     @property
     def fingerprint(self) -> str:
         """Hash of the tile names in order."""
-        return self._names.fingerprint
+        return self._tiles.names.fingerprint
 
-    @property
-    def slide_ids(self) -> set[str]:
+    @cached_property
+    def ranges(self) -> SlideRanges:
         """Slides in the names of the tiles."""
-        return {slide for name in self._names if (slide := slide_of(name))}
+        return SlideRanges.of(slide_of(name) for name in self._tiles.names)
 
 
-class GridDataset:
+class GridDataset(Dataset):
     """Feature grids of a folder (level 2); all of one D and one shape.
 
     Args:
@@ -249,7 +323,9 @@ class GridDataset:
         regions = zip(self._names, starts, self._ends, strict=True)
         return Names(f"{name}#{region}" for name, start, end in regions for region in range(end - start)).fingerprint
 
-    @property
-    def slide_ids(self) -> set[str]:
+    @cached_property
+    def ranges(self) -> SlideRanges:
         """Slides of the regions, where known."""
-        return {slide for slide in self._slide_ids if slide}
+        lengths = np.diff([0, *self._ends]).tolist()
+        runs = zip(self._slide_ids, lengths, strict=True)
+        return SlideRanges.of(slide for slide, length in runs for _ in range(length))

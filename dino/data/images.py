@@ -49,6 +49,27 @@ def decode(path: Path) -> Tensor:
     """
     try:
         content = _read(path)
+    except DataError as error:
+        raise DataError(f"cannot use {printable(path)}: {error}") from None
+    except OSError as error:
+        raise DataError(f"cannot decode {printable(path)}: {type(error).__name__}: {printable(error)[:200]}") from None
+    return decode_bytes(content, path)
+
+
+def decode_bytes(content: bytes, name: Path | str) -> Tensor:
+    """Decode the content of an image file, as :func:`decode`.
+
+    Args:
+        content: The bytes.
+        name: What to call them in messages.
+
+    Returns:
+        ``(3, H, W)`` uint8 tensor.
+
+    Raises:
+        DataError: If they cannot be decoded, or have more than 64 million pixels.
+    """
+    try:
         if simplejpeg is not None and content[:2] == b"\xff\xd8":
             height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
             if colours in JPEG_COLOURS and int(height) * int(width) <= LARGEST_PX:
@@ -56,12 +77,12 @@ def decode(path: Path) -> Tensor:
                 return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         return _decode_with_pillow(content)
     except DataError as error:
-        raise DataError(f"cannot use {printable(path)}: {error}") from None
+        raise DataError(f"cannot use {printable(name)}: {error}") from None
     except UnidentifiedImageError:  # its own message contains a memory address, which differs each time
-        raise DataError(f"cannot decode {printable(path)}: found no image in it") from None
-    except Exception as error:  # the decoders raise many types for a file that is not an image
+        raise DataError(f"cannot decode {printable(name)}: found no image in it") from None
+    except Exception as error:  # the decoders raise many types for what is not an image
         reason = f"{type(error).__name__}: {printable(error)[:200]}"
-        raise DataError(f"cannot decode {printable(path)}: {reason}") from None
+        raise DataError(f"cannot decode {printable(name)}: {reason}") from None
 
 
 def _read(path: Path) -> bytes:

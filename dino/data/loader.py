@@ -131,7 +131,7 @@ class DrawnBatches(TorchDataset):
         """
         draws = range(first_draw, first_draw + self.batch_size)
         bad: list[tuple[str, str]] = []
-        samples = [self._sample(draw, bad) for draw in draws]
+        samples = self._samples(draws, bad)
         drawn = [self._parameters(draw, sample) for draw, sample in zip(draws, samples, strict=True)]
         return Batch(
             inputs=stack_padded([sample.pixels for sample in samples]),
@@ -144,10 +144,20 @@ class DrawnBatches(TorchDataset):
             bad=bad,
         )
 
-    def _sample(self, draw: int, bad: list[tuple[str, str]]) -> Sample:
+    def _samples(self, draws: Sequence[int], bad: list[tuple[str, str]]) -> list[Sample]:
+        """The samples of some draws, read in the order of their indices: those of one slide after one another."""
+        indices = {draw: self.sampler(draw) for draw in draws}
+        samples: dict[int, Sample] = {}
+        replaced: dict[int, list[tuple[str, str]]] = {draw: [] for draw in draws}
+        for draw in sorted(draws, key=indices.__getitem__):
+            samples[draw] = self._sample(draw, indices[draw], replaced[draw])
+        bad += [one for found in replaced.values() for one in found]
+        return [samples[draw] for draw in draws]
+
+    def _sample(self, draw: int, index: int, bad: list[tuple[str, str]]) -> Sample:
         for attempt in range(ATTEMPTS):
             try:
-                return self.dataset[self.sampler(draw, attempt)]
+                return self.dataset.drawn(self.sampler(draw, attempt) if attempt else index, draw)
             except BadSample as error:
                 bad.append((error.name, str(error)))
         raise DataError(

@@ -1,7 +1,7 @@
 """What a level-1 extraction reads: the tiles and regions of ROOT, and where their pixels are."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,20 @@ from dino.extraction.embed import FEATURES, PATCHES
 from dino.extraction.pixels import REGIONS, SLIDES, TILES, RegionImage, list_region_images, match_region_images
 from dino.extraction.tile_files import STORAGE, tile_attributes
 from dino.models.weights import LoadedBackbone
-from dino.slides.lattice import Geometry
 from dino.slides.reader import BACKEND, RESAMPLER
-from dino.slides.slide_list import read_slide_list
 from dino.slides.tables import (
     REGIONS_TABLE,
     STATUS_TABLE,
     TILES_TABLE,
     TILING_FILE,
     RegionRecord,
-    SlideStatus,
     SlideTiles,
     read_regions,
     read_slide_tiles,
     read_status,
     read_tiling,
 )
+from dino.slides.tiled import TiledSlides, slide_paths
 
 SOURCES = ("auto", SLIDES, TILES, REGIONS)
 BOTH = "both"
@@ -58,32 +56,26 @@ class PixelSource:
     Attributes:
         root: ROOT.
         tile_size_px: Size of a cell.
-        geometry: How ROOT was tiled; None for a folder of region images.
-        status: Status of its slides, by id.
-        slide_paths: Current paths of slides that were moved, by id.
+        slides: Its slides; None for a folder of region images.
     """
 
     root: Path
     tile_size_px: int
-    geometry: Geometry | None = None
-    status: Mapping[str, SlideStatus] = field(default_factory=dict)
-    slide_paths: Mapping[str, Path] = field(default_factory=dict)
+    slides: TiledSlides | None = None
 
     def slide_path(self, slide_id: str) -> Path | None:
         """The slide's file, None if it does not exist."""
-        status = self.status.get(slide_id)
-        path = self.slide_paths.get(slide_id, status.image_path if status else None)
-        return path if path is not None and path.is_file() else None
+        return self.slides.path(slide_id) if self.slides else None
 
     def record(self) -> dict[str, Any]:
         """The entries of ``extract.json`` that describe it."""
-        geometry = asdict(self.geometry) if self.geometry else {"tile_size_px": self.tile_size_px}
+        geometry = asdict(self.slides.geometry) if self.slides else {"tile_size_px": self.tile_size_px}
         return {"geometry": geometry, "backend": BACKEND, "resampler": RESAMPLER}
 
     def attributes(self, tiles: SlideTiles) -> dict[str, Any]:
         """Attributes of the coordinates of a slide's tiles."""
-        assert self.geometry is not None
-        status, geometry = self.status.get(tiles.slide_id), self.geometry
+        assert self.slides is not None
+        status, geometry = self.slides.status.get(tiles.slide_id), self.slides.geometry
         return tile_attributes(tiles, self.tile_size_px, geometry.spacing_um, geometry.overlap, status)
 
 
@@ -162,6 +154,5 @@ def _tiled(root: Path, config: ExtractConfig, loaded: LoadedBackbone) -> PixelSo
             f"{geometry.tile_size_px} px"
         )
     status = read_status(root) if (root / STATUS_TABLE).exists() else {}
-    moved = read_slide_list([Path(config.slides)], progress.warn) if config.slides else []
-    paths = {record.slide_id: record.image_path for record in moved}
-    return PixelSource(root, geometry.tile_size_px, geometry, status, paths)
+    slides = TiledSlides(geometry, status, slide_paths(config.slides))
+    return PixelSource(root, geometry.tile_size_px, slides)

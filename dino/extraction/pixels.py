@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dino.data.datasets import TILE_NAME
 from dino.data.images import decode, list_images
+from dino.data.slide_tiles import cell_tensor
 from dino.errors import DataError
-from dino.slides.lattice import Geometry
-from dino.slides.reader import SlideReader
-from dino.slides.tables import REGIONS_FOLDER, TILES_FOLDER, RegionRecord, SlideStatus, region_path, tile_path
+from dino.slides.tables import REGIONS_FOLDER, TILES_FOLDER, RegionRecord, region_path, tile_path
+from dino.slides.tiled import TiledSlides
 
 SLIDES, TILES, REGIONS = "slides", "tiles", "regions"
 NOT_REGIONS = {TILES_FOLDER, "coordinates", "slide_features"}
@@ -23,14 +22,13 @@ ReadCell = Callable[[tuple[int, int]], Tensor]
 
 
 @contextmanager
-def cells_of_slide(path: Path, geometry: Geometry, status: SlideStatus, step_lv0: int) -> Iterator[ReadCell]:
+def cells_of_slide(slides: TiledSlides, slide_id: str, step_lv0: int) -> Iterator[ReadCell]:
     """Read cells from the slide itself.
 
     Args:
-        path: The slide's file.
-        geometry: How ROOT was tiled.
-        status: Status of the slide in ``slides_status.csv``.
-        step_lv0: Footprint of its cells in ``regions.csv``.
+        slides: The slides of ROOT.
+        slide_id: The slide.
+        step_lv0: Footprint of its cells in the tables.
 
     Yields:
         A function of a cell's level-0 ``(x, y)`` to ``(1, 3, S, S)`` uint8; several threads may call it at once.
@@ -38,19 +36,8 @@ def cells_of_slide(path: Path, geometry: Geometry, status: SlideStatus, step_lv0
     Raises:
         DataError: If the slide cannot be read, or differs from the one that was tiled.
     """
-    with SlideReader(path, geometry, spacing_at_level_0=status.spacing_um) as reader:
-        size, step = tuple(reader.lattice.slide_size), reader.lattice.step_lv0
-        if size != (status.width, status.height) or step != step_lv0:
-            raise DataError(
-                f"expected the slide that was tiled, {status.width} x {status.height} px with cells of {step_lv0} px, "
-                f"found {size[0]} x {size[1]} px and {step} px in {path}; tile it again"
-            )
-
-        def read(cell: tuple[int, int]) -> Tensor:
-            pixels = reader.read_cell(*cell)  # (S, S, 3)
-            return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
-
-        yield read
+    with slides.open(slide_id, step_lv0) as reader:
+        yield lambda cell: cell_tensor(reader, *cell)[None]
 
 
 @contextmanager

@@ -80,7 +80,7 @@ class TileExtractor(Extractor):
                         if (s.tiles if folder == outputs.tile_folder else s.records)
                     }
                     write_record(path, made | {"pixels": pixels}, before[folder])
-                if source.geometry is None:
+                if source.slides is None:
                     write_regions_table(self.root, records)
         return source, outputs, slides
 

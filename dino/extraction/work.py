@@ -132,14 +132,9 @@ class SlideCells:
             return nullcontext(partial(read_region_image, size_px=source.tile_size_px))
         if self.pixels == TILES:
             return cells_of_tiles(source.root, self.slide_id, plan.units, source.tile_size_px)
-        path, status = source.slide_path(self.slide_id), source.status.get(self.slide_id)
-        if path is None or status is None or source.geometry is None:
-            recorded = f" at {status.image_path}" if status else ""
-            raise DataError(
-                f"expected the slide's file{recorded}, found none; pass the current folder of the slides: slides=FOLDER"
-            )
+        assert source.slides is not None  # a folder of region images is read as REGIONS
         step_lv0 = self.tiles.step_lv0 if self.tiles else self.records[0].step_lv0
-        return cells_of_slide(path, source.geometry, status, step_lv0)
+        return cells_of_slide(source.slides, self.slide_id, step_lv0)
 
 
 def split_by_slide(inputs: Inputs, outputs: Outputs, before: Mapping[str, Any]) -> list[SlideCells]:

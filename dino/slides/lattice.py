@@ -162,6 +162,24 @@ class Lattice:
         """``(n * n, 2)`` int64 origins of the cells of the region at ``(x, y)``, row-major (y, then x)."""
         return cells_of_region(x, y, self.step_lv0, (self.geometry.region_cells, self.geometry.region_cells))
 
+    def clamped(self, x: int, y: int) -> tuple[int, int]:
+        """The nearest position whose tile is inside the slide, at level 0 and at the level it is read from.
+
+        Raises:
+            DataError: If the slide is smaller than a tile.
+        """
+        sides = zip(self.slide_size, self.level_size, strict=True)
+        ends = [
+            min(size - self.step_lv0, int((level - self.read_size_px) * self.read_downsample)) for size, level in sides
+        ]
+        if min(ends) < 0:
+            width, height = self.slide_size
+            raise DataError(
+                f"expected a slide of at least {self.step_lv0} px for tiles of {self.geometry.tile_size_px} px at "
+                f"{self.geometry.spacing_um:g} µm/px, found {width} x {height} px"
+            )
+        return min(max(x, 0), ends[0]), min(max(y, 0), ends[1])
+
     def _axis(self, axis: int, positions: int) -> np.ndarray:
         """Origins along one axis whose tile is inside the slide, at level 0 and at the level it is read from."""
         step, size = self.step_lv0, self.slide_size[axis]

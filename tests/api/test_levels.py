@@ -55,14 +55,14 @@ def region(root: Path, **changes: object) -> RegionConfig:
     return load_config(RegionConfig, overrides={**TINY, "data_dir": str(root), **changes})
 
 
-@pytest.mark.parametrize("storage", ["tar", "none"])
-def test_previews_of_a_tiled_root_are_not_used_as_tiles(slides_csv: Path, storage: str) -> None:
-    root = tiled(slides_csv, storage)
-    with pytest.raises(
-        DataError, match=rf"found none; it was tiled with storage={storage}.*storage=jpeg.*another ROOT"
-    ):
-        pretrain(patch(root, output_dir=str(root.parent / "run")))
+def test_previews_of_a_tiled_root_are_not_used_as_tiles(slides_csv: Path) -> None:
+    root = tiled(slides_csv, "none")
+    with pytest.raises(DataError, match=r"found none \(storage=none\); read them from the slides"):
+        pretrain(patch(root, output_dir=str(root.parent / "run"), source="files"))
     assert not (root.parent / "run").exists()
+    tiles = {record.path.stem for record in read_tiles(root)}
+    dataset = build_level(patch(root)).dataset  # of the slides
+    assert {Path(dataset[i].name).name for i in range(len(dataset))} == tiles
 
 
 def test_only_the_tiles_of_roots_in_a_folder_are_found(slides_csv: Path) -> None:
@@ -78,7 +78,7 @@ def test_only_the_tiles_of_roots_in_a_folder_are_found(slides_csv: Path) -> None
 def test_missing_tiles_of_a_root_raise_an_error(slides_csv: Path) -> None:
     root = tiled(slides_csv, "jpeg")
     (root / "patch_256_pretraining").rename(root / "moved")
-    with pytest.raises(DataError, match="found none; tile the same slides again"):
+    with pytest.raises(DataError, match=r"\(source=slides\), or tile the same slides again"):
         build_level(patch(root))
 
 

@@ -128,12 +128,12 @@ def test_a_second_model(tmp_path: Path) -> None:
     accepted("extract", second, root, *EXTRACT)
 
 
-@pytest.mark.parametrize("storage", ["tar", "none"])
-def test_tiles_that_cannot_be_trained_on(tmp_path: Path, storage: str) -> None:
+def test_tiles_that_are_not_stored(tmp_path: Path) -> None:
     slides, root = slide(tmp_path / "a.tiff"), tmp_path / "root"
-    accepted("tile", slides, root, *TILE, f"storage={storage}")
-    said = refused("pretrain", "patch", root, tmp_path / "run", *SHORT)
-    assert "tile the slides with storage=jpeg into another ROOT" in said
+    accepted("tile", slides, root, *TILE, "storage=none")
+    said = refused("pretrain", "patch", root, tmp_path / "run", *SHORT, "source=files")
+    assert "(source=slides), or tile them with storage=jpeg into another ROOT" in said
+    accepted("pretrain", "patch", root, tmp_path / "run", *SHORT, "dry_run=true", "source=slides")
     accepted("tile", slides, tmp_path / "other", *TILE, "storage=jpeg")
     accepted("pretrain", "patch", tmp_path / "other", tmp_path / "run", *SHORT, "dry_run=true")
 
@@ -287,11 +287,15 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "api/levels.py": RUN,
     "api/judging.py": RUN,
     "api/measuring.py": RUN,
+    "api/sources.py": RUN,
     "api/roots.py": (*RUN, schema.TileConfig, schema.ExtractConfig),
     "api/rehearsal.py": RUN,
 }
 # Of another command, which the message names: `dino tile`, or tiling in words.
-OF_OTHERS = {"extraction": {"spacing_um", "storage", "region_size_px"}}
+OF_OTHERS = {
+    "extraction": {"spacing_um", "storage", "region_size_px"},
+    "slides": {"slides"},  # of extraction and training
+}
 
 
 # Of architectures, arguments of timm and torch, and a file.

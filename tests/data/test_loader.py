@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from dino import randomness
-from dino.data.datasets import BadSample, Sample
+from dino.data.datasets import BadSample, Dataset, Sample, SlideRanges
 from dino.data.loader import IN_MESSAGE, DrawnBatches, DropPath, Layout, load_batches, stack_padded
 from dino.data.samplers import PermutationSampler
 from dino.errors import DataError
 
 
-class Numbers:
+class Numbers(Dataset):
     """A dataset whose sample i is an image filled with i; the samples of ``bad`` cannot be used."""
 
     fingerprint = "numbers"
-    slide_ids: set[str] = set()  # noqa: RUF012
+    ranges = SlideRanges.of(())
 
     def __init__(self, count: int, bad: frozenset[int] = frozenset()) -> None:
         self.count, self.bad = count, bad

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dino.data import tile_cache as module
-from dino.data.datasets import TileDataset
+from dino.data.datasets import FolderTiles, TileDataset
 from dino.data.images import decode
 from dino.data.loader import DrawnBatches, Layout, load_batches
 from dino.data.samplers import PermutationSampler
@@ -57,7 +57,7 @@ def test_workers_share_decoded_tiles(tiles: list[Path], decoded: Path) -> None:
         return {"box": np.array([[0, 0, *shape]])}
 
     root, names = tiles[0].parent, [path.name for path in tiles]
-    datasets = TileDataset(root, names), TileDataset(root, names, ram_cache_gb=1e-5)
+    datasets = TileDataset(FolderTiles(root, names)), TileDataset(FolderTiles(root, names, 1e-5))
     sampler = PermutationSampler(len(names), 0)
     plain, cached = (
         list(

@@ -1,0 +1,104 @@
+"""Where the tiles of a run come from: tile files, or the slides themselves."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dino.api.roots import HeldOut, Root, Split
+from dino.config.schema import PatchConfig, SamplingConfig
+from dino.data import Dataset, FolderTiles, TileDataset
+from dino.data.slide_tiles import Placement, SlideTileDataset
+from dino.errors import ConfigError
+
+AUTO, FILES, SLIDES = "auto", "files", "slides"
+SOURCE_OF_STORAGE = {"none": SLIDES}  # of a ROOT by tiling's setting `storage`; otherwise tile files
+
+
+@dataclass(frozen=True)
+class TileSource:
+    """The tiles that a run is trained on.
+
+    Attributes:
+        dataset: The tiles.
+        split: How many there are, and how many are held out.
+        geometry: Spacing and tile size where known.
+        slides: ``slide_ids`` and ``patient_ids`` as far as they are known.
+        warnings: What to tell the user about the data.
+    """
+
+    dataset: Dataset
+    split: Split
+    geometry: dict[str, Any]
+    slides: dict[str, list[str]]
+    warnings: list[str]
+
+
+def open_tiles(config: PatchConfig) -> TileSource:
+    """Find the tiles of a run.
+
+    Args:
+        config: Its settings: ``source`` and what the data folder holds decide where they are read from.
+
+    Raises:
+        ConfigError: If settings do not fit the source.
+        DataError: If there are no tiles that may be trained on.
+    """
+    root = Root(Path(config.data_dir))
+    root.check_held_out()
+    dataset, held_out = SOURCES[source_of(root, config)](root, config)
+    geometry, slides = root.geometry(), root.slides(dataset.slide_ids)
+    if config.sampling.spacing_um:
+        geometry["spacings_um"] = list(config.sampling.spacing_um)
+    split = Split("tiles", len(dataset), len(slides["slide_ids"]), held_out)
+    return TileSource(dataset, split, geometry, slides, root.unknown_partitions())
+
+
+def source_of(root: Root, config: PatchConfig) -> str:
+    """The name of the source of a run's tiles in :data:`SOURCES`.
+
+    Raises:
+        ConfigError: If ``config.source`` is none of them.
+    """
+    if config.source == AUTO:
+        return SOURCE_OF_STORAGE.get(root.tiling.storage, FILES) if root.tiling else FILES
+    if config.source not in SOURCES:
+        raise ConfigError(f"expected source {', '.join((AUTO, *SOURCES))}, found '{config.source}'")
+    return config.source
+
+
+def _files(root: Root, config: PatchConfig) -> tuple[Dataset, HeldOut]:
+    """Image files in a folder."""
+    _check_stored(config.sampling)
+    folder, names, held_out = root.tiles()
+    files = FolderTiles(folder, names, config.speed.ram_cache)
+    return TileDataset(files, root.slide_infos(root.tile_spacings())), held_out
+
+
+def _slides(root: Root, config: PatchConfig) -> tuple[Dataset, HeldOut]:
+    """The slides that were tiled."""
+    if config.speed.ram_cache:
+        raise ConfigError(
+            f"expected no speed.ram_cache for tiles that are read from slides, found {config.speed.ram_cache:g}; leave "
+            "it out"
+        )
+    slides = root.tiled_slides(config.slides)
+    tiles, held_out = root.listed_tiles()
+    slides.check_present(one.slide_id for one in tiles)
+    geometry = slides.geometry
+    placement = Placement.of(config.sampling, geometry.spacing_um, geometry.tile_size_px, config.seed)
+    infos = root.slide_infos({one.slide_id: one.spacing_um for one in tiles})
+    return SlideTileDataset(tiles, slides, infos, placement, config.speed.open_slides), held_out
+
+
+def _check_stored(sampling: SamplingConfig) -> None:
+    """Raise ConfigError for settings of which stored tiles know nothing."""
+    for name in ("jitter_px", "spacing_um"):
+        if value := getattr(sampling, name):
+            raise ConfigError(
+                f"expected tiles that are read from slides for sampling.{name}={value}, found tile files, whose places "
+                "are fixed; add source=slides"
+            )
+
+
+SOURCES: Mapping[str, Callable[[Root, PatchConfig], tuple[Dataset, HeldOut]]] = {FILES: _files, SLIDES: _slides}

@@ -1,0 +1,251 @@
+"""Tiles that are read from the slides while training: none is stored, and each may be read anywhere on the tissue."""
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dino import randomness
+from dino.config.schema import SamplingConfig
+from dino.data.datasets import UNKNOWN, BadSample, Dataset, Sample, SlideInfo, SlideRanges
+from dino.errors import ConfigError, DataError
+from dino.files import printable
+from dino.slides.reader import SlideReader
+from dino.slides.tables import SlideTiles, tile_path
+from dino.slides.tiled import TiledSlides
+
+
+def cell_tensor(reader: SlideReader, x: int, y: int) -> Tensor:
+    """Pixels of the cell at level-0 ``(x, y)``, as :meth:`~dino.slides.reader.SlideReader.read_cell` returns them.
+
+    Returns:
+        ``(3, S, S)`` uint8.
+
+    Raises:
+        DataError: If the slide is damaged there.
+    """
+    return torch.from_numpy(np.ascontiguousarray(reader.read_cell(x, y).transpose(2, 0, 1)))
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where the tile of a draw is read, as a function of the draw number.
+
+    Attributes:
+        jitter_px: Largest shift along x and y, in px of the tile.
+        spacings_um: Spacings to read at, one of which is drawn.
+        shares: Share of each, which sum to 1.
+        seed: Seed.
+    """
+
+    jitter_px: int
+    spacings_um: Sequence[float]
+    shares: Sequence[float]
+    seed: int
+    _numbers: randomness.Stream = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Prepare the generator."""
+        object.__setattr__(self, "_numbers", randomness.Stream(self.seed, "placement"))
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig, spacing_um: float, tile_size_px: int, seed: int) -> "Placement":
+        """The placement that settings ask for.
+
+        Args:
+            sampling: The settings.
+            spacing_um: Spacing of tiling.
+            tile_size_px: Side of a tile.
+            seed: Seed of the run.
+
+        Raises:
+            ConfigError: If a setting is out of range.
+        """
+        spacings = list(sampling.spacing_um) or [spacing_um]
+        shares = list(sampling.spacing_shares) or [1.0] * len(spacings)
+        for name, good, rule in (
+            ("jitter_px", 0 <= sampling.jitter_px <= tile_size_px // 2, f"from 0 to {tile_size_px // 2}, half a tile"),
+            ("spacing_um", min(spacings) > 0 and len({*spacings}) == len(spacings), "different positive numbers"),
+            (
+                "spacing_shares",
+                len(shares) == len(spacings) and min(shares) > 0,
+                f"a positive number for each of the {len(spacings)} spacings of sampling.spacing_um",
+            ),
+        ):
+            if not good:
+                raise ConfigError(f"expected sampling.{name} to be {rule}, found {getattr(sampling, name)}")
+        return cls(sampling.jitter_px, spacings, [share / sum(shares) for share in shares], seed)
+
+    def draw(self, draw: int) -> tuple[float, tuple[float, float]]:
+        """Spacing of a draw, and its shift along x and y as a fraction of a tile's side in ``[-1/2, 1/2]`` at most."""
+        rng = self._numbers.at(draw)
+        chosen = int(np.searchsorted(np.cumsum(self.shares)[:-1], rng.random(), side="right"))
+        across, down = (2 * rng.random(2) - 1) * self.jitter_px
+        return self.spacings_um[chosen], (float(across), float(down))
+
+
+class OpenSlides:
+    """Slides that are kept open, the last used ones of a bounded number. Each process opens its own.
+
+    Args:
+        slides: The slides of a ROOT.
+        limit: Largest number of slides to keep open.
+    """
+
+    def __init__(self, slides: TiledSlides, limit: int) -> None:
+        self._slides, self._limit = slides, max(1, limit)
+        self._open: OrderedDict[tuple[str, float], SlideReader] = OrderedDict()
+        self._process = os.getpid()
+
+    def __call__(self, slide_id: str, step_lv0: int, spacing_um: float) -> SlideReader:
+        """The reader of a slide at a spacing.
+
+        Raises:
+            DataError: If it cannot be opened, or differs from the slide that was tiled.
+        """
+        if self._process != os.getpid():  # a forked worker would share the file positions of its parent's readers
+            self._open, self._process = OrderedDict(), os.getpid()
+        key = (slide_id, spacing_um)
+        if key in self._open:
+            self._open.move_to_end(key)
+            return self._open[key]
+        reader = self._slides.open(slide_id, step_lv0, spacing_um)
+        self._open[key] = reader
+        while len(self._open) > self._limit:
+            self._open.popitem(last=False)[1].close()
+        return reader
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files."""
+        return {**vars(self), "_open": OrderedDict()}
+
+
+class SlideTileDataset(Dataset):
+    """The tiles of a ROOT, read from its slides (level 1).
+
+    At the listed places and the spacing of tiling the pixels are those that ``dino tile`` cuts, before they are
+    compressed. A tile costs 8 bytes of memory.
+
+    Args:
+        tiles: The listed tiles of each slide.
+        slides: Where the slides are.
+        infos: What is known of each slide.
+        placement: Where the tile of a draw is read.
+        open_slides: Slides that a process keeps open.
+
+    Raises:
+        DataError: If a slide cannot give a spacing.
+    """
+
+    def __init__(
+        self,
+        tiles: Sequence[SlideTiles],
+        slides: TiledSlides,
+        infos: Mapping[str, SlideInfo],
+        placement: Placement,
+        open_slides: int = 16,
+    ) -> None:
+        self._geometry, self._placement, self._infos = slides.geometry, placement, infos
+        self._ids = [one.slide_id for one in tiles]
+        self._steps = [one.step_lv0 for one in tiles]
+        self._starts = np.cumsum([0, *(len(one.coords) for one in tiles)], dtype=np.int64)
+        # Row-major within a slide: y above x, which are less than 2^31.
+        self._places = np.concatenate([np.sort((one.coords[:, 1] << 32) | one.coords[:, 0]) for one in tiles])
+        _check_spacings(self._ids, slides, placement.spacings_um)
+        self._readers = OpenSlides(slides, open_slides)
+
+    def __len__(self) -> int:
+        """Number of listed tiles."""
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read a listed tile at the spacing of tiling.
+
+        Raises:
+            BadSample: If its slide cannot be read there.
+        """
+        return self._read(index, self._geometry.spacing_um, (0.0, 0.0))
+
+    def drawn(self, index: int, draw: int) -> Sample:
+        """Read a tile at the spacing, and shifted by as much, as its draw number says.
+
+        Raises:
+            BadSample: If its slide cannot be read there.
+        """
+        return self._read(index, *self._placement.draw(draw))
+
+    def _read(self, index: int, spacing_um: float, shift: tuple[float, float]) -> Sample:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        slide_id, step, size = self._ids[number], self._steps[number], self._geometry.tile_size_px
+        y, x = divmod(int(self._places[index]), 1 << 32)
+        name = str(Path(*tile_path(slide_id, x, y).parts[-2:]).with_suffix(""))
+        place = self._shifted(number, (x, y), (round(shift[0] * step / size), round(shift[1] * step / size)))
+        try:
+            reader = self._readers(slide_id, step, spacing_um)
+            if any(shift) or spacing_um != self._geometry.spacing_um:
+                inner = (step - reader.lattice.step_lv0) // 2  # a tile of another spacing has the same centre
+                place = reader.lattice.clamped(place[0] + inner, place[1] + inner)
+            pixels = cell_tensor(reader, *place)  # (3, S, S)
+        except DataError as error:
+            raise BadSample(printable(name), f"slide {printable(slide_id)}: {error}") from None
+        info = self._infos.get(slide_id, UNKNOWN)
+        if spacing_um != self._geometry.spacing_um:
+            info = replace(info, spacing_um=reader.lattice.spacing_um)
+        return Sample(pixels, name, (size, size), slide_id, info)
+
+    def _shifted(self, number: int, place: tuple[int, int], shift: tuple[int, int]) -> tuple[int, int]:
+        """A place shifted, if the tiles that it then overlaps are listed; else along x or y only, or not at all."""
+        (x, y), (dx, dy), step = place, shift, self._steps[number]
+        for across, down in ((dx, dy), (dx, 0), (0, dy)):
+            columns = {x, x + step * int(np.sign(across))}
+            rows = {y, y + step * int(np.sign(down))}
+            if all(self._listed(number, column, row) for column in columns for row in rows):
+                return x + across, y + down
+        return place
+
+    def _listed(self, number: int, x: int, y: int) -> bool:
+        first, last = self._starts[number], self._starts[number + 1]
+        if min(x, y) < 0:
+            return False
+        key = (y << 32) | x
+        found = int(first + np.searchsorted(self._places[first:last], key))
+        return found < last and int(self._places[found]) == key
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the slides, the places and the geometry of the tiles."""
+        digest = hashlib.sha256(f"slides {self._geometry}".encode())
+        for slide_id, step, start, end in zip(self._ids, self._steps, self._starts, self._starts[1:], strict=False):
+            digest.update(os.fsencode(f"\0{slide_id}\0{step}\0"))
+            digest.update(self._places[start:end].tobytes())
+        return digest.hexdigest()
+
+    @property
+    def ranges(self) -> SlideRanges:
+        """The slides in the order of their tiles."""
+        return SlideRanges(self._ids, self._starts)
+
+
+def _check_spacings(slide_ids: Sequence[str], slides: TiledSlides, spacings_um: Sequence[float]) -> None:
+    """Raise DataError if a slide is coarser than a spacing, or smaller than a tile of it."""
+    geometry = slides.geometry
+    for spacing in spacings_um:
+        if spacing == geometry.spacing_um:
+            continue
+        for slide_id in slide_ids:
+            status = slides.status[slide_id]
+            actual = status.spacing_um or geometry.spacing_um
+            side = geometry.tile_size_px * spacing / actual
+            if actual > spacing * (1 + geometry.tolerance) or side > min(status.width, status.height):
+                raise DataError(
+                    f"expected slides that give tiles at sampling.spacing_um={spacing:g}, found '{slide_id}' of "
+                    f"{status.width} x {status.height} px at {actual:g} µm/px; leave out that spacing or the slide"
+                )

@@ -1,0 +1,88 @@
+"""The slides of a ROOT that was tiled: where their files are, opened as they were when they were tiled."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dino import progress
+from dino.errors import DataError
+from dino.slides.lattice import Geometry
+from dino.slides.reader import SlideReader
+from dino.slides.slide_list import read_slide_list
+from dino.slides.tables import SlideStatus
+
+
+@dataclass(frozen=True)
+class TiledSlides:
+    """The slides of a ROOT.
+
+    Attributes:
+        geometry: How they were tiled.
+        status: Status of each in ``slides_status.csv``.
+        moved: Current paths of slides that were moved.
+    """
+
+    geometry: Geometry
+    status: Mapping[str, SlideStatus] = field(default_factory=dict)
+    moved: Mapping[str, Path] = field(default_factory=dict)
+
+    def path(self, slide_id: str) -> Path | None:
+        """A slide's file, None if it does not exist."""
+        status = self.status.get(slide_id)
+        path = self.moved.get(slide_id, status.image_path if status else None)
+        return path if path is not None and path.is_file() else None
+
+    def check_present(self, slide_ids: Iterable[str]) -> None:
+        """Raise DataError if the file of a slide does not exist."""
+        ids = list(slide_ids)
+        absent = [slide_id for slide_id in ids if self.path(slide_id) is None]
+        if absent:
+            status = self.status.get(absent[0])
+            where = f" (recorded at {status.image_path})" if status else ""
+            raise DataError(
+                f"expected the files of {len(ids)} slides to read tiles from, found none of {len(absent)}, the first "
+                f"'{absent[0]}'{where}; if they were moved, name their folder or slides.csv with slides="
+            )
+
+    def open(self, slide_id: str, step_lv0: int, spacing_um: float | None = None) -> SlideReader:
+        """Open a slide, and check that it is the one that was tiled.
+
+        Args:
+            slide_id: The slide.
+            step_lv0: Footprint of its tiles in the tables, in level-0 px.
+            spacing_um: Spacing to read at; None for that of tiling.
+
+        Raises:
+            DataError: If the slide cannot be read, differs from the one that was tiled, or is coarser.
+        """
+        path, status = self.path(slide_id), self.status.get(slide_id)
+        if path is None or status is None:
+            recorded = f" at {status.image_path}" if status else ""
+            raise DataError(
+                f"expected the slide's file{recorded}, found none; pass the current folder of the slides: slides=FOLDER"
+            )
+        reader = SlideReader(path, self.geometry, spacing_at_level_0=status.spacing_um)
+        size, step = tuple(reader.lattice.slide_size), reader.lattice.step_lv0
+        if size != (status.width, status.height) or step != step_lv0:
+            reader.close()
+            raise DataError(
+                f"expected the slide that was tiled, {status.width} x {status.height} px with cells of {step_lv0} px, "
+                f"found {size[0]} x {size[1]} px and {step} px in {path}; tile it again"
+            )
+        if spacing_um is None or spacing_um == self.geometry.spacing_um:
+            return reader
+        reader.close()
+        return SlideReader(path, replace(self.geometry, spacing_um=spacing_um), spacing_at_level_0=status.spacing_um)
+
+
+def slide_paths(moved: str | None) -> dict[str, Path]:
+    """Paths of slides by id, for :attr:`TiledSlides.moved`.
+
+    Args:
+        moved: Folder or slides.csv of slides that were moved; None if they were not.
+
+    Raises:
+        DataError: If there are no slides.
+    """
+    found = read_slide_list([Path(moved)], progress.warn) if moved else []
+    return {record.slide_id: record.image_path for record in found}

@@ -1,0 +1,176 @@
+"""Tiles that are read from slides: the pixels of cut tiles, shifts and spacings by draw number, open files."""
+
+import multiprocessing
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+import torch
+from painted_slide import coordinates, halved, noise, write_slide
+from PIL import Image
+
+from dino.api.levels import build_level
+from dino.api.tiling import tile
+from dino.config.load import load_config
+from dino.config.schema import PatchConfig, TileConfig
+from dino.data import SlideTileDataset
+from dino.errors import ConfigError, DataError
+from dino.slides import sample_slide
+from dino.slides.storage import encode
+from dino.slides.tables import read_tiles
+
+SIDE = 32
+
+
+def dataset_of(root: Path, **changes: object) -> SlideTileDataset:
+    values = {"model.arch": "vit:dim=32,depth=2,heads=2", "aug.global_crops_size": 32, "aug.local_crops_size": 16}
+    found = build_level(load_config(PatchConfig, overrides={**values, "data_dir": str(root), **changes})).dataset
+    assert isinstance(found, SlideTileDataset)
+    return found
+
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A slide whose pixels encode their position in steps of 2 px, and tiles of 32 px on all of it."""
+    folder = tmp_path_factory.mktemp("painted")
+    pixels = coordinates(450, 330, unit=2)
+    write_slide(folder / "slides" / "painted.tiff", [pixels])
+    settings = TileConfig(tile_size_px=SIDE, region_size_px=SIDE, storage="none", previews=False, num_workers=1)
+    assert tile([folder / "slides"], folder / "root", settings).exit_code == 0
+    return folder / "root"
+
+
+def test_they_are_the_tiles_that_are_cut_before_these_are_compressed(tmp_path: Path) -> None:
+    """On real tissue: the bytes that the cutting of tiles encodes are those of the pixels that training reads."""
+    for storage in ("jpeg", "none"):
+        assert tile([sample_slide()], tmp_path / storage, TileConfig(storage=storage, previews=False)).exit_code == 0
+    dataset = dataset_of(tmp_path / "none", **{"aug.global_crops_size": 224, "aug.local_crops_size": 96})
+    records = read_tiles(tmp_path / "jpeg")
+    assert len(dataset) == len(records) == 44
+    for i, record in enumerate(records):
+        sample = dataset[i]
+        assert sample.name == str(Path(record.slide_id, record.path.stem)) and sample.shape == (256, 256)
+        assert encode(sample.pixels.permute(1, 2, 0).numpy(), 90) == (tmp_path / "jpeg" / record.path).read_bytes()
+        assert sample.spacing_um == record.spacing_um and sample.slide_id == record.slide_id
+
+
+def test_draws_are_shifted_within_the_listed_tiles_and_by_the_draw_number_alone(painted: Path) -> None:
+    records = read_tiles(painted)
+    listed = {(record.x, record.y) for record in records}
+    dataset, same = (dataset_of(painted, **{"sampling.jitter_px": 16}) for _ in range(2))
+    shifts = []
+    for draw in range(400):
+        record = records[draw % len(records)]
+        sample = dataset.drawn(draw % len(records), draw)
+        x, y = (2 * int(sample.pixels[channel].min()) for channel in (0, 1))  # to the next even px
+        shifts.append((x - record.x, y - record.y))
+        assert max(map(abs, shifts[-1])) <= 17
+        cells = {(a - a % SIDE, b - b % SIDE) for a in (x + 1, x + SIDE - 3) for b in (y + 1, y + SIDE - 3)}
+        assert cells <= listed
+        assert torch.equal(same.drawn(draw % len(records), draw).pixels, sample.pixels)
+    across, down = np.array(shifts).T
+    assert across.std() > 6 and down.std() > 6 and abs(across.mean()) < 2 and abs(down.mean()) < 2
+    assert not torch.equal(dataset.drawn(3, 7).pixels, dataset.drawn(3, 8).pixels)
+
+
+def test_a_spacing_is_drawn_for_each_sample_about_the_same_centre(tmp_path: Path) -> None:
+    pixels = noise(700, 500)
+    write_slide(tmp_path / "slides" / "noise.tiff", [pixels, halved(pixels)], mpp=0.25)
+    settings = TileConfig(tile_size_px=SIDE, region_size_px=SIDE, storage="none", previews=False, num_workers=1)
+    assert tile([tmp_path / "slides"], tmp_path / "root", settings).exit_code == 0
+    spacings = {"sampling.spacing_um": [0.25, 0.5, 1.0], "sampling.spacing_shares": [1, 2, 1]}
+    dataset = dataset_of(tmp_path / "root", **spacings)
+    records = read_tiles(tmp_path / "root")
+    found = {0.25: 0, 0.5: 0, 1.0: 0}
+    with openslide.OpenSlide(tmp_path / "slides" / "noise.tiff") as slide:
+        inner = [i for i, r in enumerate(records) if 64 <= r.x < 500 and 64 <= r.y < 300]
+        for draw in range(400):
+            record = records[inner[draw % len(inner)]]
+            sample = dataset.drawn(inner[draw % len(inner)], draw)
+            spacing = round(float(sample.spacing_um or 0), 3)
+            found[spacing] += 1
+            span = round(SIDE * spacing / 0.25)
+            left, top = record.x + (record.step_lv0 - span) // 2, record.y + (record.step_lv0 - span) // 2
+            level = 1 if spacing >= 0.5 else 0
+            read = span // (1, 2)[level]
+            expected = slide.read_region((left, top), level, (read, read)).convert("RGB")
+            if read != SIDE:
+                expected = expected.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+            np.testing.assert_array_equal(sample.pixels.permute(1, 2, 0).numpy(), np.asarray(expected))
+    assert 60 < found[0.25] < 140 and 160 < found[0.5] < 240 and 60 < found[1.0] < 140
+
+
+def test_few_slides_are_open_and_forked_processes_open_their_own(tmp_path: Path) -> None:
+    """A handle that two processes share would have one file position; the values of all of them are compared."""
+    for seed in range(5):
+        write_slide(tmp_path / "slides" / f"slide{seed}.tiff", [noise(200, 170, seed)])
+    settings = TileConfig(tile_size_px=SIDE, region_size_px=SIDE, storage="none", previews=False, num_workers=1)
+    assert tile([tmp_path / "slides"], tmp_path / "root", settings).exit_code == 0
+    dataset = dataset_of(tmp_path / "root", **{"speed.open_slides": 2})
+    expected = [dataset[i].pixels for i in range(len(dataset))]
+    assert len(dataset._readers._open) == 2
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        for start in (0, 1, 2):
+            found = pool.map(_sum_of(dataset), range(start, len(dataset), 3))
+            assert found == [int(expected[i].sum()) for i in range(start, len(dataset), 3)]
+    again = pickle.loads(pickle.dumps(dataset))
+    assert not again._readers._open and torch.equal(again[3].pixels, expected[3])
+    assert again.fingerprint == dataset.fingerprint
+
+
+class _sum_of:  # noqa: N801 - a function that can be sent to a process
+    def __init__(self, dataset: SlideTileDataset) -> None:
+        self.dataset = dataset
+
+    def __call__(self, index: int) -> int:
+        return int(self.dataset[index].pixels.sum())
+
+
+def test_the_fingerprint_is_that_of_slides_places_and_geometry(painted: Path, tmp_path: Path) -> None:
+    other = TileConfig(tile_size_px=SIDE, region_size_px=SIDE, storage="none", previews=False, spacing_um=0.51)
+    assert tile([painted.parent / "slides"], tmp_path / "other", other).exit_code == 0
+    prints = [dataset_of(root).fingerprint for root in (painted, painted, tmp_path / "other")]
+    assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"sampling.jitter_px": 17}, ConfigError, r"jitter_px to be from 0 to 16, half a tile, found 17"),
+        ({"sampling.spacing_um": [0.5, 0.5]}, ConfigError, "different positive numbers"),
+        ({"sampling.spacing_um": [0.5, 1], "sampling.spacing_shares": [1]}, ConfigError, "each of the 2 spacings"),
+        ({"sampling.spacing_um": [0.25]}, DataError, r"found 'painted' of 450 x 330 px at 0.5 µm/px; leave out"),
+        ({"sampling.spacing_um": [8.0]}, DataError, r"found 'painted' of 450 x 330 px"),
+        ({"speed.ram_cache": 0.1}, ConfigError, r"no speed.ram_cache for tiles that are read from slides"),
+        ({"source": "disk"}, ConfigError, "expected source auto, files, slides"),
+        ({"source": "files", "sampling.jitter_px": 3}, ConfigError, "add source=slides"),
+    ],
+)
+def test_settings_that_do_not_fit(painted: Path, changes: dict, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        dataset_of(painted, **changes)
+
+
+def test_moved_and_missing_slides(painted: Path, tmp_path: Path) -> None:
+    """A copy of the ROOT whose slides are gone: a message, and ``slides=`` with the folder that they are in now."""
+    source = painted.parent / "slides" / "painted.tiff"
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    before = dataset_of(painted)
+    source.rename(moved / source.name)
+    try:
+        with pytest.raises(DataError, match=r"files of 1 slides .* found none of 1, the first 'painted' \(recorded at"):
+            dataset_of(painted)
+        after = dataset_of(painted, slides=str(moved))
+        assert after.fingerprint == before.fingerprint and len(after[5].pixels)
+    finally:
+        (moved / source.name).rename(source)
+
+
+def test_a_list_without_the_slide_of_a_table(painted: Path) -> None:
+    dataset = dataset_of(painted)
+    assert dataset.ranges.known == {"painted"} and dataset.ranges.starts.tolist() == [0, len(dataset)]
+    assert replace(dataset._placement, seed=3).draw(5) == dataset._placement.draw(5) == (0.5, (0.0, 0.0))
