@@ -32,8 +32,9 @@ from dino.extraction.regions import plan_cells
 from dino.extraction.tile_files import Layout, is_written
 from dino.lock import RunLock
 from dino.models.checkpoint import read_checkpoint
+from dino.slides.parts import load_part
 from dino.slides.slide_list import read_slide_list
-from dino.slides.tables import load_part, read_regions, read_status, read_tiles
+from dino.slides.tables import read_regions, read_status, read_tiles
 from dino.slides.tiling import check_same_settings
 from dino.train.checkpoint import CheckpointFolder
 from dino.train.failure import read_failure

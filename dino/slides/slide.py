@@ -11,7 +11,7 @@ import numpy as np
 from dino import randomness
 from dino.config.schema import TileConfig
 from dino.errors import ConfigError, DinoError
-from dino.slides import storage, tables
+from dino.slides import parts, storage, tables
 from dino.slides.lattice import Geometry
 from dino.slides.reader import SlideReader
 from dino.slides.slide_list import SlideRecord
@@ -84,7 +84,7 @@ def tile_slide(record: SlideRecord, root: Path, config: TileConfig) -> SlideStat
     Raises:
         OSError: If writing to ROOT fails, which is not an error of the slide.
     """
-    tables.drop_part(root, record.slide_id)
+    parts.drop_part(root, record.slide_id)
     made_from = inputs_of(record)
     try:
         with _open(record, config) as reader:
@@ -92,13 +92,13 @@ def tile_slide(record: SlideRecord, root: Path, config: TileConfig) -> SlideStat
             _write_tiles(reader, record, root, config, survey)
             status = _status(record, reader, survey)
             expect_root(root)
-            tables.save_part(root, status, made_from, _tiles(reader, record, survey), _regions(reader, record, survey))
+            parts.save_part(root, status, made_from, _tiles(reader, record, survey), _regions(reader, record, survey))
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # errors of slides have no errno
             raise
         status = failed(record, error)
         expect_root(root)
-        tables.save_status(root, status, made_from)
+        parts.save_status(root, status, made_from)
     return status
 
 

@@ -18,7 +18,7 @@ from dino.config.load import identity_of
 from dino.config.schema import TileConfig
 from dino.errors import DataError
 from dino.lock import RunLock
-from dino.slides import storage, tables
+from dino.slides import parts, storage, tables
 from dino.slides.slide import (
     Measurement,
     columns_of,
@@ -112,7 +112,7 @@ def tile_slides(records: Sequence[SlideRecord], root: Path, config: TileConfig) 
     with files.oserror_to_data_error(root), RunLock(root, name=LOCK).held():
         check_same_settings(root, settings)  # again, because another run may have ended meanwhile
         storage.tidy(root)
-        tables.tidy(root)
+        parts.tidy(root)
         if not (root / tables.TILING_FILE).exists() or _differing(root, settings):
             tables.write_tiling(root, config)
         return _tile(records, root, config)
@@ -128,7 +128,7 @@ def _tile(records: Sequence[SlideRecord], root: Path, config: TileConfig) -> Til
     def died(record: SlideRecord) -> SlideStatus:
         status = failed(record, DIED)
         expect_root(root)
-        tables.save_status(root, status, inputs_of(record))
+        parts.save_status(root, status, inputs_of(record))
         return status
 
     reused = sum(status.status != tables.EXCLUDED for status in statuses.values())
@@ -141,7 +141,7 @@ def _tile(records: Sequence[SlideRecord], root: Path, config: TileConfig) -> Til
     finally:
         storage.tidy(root)
         expect_root(root)
-        tables.merge(root)
+        parts.merge(root)
     return TilingSummary(root, [statuses[record.slide_id] for record in records], reused)
 
 
@@ -177,7 +177,7 @@ def check_same_settings(root: Path, settings: Mapping[str, Any]) -> None:
 
     A first ``spacing_at_level_0`` is accepted: only slides that failed without it use it.
     """
-    if not (root / tables.TILING_FILE).exists() or not tables.has_tiled(root):
+    if not (root / tables.TILING_FILE).exists() or not parts.has_tiled(root):
         return
     differing = [
         f"{key}={before} (now {now})"
@@ -205,7 +205,7 @@ def _finished(records: Sequence[SlideRecord], root: Path, config: TileConfig) ->
             reason = record.exclude_reason
             finished[record.slide_id] = SlideStatus(record.slide_id, tables.EXCLUDED, reason, **columns_of(record))
             continue
-        part = tables.load_part(root, record.slide_id)
+        part = parts.load_part(root, record.slide_id)
         if part and part.made_from == inputs_of(record) and _is_complete(root, part.status, config):
             finished[record.slide_id] = replace(part.status, **columns_of(record))
     return finished
@@ -215,7 +215,7 @@ def _is_complete(root: Path, status: SlideStatus, config: TileConfig) -> bool:
     """True if the slide was tiled and all its files exist."""
     if status.status not in (tables.OK, tables.NO_TISSUE) or not storage.has_result(root, status.slide_id):
         return False
-    positions = tables.tile_positions(root, status.slide_id)
+    positions = parts.tile_positions(root, status.slide_id)
     if positions is None or len(positions) != status.tiles:
         return False
     return storage.has_tiles(root, status.slide_id, positions, config.storage)
@@ -223,9 +223,9 @@ def _is_complete(root: Path, status: SlideStatus, config: TileConfig) -> bool:
 
 def _update_record(root: Path, record: SlideRecord, status: SlideStatus) -> None:
     """Record changes in the slide list since a slide was tiled: patient, partition, path or exclusion."""
-    part = tables.load_part(root, record.slide_id)
+    part = parts.load_part(root, record.slide_id)
     if part is None or part.status != status:
-        tables.save_status(root, status, part.made_from if part else inputs_of(record))
+        parts.save_status(root, status, part.made_from if part else inputs_of(record))
 
 
 def _report(status: SlideStatus) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dino.errors import DataError
-from dino.slides import tables
+from dino.slides import parts, tables
 from dino.slides.lattice import Geometry
 from dino.slides.tables import RegionRecord, SlideStatus, TileRecord
 
@@ -29,9 +29,9 @@ STATUS = SlideStatus(
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    tables.save_part(tmp_path, STATUS, {"image_bytes": 1}, [TILE], [REGION])
-    tables.save_status(tmp_path, SlideStatus("zz", "failed", "no spacing"), {})
-    tables.merge(tmp_path)
+    parts.save_part(tmp_path, STATUS, {"image_bytes": 1}, [TILE], [REGION])
+    parts.save_status(tmp_path, SlideStatus("zz", "failed", "no spacing"), {})
+    parts.merge(tmp_path)
     return tmp_path
 
 
@@ -45,30 +45,30 @@ def test_round_trip(root: Path) -> None:
     found = statuses["a_1,b"]
     assert found.reason == 'said "so", then left'
     assert (found.image_path, found.mask_path, found.spacing_um) == (STATUS.image_path, None, 0.1 + 0.2)
-    assert tables.tile_positions(root, "a_1,b") == [(256, 0)]
+    assert parts.tile_positions(root, "a_1,b") == [(256, 0)]
 
 
 def test_merging_does_not_write_unchanged_tables(root: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in root.glob("*.csv")}
-    tables.merge(root)
+    parts.merge(root)
     assert {path.name: path.stat().st_mtime_ns for path in root.glob("*.csv")} == before
-    tables.save_status(root, SlideStatus("zz", "no_tissue"), {})
-    tables.merge(root)
+    parts.save_status(root, SlideStatus("zz", "no_tissue"), {})
+    parts.merge(root)
     after = {path.name: path.stat().st_mtime_ns for path in root.glob("*.csv")}
     assert [name for name in after if after[name] != before[name]] == ["slides_status.csv"]
 
 
 def test_an_unfinished_slide_is_in_no_table(root: Path) -> None:
-    tables.drop_part(root, "a_1,b")
-    tables.merge(root)
+    parts.drop_part(root, "a_1,b")
+    parts.merge(root)
     assert tables.read_tiles(root) == [] and tables.read_regions(root) == []
     assert list(tables.read_status(root)) == ["zz"]
 
 
 def test_a_slide_with_missing_rows_is_unfinished(root: Path) -> None:
     (root / "coordinates/parts/a_1,b.regions.csv").unlink()
-    assert tables.load_part(root, "a_1,b") is None
-    tables.merge(root)
+    assert parts.load_part(root, "a_1,b") is None
+    parts.merge(root)
     assert list(tables.read_status(root)) == ["zz"]
 
 

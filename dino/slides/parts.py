@@ -1,0 +1,151 @@
+"""The rows of each slide while slides are being tiled, and the tables that are merged from them.
+
+Each slide has a part: its rows in separate files under ROOT/coordinates/parts. The part of a slide is written after all
+its other files, and the ``.json`` of the part last: it marks the slide as done. The tables are merged from the parts. A
+killed run therefore loses at most the slides it was working on, and several runs may tile different slides into one
+ROOT.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dino import files
+from dino.slides.tables import (
+    COORDINATES_FOLDER,
+    NO_TISSUE,
+    OK,
+    REGION_COLUMNS,
+    REGIONS_TABLE,
+    STATUS_COLUMNS,
+    STATUS_TABLE,
+    TILE_COLUMNS,
+    TILES_FOLDER,
+    TILES_TABLE,
+    TILING_FILE,
+    RegionRecord,
+    SlideStatus,
+    TileRecord,
+    csv_line,
+    parse_status,
+    region_lines,
+    status_cells,
+    tile_lines,
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Record of a finished slide: its status, and the identity of its inputs."""
+
+    status: SlideStatus
+    made_from: dict[str, Any]
+
+
+def save_part(
+    root: Path,
+    status: SlideStatus,
+    made_from: dict[str, Any],
+    tiles: Sequence[TileRecord] = (),
+    regions: Sequence[RegionRecord] = (),
+) -> None:
+    """Record a finished slide: its rows of the tables, then the file that marks it as done."""
+    files.write_text(_part_path(root, status.slide_id, "tiles.csv"), "".join(tile_lines(tiles)))
+    files.write_text(_part_path(root, status.slide_id, "regions.csv"), "".join(region_lines(regions)))
+    save_status(root, status, made_from)
+
+
+def save_status(root: Path, status: SlideStatus, made_from: dict[str, Any]) -> None:
+    """Write only the file that marks a slide as done, if it has no tiles or only columns of the slide list changed."""
+    content = {"status": status_cells(status), "made_from": made_from}
+    files.write_json(_part_path(root, status.slide_id, "json"), content)
+
+
+def load_part(root: Path, slide_id: str) -> Part | None:
+    """Record of a slide from an earlier run; None if it is absent, incomplete or damaged."""
+    try:
+        content = files.read_json(_part_path(root, slide_id, "json"))
+        part = Part(parse_status(content["status"]), dict(content["made_from"]))
+        complete = part.status.status != OK or all(
+            _part_path(root, slide_id, kind).is_file() for kind in ("tiles.csv", "regions.csv")
+        )
+        return part if complete else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def has_tiled(root: Path) -> bool:
+    """Whether a slide was tiled into ``root``, or tiles were cut from one: slides that failed leave nothing behind."""
+    parts = (load_part(root, path.name.removesuffix(".json")) for path in _parts_folder(root).glob("*.json"))
+    tiles = (path for path in (root / TILES_FOLDER).rglob("*") if path.is_file())
+    return any(part.status.status in (OK, NO_TISSUE) for part in parts if part) or any(tiles)
+
+
+def drop_part(root: Path, slide_id: str) -> None:
+    """Remove the mark that a slide is done, before its files are written again."""
+    _part_path(root, slide_id, "json").unlink(missing_ok=True)
+
+
+def tidy(root: Path) -> None:
+    """Remove temporary files that killed processes left. Call it only while no other run is tiling into ROOT."""
+    files.tidy(_parts_folder(root))
+    for name in (TILES_TABLE, REGIONS_TABLE, STATUS_TABLE, TILING_FILE):
+        files.tidy(root, name)
+
+
+def tile_positions(root: Path, slide_id: str) -> list[tuple[int, int]] | None:
+    """Level-0 ``(x, y)`` of the slide's recorded tiles; None if its rows are missing or damaged."""
+    try:
+        lines = _part_path(root, slide_id, "tiles.csv").read_text().splitlines()
+        # Split from the right, since an id may contain commas.
+        cells = [line.rsplit(",", len(TILE_COLUMNS) - 1) for line in lines]
+        return [(int(x), int(y)) for _, x, y, *_ in cells]
+    except (OSError, ValueError):
+        return None
+
+
+def merge(root: Path) -> None:
+    """Rebuild the three tables from all parts; a table that would not change is not written."""
+    records = sorted(_parts_folder(root).glob("*.json"))
+    found = (load_part(root, record.name[: -len(".json")]) for record in records)
+    statuses = [part.status for part in found if part]
+    done = [status.slide_id for status in statuses if status.status == OK]
+    _rewrite(root / TILES_TABLE, lambda: _table(root, TILE_COLUMNS, done, "tiles.csv"))
+    _rewrite(root / REGIONS_TABLE, lambda: _table(root, REGION_COLUMNS, done, "regions.csv"))
+    _rewrite(root / STATUS_TABLE, lambda: _status_table(statuses))
+
+
+def _table(root: Path, columns: Sequence[str], slide_ids: Iterable[str], name: str) -> Iterator[bytes]:
+    yield csv_line(columns).encode()
+    for slide_id in slide_ids:
+        yield _part_path(root, slide_id, name).read_bytes()
+
+
+def _status_table(statuses: Iterable[SlideStatus]) -> Iterator[bytes]:
+    yield csv_line(STATUS_COLUMNS).encode()
+    for status in statuses:
+        yield csv_line(status_cells(status).values()).encode()
+
+
+def _rewrite(path: Path, chunks: Callable[[], Iterator[bytes]]) -> None:
+    if _has_content(path, chunks()):
+        return
+    with files.atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.writelines(chunks())
+
+
+def _has_content(path: Path, chunks: Iterator[bytes]) -> bool:
+    try:
+        with path.open("rb") as file:
+            return all(file.read(len(chunk)) == chunk for chunk in chunks) and not file.read(1)
+    except FileNotFoundError:
+        return False
+
+
+def _part_path(root: Path, slide_id: str, kind: str) -> Path:
+    return _parts_folder(root) / f"{slide_id}.{kind}"
+
+
+def _parts_folder(root: Path) -> Path:
+    return root / COORDINATES_FOLDER / "parts"
