@@ -111,6 +111,7 @@ def info(source: str, arch: str | None = None) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
         "transform": loaded.transform.to_dict() if loaded.transform else None,
         "spacing_um": loaded.spacing_um,
+        "spacings_um": list(loaded.spacings_um),
         "tile_size_px": loaded.tile_size_px,
         "region_cells": list(loaded.region_cells) if loaded.region_cells else None,
         "step": loaded.step,

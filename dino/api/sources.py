@@ -48,8 +48,9 @@ def open_tiles(config: PatchConfig) -> TileSource:
     root.check_held_out()
     dataset, held_out = SOURCES[source_of(root, config)](root, config)
     geometry, slides = root.geometry(), root.slides(dataset.slide_ids)
-    if config.sampling.spacing_um:
-        geometry["spacings_um"] = list(config.sampling.spacing_um)
+    if spacings := list(config.sampling.spacing_um):
+        known = geometry["spacing_um"] in spacings
+        geometry |= {"spacings_um": spacings, "spacing_um": geometry["spacing_um"] if known else spacings[0]}
     split = Split("tiles", len(dataset), len(slides["slide_ids"]), held_out)
     return TileSource(dataset, split, geometry, slides, root.unknown_partitions())
 

@@ -123,6 +123,11 @@ class OpenSlides:
             self._open.popitem(last=False)[1].close()
         return reader
 
+    def close(self, slide_id: str) -> None:
+        """Close a slide: after an error openslide reads nothing more through the same handle."""
+        for key in [key for key in self._open if key[0] == slide_id]:
+            self._open.pop(key).close()
+
     def __getstate__(self) -> dict[str, Any]:
         """Without open files."""
         return {**vars(self), "_open": OrderedDict()}
@@ -195,6 +200,7 @@ class SlideTileDataset(Dataset):
                 place = reader.lattice.clamped(place[0] + inner, place[1] + inner)
             pixels = cell_tensor(reader, *place)  # (3, S, S)
         except DataError as error:
+            self._readers.close(slide_id)
             raise BadSample(printable(name), f"slide {printable(slide_id)}: {error}") from None
         info = self._infos.get(slide_id, UNKNOWN)
         if spacing_um != self._geometry.spacing_um:

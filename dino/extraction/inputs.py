@@ -142,11 +142,12 @@ def find_inputs(root: Path, config: ExtractConfig, loaded: LoadedBackbone) -> In
 def _tiled(root: Path, config: ExtractConfig, loaded: LoadedBackbone) -> PixelSource:
     """The source of a ROOT that ``dino tile`` wrote."""
     geometry = read_tiling(root).geometry
-    trained = loaded.spacing_um
-    if trained and abs(trained - geometry.spacing_um) > geometry.tolerance * trained:
+    trained, found = loaded.spacings_um, geometry.spacing_um
+    if trained and all(abs(spacing - found) > geometry.tolerance * spacing for spacing in trained):
+        known = " or ".join(f"{spacing:g}" for spacing in trained)
         raise DataError(
-            f"expected a ROOT tiled at the {trained:g} µm/px that {loaded.source} was trained at, found "
-            f"{geometry.spacing_um:g} in {root}; tile the slides at spacing_um={trained:g} into another ROOT"
+            f"expected a ROOT tiled at the {known} µm/px that {loaded.source} was trained at, found "
+            f"{found:g} in {root}; tile the slides at spacing_um={trained[0]:g} into another ROOT"
         )
     if loaded.tile_size_px and loaded.tile_size_px != geometry.tile_size_px:
         progress.warn(

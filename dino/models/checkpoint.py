@@ -44,8 +44,8 @@ class Description:
         spec: How to build the backbone.
         transform: Normalization of its images; None for feature grids.
         step: Optimizer steps of training, where known.
-        geometry: ``spacing_um`` (µm/px) and ``tile_size_px`` of the tiles trained on; at level 2 also ``region_cells``,
-            (height, width) of the grids in cells. None where unknown.
+        geometry: ``spacing_um`` (µm/px) and ``tile_size_px`` of the tiles trained on, ``spacings_um`` where they had
+            several; at level 2 also ``region_cells``, (height, width) of the grids in cells. None where unknown.
         config: Settings of the run; None where unknown.
         training: ``total_steps``, ``segments`` (by which the run was extended, as
             :class:`dino.train.optimizer.Segment`), ``versions`` (of packages), ``training_slides`` (``slide_ids`` and

@@ -105,6 +105,7 @@ def _section(loaded: LoadedBackbone, spec: BackboneSpec, ids: bool) -> dict[str,
     """The description of a checkpoint as it is given to others, and where the weights come from."""
     geometry = {
         "spacing_um": loaded.spacing_um,
+        "spacings_um": list(loaded.spacings_um),
         "tile_size_px": loaded.tile_size_px,
         "region_cells": loaded.region_cells,
     }

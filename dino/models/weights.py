@@ -5,7 +5,7 @@ checkpoints of facebookresearch/dino, with ``module.``, ``backbone.`` or torch.c
 names, in one of the layouts of :mod:`dino.models.layouts`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,8 @@ class LoadedBackbone:
         level: ``patch`` or ``region``.
         report: Which tensors were loaded.
         source: Path of the file or folder, or ``timm:NAME``.
-        spacing_um: µm per px that it was trained at, where known.
+        spacing_um: µm per px that it was trained at, where known; of several, that of tiling.
+        spacings_um: All of them, where known.
         tile_size_px: Size of the tiles that it was trained on, where known.
         region_cells: (height, width) of the grids that a level-2 model was trained on, where known.
         own: Whether this package trained it.
@@ -108,6 +109,7 @@ class LoadedBackbone:
     fingerprint: str = ""
     details: dict[str, Any] = field(default_factory=dict)
     mask_token: Tensor | None = None
+    spacings_um: Sequence[float] = ()
 
     @property
     def grids(self) -> GridSource | None:
@@ -332,10 +334,12 @@ def _check_periods(backbone: Backbone, periods: Tensor, source: str) -> None:
 
 
 def _described(loaded: LoadedBackbone, description: Description, own: bool) -> LoadedBackbone:
+    spacing = description.geometry.get("spacing_um")
     return replace(
         loaded,
         transform=description.transform,
-        spacing_um=description.geometry.get("spacing_um"),
+        spacing_um=spacing,
+        spacings_um=description.geometry.get("spacings_um") or ([spacing] if spacing else []),
         tile_size_px=description.geometry.get("tile_size_px"),
         region_cells=description.geometry.get("region_cells"),
         own=own,

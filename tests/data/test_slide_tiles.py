@@ -16,7 +16,7 @@ from dino.api.levels import build_level
 from dino.api.tiling import tile
 from dino.config.load import load_config
 from dino.config.schema import PatchConfig, TileConfig
-from dino.data import SlideTileDataset
+from dino.data import BadSample, SlideTileDataset
 from dino.errors import ConfigError, DataError
 from dino.slides import sample_slide
 from dino.slides.storage import encode
@@ -174,3 +174,27 @@ def test_a_list_without_the_slide_of_a_table(painted: Path) -> None:
     dataset = dataset_of(painted)
     assert dataset.ranges.known == {"painted"} and dataset.ranges.starts.tolist() == [0, len(dataset)]
     assert replace(dataset._placement, seed=3).draw(5) == dataset._placement.draw(5) == (0.5, (0.0, 0.0))
+
+
+def test_a_place_that_cannot_be_decoded_costs_its_tiles_and_no_others(tmp_path: Path) -> None:
+    """After an error, openslide refuses every further read through the same handle: the slide is opened again."""
+    (tmp_path / "slides").mkdir()
+    path = tmp_path / "slides" / "damaged.svs"
+    path.write_bytes(sample_slide().read_bytes())
+    assert tile([path], tmp_path / "root", TileConfig(storage="none", previews=False)).exit_code == 0
+    whole = dataset_of(tmp_path / "root", **{"aug.global_crops_size": 224, "aug.local_crops_size": 96})
+    expected = [whole[i].pixels for i in range(len(whole))]
+    with Image.open(path) as image:
+        offsets, width = image.tag_v2[324], -(-image.width // 240)  # JPEG tiles of 240 px
+    content = bytearray(path.read_bytes())
+    start = offsets[4 * width + 5]  # x 1200 to 1440, y 960 to 1200
+    content[start : start + 300] = bytes(300)
+    path.write_bytes(bytes(content))
+    dataset, bad = dataset_of(tmp_path / "root", **{"aug.global_crops_size": 224, "aug.local_crops_size": 96}), []
+    for i, record in enumerate(read_tiles(tmp_path / "root")):
+        try:
+            assert torch.equal(dataset[i].pixels, expected[i])
+        except BadSample as error:
+            bad.append((record.x, record.y))
+            assert error.name == f"damaged/damaged_{record.x}_{record.y}" and "could not read them" in str(error)
+    assert bad and all(x < 1440 and x + 256 > 1200 and y < 1200 and y + 256 > 960 for x, y in bad)
