@@ -17,7 +17,19 @@ MODULES = sorted(ROOT.glob("dino/**/*.py"))
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 # Packages that are needed for slides, reports, curves and labels, but not for training.
-LAZY = ["hs2p", "openslide", "cv2", "matplotlib", "tensorboard", "h5py", "sklearn", "jinja2", "wandb", "mlflow"]
+LAZY = [
+    "hs2p",
+    "openslide",
+    "shapely",
+    "cv2",
+    "matplotlib",
+    "tensorboard",
+    "h5py",
+    "sklearn",
+    "jinja2",
+    "wandb",
+    "mlflow",
+]
 
 
 def _tree(path: Path) -> ast.Module:

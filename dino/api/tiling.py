@@ -5,9 +5,10 @@ from pathlib import Path
 
 from dino import progress
 from dino.config.schema import TileConfig
-from dino.errors import DataError
+from dino.errors import ConfigError, DataError
+from dino.slides.annotations import has_roi, unmatched
 from dino.slides.slide import check_settings
-from dino.slides.slide_list import read_slide_list
+from dino.slides.slide_list import SlideRecord, read_slide_list
 from dino.slides.tiling import TilingSummary, measure_slides, tile_slides
 
 
@@ -36,7 +37,27 @@ def tile(inputs: Sequence[Path], root: Path, config: TileConfig | None = None) -
     if root.exists() and not root.is_dir():
         raise DataError(f"expected a folder to write to, found the file {root}")
     records = read_slide_list(inputs, note=progress.warn)
+    _check_roi(records, config)
     summary = (measure_slides if config.dry_run else tile_slides)(records, root, config)
     for line in summary.lines():
         progress.say(line)
     return summary
+
+
+def _check_roi(records: Sequence[SlideRecord], config: TileConfig) -> None:
+    """Check that the slides have the annotations that the settings name.
+
+    Raises:
+        ConfigError: If no slide has annotations.
+    """
+    if not has_roi(config):
+        return
+    paths = [record.annotation_path for record in records if record.annotation_path and not record.exclude_reason]
+    if not paths:
+        raise ConfigError(
+            "expected slides with annotations for roi_include and roi_exclude, found none; name their files in the "
+            "column annotation_path of a slides.csv"
+        )
+    warning = unmatched(paths, config)
+    if warning:
+        progress.warn(warning)

@@ -377,6 +377,11 @@ class TileConfig:
     tissue_method: str = identity("hsv", "tissue segmentation by hs2p where no mask is given: hsv, otsu or threshold")
     tissue_downsample: int = identity(64, "downsample at which tissue is segmented or the mask is read")
     qc: bool = identity(False, "drop white, black, grey and blurred tiles with hs2p's pixel QC")
+    roi_include: list[str] = identity(
+        [], "classes of annotations inside which tiles and regions are cut (patterns such as Tumor*; empty: anywhere)"
+    )
+    roi_exclude: list[str] = identity([], "classes of annotations inside which none are cut, also of included ones")
+    min_roi: float = identity(0.5, "minimum fraction of a tile or region inside roi_include and outside roi_exclude")
     storage: str = identity("jpeg", "jpeg (one file per tile), tar (one hs2p tar per slide) or none (coordinates only)")
     jpeg_quality: int = identity(90, "JPEG quality of the tiles")
     max_tiles_per_slide: int = identity(0, "keep a random subset of this many tiles per slide, 0 for all")

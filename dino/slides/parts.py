@@ -6,6 +6,7 @@ killed run therefore loses at most the slides it was working on, and several run
 ROOT.
 """
 
+import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from dino import files
 from dino.slides.tables import (
+    ANNOTATION_COLUMNS,
     COORDINATES_FOLDER,
     NO_TISSUE,
     OK,
@@ -97,11 +99,9 @@ def tidy(root: Path) -> None:
 def tile_positions(root: Path, slide_id: str) -> list[tuple[int, int]] | None:
     """Level-0 ``(x, y)`` of the slide's recorded tiles; None if its rows are missing or damaged."""
     try:
-        lines = _part_path(root, slide_id, "tiles.csv").read_text().splitlines()
-        # Split from the right, since an id may contain commas.
-        cells = [line.rsplit(",", len(TILE_COLUMNS) - 1) for line in lines]
-        return [(int(x), int(y)) for _, x, y, *_ in cells]
-    except (OSError, ValueError):
+        with _part_path(root, slide_id, "tiles.csv").open(newline="", encoding="utf-8") as file:
+            return [(int(x), int(y)) for _, x, y, *_ in csv.reader(file, strict=True)]
+    except (OSError, ValueError, csv.Error):
         return None
 
 
@@ -111,7 +111,7 @@ def merge(root: Path) -> None:
     found = (load_part(root, record.name[: -len(".json")]) for record in records)
     statuses = [part.status for part in found if part]
     done = [status.slide_id for status in statuses if status.status == OK]
-    _rewrite(root / TILES_TABLE, lambda: _table(root, TILE_COLUMNS, done, "tiles.csv"))
+    _rewrite(root / TILES_TABLE, lambda: _tile_table(root, done))
     _rewrite(root / REGIONS_TABLE, lambda: _table(root, REGION_COLUMNS, done, "regions.csv"))
     _rewrite(root / STATUS_TABLE, lambda: _status_table(statuses))
 
@@ -120,6 +120,21 @@ def _table(root: Path, columns: Sequence[str], slide_ids: Iterable[str], name: s
     yield csv_line(columns).encode()
     for slide_id in slide_ids:
         yield _part_path(root, slide_id, name).read_bytes()
+
+
+def _tile_table(root: Path, slide_ids: Sequence[str]) -> Iterator[bytes]:
+    """tiles.csv; the rows of slides without annotations are filled up with empty cells where others have them."""
+    annotated = {slide_id for slide_id in slide_ids if _has_annotations(root, slide_id)}
+    yield csv_line((*TILE_COLUMNS, *ANNOTATION_COLUMNS) if annotated else TILE_COLUMNS).encode()
+    for slide_id in slide_ids:
+        rows = _part_path(root, slide_id, "tiles.csv").read_bytes()
+        empty = b"," * len(ANNOTATION_COLUMNS) if annotated and slide_id not in annotated else b""
+        yield rows.replace(b"\n", empty + b"\n") if empty else rows
+
+
+def _has_annotations(root: Path, slide_id: str) -> bool:
+    with _part_path(root, slide_id, "tiles.csv").open(newline="", encoding="utf-8") as file:
+        return len(next(csv.reader(file), [])) > len(TILE_COLUMNS)
 
 
 def _status_table(statuses: Iterable[SlideStatus]) -> Iterator[bytes]:

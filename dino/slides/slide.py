@@ -1,6 +1,7 @@
 """Tiles one slide: from its file to tiles, regions and table rows. Runs in a separate process."""
 
 import errno
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from dino import randomness
 from dino.config.schema import TileConfig
 from dino.errors import ConfigError, DinoError
 from dino.slides import parts, storage, tables
+from dino.slides.annotations import Annotations, check_roi_settings, has_roi, read_annotations
 from dino.slides.lattice import Geometry
 from dino.slides.reader import SlideReader
 from dino.slides.slide_list import SlideRecord
@@ -27,6 +29,7 @@ def check_settings(config: TileConfig) -> None:
         raise ConfigError(f"expected num_workers to be at least 1, found {config.num_workers}")
     Geometry.of(config)
     check_tissue_settings(config)
+    check_roi_settings(config)
     spacing = config.spacing_at_level_0
     for name, good, rule in (
         ("storage", config.storage in storage.STORAGES, f"one of {', '.join(storage.STORAGES)}"),
@@ -49,6 +52,7 @@ class Survey:
         regions: ``(M, 2)`` int64 level-0 ``(x, y)``, row-major.
         region_tissue: ``(M, n, n)`` float32 tissue fractions of their cells.
         remark: Explanation for the status of a slide without tiles or regions; otherwise empty.
+        annotations: Its annotations, if it has any.
     """
 
     tissue: Any
@@ -57,6 +61,7 @@ class Survey:
     regions: np.ndarray
     region_tissue: np.ndarray
     remark: str
+    annotations: Annotations | None
 
 
 @dataclass(frozen=True)
@@ -129,32 +134,40 @@ def measure_slide(record: SlideRecord, config: TileConfig) -> Measurement:
 
 
 def survey_slide(reader: SlideReader, record: SlideRecord, config: TileConfig) -> Survey:
-    """Find tissue, and the tiles and regions that contain enough of it.
+    """Find tissue, and the tiles and regions that contain enough of it and lie in the region of interest.
 
     Raises:
-        DataError: If the mask does not fit or the slide cannot be read.
+        DataError: If the mask or the annotations do not fit, or the slide cannot be read.
     """
+    annotations = None
+    if record.annotation_path:
+        annotations = read_annotations(record.annotation_path, reader.lattice.slide_size, reader.spacing_um)
     tissue = find_tissue(reader, record.mask_path, config)
     tiles = reader.lattice.tile_origins()  # (N, 2)
     fractions = tissue_fractions(tissue.tissue_mask, tiles, reader)  # (N,)
     kept = np.flatnonzero(fractions >= config.min_tissue)
+    kept = kept[_in_roi(annotations, tiles[kept], reader.lattice.step_lv0, config)]
     if config.qc:
         kept = kept[passes_qc(reader, tiles[kept], config)]
     if 0 < config.max_tiles_per_slide < len(kept):
         rng = randomness.generator(config.seed, 0, f"tiles of {record.slide_id}")
         kept = np.sort(rng.choice(kept, config.max_tiles_per_slide, replace=False))
     regions, cells = _find_regions(reader, tissue.tissue_mask, config.min_tissue_region)
-    remark = "; ".join(_remarks(reader, config, len(kept), len(regions)))
-    return Survey(tissue, tiles[kept], fractions[kept], regions, cells, remark)
+    inside = _in_roi(annotations, regions, reader.lattice.step_lv0 * reader.lattice.geometry.region_cells, config)
+    regions, cells = regions[inside], cells[inside]
+    remark = "; ".join(_remarks(reader, config, len(kept), len(regions), annotations))
+    return Survey(tissue, tiles[kept], fractions[kept], regions, cells, remark, annotations)
 
 
 def inputs_of(record: SlideRecord) -> dict[str, Any]:
     """Properties of the input files that a slide's tiles depend on; moving the files does not change them."""
-    return {
+    inputs = {
         "image_bytes": _size(record.image_path),
         "mask_bytes": _size(record.mask_path) if record.mask_path else None,
         "spacing_at_level_0": record.spacing_at_level_0,
     }
+    # Annotations are small, and editing them may not change their size.
+    return inputs | ({"annotation_sha256": _sha256(record.annotation_path)} if record.annotation_path else {})
 
 
 def columns_of(record: SlideRecord) -> dict[str, Any]:
@@ -182,11 +195,25 @@ def _find_regions(reader: SlideReader, mask: np.ndarray, min_tissue: float) -> t
     return corners[kept] * lattice.step_lv0, cells[kept]
 
 
-def _remarks(reader: SlideReader, config: TileConfig, tiles: int, regions: int) -> list[str]:
+def _in_roi(annotations: Annotations | None, origins: np.ndarray, side: int, config: TileConfig) -> np.ndarray:
+    """Whether each square is a region of interest, ``(N,)`` bool."""
+    if annotations is None or not has_roi(config):
+        return np.full(len(origins), not config.roi_include)
+    return annotations.inside(origins, side, config) >= config.min_roi
+
+
+def _remarks(
+    reader: SlideReader, config: TileConfig, tiles: int, regions: int, annotations: Annotations | None
+) -> list[str]:
     lattice, geometry = reader.lattice, reader.lattice.geometry
     if not len(lattice.tile_origins()):
         return [f"the slide ({lattice.slide_size[0]} x {lattice.slide_size[1]} px) is smaller than one tile"]
     remarks = [] if tiles else [f"no tile has at least {config.min_tissue:.0%} tissue" + " and passes QC" * config.qc]
+    if not tiles and has_roi(config):
+        classes = ", ".join(annotations.areas) if annotations else ""
+        remarks[0] += (
+            f" and lies at least {config.min_roi:.0%} in the region of interest (classes: {classes or 'none'})"
+        )
     if not len(lattice.region_cells()):
         remarks.append(
             f"no region of {geometry.region_cells} x {geometry.region_cells} cells fits into the "
@@ -194,7 +221,12 @@ def _remarks(reader: SlideReader, config: TileConfig, tiles: int, regions: int) 
             f"{config.region_size_px}) and another ROOT give regions"
         )
     elif not regions:
-        remarks.append(f"no region has at least {config.min_tissue_region:.0%} tissue")
+        remarks.append(
+            f"no region has at least {config.min_tissue_region:.0%} tissue"
+            + f" and lies at least {config.min_roi:.0%} in the region of interest" * has_roi(config)
+        )
+    if annotations and annotations.ignored:
+        remarks.append(f"{annotations.ignored} objects without area are ignored in the annotations")
     return remarks
 
 
@@ -203,6 +235,8 @@ def _write_tiles(reader: SlideReader, record: SlideRecord, root: Path, config: T
     storage.save_result(root, result)
     if config.previews:
         storage.save_previews(root, record.slide_id, reader, survey.tissue.tissue_mask, survey.tiles, survey.regions)
+        outlines = survey.annotations.outlines if survey.annotations else []
+        storage.save_annotation_preview(root, record.slide_id, reader, outlines)
     if config.storage == "jpeg":
         positions = [(int(x), int(y)) for x, y in survey.tiles]
         storage.write_jpegs(root, record.slide_id, positions, reader.read_cell, config.jpeg_quality)
@@ -229,9 +263,12 @@ def _status(record: SlideRecord, reader: SlideReader, survey: Survey) -> SlideSt
 def _tiles(reader: SlideReader, record: SlideRecord, survey: Survey) -> list[TileRecord]:
     lattice = reader.lattice
     spacings = lattice.geometry.spacing_um, lattice.spacing_um
+    classes, shares = [""] * len(survey.tiles), np.zeros(len(survey.tiles))
+    if survey.annotations:
+        classes, shares = survey.annotations.classes(survey.tiles, lattice.step_lv0)
     return [
-        TileRecord(record.slide_id, int(x), int(y), lattice.step_lv0, *spacings, float(fraction))
-        for (x, y), fraction in zip(survey.tiles, survey.tile_tissue, strict=True)
+        TileRecord(record.slide_id, int(x), int(y), lattice.step_lv0, *spacings, float(fraction), name, float(share))
+        for (x, y), fraction, name, share in zip(survey.tiles, survey.tile_tissue, classes, shares, strict=True)
     ]
 
 
@@ -255,6 +292,14 @@ def _regions(reader: SlideReader, record: SlideRecord, survey: Survey) -> list[R
 
 def _open(record: SlideRecord, config: TileConfig) -> SlideReader:
     return SlideReader(record.image_path, Geometry.of(config), record.spacing_at_level_0, config.spacing_at_level_0)
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def _size(path: Path) -> int | None:

@@ -13,7 +13,7 @@ from dino.slides.partitions import unknown_values
 SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".czi"}
 REQUIRED = ("sample_id", "image_path")
 DESCRIPTION = ("patient_id", "centre", "scanner", "stain", "partition", "exclude_reason")
-COLUMNS = (*REQUIRED, "mask_path", "spacing_at_level_0", *DESCRIPTION)
+COLUMNS = (*REQUIRED, "mask_path", "annotation_path", "spacing_at_level_0", *DESCRIPTION)
 DELIMITERS = ",;\t"  # spreadsheets write semicolons where the comma is the decimal separator
 MAX_ID_LENGTH = 150
 
@@ -33,6 +33,7 @@ class SlideRecord:
         stain: The stain.
         partition: ``pretrain`` or blank for pretraining; any other value holds it out, see :mod:`.partitions`.
         exclude_reason: Reason for excluding the slide; blank if it is not excluded.
+        annotation_path: Annotations, see :mod:`.annotations`, absolute, if there are any.
     """
 
     slide_id: str
@@ -45,6 +46,7 @@ class SlideRecord:
     stain: str = ""
     partition: str = ""
     exclude_reason: str = ""
+    annotation_path: Path | None = None
 
 
 def read_slide_list(inputs: Sequence[Path], note: Callable[[str], None] = lambda line: None) -> list[SlideRecord]:
@@ -168,12 +170,16 @@ def _record(row: dict[str, str], folder: Path, where: str) -> SlideRecord:
     excluded = bool(description["exclude_reason"])
     if not row["image_path"]:
         raise DataError(f"{where}: expected an image_path, found none")
-    mask = row.get("mask_path", "")
+    mask, annotation = (
+        _file(row[column], folder, column, where, excluded) if row.get(column) else None
+        for column in ("mask_path", "annotation_path")
+    )
     return SlideRecord(
         slide_id=_safe_id(row["sample_id"], where),
         image_path=_file(row["image_path"], folder, "image_path", where, excluded),
-        mask_path=_file(mask, folder, "mask_path", where, excluded) if mask else None,
+        mask_path=mask,
         spacing_at_level_0=_spacing(row.get("spacing_at_level_0", ""), where),
+        annotation_path=annotation,
         **description,
     )
 

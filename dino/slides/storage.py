@@ -7,6 +7,7 @@ written to the same hidden folder and then moved.
 """
 
 import io
+import itertools
 import shutil
 import tempfile
 import warnings
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from dino import files
 from dino.config.schema import TileConfig
+from dino.slides.annotation_files import Outline
 from dino.slides.reader import BACKEND, SlideReader
 from dino.slides.tables import COORDINATES_FOLDER, TILES_FOLDER, tile_name
 from dino.slides.tissue import MAX_LEVEL_PX, filter_config, segmentation_config
@@ -31,6 +33,7 @@ BLOCK_TILES = 8  # side of the blocks in which a slide is read, in tiles
 SYNC_THREADS = 16
 PREVIEW_DOWNSAMPLE = 32
 TISSUE_COLOUR = [157, 219, 129]
+OUTLINE_COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2")
 
 
 def encode(pixels: np.ndarray, quality: int) -> bytes:
@@ -317,8 +320,40 @@ def _grid_preview(
     )
 
 
+def save_annotation_preview(root: Path, slide_id: str, reader: SlideReader, outlines: Sequence[Outline]) -> None:
+    """Write a preview with the outlines of annotations, or remove an earlier one if there are none.
+
+    Args:
+        root: Output folder.
+        slide_id: Name of the slide.
+        reader: The open slide.
+        outlines: The polygons, with a colour for each class.
+    """
+
+    def render(folder: Path) -> None:
+        if not outlines:
+            return
+        level = _preview_level(reader)
+        image = Image.fromarray(reader.slide.read_level(level))
+        draw, scale = ImageDraw.Draw(image), np.array(image.size) / reader.lattice.slide_size
+        thickness = max(2, round(max(image.size) / 600))
+        font = ImageFont.load_default(max(10, 8 * thickness))
+        names = sorted({outline.name for outline in outlines})
+        colours = dict(zip(names, itertools.cycle(OUTLINE_COLOURS), strict=False))
+        for outline in outlines:
+            for ring in outline.rings:
+                points = [(float(x), float(y)) for x, y in np.vstack([ring, ring[:1]]) * scale]
+                draw.line(points, fill=colours[outline.name], width=thickness, joint="curve")
+        for line, name in enumerate(names):
+            place = (2 * thickness, 2 * thickness + line * 10 * thickness)
+            draw.text(place, name, fill=colours[name], font=font, stroke_width=1, stroke_fill="white")
+        image.save(folder / f"{slide_id}.jpg", quality=90)
+
+    _save_preview(root, preview_path(root, slide_id, "annotations"), render)
+
+
 def preview_path(root: Path, slide_id: str, kind: str) -> Path:
-    """Path of a preview; ``kind`` is ``tissue``, ``tiles`` or ``regions``."""
+    """Path of a preview; ``kind`` is ``tissue``, ``tiles``, ``regions`` or ``annotations``."""
     return root / COORDINATES_FOLDER / "previews" / kind / f"{slide_id}.jpg"
 
 

@@ -25,6 +25,7 @@ REGIONS_FOLDER = "region_4096_pretraining"
 COORDINATES_FOLDER = "coordinates"
 TILES_TABLE, REGIONS_TABLE, STATUS_TABLE, TILING_FILE = "tiles.csv", "regions.csv", "slides_status.csv", "tiling.json"
 TILE_COLUMNS = ("slide_id", "x", "y", "step_lv0", "spacing_requested_um", "spacing_um", "tissue")
+ANNOTATION_COLUMNS = ("annotation", "annotation_fraction")  # of tiles.csv, if tiles of any slide are annotated
 REGION_COLUMNS = ("slide_id", "x", "y", "step_lv0", "grid_h", "grid_w", "spacing_um", "path", "tissue")
 MAX_SIDE_PX = 2**31  # of a slide; larger numbers come from damaged tables
 OK, FAILED, NO_TISSUE, EXCLUDED = "ok", "failed", "no_tissue", "excluded"
@@ -34,7 +35,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class TileRecord:
-    """One tile: level-0 ``(x, y)``, its footprint there, requested and actual spacing, tissue fraction."""
+    """One tile: level-0 ``(x, y)``, its footprint there, requested and actual spacing, tissue fraction.
+
+    ``annotation`` is the class with the largest share of the tile, empty if there is none; ``annotation_fraction`` is
+    that share.
+    """
 
     slide_id: str
     x: int
@@ -43,6 +48,8 @@ class TileRecord:
     spacing_requested_um: float
     spacing_um: float
     tissue: float
+    annotation: str = ""
+    annotation_fraction: float = 0.0
 
     @property
     def path(self) -> Path:
@@ -135,11 +142,14 @@ def csv_line(cells: Iterable[Any]) -> str:
     return ",".join('"' + text.replace('"', '""') + '"' if set(text) & set(',"\n\r') else text for text in texts) + "\n"
 
 
-def tile_lines(records: Iterable[TileRecord]) -> Iterator[str]:
-    """Lines of tiles.csv, without the header."""
+def tile_lines(records: Sequence[TileRecord]) -> Iterator[str]:
+    """Lines of tiles.csv, without the header; with the columns of annotations if any tile is annotated."""
+    annotated = any(r.annotation for r in records)
     for r in records:
         spacings = f"{r.spacing_requested_um:.6g}", f"{r.spacing_um:.6g}"
-        yield csv_line((r.slide_id, r.x, r.y, r.step_lv0, *spacings, f"{r.tissue:.4f}"))
+        share = f"{r.annotation_fraction:.4f}" if r.annotation else ""
+        annotation = (r.annotation, share) if annotated else ()
+        yield csv_line((r.slide_id, r.x, r.y, r.step_lv0, *spacings, f"{r.tissue:.4f}", *annotation))
 
 
 def region_lines(records: Iterable[RegionRecord]) -> Iterator[str]:
@@ -297,8 +307,12 @@ def _position(row: dict[str, str]) -> tuple[int, int, int]:
 
 
 def _tile(row: dict[str, str]) -> TileRecord:
-    numbers = (float(row[name]) for name in ("spacing_requested_um", "spacing_um", "tissue"))
-    return TileRecord(_slide_id(row["slide_id"]), *_position(row), *numbers)
+    requested, spacing, tissue = (float(row[name]) for name in ("spacing_requested_um", "spacing_um", "tissue"))
+    share = float(row.get("annotation_fraction") or 0)
+    annotation = row.get("annotation", "")
+    return TileRecord(
+        _slide_id(row["slide_id"]), *_position(row), requested, spacing, tissue, annotation, annotation_fraction=share
+    )
 
 
 def _region(row: dict[str, str]) -> RegionRecord:

@@ -192,9 +192,13 @@ def check_same_settings(root: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _differing(root: Path, settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Values in ``tiling.json`` and now, by key, of the settings that differ."""
-    before, now = tables.read_tiling(root).settings, json.loads(json.dumps(dict(settings)))
-    return {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
+    """Values in ``tiling.json`` and now, by key, of the settings that differ.
+
+    A setting that an earlier version did not have had its default.
+    """
+    before = {**identity_of(TileConfig()), **tables.read_tiling(root).settings}
+    now = json.loads(json.dumps(dict(settings)))
+    return {key: (before[key], now[key]) for key in now if before[key] != now[key]}
 
 
 def _finished(records: Sequence[SlideRecord], root: Path, config: TileConfig) -> dict[str, SlideStatus]:

@@ -130,3 +130,19 @@ def test_a_tiling_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     tiling = tables.read_tiling(tmp_path)
     assert tiling.geometry == Geometry(0.7, 64, 0.5, 2)
     assert (tiling.storage, tiling.settings, tiling.content) == ("tar", content["settings"], content)
+
+
+def test_annotations_are_columns_only_where_a_tile_has_one(root: Path) -> None:
+    """Parts of earlier versions, and of slides without annotations, have two cells less."""
+    plain = (root / "tiles.csv").read_text()
+    assert plain.splitlines()[0] == "slide_id,x,y,step_lv0,spacing_requested_um,spacing_um,tissue"
+    annotated = TileRecord("b", 0, 0, 256, 0.5, 0.499, 1.0, "tumour, high", 0.625)
+    other = TileRecord("b", 256, 0, 256, 0.5, 0.499, 1.0)
+    parts.save_part(root, SlideStatus("b", "ok", tiles=2), {}, [annotated, other])
+    parts.merge(root)
+    header, first, second, third = (root / "tiles.csv").read_text().splitlines()
+    assert header == plain.splitlines()[0] + ",annotation,annotation_fraction"
+    assert first == plain.splitlines()[1] + ",," and second.endswith(',1.0000,"tumour, high",0.6250')
+    assert third.endswith(",1.0000,,")
+    assert tables.read_tiles(root) == [TILE, annotated, other]
+    assert parts.tile_positions(root, "b") == [(0, 0), (256, 0)]
