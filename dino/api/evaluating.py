@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dino import distributed, progress
-from dino.api.labelled import Embedding, Features, facts_of, load_models, unique_names
+from dino.api.features import columns_of
+from dino.api.labelled import Features
 from dino.api.results import knn_record, output_path, write_result
 from dino.config.schema import EvaluationConfig, KnnConfig
 from dino.errors import ConfigError
@@ -48,8 +49,10 @@ def evaluate(evaluation: str, models: Sequence[str], labels: str | Path, config:
 
     Args:
         evaluation: ``knn``, ``linear``, ``fewshot``, ``retrieval`` or ``cluster``.
-        models: Run folders, checkpoints, exports, external checkpoints, or ``timm:NAME``, all of one level.
-        labels: CSV of ``image_path,label[,partition][,slide_id,patient_id]``. Its test rows are scored by what is known
+        models: Run folders, checkpoints, exports, external checkpoints, or ``timm:NAME``, all of one level; or folders
+            of features of tiles that were extracted, from which rows are taken by slide, x and y.
+        labels: CSV of ``image_path,label[,partition][,slide_id,patient_id]``, or for folders of features
+            ``slide_id,x,y,label[,partition][,patient_id]``. Its test rows are scored by what is known
             of its train rows; a table without partitions is cross-validated.
         config: Settings of this evaluation.
 
@@ -103,11 +106,9 @@ def _evaluate(
     evaluation: str, models: Sequence[str], labels: Path, config: EvaluationConfig, device: torch.device
 ) -> Result:
     table = read_labels(labels, partition_is_optional=True)
-    loaded = load_models(models, config)
-    facts = [facts_of(table, labels, one, config.allow_leakage) for one in loaded]
-    output = output_path(evaluation, models[0], labels, config.output)
     task = distributed.run_on_main(lambda: _task(table, config))
-    columns = Embedding(table, config, device).columns(unique_names(models), loaded)
+    columns, facts = columns_of(table, labels, models, config, device)
+    output = output_path(evaluation, models[0], labels, config.output)
     about = {
         **{"classes": len(table.classes), "folds": len(task.folds), "references": len(task.folds[0].train)},
         **{"queries": len(task.tested), "grouped_by": table.groups()[1], "settings": asdict(config)},

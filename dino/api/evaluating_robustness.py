@@ -9,7 +9,7 @@ import torch
 
 from dino import distributed, files, progress
 from dino.api.evaluating import on_all_processes
-from dino.api.labelled import Column, Embedding, facts_of, load_models, unique_names
+from dino.api.features import Column, columns_of
 from dino.api.results import output_path, write_result
 from dino.config.schema import RobustnessConfig
 from dino.evaluate import LabelTable, join_slides, read_labels
@@ -49,12 +49,10 @@ def _evaluate(models: Sequence[str], labels: Path, config: RobustnessConfig, dev
         table = join_slides(table, Path(config.slides), config.by)
     rows = np.array(table.rows("test") if table.is_split else range(len(table.paths)), np.int64)
     found = _design(table, rows, config)
-    loaded = load_models(models, config)
-    facts = [facts_of(table, labels, one, config.allow_leakage) for one in loaded]
+    columns, facts = columns_of(table, labels, models, config, device)
     output = output_path("robustness", models[0], labels, config.output)
     names = [str(table.paths[row]) for row in rows]
     folds = distributed.run_on_main(lambda: _folds(names, found, config))
-    columns = Embedding(table, config, device).columns(unique_names(models), loaded)
     about = {
         **{"by": config.by, "values": list(found.values), "classes": len(found.classes), "queries": len(rows)},
         **{"folds": len(folds), "grouped_by": table.groups()[1], "settings": asdict(config)},

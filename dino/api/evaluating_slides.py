@@ -77,7 +77,7 @@ def evaluate_slide(features: Sequence[str | Path], labels: str | Path, config: S
         if missing := labelled - len(table.cases):
             progress.warn(f"{one.folder}: {missing} labelled {table.unit}s without features are left out (max_missing)")
     study = _study(table, config, device)
-    sets = [open_features(one, table) for one in found]
+    sets = [open_features(one, [slide for case in table.cases for slide in case.slides]) for one in found]
     entries = [entry for one in sets for entry in _scores(one, methods, study)]
     if not entries:
         raise ConfigError(

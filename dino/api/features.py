@@ -5,20 +5,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dino.api.labelled import unique_names
+import numpy as np
+import torch
+
+from dino.api.labelled import Column, Embedding, facts_of, load_models, unique_names
 from dino.api.roots import Root
-from dino.data.bags import Bag, find_bags, open_bag
+from dino.config.schema import EvaluationConfig
+from dino.data.bags import SUBFOLDERS, Bag, find_bags, open_bag
+from dino.data.datasets import TILE_NAME
 from dino.errors import DataError
-from dino.evaluate.labels import LabelTable
-from dino.evaluate.leakage import Pretraining
+from dino.evaluate import MODEL, LabelTable, Pretraining
 from dino.evaluate.leakage import check_leakage as compare_with_pretraining
 from dino.evaluate.slides import Case, CaseTable, read_slides_of_patients, unknown_patient
 from dino.extraction.record import RECORD, read_record
 from dino.files import printable
-from dino.models.weights import load_backbone_file
+from dino.models.weights import LoadedBackbone, load_backbone_file
 from dino.slides.tables import STATUS_TABLE, read_status
 
 OF_ENCODER = ("fingerprint", "encoder")  # attributes of the features
+OF_MODELS = ("checkpoints", "config.json", "config.yaml")  # in run folders, exports and folders of timm
 FOLDERS = ("features_*", "region_features_*", "slide_features*")
 
 
@@ -40,6 +45,49 @@ class FeatureSet:
     def fingerprint(self) -> str:
         """Of the encoder, if it is recorded."""
         return next((str(bag.attributes.get("fingerprint") or "") for bag in self.bags.values()), "")
+
+    def model(self) -> LoadedBackbone | str:
+        """Their encoder, if it is recorded and still there; else why it is not known, in words."""
+        attributes = next(iter(self.bags.values())).attributes
+        model = str(attributes.get("model") or "")
+        if not model or not Path(model).exists():
+            found = f"it is not at {printable(model)}" if model else "it is not recorded"
+            return f"the model of the features is unknown, {found}"
+        loaded = load_backbone_file(model)
+        known = loaded.fingerprint == attributes.get("fingerprint")
+        return loaded if known else f"{printable(model)} is another model than that of the features"
+
+    def of_tiles(self, names: Sequence[str], slides: Sequence[str]) -> np.ndarray:
+        """Features of tiles.
+
+        Args:
+            names: ``<slide>_<x>_<y>.<ext>`` of each, as ``dino tile`` names tile files.
+            slides: Their slides.
+
+        Returns:
+            ``(N, D)`` float32.
+
+        Raises:
+            DataError: If a tile has no features.
+        """
+        places = [_place(name) for name in names]
+        found = np.empty((len(names), next(iter(self.bags.values())).dim), np.float32)
+        of_slide: dict[str, list[int]] = {}
+        for i, slide in enumerate(slides):
+            of_slide.setdefault(slide, []).append(i)
+        for slide, tiles in of_slide.items():
+            bag = self.bags[slide]
+            if bag.coords is None:
+                raise DataError(f"expected coordinates of tiles in {printable(bag.path)}, found none")
+            row: dict[Any, int] = {(x, y): i for i, (x, y) in enumerate(bag.coords.tolist())}
+            absent = [i for i in tiles if places[i] not in row]
+            if absent:
+                raise DataError(
+                    f"expected features of every labelled tile in {printable(bag.path)}, found none of {len(absent)} "
+                    f"of {len(tiles)}, the first {printable(names[absent[0]])}; are its x and y those of tiles.csv?"
+                )
+            found[tiles] = bag.read(np.array([row[places[i]] for i in tiles]))
+        return found
 
 
 @dataclass(frozen=True)
@@ -81,6 +129,62 @@ def _folder(given: Path, encoder: str | None) -> Path:
     return folder
 
 
+def is_features(model: str) -> bool:
+    """Whether a model is given by a folder of its features, or a ROOT that has such folders."""
+    folder = Path(model)
+    if not folder.is_dir() or any((folder / name).exists() for name in OF_MODELS):
+        return False
+    inside = (path for pattern in FOLDERS for path in folder.glob(pattern))
+    return any(inside) or any(path for sub in SUBFOLDERS for path in (folder / sub).glob("*.h5"))
+
+
+def columns_of(
+    table: LabelTable, labels: Path, models: Sequence[str], config: EvaluationConfig, device: torch.device
+) -> tuple[list[Column], list[dict[str, Any]]]:
+    """Features of the rows of a table by models and their baselines.
+
+    Args:
+        table: The rows.
+        labels: Their file, for messages.
+        models: Models, or folders of features that were extracted.
+        config: Settings.
+        device: Where to compute.
+
+    Returns:
+        A column for each model, in order, then those of the baselines of the first model that is not a folder; and what
+        is recorded of each model, see :func:`dino.api.labelled.facts_of`.
+
+    Raises:
+        DataError: If rows have no features or files, or a model has seen tested rows.
+        CheckpointError: If a model cannot be loaded.
+    """
+    names = unique_names(models)
+    networks = [i for i, model in enumerate(models) if not is_features(model)]
+    if networks and not table.stored:
+        raise DataError(
+            f"{labels}: expected a column image_path for the model {models[networks[0]]}, found tiles by slide_id, x "
+            "and y; give a folder of features that `dino extract` wrote instead of the model, or tile files"
+        )
+    loaded = load_models([models[i] for i in networks], config)
+    facts = {i: facts_of(table, labels, one, config.allow_leakage) for i, one in zip(networks, loaded, strict=True)}
+    stored = {i: _stored_column(table, names[i], model) for i, model in enumerate(models) if i not in facts}
+    for i, (_, encoder) in stored.items():
+        unknown = {"compared": f"nothing: {encoder}", "allowed": False}
+        known = None if isinstance(encoder, str) else facts_of(table, labels, encoder, config.allow_leakage)
+        facts[i] = known or {"leakage": unknown, "selection": unknown}
+    embedding = Embedding(table, config, device)
+    embedded = iter(embedding.columns([names[i] for i in networks], loaded) if loaded else ())
+    columns = [stored[i][0] if i in stored else next(embedded) for i in range(len(models))]
+    return [*columns, *embedded], [facts[i] for i in range(len(models))]
+
+
+def _stored_column(table: LabelTable, name: str, folder: str) -> tuple[Column, LoadedBackbone | str]:
+    """Features of the rows of a table from a folder, and :meth:`FeatureSet.model` of them."""
+    features = open_features(find_features([folder], None)[0], sorted({*table.slides}))
+    values = features.of_tiles([path.name for path in table.paths], table.slides)
+    return Column(name, MODEL, values, folder, features.fingerprint), features.model()
+
+
 def slides_of_patients(table: CaseTable, found: Sequence[Files], path: str | None) -> dict[str, list[str]]:
     """Slides with features of each patient of a table without slides; a file may also be named after a patient.
 
@@ -104,17 +208,23 @@ def slides_of_patients(table: CaseTable, found: Sequence[Files], path: str | Non
     return {case.name: slides.get(case.name) or [case.name] for case in table.cases}
 
 
-def open_features(files: Files, table: CaseTable) -> FeatureSet:
-    """Open the features of all labelled slides.
+def open_features(files: Files, slides: Sequence[str]) -> FeatureSet:
+    """Open the features of slides.
 
     Args:
         files: The files.
-        table: The labels.
+        slides: The slides.
 
     Raises:
         DataError: If they are of several encoders or dimensions, not of the recorded one, or a file has no features.
     """
-    bags = {slide: open_bag(files.paths[slide]) for case in table.cases for slide in case.slides}
+    absent = [slide for slide in slides if slide not in files.paths]
+    if absent:
+        raise DataError(
+            f"expected features of every labelled slide in {files.folder}, found none of {len(absent)} of "
+            f"{len(slides)}, the first '{printable(absent[0])}'; extract them, or remove their rows from the labels"
+        )
+    bags = {slide: open_bag(files.paths[slide]) for slide in slides}
     first, *others = bags
     recorded, found = read_record(files.folder / RECORD).get("fingerprint"), bags[first].attributes.get("fingerprint")
     if recorded and recorded != found:
@@ -137,6 +247,11 @@ def open_features(files: Files, table: CaseTable) -> FeatureSet:
     return FeatureSet(files.name, files.folder, bags)
 
 
+def _place(name: str) -> tuple[int, int] | None:
+    match = TILE_NAME.fullmatch(name.rpartition(".")[0])
+    return (int(match["x"]), int(match["y"])) if match else None
+
+
 def _short(value: Any) -> str:
     return "unknown" if value is None else str(value)[:16]
 
@@ -155,14 +270,9 @@ def check_leakage(features: FeatureSet, tested: Sequence[Case], allow: bool) -> 
     Raises:
         DataError: If it was pretrained on some, and ``allow`` is False.
     """
-    attributes = next(iter(features.bags.values())).attributes
-    model, fingerprint = str(attributes.get("model") or ""), attributes.get("fingerprint")
-    if not model or not Path(model).exists():
-        found = f"it is not at {printable(model)}" if model else "it is not recorded"
-        return {"compared": f"nothing: the model of the features is unknown, {found}", "allowed": False}
-    loaded = load_backbone_file(model)
-    if loaded.fingerprint != fingerprint:
-        return {"compared": f"nothing: {printable(model)} is another model than that of the features", "allowed": False}
+    loaded = features.model()
+    if isinstance(loaded, str):
+        return {"compared": f"nothing: {loaded}", "allowed": False}
     slides = [(slide, case) for case in tested for slide in case.slides]
     rows = LabelTable(
         [Path(slide) for slide, _ in slides],

@@ -21,10 +21,11 @@ ResultArguments = Annotated[list[str] | None, typer.Argument(metavar="RESULT... 
 def knn(arguments: ModelArguments = None, config: ConfigFile = None) -> None:
     """Classify test images by their nearest training images (weighted kNN on frozen features).
 
-    MODEL is a run folder, a checkpoint file, an export or timm:NAME; several are compared with the first one. LABELS is
-    a CSV (commas, semicolons or tabs) with the columns image_path, label and partition (train, val or test), and
-    optionally slide_id and patient_id: test rows are classified by train rows. Without a partition column the rows are
-    cross-validated, with no patient on both sides. Paths are relative to the folder of the CSV.
+    MODEL is a run folder, a checkpoint file, an export, timm:NAME, or a folder of features that `dino extract` wrote;
+    several are compared with the first one. LABELS is a CSV (commas, semicolons or tabs) with the columns image_path,
+    label and partition (train, val or test), and optionally slide_id and patient_id: test rows are classified by train
+    rows. Without a partition column the rows are cross-validated, with no patient on both sides. Paths are relative to
+    the folder of the CSV. For folders of features, slide_id, x and y (as in tiles.csv) do instead of image_path.
 
     Each score has a 95 % interval from a bootstrap over patients. Beside the models, a random initialization, 8 x 8
     pixels and chance are scored. It is an error if a model was pretrained on test slides or patients, or if test rows

@@ -9,7 +9,7 @@ from dino.evaluate.contents import find_copies
 from dino.evaluate.tables import MISSING, canonical, check_columns, filled_column, first_few, read_rows, refuse_lines
 from dino.files import printable
 
-COLUMNS = ("image_path", "label", "partition")
+PLACE = ("slide_id", "x", "y")  # of a tile without a file
 PARTITIONS = {"train": "train", "reference": "train", "val": "val", "test": "test", "query": "test"}
 STATUS_TABLE = "slides_status.csv"  # of a ROOT
 
@@ -19,13 +19,15 @@ class LabelTable:
     """One row per labelled image.
 
     Attributes:
-        paths: Where the images (or ``.pt`` grids) are; all exist.
+        paths: Where the images (or ``.pt`` grids) are; all exist, unless the rows are not ``stored``.
         labels: Class names.
         partition: ``train`` (the reference set), ``val`` (chooses checkpoints) or ``test`` (the queries); "" for every
             row of a table without partitions.
         slide_ids: Slide of each row, None without that column.
         patient_ids: Patient of each row, None without that column.
         columns: The further columns that were asked for, by name.
+        stored: Whether rows are files. Those of a table of tiles by place are not: their paths are the names that
+            ``dino tile`` gives tile files, ``<slide>_<x>_<y>.jpg``.
     """
 
     paths: list[Path]
@@ -34,6 +36,7 @@ class LabelTable:
     slide_ids: list[str] | None = None
     patient_ids: list[str] | None = None
     columns: Mapping[str, list[str]] = field(default_factory=dict)
+    stored: bool = True
 
     def rows(self, partition: str) -> list[int]:
         """Indices of the rows of ``train``, ``val`` or ``test``."""
@@ -80,6 +83,9 @@ def read_labels(
 ) -> LabelTable:
     """Read ``image_path,label,partition[,slide_id,patient_id]``, and further columns.
 
+    Tiles that are not stored as files have ``slide_id,x,y`` (level-0 px, as in ``tiles.csv``) instead of
+    ``image_path``.
+
     Labels may be text, numbers (1 and 1.0 are one class) or booleans. The partition is train, val or test; reference is
     equivalent to train, and query to test. Relative paths resolve from the table's folder.
 
@@ -97,7 +103,9 @@ def read_labels(
             partition is unknown or has no rows, a label or a value of a further column is blank, or there is only one
             class.
     """
-    rows = read_rows(path, COLUMNS[:2] if partition_is_optional else COLUMNS)
+    rows = read_rows(path, ("label",) if partition_is_optional else ("label", "partition"))
+    stored = "image_path" in rows[0] or not {*PLACE} <= rows[0].keys()
+    check_columns(path, list(rows[0]), ("image_path",) if stored else PLACE)
     further = {name: filled_column(path, rows, name) for name in columns}
     labels = canonical([row["label"] for row in rows])
     refuse_lines(path, [i for i, label in enumerate(labels) if label.lower() in MISSING], "a label", "blank ones")
@@ -105,6 +113,17 @@ def read_labels(
     partition = [PARTITIONS.get(row["partition"].lower(), "") if split else "" for row in rows]
     unknown = [i for i, name in enumerate(partition) if split and not name]
     refuse_lines(path, unknown, "train, val or test as partition", "others")
+    paths = _files(path, rows) if stored else _places(path, rows)
+    for wanted in required if split else ():
+        if wanted not in partition:
+            raise DataError(f"{path}: expected rows of partition {' and '.join(required)}, found none of {wanted}")
+    if len(set(labels)) < 2:
+        raise DataError(f"{path}: expected at least two classes, found only '{labels[0]}'")
+    return LabelTable(paths, labels, partition, _column(rows, "slide_id"), _column(rows, "patient_id"), further, stored)
+
+
+def _files(path: Path, rows: Sequence[Mapping[str, str]]) -> list[Path]:
+    """The labelled files of a table, which exist and are different."""
     paths = [path.parent / Path(row["image_path"]).expanduser() for row in rows]
     absent = [p for p in paths if not p.is_file()]
     if absent:
@@ -119,12 +138,18 @@ def read_labels(
             f"{len(copies)} rows with an image of an earlier row (lines {first + 2} and {second + 2}: "
             f"{printable(paths[first])}, {printable(paths[second])}); remove all but one of each"
         )
-    for wanted in required if split else ():
-        if wanted not in partition:
-            raise DataError(f"{path}: expected rows of partition {' and '.join(required)}, found none of {wanted}")
-    if len(set(labels)) < 2:
-        raise DataError(f"{path}: expected at least two classes, found only '{labels[0]}'")
-    return LabelTable(paths, labels, partition, _column(rows, "slide_id"), _column(rows, "patient_id"), further)
+    return paths
+
+
+def _places(path: Path, rows: Sequence[Mapping[str, str]]) -> list[Path]:
+    """The names ``<slide>_<x>_<y>.jpg`` of the labelled tiles of a table, which are different."""
+    bad = [i for i, row in enumerate(rows) if not (row["slide_id"] and row["x"].isdigit() and row["y"].isdigit())]
+    refuse_lines(path, bad, "slide_id, x and y (whole level-0 px)", "others")
+    names = [f"{row['slide_id']}_{int(row['x'])}_{int(row['y'])}.jpg" for row in rows]
+    first = {name: i for i, name in reversed(list(enumerate(names)))}
+    again = [i for i, name in enumerate(names) if first[name] != i]
+    refuse_lines(path, again, "a tile that no earlier row has", "repeated ones")
+    return [Path(name) for name in names]
 
 
 def join_slides(table: LabelTable, slides: Path, name: str) -> LabelTable:

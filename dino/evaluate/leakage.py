@@ -65,7 +65,7 @@ def check_leakage(
     given = table.patient_ids or [""] * len(table.paths)
     patients = [given[i] or trained.patients.get(slides[i], "") for i in test]
     paths = [table.paths[i] for i in test]
-    files = find_in_folder(paths, trained.folder, trained.names) if trained.folder else []
+    files = find_in_folder(paths, trained.folder, trained.names) if trained.folder and table.stored else []
     seen = {
         "slides": sorted(known(slides.values(), trained.slides, "slide")),
         "patients": sorted(known(patients, trained.slides, "patient")),
@@ -88,14 +88,14 @@ def check_leakage(
 def _compared(table: LabelTable, trained: Pretraining, patients: bool) -> str:
     slides = count(trained.slides, "slide") > 0
     known_patients = count(trained.slides, "patient") > 0
-    if not slides and not known_patients and trained.folder is None:
+    if not slides and not known_patients and (trained.folder is None or not table.stored):
         return "nothing: the model has no record of the slides it was pretrained on"
     what = []
     if slides:
         what.append("slides by slide_id" if table.slide_ids else "slides by file name")
     if known_patients and patients:
         what.append("patients by patient_id" if table.patient_ids else "patients of the slides")
-    if trained.folder is not None:
+    if trained.folder is not None and table.stored:
         what.append("files by path and content")
     return " and ".join(what) or "nothing: the labels have no patient_id"
 

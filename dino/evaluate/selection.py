@@ -129,6 +129,8 @@ def check_selection(
     if not recorded:
         compared = "unknown: the model has no record of the rows that chose it"
         return {"compared": compared if recorded is None else "no rows chose it", "seen_rows": 0, "allowed": False}
+    if not table.stored:
+        return {"compared": "nothing: the rows are not files", "seen_rows": 0, "allowed": False}
     scored = [table.paths[i] for i in table.rows(rows)]
     contents = content_hashes(scored)
     sets = [(str(one.get("salt", "")), _split(str(one.get("rows", "")))) for one in recorded]
