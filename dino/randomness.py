@@ -76,9 +76,12 @@ def permuted(seed: int, draw: int, count: int) -> int:
             return value
 
 
-@lru_cache(maxsize=1024)  # the same few purposes for every draw
-def _mix(seed: int, purpose: str) -> int:
+def mixed(seed: int, purpose: str) -> int:
+    """A seed of 64 bits for one purpose."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest(), "little")
+
+
+_mix = lru_cache(maxsize=1024)(mixed)  # the same few purposes for every draw
 
 
 def _scramble(value: int) -> int:

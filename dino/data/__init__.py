@@ -14,13 +14,15 @@ from dino.data.datasets import (
 )
 from dino.data.grids import GridEntry, open_grids, read_grid
 from dino.data.images import decode, decode_bytes, list_images, list_names
+from dino.data.groups import Balance, Groups
 from dino.data.loader import Batch, DrawnBatches, DropPath, Layout, load_batches
 from dino.data.packed import GridFiles, grid_dtype, prepare_grids
-from dino.data.samplers import PermutationSampler, Sampler
+from dino.data.samplers import GroupSampler, PermutationSampler, Sampler
 from dino.data.slide_tiles import SlideTileDataset
 
 __all__ = [
     "BadSample",
+    "Balance",
     "Batch",
     "Dataset",
     "DrawnBatches",
@@ -30,6 +32,8 @@ __all__ = [
     "GridDataset",
     "GridEntry",
     "GridFiles",
+    "GroupSampler",
+    "Groups",
     "Layout",
     "PermutationSampler",
     "Sample",
