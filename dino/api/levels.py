@@ -26,6 +26,8 @@ from dino.data import (
     Dataset,
     GridDataset,
     GridFiles,
+    Groups,
+    GroupSampler,
     PermutationSampler,
     Sampler,
     decode,
@@ -69,7 +71,9 @@ class Level(ABC):
         origin: What a run's identity and checkpoints record of other models: ``grids``, the level-1 model of feature
             grids; ``teacher_weights`` and ``teacher_transform`` of the teacher.
         split: How many samples are trained on, and how many are held out.
-        warnings: What to tell the user about the data.
+        groups: Groups that share the draws; None where every sample is drawn equally often.
+        warnings: Likely mistakes in the data.
+        notes: What else to say of it.
     """
 
     name: ClassVar[str]
@@ -86,7 +90,9 @@ class Level(ABC):
     teacher: FrozenBackbone | None = None
     origin: Mapping[str, Any]
     split: Split
+    groups: Groups | None = None
     warnings: list[str]
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def __init__(self, config: Any) -> None: ...
@@ -131,7 +137,14 @@ class Level(ABC):
 
     def sampler(self, seed: int) -> Sampler:
         """The order in which samples are drawn."""
-        return PermutationSampler(len(self.dataset), seed)
+        return (
+            GroupSampler(self.groups, seed) if self.groups is not None else PermutationSampler(len(self.dataset), seed)
+        )
+
+    @property
+    def samples(self) -> int:
+        """Number of samples that may be drawn, which are as many as an epoch has draws."""
+        return self.groups.samples if self.groups is not None else len(self.dataset)
 
     @property
     def export_size_px(self) -> int:
@@ -199,7 +212,8 @@ class PatchLevel(Level):
         if config.teacher:
             self.teacher = FrozenBackbone.load(config.teacher, config.distill, self.transform, model)
         self.origin = self.teacher.origin if self.teacher else {}
-        self.split, self.warnings = tiles.split, tiles.warnings
+        self.split, self.groups = tiles.split, tiles.groups
+        self.warnings, self.notes = tiles.warnings, tiles.notes
 
     @staticmethod
     def training_files(root: Root) -> tuple[Path, list[str]]:

@@ -124,11 +124,13 @@ def resume(
 def _announce(run: Run, warn: Callable[[str], None]) -> None:
     """Say what is trained on and what is held out, warn of likely mistakes, and say which recipe suits it better."""
     progress.say(f"{run.config.data_dir}: training on {run.level.split}")
+    for line in run.level.notes:
+        progress.say(line)
     for warning in run.level.warnings:
         progress.warn(warning)
     for warning in run.warnings():
         warn(warning)
-    if advice := run.level.recommended_recipe(run.config, len(run.level.dataset)):
+    if advice := run.level.recommended_recipe(run.config, run.level.samples):
         progress.say(advice)
 
 

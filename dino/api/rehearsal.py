@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dino import distributed, progress
 from dino.api.run import Run
+from dino.data import Groups
 from dino.errors import ConfigError, DataError
 from dino.train.checkpoint import CheckpointFolder, restore
 from dino.train.failure import Failure, SampleFinding, examine, read_failure
@@ -27,6 +30,7 @@ from dino.train.profiling import (
     fraction,
 )
 from dino.train.run_folder import RunReader
+from dino.train.shares import summary
 
 DRY_STEPS = 3  # the first warms up, the others are timed
 FIRST_STEPS = 3  # slower than the others: memory is allocated, kernels are chosen or compiled
@@ -62,7 +66,7 @@ def dry_run(run: Run) -> dict[str, Any]:
     parameters = sum(p.numel() for p in trainer.model.student.parameters())
     numbers = {
         "level": run.level.name,
-        "samples": len(run.level.dataset),
+        "samples": run.level.samples,
         "slides": run.level.split.slides,
         "held_out_samples": run.level.split.held_out_samples,
         "held_out_slides": run.level.split.held_out_slides,
@@ -76,7 +80,16 @@ def dry_run(run: Run) -> dict[str, Any]:
     }
     for name, value in numbers.items():
         progress.say(f"{name:>20}  {value}")
+    if run.level.groups is not None:
+        _print_groups(run.level.groups)
     return numbers
+
+
+def _print_groups(groups: Groups) -> None:
+    found = summary(groups, np.zeros(len(groups), np.int64))
+    rows = [[one["group"], f"{one['tiles']:,}", f"{one['expected']:.3%}"] for one in found["shares"]]
+    more = f" (the {len(rows)} largest of {len(groups):,})" if len(rows) < len(groups) else ""
+    progress.table(rows, [f"group{more}", "tiles", "share of draws"])
 
 
 class _Measurement(Callback):

@@ -15,7 +15,7 @@ from dino import distributed
 from dino.api.levels import build_level
 from dino.config.load import identity_of, to_dict, to_yaml
 from dino.config.schema import ExtendConfig, PretrainConfig
-from dino.data.loader import DrawnBatches, DropPath, Layout, load_batches
+from dino.data import DrawnBatches, DropPath, Layout, PermutationSampler, load_batches
 from dino.errors import ConfigError
 from dino.train import distill
 from dino.train.callbacks import (
@@ -47,6 +47,7 @@ from dino.train.optimizer import (
     scaled_lr,
 )
 from dino.train.run_folder import RunFolder
+from dino.train.shares import SharesLog
 
 
 class Run:
@@ -86,7 +87,7 @@ class Run:
         self.layout = Layout(
             training.batch_size_per_gpu, training.gradient_accumulation, distributed.world_size(), distributed.rank()
         )
-        self.length = Length.of(len(self.level.dataset), self.layout.global_batch, training.nepochs, training.max_steps)
+        self.length = Length.of(self.level.samples, self.layout.global_batch, training.nepochs, training.max_steps)
         self.peak_lr = scaled_lr(config.optim, self.layout.global_batch)
         self.inherited: Sequence[Mapping[str, Any]] = ()
         self.selection: Sequence[Mapping[str, Any]] = ()
@@ -105,6 +106,7 @@ class Run:
             "global_batch": self.layout.global_batch,
             "samples": len(dataset),
             "data": dataset.fingerprint,
+            **({"groups": self.level.groups.fingerprint} if self.level.groups is not None else {}),
             **self.level.origin,
         }
 
@@ -210,7 +212,9 @@ class Run:
         objective = self.config.objective
         masked = depth > 0 and distill.needs_masks(objective)
         masks = level.crops.masks(objective, level.spec.patch_size) if masked else None
-        return DrawnBatches(level.dataset, level.sampler(seed), level.crops.draw, drop_path, batch_size, seed, masks)
+        # Batches that are not trained on are of different samples, which those of a small group are not.
+        sampler = level.sampler(seed) if depth else PermutationSampler(len(level.dataset), seed)
+        return DrawnBatches(level.dataset, sampler, level.crops.draw, drop_path, batch_size, seed, masks)
 
     def batches(self, depth: int, first: int, last: int) -> DataLoader:
         """This process's micro-batches of steps ``first ... last - 1``."""
@@ -251,7 +255,7 @@ class Run:
             precision=self.config.speed.precision,
             clip_grad=training.clip_grad,
             clip_mode=training.clip_mode,
-            largest_quarantine=math.floor(training.max_bad_fraction * len(self.level.dataset)),
+            largest_quarantine=math.floor(training.max_bad_fraction * self.level.samples),
         )
 
     def checkpoints(self, folder: RunFolder) -> Checkpoints:
@@ -290,7 +294,9 @@ class Run:
                 StarvationWatch(self.config.speed.num_workers),
             ],
         )
-        trainer.callbacks = [metrics, checkpoints] if evaluator is None else [metrics, evaluator, checkpoints]
+        groups = self.level.groups
+        shares = SharesLog(groups, folder, log.every_steps) if groups is not None else None
+        trainer.callbacks = [one for one in (shares, metrics, evaluator, checkpoints) if one is not None]
         trainer.save_clock = SaveClock(log.save_every_minutes)
         saved = checkpoints.files.load()
         if saved is not None:

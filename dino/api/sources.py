@@ -1,13 +1,14 @@
 """Where the tiles of a run come from: tile files, or the slides themselves."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dino.api.balancing import build_groups, describe
 from dino.api.roots import HeldOut, Root, Split
 from dino.config.schema import PatchConfig, SamplingConfig
-from dino.data import Dataset, FolderTiles, TileDataset
+from dino.data import Dataset, FolderTiles, Groups, TileDataset
 from dino.data.slide_tiles import Placement, SlideTileDataset
 from dino.errors import ConfigError
 
@@ -25,6 +26,8 @@ class TileSource:
         geometry: Spacing and tile size where known.
         slides: ``slide_ids`` and ``patient_ids`` as far as they are known.
         warnings: What to tell the user about the data.
+        groups: Groups that share the draws; None to draw every tile equally often.
+        notes: What else to say of the data.
     """
 
     dataset: Dataset
@@ -32,6 +35,8 @@ class TileSource:
     geometry: dict[str, Any]
     slides: dict[str, list[str]]
     warnings: list[str]
+    groups: Groups | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def open_tiles(config: PatchConfig) -> TileSource:
@@ -51,8 +56,9 @@ def open_tiles(config: PatchConfig) -> TileSource:
     if spacings := list(config.sampling.spacing_um):
         known = geometry["spacing_um"] in spacings
         geometry |= {"spacings_um": spacings, "spacing_um": geometry["spacing_um"] if known else spacings[0]}
-    split = Split("tiles", len(dataset), len(slides["slide_ids"]), held_out)
-    return TileSource(dataset, split, geometry, slides, root.unknown_partitions())
+    groups = build_groups(config.sampling, dataset.ranges, root.status, config.seed)
+    split = Split("tiles", groups.samples if groups is not None else len(dataset), len(slides["slide_ids"]), held_out)
+    return TileSource(dataset, split, geometry, slides, root.unknown_partitions(), groups, describe(groups))
 
 
 def source_of(root: Root, config: PatchConfig) -> str:

@@ -13,8 +13,8 @@ from dino.data.datasets import (
     slide_of,
 )
 from dino.data.grids import GridEntry, open_grids, read_grid
-from dino.data.images import decode, decode_bytes, list_images, list_names
 from dino.data.groups import Balance, Groups
+from dino.data.images import decode, decode_bytes, list_images, list_names
 from dino.data.loader import Batch, DrawnBatches, DropPath, Layout, load_batches
 from dino.data.packed import GridFiles, grid_dtype, prepare_grids
 from dino.data.samplers import GroupSampler, PermutationSampler, Sampler

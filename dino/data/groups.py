@@ -41,7 +41,7 @@ class Balance:
 class Groups:
     """Samples in groups, in memory that grows with the number of slides, not of samples.
 
-    G groups of S slides whose samples have R ranges of consecutive indices. Slides are sorted by group, ranges by slide.
+    There are G groups of S slides, whose samples have R ranges of indices. Slides are sorted by group, ranges by slide.
 
     Attributes:
         columns: Column of each value in the names.
@@ -238,7 +238,7 @@ def _shares(
 
 
 def _slots(shares: np.ndarray, length: int) -> np.ndarray:
-    """Whole numbers of draws in proportion to shares, by largest remainder, at least 1 each; at least ``length`` in all."""
+    """Numbers of draws in proportion to shares, by largest remainder, each at least 1, together at least ``length``."""
     quotas = shares * length
     slots = np.maximum(1, np.floor(quotas)).astype(np.int64)
     missing = length - int(slots.sum())

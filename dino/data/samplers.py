@@ -47,9 +47,9 @@ class PermutationSampler:
 class GroupSampler:
     """Every group its share of the draws, and every sample of a group once before one is drawn again.
 
-    Each cycle of draws has the whole numbers of draws of all groups (``groups.slots``) in a new order, so the shares are
-    exact after each. The ``k``-th draw of a group, over all cycles, takes the ``k``-th item of its own permutations.
-    Replacements are drawn uniformly from the same group. The order of one cycle is kept in memory.
+    Each cycle has the numbers of draws of all groups (``groups.slots``) in a new order, so the shares are exact after
+    each. The ``k``-th draw of a group, over all cycles, takes the ``k``-th item of its own permutations. Replacements
+    are drawn uniformly from the same group. The order of one cycle is kept in memory.
 
     Args:
         groups: The groups.

@@ -137,10 +137,12 @@ def _has_annotations(root: Path, slide_id: str) -> bool:
         return len(next(csv.reader(file), [])) > len(TILE_COLUMNS)
 
 
-def _status_table(statuses: Iterable[SlideStatus]) -> Iterator[bytes]:
-    yield csv_line(STATUS_COLUMNS).encode()
+def _status_table(statuses: Sequence[SlideStatus]) -> Iterator[bytes]:
+    columns = (*STATUS_COLUMNS, *sorted({name for status in statuses for name in status.further}))
+    yield csv_line(columns).encode()
     for status in statuses:
-        yield csv_line(status_cells(status).values()).encode()
+        cells = status_cells(status)
+        yield csv_line(cells.get(name) for name in columns).encode()
 
 
 def _rewrite(path: Path, chunks: Callable[[], Iterator[bytes]]) -> None:

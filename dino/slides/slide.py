@@ -172,7 +172,7 @@ def inputs_of(record: SlideRecord) -> dict[str, Any]:
 
 def columns_of(record: SlideRecord) -> dict[str, Any]:
     """The columns of a slide's status that come from the slide list."""
-    names = ("image_path", "mask_path", "patient_id", "partition", "centre", "scanner", "stain")
+    names = ("image_path", "mask_path", "patient_id", "partition", "centre", "scanner", "stain", "further")
     return {name: getattr(record, name) for name in names}
 
 

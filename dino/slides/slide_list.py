@@ -3,17 +3,19 @@
 import csv
 import difflib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dino.errors import DataError
 from dino.slides.partitions import unknown_values
+from dino.slides.tables import ANNOTATION_COLUMNS, STATUS_COLUMNS, TILE_COLUMNS
 
 SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".czi"}
 REQUIRED = ("sample_id", "image_path")
 DESCRIPTION = ("patient_id", "centre", "scanner", "stain", "partition", "exclude_reason")
 COLUMNS = (*REQUIRED, "mask_path", "annotation_path", "spacing_at_level_0", *DESCRIPTION)
+TABLE_COLUMNS = {*STATUS_COLUMNS, *TILE_COLUMNS, *ANNOTATION_COLUMNS} - {*COLUMNS}  # of the tables that `dino tile` writes
 DELIMITERS = ",;\t"  # spreadsheets write semicolons where the comma is the decimal separator
 MAX_ID_LENGTH = 150
 
@@ -34,6 +36,7 @@ class SlideRecord:
         partition: ``pretrain`` or blank for pretraining; any other value holds it out, see :mod:`.partitions`.
         exclude_reason: Reason for excluding the slide; blank if it is not excluded.
         annotation_path: Annotations, see :mod:`.annotations`, absolute, if there are any.
+        further: Cells of all other columns, where they are not blank: groups of sampling, and conditions of filters.
     """
 
     slide_id: str
@@ -47,6 +50,7 @@ class SlideRecord:
     partition: str = ""
     exclude_reason: str = ""
     annotation_path: Path | None = None
+    further: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 def read_slide_list(inputs: Sequence[Path], note: Callable[[str], None] = lambda line: None) -> list[SlideRecord]:
@@ -54,7 +58,7 @@ def read_slide_list(inputs: Sequence[Path], note: Callable[[str], None] = lambda
 
     Args:
         inputs: Paths and patterns. A ``.csv`` is a slide list; its relative paths are relative to its folder.
-        note: Called with a one-line warning for an unknown column or partition.
+        note: Called with a one-line warning for a column that is ignored or misspelt, and an unknown partition.
 
     Returns:
         The slides, in the order given; those of a folder or pattern sorted by path.
@@ -160,13 +164,17 @@ def _check_header(header: Sequence[str], path: Path, note: Callable[[str], None]
     for name in header:
         if header.count(name) > 1 and name:
             raise DataError(f"expected each column of {path} once, found '{name}' {header.count(name)} times")
-        if name and name not in COLUMNS:
+        if name in TABLE_COLUMNS:
+            note(f"{path.name}: column '{name}' is ignored: `dino tile` writes a column of that name")
+        elif name and name not in COLUMNS:
             close = difflib.get_close_matches(name, COLUMNS, 1, 0.75)
-            note(f"{path.name}: column '{name}' is ignored" + (f"; did you mean '{close[0]}'?" if close else ""))
+            if close:
+                note(f"{path.name}: column '{name}' has no meaning of its own; did you mean '{close[0]}'?")
 
 
 def _record(row: dict[str, str], folder: Path, where: str) -> SlideRecord:
     description = {name: row.get(name, "") for name in DESCRIPTION}
+    further = {name: cell for name, cell in row.items() if name and cell and name not in (*COLUMNS, *TABLE_COLUMNS)}
     excluded = bool(description["exclude_reason"])
     if not row["image_path"]:
         raise DataError(f"{where}: expected an image_path, found none")
@@ -181,6 +189,7 @@ def _record(row: dict[str, str], folder: Path, where: str) -> SlideRecord:
         spacing_at_level_0=_spacing(row.get("spacing_at_level_0", ""), where),
         annotation_path=annotation,
         **description,
+        further=further,
     )
 
 

@@ -3,8 +3,8 @@
 import csv
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,7 +81,10 @@ class RegionRecord:
 
 @dataclass(frozen=True)
 class SlideStatus:
-    """Result of tiling one slide; ``spacing_um`` is level 0's, ``width`` and ``height`` are level-0 px."""
+    """Result of tiling one slide; ``spacing_um`` is level 0's, ``width`` and ``height`` are level-0 px.
+
+    ``further`` has the cells of the slide list's other columns, where they are not blank.
+    """
 
     slide_id: str
     status: str
@@ -99,9 +102,10 @@ class SlideStatus:
     centre: str = ""
     scanner: str = ""
     stain: str = ""
+    further: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
-STATUS_COLUMNS = tuple(f.name for f in fields(SlideStatus))
+STATUS_COLUMNS = tuple(f.name for f in fields(SlideStatus) if f.name != "further")
 
 
 @dataclass(frozen=True)
@@ -160,9 +164,9 @@ def region_lines(records: Iterable[RegionRecord]) -> Iterator[str]:
 
 
 def status_cells(status: SlideStatus) -> dict[str, str]:
-    """Cells of slides_status.csv by column; line breaks in reasons become spaces."""
-    values = zip(STATUS_COLUMNS, astuple(status), strict=True)
-    return {name: "" if value is None else str(value).replace("\n", " ") for name, value in values}
+    """Cells of slides_status.csv by column; line breaks become spaces."""
+    values = {**{name: getattr(status, name) for name in STATUS_COLUMNS}, **status.further}
+    return {name: "" if value is None else str(value).replace("\n", " ") for name, value in values.items()}
 
 
 def read_tiles(root: Path) -> list[TileRecord]:
@@ -345,7 +349,8 @@ def parse_status(row: dict[str, str]) -> SlideStatus:
     converted["spacing_um"] = float(row["spacing_um"]) if row["spacing_um"] else None
     if row["status"] not in (OK, FAILED, NO_TISSUE, EXCLUDED):
         raise ValueError(f"'{row['status']}' is not a status")
-    return SlideStatus(**converted)
+    further = {name: cell for name, cell in row.items() if cell and name not in STATUS_COLUMNS}
+    return SlideStatus(**converted, further=further)
 
 
 def _read_table(path: Path, columns: Sequence[str], convert: Callable[[dict[str, str]], T]) -> list[T]:

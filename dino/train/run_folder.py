@@ -291,6 +291,10 @@ class RunFolder(RunReader):
                     raise FileNotFoundError(2, "the folder has vanished")
                 write_json(self.path / "status.json", self._status)
 
+    def note_status(self, **changes: Any) -> None:
+        """Change ``status.json`` with its next update."""
+        self._status.update(changes)
+
     def warn(self, message: str) -> None:
         """Print a warning once, and list it under ``warnings`` of ``status.json``; the run continues."""
         known = self._status.get("warnings", [])

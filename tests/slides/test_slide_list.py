@@ -95,13 +95,14 @@ def test_a_file_that_is_not_text(folder: Path) -> None:
         read_slide_list([path])
 
 
-def test_unknown_columns_are_a_warning(folder: Path) -> None:
+def test_further_columns_are_kept_and_likely_mistakes_are_warnings(folder: Path) -> None:
     path = folder / "slides.csv"
-    path.write_text("sample_id,image_path,patientid,grade\nx,slides/b.svs,p1,3\n")
+    path.write_text("sample_id,image_path,patientid,grade,tissue,her2\nx,slides/b.svs,p1,3,9,\n")
     notes: list[str] = []
     (record,) = read_slide_list([path], notes.append)
-    assert record.patient_id == ""
-    assert "patient_id" in notes[0] and "grade" in notes[1]
+    assert record.patient_id == "" and record.further == {"patientid": "p1", "grade": "3"}
+    misspelt, taken = notes
+    assert "did you mean 'patient_id'?" in misspelt and "'tissue' is ignored" in taken
 
 
 def test_duplicate_stems_and_empty_inputs(folder: Path) -> None:

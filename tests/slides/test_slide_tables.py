@@ -48,6 +48,17 @@ def test_round_trip(root: Path) -> None:
     assert parts.tile_positions(root, "a_1,b") == [(256, 0)]
 
 
+def test_further_columns_of_the_slide_list_are_kept(root: Path) -> None:
+    further = {"grade": "3", "site, ward": 'the "east" one'}
+    parts.save_status(root, SlideStatus("a", "no_tissue", further=further), {})
+    parts.save_status(root, SlideStatus("b", "no_tissue", further={"her2": "0"}), {})
+    parts.merge(root)
+    statuses = tables.read_status(root)
+    assert [statuses[name].further for name in ("a", "b", "zz")] == [further, {"her2": "0"}, {}]
+    header = (root / "slides_status.csv").read_text().splitlines()[0]
+    assert header.startswith(",".join(tables.STATUS_COLUMNS)) and header.endswith(',grade,her2,"site, ward"')
+
+
 def test_merging_does_not_write_unchanged_tables(root: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in root.glob("*.csv")}
     parts.merge(root)

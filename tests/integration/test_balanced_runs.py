@@ -1,0 +1,178 @@
+"""Balanced sampling of runs: groups from tables, errors, equal draws for any workers and ranks, resuming, records."""
+
+import json
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tiny_runs import (
+    Crash,
+    assert_same_bits,
+    assert_same_numbers,
+    command,
+    config,
+    crash_after,
+    last,
+    make_tiles,
+    metrics,
+)
+
+from dino.api import pretrain
+from dino.api.balancing import describe
+from dino.api.levels import Level, build_level
+from dino.errors import ConfigError, DataError
+from dino.slides.parts import merge, save_part
+from dino.slides.tables import TILES_FOLDER, SlideStatus
+
+SLIDES = ["slide0"] * 2 + ["slide1"] * 3 + ["slide2"] * 5 + ["slide3"] * 10
+CENTRES = {"slide0": "A", "slide1": "A", "slide2": "B", "slide3": ""}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """20 tiles of four slides of unequal size in three centres, one of them not known."""
+    made = make_tiles(tmp_path / "made", len(SLIDES))
+    folder = tmp_path / "root"
+    (folder / TILES_FOLDER / "imgs").mkdir(parents=True)
+    for number, (path, slide) in enumerate(zip(sorted(made.iterdir()), SLIDES, strict=True)):
+        path.rename(folder / TILES_FOLDER / "imgs" / f"{slide}_{number * 48}_0.png")
+    for slide, centre in CENTRES.items():
+        further = {"grade": slide[-1]} if slide != "slide2" else {}
+        save_part(folder, SlideStatus(slide, "ok", patient_id=f"p{slide}", centre=centre, further=further), {})
+    merge(folder)
+    return folder
+
+
+def level_of(root: Path, **changes: object) -> Level:
+    return build_level(config(root, root / "run", **changes))
+
+
+def drawn(level: Level, count: int) -> Counter[str | None]:
+    sampler = level.sampler(0)
+    return Counter(level.dataset[sampler(draw)].slide_id for draw in range(count))
+
+
+def test_without_settings_every_tile_is_drawn_once_per_pass(root: Path) -> None:
+    for level in (level_of(root), level_of(root, **{"sampling.balance": "none"})):
+        assert level.groups is None
+        assert drawn(level, 20) == Counter(SLIDES)
+
+
+def test_slides_and_centres_get_equal_shares(root: Path) -> None:
+    level = level_of(root, **{"sampling.balance": "slide"})
+    assert level.groups is not None and level.samples == len(level.dataset) == 20
+    assert drawn(level, level.groups.cycle) == dict.fromkeys(CENTRES, level.groups.cycle // 4)
+    nested = level_of(root, **{"sampling.balance": ["centre", "patient", "slide"]}).groups
+    assert nested is not None and nested.columns == ["centre", "patient_id", "slide_id"]
+    assert dict(zip(nested.names, nested.shares, strict=True)) == {
+        ("A", "pslide0", "slide0"): pytest.approx(1 / 6, abs=1e-4),
+        ("A", "pslide1", "slide1"): pytest.approx(1 / 6, abs=1e-4),
+        ("B", "pslide2", "slide2"): pytest.approx(1 / 3, abs=1e-4),
+        ("unknown", "pslide3", "slide3"): pytest.approx(1 / 3, abs=1e-4),
+    }
+    assert any("10 tiles of 1 slides have no centre; they form group 'unknown'" in line for line in describe(nested))
+    graded = level_of(root, **{"sampling.balance": "grade"}).groups  # a further column of slides.csv
+    assert graded is not None and graded.names == [("0",), ("1",), ("3",), ("unknown",)]
+
+
+def test_weights_and_subsets(root: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.csv"
+    weights.write_text("slide_id,weight\nslide0,3\nslide1,0\n")
+    groups = level_of(root, **{"sampling.balance": "slide", "sampling.weights": str(weights)}).groups
+    assert groups is not None and groups.samples == 17
+    assert groups.shares == pytest.approx([3 / 5, 1 / 5, 1 / 5], abs=1e-4)
+    level = level_of(root, **{"sampling.max_tiles_per_slide": 4})
+    assert level.samples == level.split.samples == 2 + 3 + 4 + 4
+    assert len({level.sampler(0)(draw) for draw in range(13)}) == 13
+    assert drawn(level, 13) == {"slide0": 2, "slide1": 3, "slide2": 4, "slide3": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "table", "message"),
+    [
+        ({"sampling.balance": "center"}, "", "did you mean 'centre'"),
+        ({"sampling.balance": "stage"}, "", "centre, grade, patient_id, scanner, slide_id, stain"),
+        ({"sampling.balance": ["slide", "slide_id"]}, "", "once"),
+        ({"sampling.balance": "scanner"}, "", "expected slides with a value of 'scanner'"),
+        ({"sampling.temperature": 1.5}, "", "from 0 to 1"),
+        ({"sampling.max_tiles_per_slide": -1}, "", "at least 0"),
+        ({}, "centre,weight\nZ,1\n", "1 others: 'Z'"),
+        ({}, "slide_id,weight\nslide9,1\n", "did you mean 'slide"),
+        ({}, "centre,weight\nA,-1\n", "weight of at least 0 for 'A', found '-1'"),
+        ({}, "centre,weight\nA,nan\n", "found 'nan'"),
+        ({}, "centre,weight\nA,1\nA,2\n", "two of 'A'"),
+        ({}, "centre,weight\nA,0\nB,0\nunknown,0\n", "found only 0"),
+        ({}, "centre,slide,weight\nA,slide0,1\n", "one column of the slides"),
+        ({}, "centre\nA\n", "missing weight"),
+    ],
+)
+def test_bad_settings_end_in_one_line(root: Path, tmp_path: Path, settings: dict, table: str, message: str) -> None:
+    if table:
+        (tmp_path / "weights.csv").write_text(table)
+        settings = {**settings, "sampling.weights": str(tmp_path / "weights.csv")}
+    with pytest.raises((ConfigError, DataError)) as error:
+        level_of(root, **settings)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_balanced_run_resumes_with_the_same_bits_and_counts(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"sampling.balance": ["centre", "slide"], "speed.precision": "fp32"}
+    pretrain(config(root, tmp_path / "whole", **settings))
+    with monkeypatch.context() as patch:
+        crash_after(patch, 5)
+        with pytest.raises(Crash):
+            pretrain(config(root, tmp_path / "parts", **settings))
+    pretrain(config(root, tmp_path / "parts", **settings, **{"speed.num_workers": 3}))
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+
+    counts = last(tmp_path / "whole")["state"]["callbacks"]["SharesLog"]["counts"]
+    level = level_of(root, **settings)
+    found = drawn(level, 8 * 4)
+    assert level.groups is not None
+    assert counts.tolist() == [found[name[1]] for name in level.groups.names] and counts.sum() == 32
+    record = json.loads((tmp_path / "parts" / "status.json").read_text())["sampling"]
+    assert (record["draws"], record["groups"], record["columns"]) == (32, 4, ["centre", "slide_id"])
+    assert [one["realised"] for one in record["shares"]] == (counts / 32).tolist()
+    shares = [line["shares"] for line in metrics(tmp_path / "parts") if "shares" in line]
+    assert len(shares) == 8 and shares[-1]["A / slide0"] == counts[0].item() / 32
+
+
+def test_two_processes_train_as_one(root: Path, tmp_path: Path) -> None:
+    settings = {"sampling.balance": "slide", "speed.precision": "fp64"}
+    pretrain(config(root, tmp_path / "one", **settings))
+    shared = config(root, tmp_path / "two", **settings, **{"training.batch_size_per_gpu": 2})
+    subprocess.run(command(shared, tmp_path, processes=2), check=True, timeout=240)
+    assert_same_numbers(tmp_path / "one", tmp_path / "two")
+    one, two = (last(tmp_path / run)["state"]["callbacks"]["SharesLog"]["counts"] for run in ("one", "two"))
+    assert one.tolist() == two.tolist()
+
+
+def test_other_groups_are_another_run(root: Path, tmp_path: Path) -> None:
+    settings = {"sampling.balance": "centre"}
+    pretrain(config(root, tmp_path / "run", **settings))
+    save_part(root, SlideStatus("slide3", "ok", patient_id="pslide3", centre="B"), {})
+    merge(root)
+    with pytest.raises(ConfigError, match="belongs to another run"):
+        pretrain(config(root, tmp_path / "run", **settings))
+
+
+def test_replacements_of_a_bad_tile_are_of_its_group_and_counted(root: Path, tmp_path: Path) -> None:
+    bad = sorted(root.rglob("slide0_*.png"))[0]
+    bad.write_bytes(b"no image")
+    settings = {"sampling.balance": "slide", "training.max_bad_fraction": 0.2}
+    pretrain(config(root, tmp_path / "run", **settings))
+    level = level_of(root, **settings)
+    sampler = level.sampler(0)
+    slides = Counter(SLIDES[sampler(draw)] for draw in range(32))
+    counts = last(tmp_path / "run")["state"]["callbacks"]["SharesLog"]["counts"]
+    assert counts.tolist() == [slides[slide] for slide in CENTRES]
+    assert len(last(tmp_path / "run")["state"]["quarantine"]) == 1
+
+
+def test_a_dry_run_lists_the_groups(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain(config(root, tmp_path / "run", **{"sampling.balance": "slide", "dry_run": True}))
+    shown = capsys.readouterr().out
+    assert "slide3" in shown and "25.000%" in shown and "share of draws" in shown
