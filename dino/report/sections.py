@@ -13,6 +13,7 @@ from dino.report import figures, methods
 from dino.report.figures import MontageImage, Thumbnail
 from dino.report.page import Figure, Page, Section, Table
 from dino.report.projection import farthest_points, nearest_neighbours, pca_rgb
+from dino.report.sampling import sampling_sections
 
 QUERIES = 4
 NEIGHBOURS = 5
@@ -206,6 +207,7 @@ def make_sections(data: ReportData) -> list[Section]:
         trained = [f" {run.name}: trained on {run.method.split}." for run in data.runs if run.method.split]
         introduction += "".join(trained)
         found.append(Section("Training", introduction, [curves_figure(run) for run in data.runs]))
+    found += sampling_sections(data.runs)
     tables = [scores_table(run, name, result) for run in data.runs for name, result in run.scores.items()]
     if tables:
         found.append(Section("Scores", "Frozen features on labelled data, beside their baselines.", tables))
