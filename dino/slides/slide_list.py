@@ -15,7 +15,9 @@ SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", "
 REQUIRED = ("sample_id", "image_path")
 DESCRIPTION = ("patient_id", "centre", "scanner", "stain", "partition", "exclude_reason")
 COLUMNS = (*REQUIRED, "mask_path", "annotation_path", "spacing_at_level_0", *DESCRIPTION)
-TABLE_COLUMNS = {*STATUS_COLUMNS, *TILE_COLUMNS, *ANNOTATION_COLUMNS} - {*COLUMNS}  # of the tables that `dino tile` writes
+TABLE_COLUMNS = {*STATUS_COLUMNS, *TILE_COLUMNS, *ANNOTATION_COLUMNS} - {
+    *COLUMNS
+}  # of the tables that `dino tile` writes
 DELIMITERS = ",;\t"  # spreadsheets write semicolons where the comma is the decimal separator
 MAX_ID_LENGTH = 150
 
