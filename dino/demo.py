@@ -4,6 +4,7 @@ The demo runs the same code as the other commands, with small models and crops. 
 overlap by half, and regions by all but one cell. It shows that the steps work together, not how good the models are.
 """
 
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ from rich.table import Table
 from dino import api, progress
 from dino.api.reporting import report
 from dino.config.load import load_config, to_dict
-from dino.config.schema import DemoConfig, ExtractConfig, PatchConfig, RegionConfig, TileConfig
+from dino.config.schema import DemoConfig, ExtractConfig, PatchConfig, RegionConfig, ReportConfig, TileConfig
 from dino.environment import versions
 from dino.files import read_json, write_json
 from dino.report.gather import load_run
@@ -108,8 +109,9 @@ def run_demo(directory: Path, config: DemoConfig) -> DemoSummary:
     template = "self-retrieval accuracy: trained {teacher:.0%}, untrained {untrained:.0%}, pixels {pixels:.0%}"
     summary.results["evaluate"] = template.format(**summary.own_place)
 
-    options = {"own_place": summary.own_place, "notice": NOTICE, "device": config.device}
-    _stage(summary, "report", lambda: report(root, patch, region, summary.report, **options))
+    options = {"own_place": summary.own_place, "notice": NOTICE}
+    shown = ReportConfig(device=config.device)
+    _stage(summary, "report", lambda: report([patch, region], root, summary.report, shown, **options))
     summary.results["report"] = f"{summary.report.stat().st_size / 1e6:.1f} MB"
     write_json(directory / "summary.json", asdict(summary))
     _print(summary)
@@ -181,6 +183,7 @@ def _common(root: Path, run: Path, config: DemoConfig, steps: int) -> dict[str, 
         "speed.device": config.device,
         "speed.num_workers": config.num_workers,
         "logging.every_steps": 20,
+        "logging.report": False,  # the demo ends with one of both runs
     }
 
 
@@ -206,7 +209,7 @@ def _add_run(summary: DemoSummary, level: str, run: Path) -> None:
 
 
 def _self_retrieval(root: Path, run: Path, config: DemoConfig) -> dict[str, Any]:
-    networks = load_run(run, "patch")
+    networks = load_run(run)
     return measure_self_retrieval(
         root, networks.trained, networks.untrained, device=config.device, seed=config.seed
     ).to_dict()
@@ -230,3 +233,5 @@ def _print(summary: DemoSummary) -> None:
     progress.say("")
     progress.console.print(table)
     progress.say(f"\n{summary.report}\n{summary.directory / 'summary.json'}")
+    words = (summary.directory / name for name in ("patch", "region", "slides", "report.html"))
+    progress.say(f"\nthe report again: dino report {' '.join(shlex.quote(str(word)) for word in words)}")

@@ -30,6 +30,7 @@ TINY = {
     "logging.every_steps": 1,
     "logging.save_every_steps": 3,
     "logging.tensorboard": False,
+    "logging.report": False,
 }
 TINY_PATCH = {**TINY, "aug.global_crops_size": 32, "aug.local_crops_size": 16, "aug.local_crops_number": 2}
 WALL_CLOCK = {"seconds", "samples_per_second", "data_wait"}

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from dino import distributed, progress
+from dino.api.ending import show_summary, write_report
 from dino.api.judging import VERDICT_SAMPLES, build_evaluator, final_verdict
 from dino.api.rehearsal import dry_run, profile
 from dino.api.run import Run
 from dino.config.schema import ExtendConfig, PatchConfig, PretrainConfig, RegionConfig
 from dino.errors import ConfigError, DinoError, OutOfMemory, ProcessesLost, Stopped
 from dino.files import oserror_to_data_error
-from dino.report.terminal import next_commands, run_panel
 from dino.train.failure import record_failure
 from dino.train.loop import NonFiniteStep, Trainer
 from dino.train.run_folder import RunFolder, RunReader
@@ -80,7 +80,7 @@ def pretrain(config: PatchConfig | RegionConfig, extend: ExtendConfig | None = N
         if folder.is_over() and run.segments == folder.segments():
             done = f"{folder.path}: this run is {folder.status()['state']}; nothing to do"
             progress.say(f"{done} (`dino resume {shlex.quote(str(folder.path))} {run.further()}` extends it)")
-            _show_summary(folder, config)
+            show_summary(folder, config)
             return _report_end(folder)
         _announce(run, folder.warn)
         trainer = run.trainer()  # before the folder is claimed, so that a failure here leaves no files
@@ -97,7 +97,11 @@ def pretrain(config: PatchConfig | RegionConfig, extend: ExtendConfig | None = N
                 samples = min(VERDICT_SAMPLES, len(run.level.dataset))
                 progress.say(f"evaluating: features of two views of {samples} samples, now and at the start …")
                 evaluation = final_verdict(run, trainer, folder.initial_checkpoint(), folder.last_metrics(), evaluator)
-                return _finish(run, trainer, folder, evaluation)
+                summary = _finish(run, trainer, folder, evaluation)
+        is_main = distributed.is_main()
+    if config.logging.report and is_main:  # after the other processes have ended: none waits for it
+        write_report(folder.path, config)
+    return summary
 
 
 def resume(
@@ -202,15 +206,9 @@ def _finish(run: Run, trainer: Trainer, folder: RunFolder, evaluation: Mapping[s
         run.export(folder)
     counts = {"step": trainer.step, "segments": len(run.segments), "bad_files": len(trainer.quarantine)}
     folder.update_status(state=state, eta_seconds=0, **counts, **evaluation)
-    _show_summary(folder, run.config)
+    show_summary(folder, run.config)
     distributed.barrier()
     return RunSummary(folder.path, state, trainer.step, folder.status())
-
-
-def _show_summary(folder: RunFolder, config: PretrainConfig) -> None:
-    progress.show(run_panel(folder, config))
-    for command in next_commands(folder.path, config):
-        progress.say(f"next: {command}")
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from dino.config.schema import (
     LaunchConfig,
     PatchConfig,
     RegionConfig,
+    ReportConfig,
     TileConfig,
 )
 
@@ -325,6 +326,7 @@ SCHEMAS: dict[str, type] = {
     "pretrain region": RegionConfig,
     "extract": ExtractConfig,
     **{f"evaluate {name}": schema for name, schema in EVALUATION_CONFIGS.items()},
+    "report": ReportConfig,
     "export": ExportConfig,
     "info": InfoConfig,
     "launch slurm": LaunchConfig,
@@ -335,8 +337,8 @@ SCHEMAS: dict[str, type] = {
 def config(arguments: ConfigArguments = None, config: ConfigFile = None, recipe: StartRecipe = None) -> None:
     """Print all settings of a command with their values and comments, as YAML.
 
-    COMMAND is tile, patch, region, extract, export, info, slurm, demo, or an evaluation such as knn. Values that differ
-    from the default are marked. The output can be saved, edited and passed to the command with --config.
+    COMMAND is tile, patch, region, extract, report, export, info, slurm, demo, or an evaluation such as knn. Values
+    that differ from the default are marked. The output can be saved, edited and passed to the command with --config.
 
     For example:
 

@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from dino import __version__
-from dino.cli import commands, evaluations, runs
+from dino.cli import commands, evaluations, reports, runs
 from dino.cli.command import Command, ConfigFile
 
 
@@ -20,6 +20,7 @@ class _InOrder(TyperGroup):
             "pretrain",
             "extract",
             "evaluate",
+            "report",
             "export",
             "info",
             "resume",
@@ -71,6 +72,7 @@ app.command(cls=commands.extract_command)(commands.extract)
 app.add_typer(evaluation, name="evaluate")
 for name, (command, function) in evaluations.COMMANDS.items():
     evaluation.command(name, cls=command)(function)
+app.command(cls=reports.report_command)(reports.report)
 app.command(cls=commands.export_command)(commands.export)
 app.command(cls=commands.info_command)(commands.info)
 app.command(cls=runs.resume_command)(runs.resume)

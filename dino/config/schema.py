@@ -21,6 +21,7 @@ from dino.config.evaluators import (  # noqa: F401 -- a part of this module
     RobustnessConfig,
     SlideConfig,
 )
+from dino.config.reports import ReportConfig  # noqa: F401 -- a part of this module
 
 # ---------------------------------------------------------------------------------------------- pretraining
 
@@ -279,6 +280,7 @@ class LoggingConfig:
     save_every_steps: int = runtime(1000, "steps between checkpoints, 0 for by time only")
     save_every_minutes: float = runtime(10.0, "minutes between checkpoints, 0 for by steps only")
     keep_every_steps: int = runtime(0, "steps between checkpoints that are kept as checkpoints/step_*.pt, 0 for none")
+    report: bool = runtime(True, "write RUN/report.html at the end of the run (needs matplotlib and jinja2)")
     tensorboard: bool = runtime(True, "write TensorBoard event files")
     wandb: bool = runtime(False, "log to Weights & Biases (pip install 'histodino[wandb]')")
     wandb_mode: str = runtime(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,23 +12,24 @@ from torch import Tensor
 from dino.config.load import flatten, to_dict
 from dino.config.schema import PretrainConfig
 from dino.crops.images import ImageCrops
-from dino.data.loader import Batch
-from dino.errors import ConfigError
-from dino.extraction.embed import Normalise, embed, normaliser
+from dino.data.loader import Batch, DrawnBatches
+from dino.extraction.embed import embed, normaliser_of
 from dino.models.weights import LoadedBackbone, load_backbone_file
 from dino.report import methods
+from dino.report.data import AttentionData, CropData, FeatureData, MapData, RunData
 from dino.report.projection import farthest_points
-from dino.report.sections import AttentionData, CropData, FeatureData, RunData
-from dino.report.slides import TiledSlide
+from dino.report.slides import MapTiles, TiledSlide
+from dino.report.tiles import TileSet
 from dino.train.run_folder import RunReader
 
+SHOWN_CROPS = 4
 SHOWN_TILES = 4
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run with its networks.
+    """The networks of a run.
 
     Attributes:
         reader: Reader of its folder.
@@ -41,56 +43,71 @@ class LoadedRun:
     trained: LoadedBackbone
     untrained: LoadedBackbone
 
-    def data(self) -> RunData:
-        """Log, status and settings."""
-        reader, training, backbone = self.reader, self.config.training, self.trained.backbone
-        status = reader.status()
+    def method(self) -> methods.Run:
+        """Its part of the methods paragraph."""
+        status, training, backbone = self.reader.status(), self.config.training, self.trained.backbone
         batch_size = status.get("global_batch", training.batch_size_per_gpu * training.gradient_accumulation)
-        split = methods.split_of(status)
-        shape = backbone.embed_dim, backbone.depth, backbone.num_heads
-        return RunData(
-            level=reader.level(),
-            folder="/".join(reader.path.absolute().parts[-2:]),
-            lines=reader.log_lines(),
-            last=reader.last_metrics(),
-            status=status,
-            settings=flatten(to_dict(self.config)),
-            scores=reader.scores(),
-            method=methods.Run(
-                to_dict(self.config),
-                self.trained.step or 0,
-                batch_size,
-                *shape,
-                split=split,
-                segments=self.trained.details.get("segments") or (),
-            ),
+        return methods.Run(
+            to_dict(self.config),
+            self.trained.step or 0,
+            batch_size,
+            *(backbone.embed_dim, backbone.depth, backbone.num_heads),
+            split=methods.split_of(status),
+            segments=self.trained.details.get("segments") or (),
         )
 
-    def normalise(self) -> Normalise:
-        """The function from 8-bit tiles to inputs of a patch-level network."""
-        transform = self.trained.transform
-        if transform is None:
-            raise ConfigError(f"expected a patch-level run, found the region-level run {self.reader.path}")
-        return normaliser(transform.mean, transform.std, self.trained.backbone.spec.patch_size)
 
-
-def load_run(path: Path, level: str) -> LoadedRun:
+def load_run(path: Path) -> LoadedRun:
     """Load the trained and the untrained network of a run.
 
     Args:
         path: The run folder.
-        level: ``patch`` or ``region``.
 
     Raises:
         CheckpointError: If there is no checkpoint, or no initial one.
-        ConfigError: If it is a run of the other level, or its settings are damaged.
+        ConfigError: If its settings are damaged.
     """
     reader = RunReader(path)
     trained = load_backbone_file(reader.checkpoint())
     untrained = load_backbone_file(reader.initial_checkpoint())
-    if reader.level() != level:
-        raise ConfigError(f"{path}: expected a {level}-level run, found a {reader.level()}-level run; check the path")
     return LoadedRun(reader, reader.config(), trained, untrained)
+
+
+def run_data(reader: RunReader, name: str, networks: LoadedRun | None) -> RunData:
+    """Log, status, settings and results of a run.
+
+    Args:
+        reader: Its folder.
+        name: What it is called on the page.
+        networks: Its networks, if it has any yet.
+
+    Raises:
+        ConfigError: If the folder holds no run, or its settings are damaged.
+    """
+    return RunData(
+        level=reader.level(),
+        folder="/".join(reader.path.absolute().parts[-2:]),
+        name=name,
+        lines=reader.log_lines(),
+        last=reader.last_metrics(),
+        status=reader.status(),
+        settings=flatten(to_dict(reader.config())),
+        scores=reader.scores(),
+        damaged=reader.damaged_scores(),
+        quarantine=reader.quarantine(),
+        method=networks.method() if networks else None,
+    )
+
+
+def first_crops(level: Any, seed: int) -> CropData:
+    """Crops of the first samples of a level of images, with the same random numbers as in training.
+
+    Args:
+        level: Its ``dataset``, ``sampler(seed)`` and ``crops``.
+        seed: Seed of the run.
+    """
+    batch = DrawnBatches(level.dataset, level.sampler(seed), level.crops.draw, None, SHOWN_CROPS, seed)[0]
+    return crop_data(batch, level.crops)
 
 
 def crop_data(batch: Batch, crops: ImageCrops) -> CropData:
@@ -109,25 +126,55 @@ def crop_data(batch: Batch, crops: ImageCrops) -> CropData:
     return CropData([tile.permute(1, 2, 0).numpy() for tile in batch.inputs], rows)
 
 
-def feature_data(slide: TiledSlide, run: LoadedRun, device: torch.device) -> FeatureData:
-    """Features of the slide's tiles by the trained and the untrained network of a patch-level run."""
-    tiles, corners, square = slide.map_tiles()
-    pixels = slide.read(tiles)
-    batches = _to_tensor(pixels).split(BATCH)
-    normalise, precision = run.normalise(), run.config.speed.precision
-    untrained, trained = (
-        embed(network.backbone, batches, normalise, device, precision).numpy()
-        for network in (run.untrained, run.trained)
-    )
-    disjoint = [index for index, tile in enumerate(tiles) if tile.on_lattice]
-    return FeatureData(corners, square, untrained, trained, disjoint, [pixels[i] for i in disjoint])
+def feature_data(
+    name: str, run: LoadedRun, tiles: TileSet | None, mapped: MapTiles | None, device: torch.device
+) -> FeatureData:
+    """Features of tiles by the trained and the untrained network of a patch-level run.
+
+    Args:
+        name: What the run is called on the page.
+        run: The run.
+        tiles: Tiles among which neighbours are searched; None for those of the map that do not overlap.
+        mapped: Tiles of the map, if there is one.
+        device: Where to compute.
+    """
+    if mapped is None:
+        assert tiles is not None
+        untrained, trained = _embed(run, tiles.pixels, device)
+        return FeatureData(name, tiles, untrained, trained)
+    untrained, trained = _embed(run, mapped.pixels, device)
+    found = MapData(mapped.corners, mapped.square, untrained, trained)
+    if tiles is None:
+        return FeatureData(name, mapped.tiles, untrained[mapped.disjoint], trained[mapped.disjoint], found)
+    untrained, trained = _embed(run, tiles.pixels, device)
+    return FeatureData(name, tiles, untrained, trained, found)
 
 
-def tile_attention(features: FeatureData, run: LoadedRun, um_per_px: float, device: torch.device) -> AttentionData:
+def _embed(run: LoadedRun, pixels: Sequence[np.ndarray], device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """Features (N, D) by the untrained and by the trained network."""
+    batches = to_tensor(pixels).split(BATCH)
+    untrained, trained = (embed_tiles(network, batches, device) for network in (run.untrained, run.trained))
+    return untrained, trained
+
+
+def embed_tiles(network: LoadedBackbone, batches: Sequence[Tensor], device: torch.device) -> np.ndarray:
+    """Features of tiles: float32 (N, D).
+
+    Args:
+        network: A patch-level network.
+        batches: uint8, (B, 3, S, S) each.
+        device: Where to compute; bf16 on a GPU, else fp32.
+    """
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    return embed(network.backbone, batches, normaliser_of(network), device, precision).numpy()
+
+
+def tile_attention(features: FeatureData, run: LoadedRun, device: torch.device) -> AttentionData:
     """Attention of a patch-level run over a few dissimilar tiles."""
-    chosen = farthest_points(features.trained[features.disjoint], SHOWN_TILES)
-    images = [features.pixels[index] for index in chosen]
-    return AttentionData(images, *_attention(run, run.normalise()(_to_tensor(images)), device), um_per_px)
+    chosen = farthest_points(features.trained, SHOWN_TILES)
+    images = [features.tiles.pixels[index] for index in chosen]
+    inputs = normaliser_of(run.trained)(to_tensor(images))
+    return AttentionData(images, *_attention(run, inputs, device), features.tiles.um_per_px)
 
 
 def region_attention(slide: TiledSlide, run: LoadedRun, device: torch.device) -> AttentionData | None:
@@ -137,22 +184,30 @@ def region_attention(slide: TiledSlide, run: LoadedRun, device: torch.device) ->
         return None
     images = [slide.region_image(region) for region in regions]
     cell_px = images[0].shape[0] / regions[0].grid[0]
-    um_per_px = slide.spacing_um * slide.tiling.geometry.tile_size_px / cell_px
+    um_per_px = slide.spacing_um * slide.root.tiling.geometry.tile_size_px / cell_px
     return AttentionData(images, *_attention(run, grids, device), um_per_px)
 
 
-@torch.inference_mode()
 def _attention(run: LoadedRun, inputs: Tensor, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
     """Attention of the trained and of the untrained network, (n, heads, h, w) each."""
-    patch_size = run.trained.backbone.spec.patch_size
+    return attention_maps(run.trained, inputs, device), attention_maps(run.untrained, inputs, device)
+
+
+@torch.inference_mode()
+def attention_maps(network: LoadedBackbone, inputs: Tensor, device: torch.device) -> np.ndarray:
+    """Attention of the cls token in the last block: float32 (B, heads, h, w).
+
+    Args:
+        network: The network.
+        inputs: Normalised images (B, 3, H, W) or grids (B, D, h, w).
+        device: Where to compute.
+    """
+    patch_size = network.backbone.spec.patch_size
     height, width = (side // patch_size for side in inputs.shape[2:])
-
-    def attention(network: LoadedBackbone) -> np.ndarray:
-        weights = network.backbone.to(device).eval().last_attention(inputs.to(device))  # (n, heads, h * w)
-        return weights.unflatten(2, (height, width)).cpu().numpy()
-
-    return attention(run.trained), attention(run.untrained)
+    weights = network.backbone.to(device).eval().last_attention(inputs.to(device))  # (B, heads, h * w)
+    return weights.unflatten(2, (height, width)).float().cpu().numpy()
 
 
-def _to_tensor(pixels: Sequence[np.ndarray]) -> Tensor:
+def to_tensor(pixels: Sequence[np.ndarray]) -> Tensor:
+    """Tiles (H, W, 3) as one uint8 tensor (n, 3, H, W)."""
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()  # (n, 3, S, S)

@@ -12,16 +12,34 @@ from dino.report import style
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with its alternative text (``alt``, for screen readers) and its caption."""
+    """A figure.
+
+    Attributes:
+        content: The encoded figure.
+        alt: Alternative text, for screen readers.
+        caption: Text below it.
+        narrow: The same for a narrow screen; None to scroll ``content`` there.
+    """
 
     content: bytes
     alt: str
     caption: str
+    narrow: bytes | None = None
 
     @property
     def source(self) -> str:
         """The figure as a data URI."""
-        return f"data:{style.media_type(self.content)};base64,{base64.b64encode(self.content).decode()}"
+        return _data_uri(self.content)
+
+    @property
+    def narrow_source(self) -> str:
+        """The figure for a narrow screen as a data URI, "" if there is none."""
+        return _data_uri(self.narrow) if self.narrow else ""
+
+    @property
+    def is_chart(self) -> bool:
+        """Whether it consists of lines and text, whose colours may be inverted on a dark page."""
+        return style.media_type(self.content) == style.SVG
 
     @property
     def width(self) -> int | None:
@@ -31,11 +49,19 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """A small table; the first column contains the names of the rows, the others are aligned to the right."""
+    """A table, whose first column contains the names of the rows.
+
+    Attributes:
+        head: Title of each column.
+        rows: The cells.
+        caption: Text below it.
+        text: Whether the other columns are text, aligned to the left, not numbers.
+    """
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str
+    text: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +89,7 @@ class Page:
         verdicts: Name and verdict of each run.
         facts: Value and label of the main numbers, shown at the top.
         sections: The body.
+        left_out: What the page lacks, and why, in sentences.
         methods: The methods paragraph.
         settings: Title and ``key: value`` of each collapsed table.
         footer: Last line of the page.
@@ -74,9 +101,14 @@ class Page:
     verdicts: Sequence[tuple[str, Verdict]] = ()
     facts: Sequence[tuple[str, str]] = ()
     sections: Sequence[Section] = ()
+    left_out: Sequence[str] = ()
     methods: str = ""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     footer: str = ""
+
+
+def _data_uri(content: bytes) -> str:
+    return f"data:{style.media_type(content)};base64,{base64.b64encode(content).decode()}"
 
 
 def render(page: Page) -> str:

@@ -48,21 +48,25 @@ def pca(features: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return scores, fractions
 
 
-def nearest_neighbours(features: np.ndarray, query: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest_neighbours(
+    features: np.ndarray, query: int, count: int, among: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The ``count`` rows most similar to row ``query``, without that row.
 
     Args:
         features: Float, (N, D).
         query: Index of a row.
-        count: Number of neighbours, at most N - 1.
+        count: Number of neighbours; fewer are returned where there are not as many rows.
+        among: bool (N,): the rows that may be neighbours; None for all.
 
     Returns:
         Indices, most similar first, and their cosine similarities.
     """
     unit = unit_rows(features)
     similarity = unit @ unit[query]
-    similarity[query] = -np.inf
-    order = np.argsort(-similarity, kind="stable")[: min(count, len(features) - 1)]
+    allowed = np.ones(len(features), dtype=bool) if among is None else among.copy()
+    allowed[query] = False
+    order = np.argsort(-np.where(allowed, similarity, -np.inf), kind="stable")[: min(count, int(allowed.sum()))]
     return order, similarity[order]
 
 

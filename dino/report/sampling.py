@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from dino.report.page import Section, Table
 
 if TYPE_CHECKING:
-    from dino.report.sections import RunData
+    from dino.report.data import RunData
 
 
 def sampling_sections(runs: Sequence["RunData"]) -> list[Section]:

@@ -1,5 +1,6 @@
 """Run folders: :class:`RunReader` reads any, also one that another process is writing; :class:`RunFolder` writes."""
 
+import csv
 import json
 import math
 import shlex
@@ -101,6 +102,22 @@ class RunReader:
                 if isinstance(content, dict) and ("evaluation" in content or isinstance(content.get("model"), dict)):
                     found[path.name] = content  # files of versions up to 0.1.0 have a model only
         return found
+
+    def damaged_scores(self) -> list[str]:
+        """Names of files that are named as results of evaluations, but cannot be read."""
+        damaged = []
+        for path in sorted(self.path.glob(result_file("*", "*"))):
+            try:
+                read_json(path)
+            except (OSError, ValueError):
+                damaged.append(path.name)
+        return damaged
+
+    def quarantine(self) -> list[tuple[str, str]]:
+        """Name and reason of each sample that could not be read, from ``quarantine.csv``."""
+        with suppress(OSError, ValueError, csv.Error), (self.path / "quarantine.csv").open(newline="") as file:
+            return [(row[0], row[1]) for row in csv.reader(file) if len(row) == 2][1:]
+        return []
 
     def identity(self) -> dict[str, Any]:
         """What the run computes, by dotted key.

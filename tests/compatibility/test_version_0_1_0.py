@@ -12,7 +12,7 @@ import yaml
 
 from dino import api
 from dino.config.load import load_config
-from dino.config.schema import ExtractConfig, PatchConfig, RegionConfig
+from dino.config.schema import ExtractConfig, PatchConfig, RegionConfig, ReportConfig
 from dino.errors import DataError
 
 ARCHIVE = Path(__file__).with_name("version_0_1_0.tar.gz")
@@ -138,7 +138,9 @@ def test_another_model_is_still_refused(old: Path) -> None:
 
 
 def test_a_report_is_written_on_old_runs(old: Path, tmp_path: Path) -> None:
-    page = api.report(old / "root", old / "patch_run", old / "region_run", tmp_path / "report.html", device="cpu")
+    page = api.report(
+        [old / "patch_run", old / "region_run"], old / "root", tmp_path / "report.html", ReportConfig(device="cpu")
+    )
     text = page.read_text()
     assert "collapsed" in text.lower()
     assert "3-NN accuracy 0.500" in text

@@ -234,8 +234,7 @@ def test_a_run_is_resumed_without_settings_from_any_directory(tmp_path: Path, mo
 def test_the_methods_paragraph_tells_of_a_segment(tmp_path: Path) -> None:
     run = trained(make_grids(tmp_path / "data"), "run")
     resume(run, extend=EXTEND)
-    data = load_run(run, "region").data()
-    text = methods.methods(methods.Facts(None, None, data.method))
+    text = methods.methods(methods.Facts(None, None, load_run(run).method()))
     assert (
         "continued from step 8 to 13, with all state kept, on a new schedule: a peak learning rate of 0.00625" in text
     )

@@ -22,6 +22,7 @@ SMALL = {
     "speed.num_workers": 0,
     "logging.every_steps": 1,
     "logging.tensorboard": False,
+    "logging.report": False,
 }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino.report import figures, style
+from dino.report import curves, figures, montages, style
 
 
 @pytest.fixture
@@ -58,22 +58,24 @@ def test_adjacent_squares_leave_no_gap(thumbnail):
 
 def test_crop_montage(rng):
     crops = [[tissue(rng, 96, 96)] * 2 + [tissue(rng, 48, 48)] * 3] * 2
-    content = figures.crop_montage([tissue(rng, 256, 256)] * 2, crops, 0.5)
+    content = montages.crop_montage([tissue(rng, 256, 256)] * 2, crops, 0.5)
     height, width = decoded(content).shape[:2]
     assert style.media_type(content) == "image/jpeg"
     assert width > height
 
 
 def test_neighbour_montage(rng):
-    neighbours = [[figures.MontageImage(tissue(rng, 32, 32), "0.91")] * 2]
-    assert decoded(figures.neighbour_montage([tissue(rng, 32, 32)], neighbours, neighbours)).size
+    neighbours = [[montages.MontageImage(tissue(rng, 32, 32), ["0.91", "a-slide-with-a-long-name"], 0.5)] * 2]
+    query = montages.MontageImage(tissue(rng, 32, 32))
+    assert decoded(montages.neighbour_montage([query], neighbours, neighbours)).size
+    assert decoded(montages.neighbour_montage([query], neighbours, [])).size
 
 
 def test_attention_is_red_where_it_is_high(rng):
     pixels = np.full((64, 64, 3), 200, dtype=np.uint8)
     weights = np.zeros((4, 4))
     weights[1, 2] = 1.0
-    seen = figures.attention_overlay(pixels, weights, smooth=False).astype(int)
+    seen = montages.attention_overlay(pixels, weights, smooth=False).astype(int)
     redness = seen[..., 0] - seen[..., 2]
     assert redness[16:32, 32:48].min() > 60
     redness[16:32, 32:48] = 0
@@ -81,7 +83,7 @@ def test_attention_is_red_where_it_is_high(rng):
 
 
 def test_uniform_attention_has_one_colour():
-    seen = figures.attention_overlay(np.full((8, 8, 3), 255, dtype=np.uint8), np.full((2, 2), 0.25))
+    seen = montages.attention_overlay(np.full((8, 8, 3), 255, dtype=np.uint8), np.full((2, 2), 0.25))
     assert (seen == seen[0, 0]).all()
 
 
@@ -89,7 +91,7 @@ def test_uniform_attention_has_one_colour():
 def test_attention_montage_skips_heads_that_do_not_exist(rng, untrained):
     weights = rng.random((2, 2, 4, 4))
     images = [tissue(rng, 64, 64)] * 2
-    content = figures.attention_montage(images, weights, weights if untrained else None, 0.5, heads=(0, 1, 2))
+    content = montages.attention_montage(images, weights, weights if untrained else None, 0.5, heads=(0, 1, 2))
     assert style.media_type(content) == "image/jpeg"
 
 
@@ -99,23 +101,27 @@ def svg_text(content):
     return " ".join(element.text or "" for element in root.iter() if element.tag.endswith("text"))
 
 
+def training(lines):
+    return curves.training_curves([curves.Series("run", lines)])
+
+
 def test_curves_show_knn_if_it_was_measured():
     line = {"loss_relative": 0.9, "teacher_entropy_relative": 0.8, "lr": 1e-4, "grad_norm": 2.0}
     lines = [{"step": step, **line} for step in (10, 20, 30)]
-    assert "Gradient norm" in svg_text(figures.training_curves(lines))
+    assert "Gradient norm" in svg_text(training(lines))
     scores = {"teacher": {"knn_20_accuracy": 0.6}, "untrained": {"knn_20_accuracy": 0.5}}
-    text = svg_text(figures.training_curves([*lines, {"step": 30, "evaluation": scores}]))
+    text = svg_text(training([*lines, {"step": 30, "evaluation": scores}]))
     assert "kNN 20 accuracy" in text
     assert "Gradient norm" not in text
 
 
 def test_curves_without_values():
-    assert "not recorded" in svg_text(figures.training_curves([]))
+    assert "not recorded" in svg_text(training([]))
 
 
 def test_curves_are_reproducible():
     lines = [{"step": 1, "loss_relative": 1.0}]
-    assert figures.training_curves(lines) == figures.training_curves(lines)
+    assert training(lines) == training(lines)
 
 
 def test_figures_have_their_intended_size_on_the_page():

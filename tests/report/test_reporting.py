@@ -8,24 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from dino.api.reporting import _first_crops, report
-from dino.errors import CheckpointError, ConfigError
-from dino.report import slides
-from dino.report.gather import feature_data, load_run, region_attention
+from dino.api.levels import build_level
+from dino.api.reporting import report
+from dino.errors import ConfigError
+from dino.report.gather import feature_data, first_crops, load_run, region_attention
 from dino.report.self_retrieval import measure_self_retrieval
-from dino.report.slides import TiledSlide
+from dino.report.slides import TiledRoot, TiledSlide
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def patch_run(chain):
-    return load_run(chain.patch, "patch")
+    return load_run(chain.patch)
 
 
 @pytest.fixture(scope="module")
 def slide(chain):
-    slide = TiledSlide(chain.root)
+    slide = TiledSlide(TiledRoot(chain.root))
     yield slide
     slide.close()
 
@@ -40,13 +40,15 @@ def count_figures(html):
 
 def test_complete_report(chain, tmp_path):
     own_place = {"tiles": 44, "teacher": 0.5, "untrained": 0.25, "pixels": 0.125}
-    output = report(chain.root, chain.patch, chain.region, tmp_path / "r.html", own_place=own_place, notice="A notice.")
+    output = report(
+        [chain.patch, chain.region], chain.root, tmp_path / "r.html", own_place=own_place, notice="A notice."
+    )
     html = output.read_text()
     assert headings(html) == [
-        "Slide and tiles", "Training crops", "Training", "Tile features", "Attention", "Methods",
-        "Settings",
+        "Slide and tiles", "Training crops", "Training", "Tile features", "Attention", "Study",
+        "Methods", "Settings",
     ]  # fmt: skip
-    assert count_figures(html) == 8
+    assert count_figures(html) == 9
     assert "A notice." in html
     for share in ("50.0%", "25.0%", "12.5%", "2.3%"):
         assert share in html
@@ -63,23 +65,23 @@ def test_scores_are_shown_with_their_marks(chain, tmp_path):
     (run / "knn_l.json").write_text(json.dumps(result))
     (run / "knn_old.json").write_text(json.dumps({"model": scores, "untrained": scores}))
     (run / "knn_damaged.json").write_text("{")
-    html = report(None, run, None, tmp_path / "r.html").read_text()
-    assert "Scores" in headings(html) and html.count("0.8125") == 5
-    assert "initial weights" in html and "random initialization" in html and "untrained" not in html
+    html = report([run], None, tmp_path / "r.html").read_text()
+    assert "Scores" in headings(html) and html.count("0.8125") == 5 and "knn_damaged.json is damaged" in html
+    assert "initial weights" in html and "random initialization" in html and "Baseline: untrained" not in html
     assert "optimistic: test rows that chose the checkpoint" in html and "4 of 9" in html
     assert "These scores are optimistic" in html
 
 
 def test_report_without_a_region_run(chain, tmp_path):
-    html = report(chain.root, chain.patch, None, tmp_path / "r.html").read_text()
+    html = report([chain.patch], chain.root, tmp_path / "r.html").read_text()
     assert "Region level" not in html
-    assert count_figures(html) == 6
+    assert count_figures(html) == 7
     assert "Attention" in headings(html)
 
 
 def test_report_on_a_region_run_alone(chain, tmp_path):
-    html = report(chain.root, None, chain.region, tmp_path / "r.html").read_text()
-    assert count_figures(html) == 3
+    html = report([chain.region], chain.root, tmp_path / "r.html").read_text()
+    assert count_figures(html) == 4
     assert "Tile features" not in headings(html)
 
 
@@ -88,7 +90,7 @@ def test_report_on_runs_whose_slides_were_moved(chain, tmp_path):
     shutil.copytree(chain.root, root)
     status = root / "slides_status.csv"
     status.write_text(re.sub(r"[^,]*\.svs", "/nowhere/<script>.svs", status.read_text()))
-    html = report(root, chain.patch, chain.region, tmp_path / "r.html").read_text()
+    html = report([chain.patch, chain.region], root, tmp_path / "r.html").read_text()
     assert "Slide and tiles" not in headings(html)
     assert "Training" in headings(html)
 
@@ -99,52 +101,40 @@ def test_slide_id_with_markup_is_escaped(chain, tmp_path):
     for table in ("tiles.csv", "regions.csv", "slides_status.csv"):
         text = (root / table).read_text()
         (root / table).write_text(re.sub(r"^CMU-1-Small-Region,", f"{name},", text, flags=re.MULTILINE))
-    html = report(root, None, chain.region, tmp_path / "r.html").read_text()
+    html = report([chain.region], root, tmp_path / "r.html").read_text()
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)&lt;&amp;script&gt;" in html
 
 
 def test_report_needs_a_root_or_a_run(tmp_path):
-    with pytest.raises(ConfigError, match="expected a ROOT or a run"):
-        report(None, None, None, tmp_path / "r.html")
-    with pytest.raises(CheckpointError):
-        report(None, tmp_path, None, tmp_path / "r.html")
-
-
-def test_runs_of_the_wrong_level_are_rejected(chain, tmp_path):
-    with pytest.raises(ConfigError, match="expected a patch-level run, found a region-level run"):
-        report(None, chain.region, None, tmp_path / "r.html")
+    with pytest.raises(ConfigError, match="expected a run or a ROOT"):
+        report([], None, tmp_path / "r.html")
+    with pytest.raises(ConfigError, match="expected a run at"):
+        report([tmp_path], None, tmp_path / "r.html")
 
 
 def test_crops_are_those_of_the_first_draws(patch_run):
-    crops = _first_crops(patch_run)
+    level = build_level(patch_run.config)
+    crops = first_crops(level, 0)
     assert [len(row) for row in crops.crops] == [4] * len(crops.tiles)
     assert [crop.shape[0] for crop in crops.crops[0]] == [32, 32, 16, 16]
-    again = _first_crops(patch_run)
+    again = first_crops(level, 0)
     assert all((a == b).all() for a, b in zip(crops.crops[0], again.crops[0], strict=True))
     assert crops.tiles[0].shape == (64, 64, 3)
 
 
 def test_features_are_those_of_the_tiles_at_their_positions(slide, patch_run):
-    features = feature_data(slide, patch_run, CPU)
-    assert features.trained.shape == features.untrained.shape == (len(slide.tiles), 24)
-    assert features.square == slide.reader.lattice.step_lv0 / 2
-    corner = np.array([slide.tiles[0].x, slide.tiles[0].y]) + features.square / 2
-    np.testing.assert_allclose(features.corners[0], corner)
-    assert len(features.disjoint) == len(features.pixels) < len(slide.tiles)
-
-
-def test_a_large_slide_gets_a_coarser_map(slide, patch_run, monkeypatch):
-    monkeypatch.setattr(slides, "MAX_MAP_TILES", 20)
-    features = feature_data(slide, patch_run, CPU)
-    assert 0 < len(features.trained) <= 20
-    assert features.square >= 2 * slide.reader.lattice.step_lv0
+    features = feature_data("run", patch_run, None, slide.read_map(), CPU)
+    assert features.map.trained.shape == features.map.untrained.shape == (len(slide.tiles), 24)
+    assert features.map.square == slide.reader.lattice.step_lv0 / 2
+    corner = np.array([slide.tiles[0].x, slide.tiles[0].y]) + features.map.square / 2
+    np.testing.assert_allclose(features.map.corners[0], corner)
+    assert len(features.trained) == len(features.tiles.pixels) < len(slide.tiles)
 
 
 @pytest.mark.parametrize("limit", [3, 5, 20])
-def test_a_coarser_map_keeps_every_nth_row_and_column(slide, monkeypatch, limit):
-    monkeypatch.setattr(slides, "MAX_MAP_TILES", limit)
-    tiles, corners, square = slide.map_tiles()
+def test_a_coarser_map_keeps_every_nth_row_and_column(slide, limit):
+    tiles, corners, square = slide.map_tiles(limit)
     stride = round(square / slide.reader.lattice.step_lv0)
     kept = [t for t in slide.tiles if t.x % square == 0 and t.y % square == 0]
     assert tiles == kept and 0 < len(kept) <= limit
@@ -154,7 +144,7 @@ def test_a_coarser_map_keeps_every_nth_row_and_column(slide, monkeypatch, limit)
 
 
 def test_attention_over_regions_has_one_weight_per_cell(chain, slide):
-    attention = region_attention(slide, load_run(chain.region, "region"), CPU)
+    attention = region_attention(slide, load_run(chain.region), CPU)
     assert attention is not None
     assert attention.trained.shape == (3, 2, 4, 4)
     assert (attention.trained.sum((2, 3)) <= 1 + 1e-6).all()
