@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dino.api.evaluating_slides import evaluate_slide
     from dino.api.exporting import export, info, load_backbone
     from dino.api.extracting import extract
+    from dino.api.initial_weights import follow_init
     from dino.api.launching import launch_slurm
     from dino.api.pretraining import pretrain, resume
     from dino.api.rehearsal import replay
@@ -28,6 +29,7 @@ __all__ = [
     "evaluate_slide",
     "export",
     "extract",
+    "follow_init",
     "info",
     "launch_slurm",
     "load_backbone",
@@ -46,6 +48,7 @@ _MODULES = {
     "evaluate_slide": "evaluating_slides",
     "export": "exporting",
     "extract": "extracting",
+    "follow_init": "initial_weights",
     "info": "exporting",
     "launch_slurm": "launching",
     "load_backbone": "exporting",

@@ -47,6 +47,7 @@ from dino.models.weights import TRANSFORMS, LoadedBackbone, Transform, load_back
 from dino.objectives.features import FrozenBackbone
 
 DEFAULT_TILE_SIZE_PX = 256
+CROP_SIZES = ("aug.global_crops_size", "aug.local_crops_size")
 
 Read = Callable[[Path], Tensor]
 
@@ -134,6 +135,11 @@ class Level(ABC):
     def recommended_recipe(config: Any, samples: int) -> str | None:
         """One line that names the recipe for these settings and this number of samples; None if it is in use."""
         return None
+
+    @classmethod
+    def settings_that_fit(cls, config: Any, start: LoadedBackbone) -> list[str]:
+        """The settings that have to change for a run to start from some weights, as ``key=value``."""
+        return []
 
     def sampler(self, seed: int) -> Sampler:
         """The order in which samples are drawn."""
@@ -238,6 +244,15 @@ class PatchLevel(Level):
         return f"at least {MANY_TILES:,} tiles: --recipe patch_dinov2 has the settings of DINOv2"
 
     @classmethod
+    def settings_that_fit(cls, config: PatchConfig, start: LoadedBackbone) -> list[str]:
+        """Architecture, patch size, rule for positions, and sizes of crops."""
+        if start.level != cls.name:
+            return []
+        model, aug = config.model, config.aug
+        sizes = {name: getattr(aug, name.removeprefix("aug.")) for name in CROP_SIZES}
+        return settings_that_fit(start, model.arch, model.patch_size, model.pos_resample, sizes)
+
+    @classmethod
     def labelled_reader(
         cls,
         paths: Sequence[Path],
@@ -268,16 +283,14 @@ class PatchLevel(Level):
 def check_crops(config: PatchConfig, start: LoadedBackbone | None) -> None:
     """Raise ConfigError, which names all that has to change, if crops or initial weights do not fit the backbone."""
     model = config.model
-    sizes = {f"aug.{name}": getattr(config.aug, name) for name in ("global_crops_size", "local_crops_size")}
-    if start and start.level == PatchLevel.name:
-        words = settings_that_fit(start, model.arch, model.patch_size, model.pos_resample, sizes)
-        if words:
-            spec = start.backbone.spec
-            raise ConfigError(
-                f"expected settings that fit model.init={model.init} ({spec.arch}, patches of {spec.patch_size} px), "
-                f"found others; add {' '.join(words)}"
-            )
-    for name, size in sizes.items():
+    if start and (words := PatchLevel.settings_that_fit(config, start)):
+        spec = start.backbone.spec
+        raise ConfigError(
+            f"expected settings that fit model.init={model.init} ({spec.arch}, patches of {spec.patch_size} px), "
+            f"found others; add {' '.join(words)}"
+        )
+    for name in CROP_SIZES:
+        size = getattr(config.aug, name.removeprefix("aug."))
         below = size // model.patch_size * model.patch_size
         if below != size:
             raise ConfigError(

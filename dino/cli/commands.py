@@ -14,6 +14,7 @@ from dino.config.load import (
     RECIPES,
     default_recipe,
     flatten,
+    given_keys,
     load_config,
     recipe_comment,
     to_commented_yaml,
@@ -112,6 +113,8 @@ def pretrain_level(level: str, arguments: list[str], file: Path | None, recipe: 
     settings = pretrain_settings(level, arguments, file, recipe)
     from dino import api
 
+    if settings.model.init:
+        settings = api.follow_init(settings, given_keys(file, split(arguments)[1]))
     api.pretrain(settings)
 
 

@@ -180,6 +180,13 @@ def load_config(
     return OmegaConf.to_object(config)  # type: ignore[return-value]
 
 
+def given_keys(file: Path | None, overrides: Sequence[str]) -> set[str]:
+    """Keys of the settings that the user gave, in a YAML file or as ``key=value``."""
+    layers = [_read_yaml(file)] if file else []
+    layers += [layer for _, layer in _override_layers(overrides)]
+    return {key for layer in layers for key in flatten(OmegaConf.to_container(layer))}  # type: ignore[arg-type]
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain nested dicts, ready for JSON, YAML or a checkpoint."""
     return dataclasses.asdict(config)

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from published import dinov2, dinov2_tokens
 from tiny_runs import Crash, assert_same_bits, config, crash_after, last
+from typer.testing import CliRunner
 
 from dino.api import export, load_backbone, pretrain
+from dino.cli.main import app
 from dino.config.schema import ExportConfig
 from dino.errors import ConfigError
 
@@ -61,6 +64,23 @@ def test_all_settings_that_do_not_fit_are_named_at_once_and_fit(tiles: Path, tmp
     assert {"model.arch", "model.patch_size", "model.pos_resample"} < advised.keys()
     assert (advised["aug.global_crops_size"], advised["aug.local_crops_size"]) == ("28", "14")
     assert pretrain(config(tiles, tmp_path / "run", **settings, **advised)).state == "finished"
+
+
+def test_the_command_takes_what_is_not_given_from_the_weights(tiles: Path, tmp_path: Path) -> None:
+    torch.save(dinov2(64, 2, side=4, registers=4), tmp_path / "meta.pth")
+    short = ["training.max_steps=1", "training.batch_size_per_gpu=4", "training.warmup_epochs=0", "speed.device=cpu"]
+    short += ["model.out_dim=32", "model.hidden_dim=24", "speed.num_workers=0", "training.freeze_last_layer=0"]
+    words = ["pretrain", "patch", str(tiles), str(tmp_path / "run"), f"model.init={tmp_path / 'meta.pth'}", *short]
+    for _ in range(2):  # the second time it is finished
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+        assert "meta.pth sets model.arch=vit:dim=64,depth=2,heads=1" in " ".join(done.output.split())
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert resolved["model"]["patch_size"] == 14 and resolved["aug"]["local_crops_size"] == 98
+    assert resolved["aug"]["global_crops_size"] == 224 and resolved["model"]["pos_resample"] == "timm"
+    words[3] = str(tmp_path / "other")
+    refused = CliRunner().invoke(app, [*words, "model.patch_size=16"])
+    assert refused.exit_code == 2 and "model.patch_size=14" in refused.output
 
 
 def test_the_nearest_sizes_of_a_crop_are_named(tiles: Path, tmp_path: Path) -> None:
