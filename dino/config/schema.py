@@ -390,7 +390,9 @@ class TileConfig:
     )
     roi_exclude: list[str] = identity([], "classes of annotations inside which none are cut, also of included ones")
     min_roi: float = identity(0.5, "minimum fraction of a tile or region inside roi_include and outside roi_exclude")
-    storage: str = identity("jpeg", "jpeg (one file per tile), tar (one hs2p tar per slide) or none (coordinates only)")
+    storage: str = identity(
+        "jpeg", "jpeg (one file per tile), tar or parquet (one file per slide), or none (coordinates only)"
+    )
     jpeg_quality: int = identity(90, "JPEG quality of the tiles")
     max_tiles_per_slide: int = identity(0, "keep a random subset of this many tiles per slide, 0 for all")
     seed: int = identity(0, "seed of the random subset")

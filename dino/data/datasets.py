@@ -91,6 +91,10 @@ class BadSample(DataError):
         self.name = name
 
 
+class ChangedData(DataError):
+    """Data that is not as it was when the run started: no sample of it is bad, but the run has to start again."""
+
+
 @dataclass(frozen=True, eq=False)
 class SlideRanges:
     """The slides of a dataset's samples, in memory that does not depend on the number of samples.
@@ -169,11 +173,17 @@ class EncodedTiles(Protocol):
         """Path of each, ``<slide>/<slide>_<x>_<y>.jpg`` where ``dino tile`` wrote it, in a fixed order."""
         ...
 
+    @property
+    def ranges(self) -> SlideRanges:
+        """The slides in their names."""
+        return SlideRanges.of(slide_of(name) for name in self.names)
+
     def read(self, index: int) -> Tensor:
         """``(3, H, W)`` uint8 pixels of a tile.
 
         Raises:
             DataError: If it cannot be decoded.
+            ChangedData: If it is not as it was when the tiles were listed, and those beside it neither.
         """
         ...
 
@@ -232,10 +242,13 @@ class TileDataset(Dataset):
 
         Raises:
             BadSample: If the file cannot be decoded.
+            ChangedData: If it is of data that has changed since the run started.
         """
         name = self._tiles.names[index]
         try:
             pixels = self._tiles.read(index)  # (3, H, W)
+        except ChangedData:
+            raise
         except DataError as error:
             raise BadSample(printable(name), str(error)) from None
         height, width = pixels.shape[-2:]
@@ -250,7 +263,7 @@ class TileDataset(Dataset):
     @cached_property
     def ranges(self) -> SlideRanges:
         """Slides in the names of the tiles."""
-        return SlideRanges.of(slide_of(name) for name in self._tiles.names)
+        return self._tiles.ranges
 
 
 class GridDataset(Dataset):

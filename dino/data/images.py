@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -130,20 +130,12 @@ def list_names(root: Path, only: Mapping[str, str] | None = None) -> list[str]:
     """
     if not root.is_dir():
         raise DataError(f"expected a folder of images at {root}, found {'a file' if root.exists() else 'nothing'}")
-    found, others, slides, seen = [], 0, [], set()  # strings: a million Paths would take minutes and a gigabyte
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise_unreadable):
-        real = os.path.realpath(folder)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        shown = [] if real in seen else [name for name in files if not name.startswith(".")]
-        for inner in (inner for marker, inner in (only or {}).items() if marker in shown):
-            folders[:], shown = [name for name in folders if name == inner], []
-        inner = folder[len(os.fspath(root)) :].strip(os.sep)
-        prefix = inner.replace(os.sep, SEPARATOR) + SEPARATOR if inner else ""
+    found, others, slides = [], 0, []  # strings: a million Paths would take minutes and a gigabyte
+    for prefix, shown in walk(root, only):
         images = [prefix + name for name in shown if name[name.rfind(".") :].lower() in SUFFIXES]
         found += images
         others += len(shown) - len(images)
         slides += [prefix + name for name in shown if name[name.rfind(".") :].lower() in SLIDE_SUFFIXES]
-        seen.add(real)
     check_no_slides(root, slides, found)
     if not found:
         kinds = " ".join(sorted(SUFFIXES))
@@ -154,6 +146,31 @@ def list_names(root: Path, only: Mapping[str, str] | None = None) -> list[str]:
     for index, name in enumerate(found):  # in place: a second list would double the memory
         found[index] = name.replace(SEPARATOR, os.sep)
     return found
+
+
+def walk(root: Path, only: Mapping[str, str] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """The files of a folder and of each folder below it that is not hidden, without hidden files.
+
+    Args:
+        root: The folder. Each linked folder is followed once, so that cycles end.
+        only: For folders that contain a file of a given name, the one subfolder of them that is visited.
+
+    Yields:
+        Path of a folder within ``root``, each part followed by :data:`SEPARATOR`, and the names of the files in it.
+
+    Raises:
+        DataError: If a folder cannot be read.
+    """
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise_unreadable):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        shown = [] if real in seen else [name for name in files if not name.startswith(".")]
+        for inner in (inner for marker, inner in (only or {}).items() if marker in shown):
+            folders[:], shown = [name for name in folders if name == inner], []
+        inner = folder[len(os.fspath(root)) :].strip(os.sep)
+        yield inner.replace(os.sep, SEPARATOR) + SEPARATOR if inner else "", shown
+        seen.add(real)
 
 
 def check_no_slides(root: Path, slides: list[str], images: list[str]) -> None:
@@ -193,8 +210,25 @@ class Names(Sequence[str]):
 
     def __init__(self, names: Iterable[str]) -> None:
         joined = END.join(names)
-        self._block = os.fsencode(joined + END) if joined else b""
+        self._block: bytes | np.ndarray = os.fsencode(joined + END) if joined else b""
         self._ends = np.flatnonzero(np.frombuffer(self._block, np.uint8) == 0) + 1
+
+    @classmethod
+    def of_block(cls, block: np.ndarray, ends: np.ndarray) -> "Names":
+        """Names that are in memory, or mapped into it, already.
+
+        Args:
+            block: uint8; each name followed by :data:`END`.
+            ends: ``(N,)`` int64, where each ends in it.
+        """
+        names = cls(())
+        names._block, names._ends = block, ends
+        return names
+
+    @property
+    def block(self) -> tuple[np.ndarray, np.ndarray]:
+        """The arguments of :meth:`of_block`."""
+        return np.frombuffer(self._block, np.uint8), self._ends
 
     def __len__(self) -> int:
         """Number of names."""
@@ -210,9 +244,9 @@ class Names(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         end = int(self._ends[index])
         start = int(self._ends[index - 1]) if index % len(self) else 0
-        return os.fsdecode(self._block[start : end - 1])
+        return os.fsdecode(bytes(self._block[start : end - 1]))
 
     @property
     def fingerprint(self) -> str:
         """Hash of the names in order."""
-        return hashlib.sha256(self._block).hexdigest()
+        return hashlib.sha256(memoryview(self._block)).hexdigest()

@@ -5,13 +5,11 @@ names, sizes and modification times of the files and of the record of their mode
 after any change, also where grids of another model were copied over them with their modification times.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,15 +21,14 @@ from torch import Tensor
 
 from dino import distributed, progress
 from dino.config.schema import RegionSpeedConfig
+from dino.data.caches import cache_folders, locked
 from dino.data.grids import GridEntry, Survey, check_bad_fraction, read_cells, survey
 from dino.errors import ConfigError, DataError
 from dino.files import atomic_path, printable, read_json, stamp, write_json
 
 FORMAT = 1
-INDEX, LOCK = "grids.json", "lock"
+INDEX = "grids.json"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the first that represents every value exactly is used
-AUTO, NONE = "auto", "none"  # values of speed.cache_dir
-CACHE_FOLDER = ".histodino"  # beside the grids; hidden, so that lists of images and grids leave it out
 AUTO_FRACTION = 0.25  # of the free GPU memory that grids may take where speed.gpu_cache is not set
 
 
@@ -135,7 +132,7 @@ def prepare_grids(
 
 def _find_or_pack(files: GridFiles, cache_dir: str, max_bad_fraction: float, may_write: bool) -> PackedGrids | None:
     """The packed grids from the first cache folder that contains them, else from the first that can be written to."""
-    caches = _cache_folders(files.root, cache_dir)
+    caches = cache_folders(files.root, cache_dir)
     for cache in caches:
         found = find_packed(cache, files, max_bad_fraction)
         if found is not None:
@@ -148,18 +145,6 @@ def _find_or_pack(files: GridFiles, cache_dir: str, max_bad_fraction: float, may
     if caches and may_write:
         progress.warn("every feature grid is read from its own file, which is slow; speed.cache_dir=FOLDER packs them")
     return None
-
-
-def _cache_folders(folder: Path, cache_dir: str) -> list[Path]:
-    """Cache folders for the grids of ``folder``, in order of preference."""
-    if cache_dir == NONE:
-        return []
-    own = f"{folder.resolve().name}-{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:12]}"
-    if cache_dir != AUTO:
-        return [Path(cache_dir) / own]
-    home = Path(os.environ.get("HOME") or tempfile.gettempdir())
-    user = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    return [folder / CACHE_FOLDER, user / "histodino" / own]
 
 
 def _cells_on(device: torch.device, cells: Tensor, gpu_cache_gb: float | None) -> Tensor | None:
@@ -233,10 +218,10 @@ def pack(cache: Path, files: GridFiles, max_bad_fraction: float) -> PackedGrids:
         DataError: If too many files are not grids, or they differ in D or shape.
         OSError: If they cannot be packed there.
     """
-    with _locked(cache) as locked:
+    with locked(cache, "packing the feature grids") as alone:
         found = find_packed(cache, files, max_bad_fraction)
         if found is None:
-            _remove_old(cache, temporary=locked)
+            _remove_old(cache, temporary=alone)
             found = _pack(cache, files, max_bad_fraction)
         return found
 
@@ -260,27 +245,6 @@ def _read(cache: Path, files: GridFiles) -> PackedGrids | None:
 
 def _data(cache: Path, key: str) -> Path:
     return cache / f"grids-{key}.bin"
-
-
-@contextmanager
-def _locked(cache: Path) -> Iterator[bool]:
-    """Lock a cache folder; the operating system releases the lock of a process that dies.
-
-    Yields:
-        Whether the lock is held. Some cluster file systems do not support locks: there each process packs by itself,
-        which is safe, because files are written atomically, and only takes longer.
-    """
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress.say(f"another process is packing the feature grids into {cache}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
-        yield True
 
 
 def _remove_old(cache: Path, *, temporary: bool) -> None:

@@ -39,6 +39,7 @@ def check_settings(config: TileConfig) -> None:
     ):
         if not good:
             raise ConfigError(f"expected {name} to be {rule}, found {getattr(config, name)}")
+    storage.check_extras(config.storage)
 
 
 @dataclass(frozen=True)
@@ -237,10 +238,11 @@ def _write_tiles(reader: SlideReader, record: SlideRecord, root: Path, config: T
         storage.save_previews(root, record.slide_id, reader, survey.tissue.tissue_mask, survey.tiles, survey.regions)
         outlines = survey.annotations.outlines if survey.annotations else []
         storage.save_annotation_preview(root, record.slide_id, reader, outlines)
-    if config.storage == "jpeg":
+    if config.storage in ("jpeg", "parquet"):
         positions = [(int(x), int(y)) for x, y in survey.tiles]
-        storage.write_jpegs(root, record.slide_id, positions, reader.read_cell, config.jpeg_quality)
-    elif config.storage == "tar" and len(survey.tiles):
+        write = storage.write_jpegs if config.storage == "jpeg" else storage.write_parquet
+        write(root, record.slide_id, positions, reader.read_cell, config.jpeg_quality)
+    elif config.storage == "tar":
         storage.write_tar(root, result, config.jpeg_quality)
 
 

@@ -22,18 +22,26 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dino import files
 from dino.config.schema import TileConfig
+from dino.environment import import_extra
 from dino.slides.annotation_files import Outline
 from dino.slides.reader import BACKEND, SlideReader
 from dino.slides.tables import COORDINATES_FOLDER, TILES_FOLDER, tile_name
 from dino.slides.tissue import MAX_LEVEL_PX, filter_config, segmentation_config
 
-STORAGES = ("jpeg", "tar", "none")
+STORAGES = ("jpeg", "tar", "parquet", "none")
 PARTIAL_FOLDER = ".partial"
 BLOCK_TILES = 8  # side of the blocks in which a slide is read, in tiles
 SYNC_THREADS = 16
+ROW_GROUP = 64  # tiles of a parquet file that are read together
 PREVIEW_DOWNSAMPLE = 32
 TISSUE_COLOUR = [157, 219, 129]
 OUTLINE_COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2")
+
+
+def check_extras(storage: str) -> None:
+    """Raise ConfigError if a kind of storage needs a package that is not installed."""
+    if storage == "parquet":
+        import_extra("pyarrow", "storage=parquet", "parquet")
 
 
 def encode(pixels: np.ndarray, quality: int) -> bytes:
@@ -79,10 +87,42 @@ def write_tar(root: Path, result: Any, quality: int) -> None:
 
     tar = tar_path(root, result.sample_id)
     manifest = tar.with_name(f"{result.sample_id}.tiles.manifest.csv")
+    if not len(result.x):
+        tar.unlink(missing_ok=True)  # tiles of an earlier slide with this name
+        return
     with temporary_folder(root) as partial:
         extract_tiles_to_tar(result, partial, tiles_dir=partial, jpeg_quality=quality, supertile_sizes=())
         move(partial / manifest.name, manifest)
         move(partial / tar.name, tar)
+
+
+def write_parquet(
+    root: Path,
+    slide_id: str,
+    origins: Sequence[tuple[int, int]],
+    read_cell: Callable[[int, int], np.ndarray],
+    quality: int,
+) -> None:
+    """Cut the tiles at level-0 ``origins`` into ``patch_256_pretraining/parquet/<slide>.parquet``.
+
+    The columns are ``slide_id``, ``x``, ``y`` and ``jpeg``, the bytes of the file that :func:`write_jpegs` writes. The
+    arguments are those of that function.
+    """
+    path = parquet_path(root, slide_id)
+    if not origins:
+        path.unlink(missing_ok=True)  # tiles of an earlier slide with this name
+        return
+    pa, pq = (import_extra(name, "storage=parquet", "parquet") for name in ("pyarrow", "pyarrow.parquet"))
+    types = {"slide_id": pa.string(), "x": pa.int64(), "y": pa.int64(), "jpeg": pa.binary()}
+    schema, places = pa.schema(list(types.items())), in_blocks(origins)
+    with temporary_folder(root) as partial:
+        # JPEG bytes are compressed already; statistics of them would repeat the largest ones in the footer.
+        with pq.ParquetWriter(partial / path.name, schema, compression="none", write_statistics=False) as writer:
+            for start in range(0, len(places), ROW_GROUP):
+                group = places[start : start + ROW_GROUP]
+                rows = [(slide_id, x, y, encode(read_cell(x, y), quality)) for x, y in group]
+                writer.write_table(pa.table([list(column) for column in zip(*rows, strict=True)], schema=schema))
+        move(partial / path.name, path)
 
 
 def has_tiles(root: Path, slide_id: str, origins: Iterable[tuple[int, int]], storage: str) -> bool:
@@ -92,6 +132,8 @@ def has_tiles(root: Path, slide_id: str, origins: Iterable[tuple[int, int]], sto
         return True
     if storage == "tar":
         return tar_path(root, slide_id).is_file()
+    if storage == "parquet":
+        return parquet_path(root, slide_id).is_file()
     try:
         return names <= {path.name for path in jpeg_folder(root, slide_id).iterdir()}
     except FileNotFoundError:
@@ -117,6 +159,11 @@ def jpeg_folder(root: Path, slide_id: str) -> Path:
 def tar_path(root: Path, slide_id: str) -> Path:
     """Tar of a slide's tiles, as hs2p names it."""
     return root / TILES_FOLDER / "tars" / f"{slide_id}.tiles.tar"
+
+
+def parquet_path(root: Path, slide_id: str) -> Path:
+    """Parquet file of a slide's tiles."""
+    return root / TILES_FOLDER / "parquet" / f"{slide_id}.parquet"
 
 
 def tidy(root: Path) -> None:

@@ -246,7 +246,7 @@ def _estimate(summary: TilingSummary, measurements: Sequence[Measurement], confi
     slides = sum(m.status.status != tables.FAILED for m in measurements)
     tiles = sum(m.status.tiles for m in measurements)
     cut = tiles if config.storage != "none" else 0
-    image_files = {"jpeg": tiles, "tar": 2 * slides, "none": 0}[config.storage]
+    image_files = {"jpeg": tiles, "tar": 2 * slides, "parquet": slides, "none": 0}[config.storage]
     other_files = slides * (5 + 3 * config.previews)  # hs2p's two, the part's three, the previews
     seconds = sum(m.seconds for m in measurements) + cut * seconds_per_tile
     return replace(
