@@ -84,14 +84,32 @@ class Root:
             DataError: If there are none, or no table of tiles.
         """
         listed, table = read_slide_tiles(self.path), self.path / TILES_TABLE
-        kept, held_out = split_files(list(listed), lambda slide: slide, self.partitions)
+        if not listed:
+            raise DataError(f"expected tiles in {table}, found none; tile the slides again")
+        kept, held_out = self.split_slides({slide: len(one.coords) for slide, one in listed.items()}, table)
+        return [listed[slide] for slide in kept if slide], held_out
+
+    def split_slides(self, counts: Mapping[str | None, int], folder: Path) -> tuple[list[str | None], HeldOut]:
+        """Separate the slides that may be trained on from those that are held out.
+
+        Args:
+            counts: Number of tiles of each.
+            folder: Where they are, for messages.
+
+        Returns:
+            The slides to train on, and the numbers of slides and tiles held out.
+
+        Raises:
+            DataError: If there are none that may be trained on.
+        """
+        kept, held_out = split_files(list(counts), lambda slide: slide, self.partitions)
+        held = {
+            word: [n for slide, n in counts.items() if self.partitions.get(slide or "") == word] for word in held_out
+        }
+        held_out = {word: (len(found), sum(found)) for word, found in held.items()}
         if not kept:
-            if not listed:
-                raise DataError(f"expected tiles in {table}, found none; tile the slides again")
-            raise _only_held_out("tiles", table, held_out)
-        held = {word: [one for slide, one in listed.items() if self.partitions.get(slide) == word] for word in held_out}
-        counts = {word: (len(found), sum(len(one.coords) for one in found)) for word, found in held.items()}
-        return [listed[slide] for slide in kept], counts
+            raise _only_held_out("tiles", folder, held_out)
+        return kept, held_out
 
     def tiled_slides(self, moved: str | None) -> TiledSlides:
         """Its slides.

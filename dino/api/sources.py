@@ -1,7 +1,8 @@
-"""Where the tiles of a run come from: tile files, or the slides themselves."""
+"""Where the tiles of a run come from: tile files, tar or parquet shards, or the slides themselves."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,25 @@ from dino.api.balancing import build_groups, describe
 from dino.api.roots import HeldOut, Root, Split
 from dino.config.schema import PatchConfig, SamplingConfig
 from dino.data import Dataset, FolderTiles, Groups, TileDataset
+from dino.data.shard_index import ShardIndex, Shards, damage_of
+from dino.data.shards import (
+    PARQUET,
+    TAR,
+    ParquetTiles,
+    ShardTiles,
+    TarTiles,
+    open_parquet,
+    open_tars,
+    shard_folder,
+    shard_kind,
+)
 from dino.data.slide_tiles import Placement, SlideTileDataset
 from dino.errors import ConfigError
 
 AUTO, FILES, SLIDES = "auto", "files", "slides"
-SOURCE_OF_STORAGE = {"none": SLIDES}  # of a ROOT by tiling's setting `storage`; otherwise tile files
+SOURCE_OF_STORAGE = {"jpeg": FILES, "tar": TAR, "parquet": PARQUET, "none": SLIDES}  # of a ROOT by its tiling
+
+Found = tuple[Dataset, HeldOut, list[str]]  # the tiles, how many are held out, and warnings
 
 
 @dataclass(frozen=True)
@@ -51,14 +66,14 @@ def open_tiles(config: PatchConfig) -> TileSource:
     """
     root = Root(Path(config.data_dir))
     root.check_held_out()
-    dataset, held_out = SOURCES[source_of(root, config)](root, config)
+    dataset, held_out, warnings = SOURCES[source_of(root, config)](root, config)
     geometry, slides = root.geometry(), root.slides(dataset.slide_ids)
     if spacings := list(config.sampling.spacing_um):
         known = geometry["spacing_um"] in spacings
         geometry |= {"spacings_um": spacings, "spacing_um": geometry["spacing_um"] if known else spacings[0]}
     groups = build_groups(config.sampling, dataset.ranges, root.status, config.seed)
     split = Split("tiles", groups.samples if groups is not None else len(dataset), len(slides["slide_ids"]), held_out)
-    return TileSource(dataset, split, geometry, slides, root.unknown_partitions(), groups, describe(groups))
+    return TileSource(dataset, split, geometry, slides, [*warnings, *root.unknown_partitions()], groups, describe(groups))
 
 
 def source_of(root: Root, config: PatchConfig) -> str:
@@ -68,34 +83,63 @@ def source_of(root: Root, config: PatchConfig) -> str:
         ConfigError: If ``config.source`` is none of them.
     """
     if config.source == AUTO:
-        return SOURCE_OF_STORAGE.get(root.tiling.storage, FILES) if root.tiling else FILES
+        return SOURCE_OF_STORAGE.get(root.tiling.storage, FILES) if root.tiling else shard_kind(root.path) or FILES
     if config.source not in SOURCES:
         raise ConfigError(f"expected source {', '.join((AUTO, *SOURCES))}, found '{config.source}'")
     return config.source
 
 
-def _files(root: Root, config: PatchConfig) -> tuple[Dataset, HeldOut]:
+def _files(root: Root, config: PatchConfig) -> Found:
     """Image files in a folder."""
     _check_stored(config.sampling)
     folder, names, held_out = root.tiles()
     files = FolderTiles(folder, names, config.speed.ram_cache)
-    return TileDataset(files, root.slide_infos(root.tile_spacings())), held_out
+    return TileDataset(files, root.slide_infos(root.tile_spacings())), held_out, []
 
 
-def _slides(root: Root, config: PatchConfig) -> tuple[Dataset, HeldOut]:
+def _tar(root: Root, config: PatchConfig) -> Found:
+    """Tar files."""
+    return _shards(TarTiles, root, config, partial(open_tars, of_slides=root.tiling is not None))
+
+
+def _parquet(root: Root, config: PatchConfig) -> Found:
+    """Parquet files."""
+    return _shards(ParquetTiles, root, config, open_parquet)
+
+
+def _shards(
+    tiles: type[ShardTiles], root: Root, config: PatchConfig, open_shards: Callable[..., tuple[Shards, ShardIndex]]
+) -> Found:
+    _check_stored(config.sampling)
+    _check_no_ram_cache(config, "shards")
+    folder = shard_folder(root.path, tiled=root.tiling is not None, kind=tiles.kind)
+    shards, index = open_shards(folder, config.speed.cache_dir, may_write=not config.dry_run)
+    warnings = damage_of(index)
+    counts = index.ranges.counts
+    trained, held_out = root.split_slides(counts, folder)
+    index = index.without({*counts} - {*trained})
+    return TileDataset(tiles(shards, index), root.slide_infos(root.tile_spacings())), held_out, warnings
+
+
+def _slides(root: Root, config: PatchConfig) -> Found:
     """The slides that were tiled."""
-    if config.speed.ram_cache:
-        raise ConfigError(
-            f"expected no speed.ram_cache for tiles that are read from slides, found {config.speed.ram_cache:g}; leave "
-            "it out"
-        )
+    _check_no_ram_cache(config, "slides")
     slides = root.tiled_slides(config.slides)
     tiles, held_out = root.listed_tiles()
     slides.check_present(one.slide_id for one in tiles)
     geometry = slides.geometry
     placement = Placement.of(config.sampling, geometry.spacing_um, geometry.tile_size_px, config.seed)
     infos = root.slide_infos({one.slide_id: one.spacing_um for one in tiles})
-    return SlideTileDataset(tiles, slides, infos, placement, config.speed.open_slides), held_out
+    return SlideTileDataset(tiles, slides, infos, placement, config.speed.open_slides), held_out, []
+
+
+def _check_no_ram_cache(config: PatchConfig, source: str) -> None:
+    """Raise ConfigError if decoded tiles should be kept in memory, which is for tile files."""
+    if config.speed.ram_cache:
+        raise ConfigError(
+            f"expected no speed.ram_cache for tiles that are read from {source}, found {config.speed.ram_cache:g}; "
+            "leave it out"
+        )
 
 
 def _check_stored(sampling: SamplingConfig) -> None:
@@ -108,4 +152,9 @@ def _check_stored(sampling: SamplingConfig) -> None:
             )
 
 
-SOURCES: Mapping[str, Callable[[Root, PatchConfig], tuple[Dataset, HeldOut]]] = {FILES: _files, SLIDES: _slides}
+SOURCES: Mapping[str, Callable[[Root, PatchConfig], Found]] = {
+    FILES: _files,
+    TAR: _tar,
+    PARQUET: _parquet,
+    SLIDES: _slides,
+}

@@ -230,6 +230,7 @@ class PatchSpeedConfig(SpeedConfig):
 
     ram_cache: float = runtime(0.0, "GB of memory for decoded tiles, shared by the workers of a process; 0 for none")
     open_slides: int = runtime(16, "slides that each worker keeps open where tiles are read from slides")
+    cache_dir: str = runtime("auto", "where the index of shards is kept: auto (beside them), a folder, or none")
 
 
 @dataclass
@@ -315,8 +316,8 @@ class PretrainConfig:
 class PatchConfig(PretrainConfig):
     """`dino pretrain patch`."""
 
-    data_dir: str = runtime("", "ROOT that `dino tile` wrote, or a folder of images")
-    source: str = runtime("auto", "what tiles are read from: auto (tile files where there are any), files or slides")
+    data_dir: str = runtime("", "ROOT that `dino tile` wrote, or a folder of images, tar or parquet files")
+    source: str = runtime("auto", "what tiles are read from: auto (what data_dir holds), files, tar, parquet or slides")
     slides: str | None = runtime(None, "folder or slides.csv of the slides, if they were moved after tiling")
     teacher: str | None = identity(
         None, "frozen network to distil: timm:NAME, a checkpoint file, a timm folder or a run folder; null: none"

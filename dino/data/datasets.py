@@ -3,6 +3,7 @@
 import os
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -112,6 +113,14 @@ class SlideRanges:
         """The ranges of samples whose slides are given in order."""
         runs = [(slide, sum(1 for _ in run)) for slide, run in groupby(slides)]
         return cls([slide for slide, _ in runs], np.cumsum([0, *(count for _, count in runs)], dtype=np.int64))
+
+    @property
+    def counts(self) -> dict[str | None, int]:
+        """Number of samples of each slide."""
+        counts: Counter[str | None] = Counter()
+        for slide, count in zip(self.slide_ids, np.diff(self.starts).tolist(), strict=True):
+            counts[slide] += count
+        return dict(counts)
 
     @property
     def known(self) -> set[str]:

@@ -249,4 +249,4 @@ class Names(Sequence[str]):
     @property
     def fingerprint(self) -> str:
         """Hash of the names in order."""
-        return hashlib.sha256(memoryview(self._block)).hexdigest()
+        return hashlib.sha256(self.block[0].data).hexdigest()

@@ -7,7 +7,7 @@ again after any change.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -101,7 +101,7 @@ class ShardIndex:
     damage: dict[str, str]
     source: tuple[Path, Shards] | None = None
 
-    def without(self, slides: set[str]) -> "ShardIndex":
+    def without(self, slides: Container[str | None]) -> "ShardIndex":
         """The index without the tiles of some slides; it is in memory only."""
         kept = [i for i, slide in enumerate(self.ranges.slide_ids) if slide not in slides]
         if len(kept) == len(self.ranges.slide_ids):
@@ -238,12 +238,9 @@ def build_index(shards: Shards, members: Callable[[int], Found]) -> ShardIndex:
     damage = {path: one.damage for path, one in zip(shards.paths, found, strict=True) if one.damage}
     names = [name for one in found for name in one.names]
     if not names:
-        reason = (
-            f"; {'; '.join(f'{printable(path)}: {one}' for path, one in list(damage.items())[:3])}" if damage else ""
-        )
-        raise DataError(
-            f"expected tiles in the {len(found)} .{shards.kind} files under {printable(shards.root)}, found none{reason}"
-        )
+        where = f"the {len(found)} .{shards.kind} files under {printable(shards.root)}"
+        reasons = [f"{printable(path)}: {reason}" for path, reason in list(damage.items())[:3]]
+        raise DataError("; ".join([f"expected tiles in {where}, found none", *reasons]))
     if len(set(names)) < len(names):  # each shard counts by itself, as WebDataset allows
         prefixes = [os.path.splitext(path)[0] for path in shards.paths]  # noqa: PTH122 - a name, not a file
         names = [f"{prefix}/{name}" for prefix, one in zip(prefixes, found, strict=True) for name in one.names]
@@ -269,7 +266,7 @@ def _check_names(names: Sequence[str], order: Iterable[int]) -> None:
         before = name
 
 
-def describe(index: ShardIndex) -> list[str]:
+def damage_of(index: ShardIndex) -> list[str]:
     """A warning if shards are damaged."""
     if not index.damage:
         return []

@@ -10,16 +10,17 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from torch import Tensor
 
 from dino.data.datasets import ChangedData, EncodedTiles, SlideRanges
-from dino.data.images import LARGEST_BYTES, SUFFIXES, Names, decode_bytes
+from dino.data.images import LARGEST_BYTES, SUFFIXES, Names, decode_bytes, walk
 from dino.data.shard_index import ABSENT, Found, ShardIndex, Shards, find_shards, open_index
 from dino.environment import import_extra
-from dino.errors import DataError
+from dino.errors import ConfigError, DataError
 from dino.files import printable
+from dino.slides.tables import TILES_FOLDER
 
 TAR, PARQUET = "tar", "parquet"
 OPEN_SHARDS = 64  # that each process keeps open
@@ -31,6 +32,31 @@ IMAGE_COLUMNS = ("jpeg", "image")
 PLACE_COLUMNS = ("slide_id", "x", "y")
 
 
+def shard_folder(root: Path, *, tiled: bool, kind: str) -> Path:
+    """The folder of the shards of a data folder: that in which ``dino tile`` writes them, else itself."""
+    return root / TILES_FOLDER / {TAR: "tars", PARQUET: "parquet"}[kind] if tiled else root
+
+
+def shard_kind(root: Path) -> str | None:
+    """The kind of the shards in a folder without images; None if it has images, or no shards.
+
+    Raises:
+        ConfigError: If there are shards of two kinds.
+    """
+    kinds = set()
+    for _, names in walk(root):
+        suffixes = {os.path.splitext(name)[1].lower() for name in names}  # noqa: PTH122 - a Path takes 20 times as long
+        if suffixes & SUFFIXES:
+            return None
+        kinds |= {kind for kind in (TAR, PARQUET) if f".{kind}" in suffixes}
+        kinds |= {TAR for name in names if name.endswith(COMPRESSED)}
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"expected tar or parquet files in {printable(root)}, found both; add source=tar or source=parquet"
+        )
+    return next(iter(kinds), None)
+
+
 class ShardTiles(EncodedTiles):
     """Tiles of the shards of a folder.
 
@@ -38,6 +64,8 @@ class ShardTiles(EncodedTiles):
         shards: The shards.
         index: Where each tile is in them.
     """
+
+    kind: ClassVar[str]
 
     def __init__(self, shards: Shards, index: ShardIndex) -> None:
         self._shards, self._index = shards, index
@@ -87,8 +115,8 @@ class ShardTiles(EncodedTiles):
         if (status.st_size, status.st_mtime_ns) != self._shards.stamps[shard]:
             path = printable(self._shards.root / self._shards.paths[shard])
             raise ChangedData(
-                f"expected {path} as it was when it was indexed, found that it has changed; run the same command again, "
-                "which indexes it again"
+                f"expected {path} as it was when it was indexed, found that it has changed; run the same command "
+                "again, which indexes it again"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,6 +126,8 @@ class ShardTiles(EncodedTiles):
 
 class TarTiles(ShardTiles):
     """Tiles in uncompressed tar files. A tile is read with one call at its offset, which processes share safely."""
+
+    kind = TAR
 
     def _content(self, shard: int, first: int, second: int) -> bytes:
         file = self._file(shard)
@@ -240,6 +270,8 @@ def _of_slide(path: str, manifest: Path, found: Found) -> Found:
 
 class ParquetTiles(ShardTiles):
     """Tiles in a column of parquet files. The row group of a tile is read, and the last ones are kept."""
+
+    kind = PARQUET
 
     def __init__(self, shards: Shards, index: ShardIndex) -> None:
         super().__init__(shards, index)

@@ -209,7 +209,7 @@ def test_temporary_files_are_removed_only_under_a_lock(
         raise OSError(errno.ENOSYS, "no locks here")
 
     if not locks:
-        monkeypatch.setattr(packed.fcntl, "flock", refuse)
+        monkeypatch.setattr(caches.fcntl, "flock", refuse)
     save(tmp_path, numbers(16, 3))
     (tmp_path / "cache").mkdir()
     unfinished = tmp_path / "cache" / ".grids-0.bin.1.tmp"
