@@ -30,6 +30,7 @@ LAZY = [
     "wandb",
     "mlflow",
 ]
+LAZY += ["pyarrow"]
 
 
 def _tree(path: Path) -> ast.Module:

@@ -73,7 +73,9 @@ def open_tiles(config: PatchConfig) -> TileSource:
         geometry |= {"spacings_um": spacings, "spacing_um": geometry["spacing_um"] if known else spacings[0]}
     groups = build_groups(config.sampling, dataset.ranges, root.status, config.seed)
     split = Split("tiles", groups.samples if groups is not None else len(dataset), len(slides["slide_ids"]), held_out)
-    return TileSource(dataset, split, geometry, slides, [*warnings, *root.unknown_partitions()], groups, describe(groups))
+    return TileSource(
+        dataset, split, geometry, slides, [*warnings, *root.unknown_partitions()], groups, describe(groups)
+    )
 
 
 def source_of(root: Root, config: PatchConfig) -> str:

@@ -28,6 +28,7 @@ GROUP_BYTES = 64 * 2**20  # of row groups that each process keeps, besides the l
 LARGEST_GROUP = 2**28  # bytes of tiles in a row group that is read for one of them
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 OF_SLIDE, MANIFEST = ".tiles.tar", ".tiles.manifest.csv"  # as hs2p names them
+DAMAGED = "it is cut off or damaged after"
 IMAGE_COLUMNS = ("jpeg", "image")
 PLACE_COLUMNS = ("slide_id", "x", "y")
 
@@ -203,11 +204,11 @@ def _members(path: Path) -> Found:
                     name = os.path.normpath(member.name)
                     found.add(name, member.offset_data, min(member.size, LARGEST_BYTES + 1))
             if _byte_after(path, tar.offset) != b"\0":  # the end is marked by blocks of zeros
-                found.damage = f"it is damaged after {len(found.names):,} files"
+                found.damage = f"{DAMAGED} {len(found.names):,} files"
     except tarfile.ReadError as error:
         if not found.names:
             raise DataError(f"expected an uncompressed tar file at {printable(path)}, found: {error}") from None
-        found.damage = f"it is cut off after {len(found.names):,} files"
+        found.damage = f"{DAMAGED} {len(found.names):,} files"
     except (OSError, tarfile.TarError, ValueError) as error:
         raise DataError(f"cannot read {printable(path)}: {printable(error)[:200]}") from None
     return found

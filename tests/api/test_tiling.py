@@ -79,6 +79,7 @@ def test_files_contain_the_cells_for_every_storage(
     config = {"spacing_um": spacing_um, "overlap": overlap}
     tile([slides / "one.tiff"], tmp_path / "jpeg", small(**config))
     tile([slides / "one.tiff"], tmp_path / "tar", small(**config, storage="tar"))
+    tile([slides / "one.tiff"], tmp_path / "parquet", small(**config, storage="parquet"))
     tiles = read_tiles(tmp_path / "jpeg")
     assert tiles and tiles == read_tiles(tmp_path / "tar")
     geometry = read_tiling(tmp_path / "jpeg").geometry
@@ -86,6 +87,13 @@ def test_files_contain_the_cells_for_every_storage(
         assert len(tiles) == len(reader.lattice.tile_origins())
         cut = {(t.x, t.y): storage.encode(reader.read_cell(t.x, t.y), 90) for t in tiles}
     assert cut == {(t.x, t.y): (tmp_path / "jpeg" / t.path).read_bytes() for t in tiles}
+    file = pytest.importorskip("pyarrow.parquet").ParquetFile(
+        tmp_path / "parquet/patch_256_pretraining/parquet/one.parquet"
+    )
+    groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    assert file.schema_arrow.names == ["slide_id", "x", "y", "jpeg"] and set(groups[:-1]) <= {64} and groups[-1] <= 64
+    rows = file.read().to_pylist()
+    assert {(row["x"], row["y"]): row["jpeg"] for row in rows} == cut and {row["slide_id"] for row in rows} == {"one"}
     folder = tmp_path / "tar/patch_256_pretraining/tars"
     with tarfile.open(folder / "one.tiles.tar") as tar, (folder / "one.tiles.manifest.csv").open() as manifest:
         for row in csv.DictReader(manifest):

@@ -13,7 +13,7 @@ import torch
 
 from dino.config.load import load_config
 from dino.config.schema import RegionConfig
-from dino.data import packed
+from dino.data import caches, packed
 from dino.data.datasets import BadSample, GridDataset
 from dino.data.grids import GridEntry, survey
 from dino.data.packed import GridFiles, PackedGrids, find_packed, gpu_budget, grid_dtype, pack, prepare_grids

@@ -67,7 +67,7 @@ def labels(slides: Path, tmp_path: Path) -> Path:
     return tmp_path / "labels.csv"
 
 
-@pytest.mark.parametrize("storage_kind", ["jpeg", "tar"])
+@pytest.mark.parametrize("storage_kind", ["jpeg", "tar", "parquet"])
 def test_a_disk_that_fills_up_while_tiling(
     slides: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage_kind: str
 ) -> None:
@@ -76,7 +76,7 @@ def test_a_disk_that_fills_up_while_tiling(
     dino("tile", slides, tmp_path / "whole", *words)
     root, wanted = small_disk / "root", visible(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        writer = "write_jpegs" if storage_kind == "jpeg" else "write_tar"
+        writer = {"jpeg": "write_jpegs", "tar": "write_tar", "parquet": "write_parquet"}[storage_kind]
         before_call(patch, storage, writer, 2, lambda: fill(small_disk))
         assert "No space left" in refused("tile", slides, root, *words)
     assert all(wanted[name] == content for name, content in visible(root).items() if name in wanted)

@@ -51,6 +51,7 @@ def assert_survives(root: Path, points: int, *words: str) -> None:
         ("jpeg", FEW),
         pytest.param("jpeg", MANY, marks=pytest.mark.slow),
         pytest.param("tar", MANY, marks=pytest.mark.slow),
+        pytest.param("parquet", MANY, marks=pytest.mark.slow),
     ],
 )
 def test_tiling(slides: Path, tmp_path: Path, storage: str, points: int) -> None:
