@@ -145,7 +145,7 @@ def test_the_fingerprint_is_that_of_slides_places_and_geometry(painted: Path, tm
         ({"sampling.spacing_um": [0.25]}, DataError, r"found 'painted' of 450 x 330 px at 0.5 µm/px; leave out"),
         ({"sampling.spacing_um": [8.0]}, DataError, r"found 'painted' of 450 x 330 px"),
         ({"speed.ram_cache": 0.1}, ConfigError, r"no speed.ram_cache for tiles that are read from slides"),
-        ({"source": "disk"}, ConfigError, "expected source auto, files, slides"),
+        ({"source": "disk"}, ConfigError, "expected source auto, files, tar, parquet, slides"),
         ({"source": "files", "sampling.jitter_px": 3}, ConfigError, "add source=slides"),
     ],
 )
