@@ -29,8 +29,8 @@ LAZY = [
     "jinja2",
     "wandb",
     "mlflow",
+    "pyarrow",
 ]
-LAZY += ["pyarrow"]
 
 
 def _tree(path: Path) -> ast.Module:
