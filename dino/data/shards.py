@@ -309,7 +309,7 @@ class ParquetTiles(ShardTiles):
             if size > LARGEST_GROUP:
                 raise DataError(
                     f"expected row groups of about 64 tiles in {printable(path)}, found one of {size / 1e6:.0f} MB; "
-                    "write it again with row_group_size=64"
+                    "write it again with 64 rows in each"
                 )
             return file.read_row_group(group, columns=[column], use_threads=False).column(0)
 
