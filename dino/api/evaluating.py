@@ -105,7 +105,7 @@ def evaluate_knn(model: str, labels: str | Path, config: KnnConfig) -> dict[str,
 def _evaluate(
     evaluation: str, models: Sequence[str], labels: Path, config: EvaluationConfig, device: torch.device
 ) -> Result:
-    table = read_labels(labels, partition_is_optional=True)
+    table = read_labels(labels, partition_is_optional=True, label=config.label)
     task = distributed.run_on_main(lambda: _task(table, config))
     columns, facts = columns_of(table, labels, models, config, device)
     output = output_path(evaluation, models[0], labels, config.output)

@@ -44,7 +44,8 @@ def evaluate_robustness(models: Sequence[str], labels: str | Path, config: Robus
 
 def _evaluate(models: Sequence[str], labels: Path, config: RobustnessConfig, device: torch.device) -> Result:
     import_croma()
-    table = read_labels(labels, ("test",), partition_is_optional=True, columns=() if config.slides else (config.by,))
+    columns = () if config.slides else (config.by,)
+    table = read_labels(labels, ("test",), partition_is_optional=True, columns=columns, label=config.label)
     if config.slides:
         table = join_slides(table, Path(config.slides), config.by)
     rows = np.array(table.rows("test") if table.is_split else range(len(table.paths)), np.int64)

@@ -25,6 +25,9 @@ class ScoringConfig:
 class EvaluationConfig(ScoringConfig):
     """Settings of every evaluation of labelled tiles (or grids)."""
 
+    label: str = runtime(
+        "label", "column of the labels; rows without a value in another one, such as annotation, are left out"
+    )
     arch: str | None = runtime(None, "architecture of an external checkpoint, if its number of heads is not dim/64")
     transform: str = runtime("auto", "normalisation: auto (recorded in the checkpoint), imagenet, hipt or timm")
     grid_order: str = runtime("yx", "order of the rows in .pt files without regions.csv: yx (row-major) or xy")

@@ -9,6 +9,7 @@ from dino.evaluate.contents import find_copies
 from dino.evaluate.tables import MISSING, canonical, check_columns, filled_column, first_few, read_rows, refuse_lines
 from dino.files import printable
 
+LABEL = "label"  # column of the labels, unless told otherwise
 PLACE = ("slide_id", "x", "y")  # of a tile without a file
 PARTITIONS = {"train": "train", "reference": "train", "val": "val", "test": "test", "query": "test"}
 STATUS_TABLE = "slides_status.csv"  # of a ROOT
@@ -80,6 +81,7 @@ def read_labels(
     required: Sequence[str] = ("train", "test"),
     partition_is_optional: bool = False,
     columns: Sequence[str] = (),
+    label: str = LABEL,
 ) -> LabelTable:
     """Read ``image_path,label,partition[,slide_id,patient_id]``, and further columns.
 
@@ -94,6 +96,8 @@ def read_labels(
         required: Partitions that must have rows.
         partition_is_optional: Whether a table without that column will do; its rows are of partition "".
         columns: Further columns, which must have a value in every row.
+        label: Column of the labels. Rows where it is blank are an error, or left out if it is another one than
+            ``label``, such as ``annotation`` of ``tiles.csv``.
 
     Returns:
         The table.
@@ -103,11 +107,15 @@ def read_labels(
             partition is unknown or has no rows, a label or a value of a further column is blank, or there is only one
             class.
     """
-    rows = read_rows(path, ("label",) if partition_is_optional else ("label", "partition"))
+    rows = read_rows(path, (label,) if partition_is_optional else (label, "partition"))
+    if label != LABEL:
+        rows = [row for row in rows if row[label].lower() not in MISSING]
+        if not rows:
+            raise DataError(f"{path}: expected rows with a value in the column {label}, found none")
     stored = "image_path" in rows[0] or not {*PLACE} <= rows[0].keys()
     check_columns(path, list(rows[0]), ("image_path",) if stored else PLACE)
     further = {name: filled_column(path, rows, name) for name in columns}
-    labels = canonical([row["label"] for row in rows])
+    labels = canonical([row[label] for row in rows])
     refuse_lines(path, [i for i, label in enumerate(labels) if label.lower() in MISSING], "a label", "blank ones")
     split = "partition" in rows[0]
     partition = [PARTITIONS.get(row["partition"].lower(), "") if split else "" for row in rows]

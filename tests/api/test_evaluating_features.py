@@ -113,3 +113,17 @@ def test_what_does_not_fit_is_refused(root: Path) -> None:
     with h5py.File(folder / "s3.v2.h5", "r+") as file:
         file["features"].attrs["fingerprint"] = "0" * 64
     refused([str(folder)], "expected features of one encoder")
+
+
+def test_the_table_of_tiles_itself_has_labels(root: Path) -> None:
+    """Its column ``annotation``, as of annotated slides; tiles without a class are left out."""
+    table = root / "tiles.csv"
+    lines = table.read_text().splitlines()
+    classes = [["tumour", "stroma", ""][i % 3] for i in range(len(lines) - 1)]
+    rows = [f"{lines[0]},annotation", *(f"{line},{name}" for line, name in zip(lines[1:], classes, strict=True))]
+    table.write_text("\n".join(rows))
+    config = KnnConfig(k=[3], folds=3, label="annotation", **HOW)  # type: ignore[arg-type]
+    found = evaluate("knn", [str(root / "features_ours")], table, config)
+    assert found.about["queries"] == sum(map(bool, classes)) and found.about["grouped_by"] == "slides"
+    with pytest.raises(DataError, match="missing class; found"):
+        evaluate("knn", [str(root / "features_ours")], table, KnnConfig(k=[3], label="class", **HOW))  # type: ignore[arg-type]
