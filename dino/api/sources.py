@@ -66,16 +66,25 @@ def open_tiles(config: PatchConfig) -> TileSource:
     """
     root = Root(Path(config.data_dir))
     root.check_held_out()
-    dataset, held_out, warnings = SOURCES[source_of(root, config)](root, config)
+    source = source_of(root, config)
+    dataset, held_out, warnings = SOURCES[source](root, config)
     geometry, slides = root.geometry(), root.slides(dataset.slide_ids)
     if spacings := list(config.sampling.spacing_um):
         known = geometry["spacing_um"] in spacings
         geometry |= {"spacings_um": spacings, "spacing_um": geometry["spacing_um"] if known else spacings[0]}
     groups = build_groups(config.sampling, dataset.ranges, root.status, config.seed)
     split = Split("tiles", groups.samples if groups is not None else len(dataset), len(slides["slide_ids"]), held_out)
-    return TileSource(
-        dataset, split, geometry, slides, [*warnings, *root.unknown_partitions()], groups, describe(groups)
-    )
+    notes = [*_reading(source, config.sampling), *describe(groups)]
+    return TileSource(dataset, split, geometry, slides, [*warnings, *root.unknown_partitions()], groups, notes)
+
+
+def _reading(source: str, sampling: SamplingConfig) -> list[str]:
+    """A line on where and how tiles are read, if not from tile files."""
+    if source == FILES:
+        return []
+    shifted = f", shifted by up to {sampling.jitter_px} px" if sampling.jitter_px else ""
+    spacings = " or ".join(f"{spacing:g}" for spacing in sampling.spacing_um)
+    return [f"tiles are read from {source}{shifted}" + (f", at {spacings} µm/px" if spacings else "")]
 
 
 def source_of(root: Root, config: PatchConfig) -> str:

@@ -59,8 +59,11 @@ def quarantine(run: Path) -> dict[str, str]:
         return {row["path"]: row["reason"] for row in csv.DictReader(file)}
 
 
-def test_a_run_on_slides_is_judged_exported_and_records_what_it_read(root: Path, tmp_path: Path) -> None:
+def test_a_run_on_slides_is_judged_exported_and_records_what_it_read(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     summary = pretrain(settings(root, tmp_path / "run"))
+    assert "tiles are read from slides, shifted by up to 12 px, at 0.5 or 1 µm/px" in capsys.readouterr().out
     assert summary.state == "finished" and summary.numbers["bad_files"] == 0
     saved = last(tmp_path / "run")
     assert saved["geometry"]["spacings_um"] == [0.5, 1.0] and saved["geometry"]["tile_size_px"] == 32
