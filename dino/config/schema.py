@@ -391,6 +391,10 @@ class TileConfig:
     )
     roi_exclude: list[str] = identity([], "classes of annotations inside which none are cut, also of included ones")
     min_roi: float = identity(0.5, "minimum fraction of a tile or region inside roi_include and outside roi_exclude")
+    reader: str = identity(
+        "openslide",
+        "library that decodes tiles: openslide, or fastslide (faster, other pixels; not for damaged slides)",
+    )
     storage: str = identity(
         "jpeg", "jpeg (one file per tile), tar or parquet (one file per slide), or none (coordinates only)"
     )

@@ -141,7 +141,8 @@ def find_inputs(root: Path, config: ExtractConfig, loaded: LoadedBackbone) -> In
 
 def _tiled(root: Path, config: ExtractConfig, loaded: LoadedBackbone) -> PixelSource:
     """The source of a ROOT that ``dino tile`` wrote."""
-    geometry = read_tiling(root).geometry
+    tiling = read_tiling(root)
+    geometry = tiling.geometry
     trained, found = loaded.spacings_um, geometry.spacing_um
     if trained and all(abs(spacing - found) > geometry.tolerance * spacing for spacing in trained):
         known = " or ".join(f"{spacing:g}" for spacing in trained)
@@ -155,5 +156,5 @@ def _tiled(root: Path, config: ExtractConfig, loaded: LoadedBackbone) -> PixelSo
             f"{geometry.tile_size_px} px"
         )
     status = read_status(root) if (root / STATUS_TABLE).exists() else {}
-    slides = TiledSlides(geometry, status, slide_paths(config.slides))
+    slides = TiledSlides(geometry, status, slide_paths(config.slides), tiling.reader)
     return PixelSource(root, geometry.tile_size_px, slides)

@@ -118,7 +118,7 @@ def _read_pairs(root: Path, tiles: list[TileRecord], seed: int) -> Iterator[tupl
     with progress.bar("self-retrieval", len(tiles)) as bar:
         for slide in dict.fromkeys(tile.slide_id for tile in tiles):
             row = status[slide]
-            with SlideReader(row.image_path, tiling.geometry, spacing_at_level_0=row.spacing_um) as reader:
+            with SlideReader(row.image_path, tiling.geometry, row.spacing_um, reader=tiling.reader) as reader:
                 for index, tile in ((i, t) for i, t in enumerate(tiles) if t.slide_id == slide):
                     shift = math.floor(SHIFT * tile.step_lv0)
                     width, height = reader.lattice.slide_size

@@ -50,7 +50,7 @@ class TiledRoot:
     def __init__(self, path: Path, moved: str | None = None) -> None:
         self.path = path
         self.tiling, self.tiles, self.regions = read_tiling(path), read_slide_tiles(path), read_regions(path)
-        self.slides = TiledSlides(self.tiling.geometry, read_status(path), slide_paths(moved))
+        self.slides = TiledSlides(self.tiling.geometry, read_status(path), slide_paths(moved), self.tiling.reader)
 
     def data(self) -> RootData:
         """What the tables record of all slides."""

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dino.environment import import_extra
 from dino.errors import DataError
-from dino.slides.lattice import Geometry, Pyramid, plan_lattice
+from dino.slides.lattice import Geometry, Lattice, Pyramid, plan_lattice
 
 BACKEND = "openslide"
+READERS = ("openslide", "fastslide")
 RESAMPLER = "PIL bilinear"
 
 
@@ -21,8 +23,9 @@ class SlideReader:
     """One open slide and its lattice.
 
     Cells are read one by one through hs2p's openslide reader, and resampled (where the slide has no level of the
-    requested spacing) by Pillow's antialiased bilinear filter, exactly as hs2p's own tile writer does.
-    openslide supports reading from several threads.
+    requested spacing) by Pillow's antialiased bilinear filter, exactly as hs2p's own tile writer does. With
+    ``reader="fastslide"`` their pixels are decoded by fastslide; metadata and whole levels are openslide's. Both can
+    be read from several threads.
 
     Attributes:
         path: The slide's file.
@@ -38,6 +41,9 @@ class SlideReader:
         geometry: Geometry,
         spacing_at_level_0: float | None = None,
         spacing_if_missing: float | None = None,
+        *,
+        reader: str = BACKEND,
+        cache_mb: float | None = None,
     ) -> None:
         """Open a slide.
 
@@ -46,9 +52,12 @@ class SlideReader:
             geometry: Requested lattice.
             spacing_at_level_0: Spacing in µm per px that overrides the slide's metadata.
             spacing_if_missing: Spacing for a slide whose metadata has none.
+            reader: What decodes cells: ``openslide`` or ``fastslide``.
+            cache_mb: Memory for decoded parts of the slide in MB; None for the library's default (openslide: 32).
 
         Raises:
             DataError: If the file is not a slide, has no spacing, or is coarser than the requested spacing.
+            ConfigError: If ``reader`` is not installed.
         """
         self.path = path
         properties = _properties(path)
@@ -56,6 +65,7 @@ class SlideReader:
             properties, path.name, given=spacing_at_level_0, fallback=spacing_if_missing
         )
         self.slide = _open(path, self.spacing_um)
+        self._cells: Any = None  # fastslide's handle, where it reads the cells
         try:
             pyramid = Pyramid(
                 spacing_um=self.spacing_um,
@@ -63,6 +73,9 @@ class SlideReader:
                 downsamples=[downsample for downsample, _ in self.slide.level_downsamples],
             )
             self.lattice = plan_lattice(pyramid, geometry, path.name)
+            if cache_mb is not None:
+                _limit_cache(self.slide, cache_mb)
+            self._cells = None if reader == BACKEND else _open_fastslide(path, self.lattice, cache_mb)
         except BaseException:
             self.close()
             raise
@@ -78,12 +91,23 @@ class SlideReader:
         """
         read, size = self.lattice.read_size_px, self.lattice.geometry.tile_size_px
         try:
-            pixels = self.slide.read_region((int(x), int(y)), self.lattice.read_level, (read, read))
+            pixels = self._pixels(int(x), int(y), read)
         except Exception as error:  # openslide and its decoders raise many types
             raise DataError(f"expected pixels at ({x}, {y}) of {self.path}, could not read them: {error}") from None
         if read == size:
             return pixels
         return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
+
+    def _pixels(self, x: int, y: int, side: int) -> np.ndarray:
+        """``side`` px of the level that cells are read from, uint8 RGB."""
+        level = self.lattice.read_level
+        if self._cells is None:
+            return self.slide.read_region((x, y), level, (side, side))
+        place = round(x / self.lattice.read_downsample), round(y / self.lattice.read_downsample)
+        pixels = np.array(self._cells.read_region(place, level, (side, side)).numpy())  # a copy: the view has no owner
+        if pixels.shape != (side, side, 3) or pixels.dtype != np.uint8:
+            raise ValueError(f"{pixels.dtype} pixels of shape {pixels.shape} instead of 8-bit RGB")
+        return pixels
 
     def thumbnail(self, max_side_px: int) -> np.ndarray:
         """The whole slide, uint8 RGB ``(h, w, 3)``, its longer side at most ``max_side_px``."""
@@ -92,6 +116,8 @@ class SlideReader:
     def close(self) -> None:
         """Close the file."""
         self.slide.close()
+        if self._cells is not None:
+            self._cells.close()
 
     def __enter__(self) -> "SlideReader":
         """The reader itself."""
@@ -169,3 +195,28 @@ def _open(path: Path, spacing_um: float) -> Any:
         # hs2p warns where the given spacing differs from the metadata, which is intended here.
         warnings.filterwarnings("ignore", message="Slide spacing override conflict", category=UserWarning)
         return open_slide(path, BACKEND, spacing_override=spacing_um)
+
+
+def _limit_cache(slide: Any, megabytes: float) -> None:
+    """Give a slide of hs2p an openslide cache of its own."""
+    import openslide
+
+    slide._slide.set_cache(openslide.OpenSlideCache(round(megabytes * 1e6)))  # hs2p has no public way to the handle
+
+
+def _open_fastslide(path: Path, lattice: Lattice, cache_mb: float | None) -> Any:
+    fastslide = import_extra("fastslide", "reader=fastslide", "fastslide")
+    try:
+        slide = fastslide.FastSlide.from_file_path(path, cache=None if cache_mb is None else round(cache_mb * 1e6))
+        found = [tuple(size) for size in slide.level_dimensions]
+    except Exception as error:  # fastslide has no types of its own
+        raise DataError(
+            f"expected a slide that fastslide can read, found {path}: {error}; use reader=openslide"
+        ) from None
+    if lattice.read_level >= len(found) or found[lattice.read_level] != lattice.level_size:
+        slide.close()
+        raise DataError(
+            f"expected level {lattice.read_level} with {lattice.level_size[0]} x {lattice.level_size[1]} px in {path}, "
+            f"as openslide has it, found levels of {found} px in fastslide; use reader=openslide"
+        )
+    return slide

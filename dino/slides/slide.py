@@ -15,7 +15,7 @@ from dino.errors import ConfigError, DinoError
 from dino.slides import parts, storage, tables
 from dino.slides.annotations import Annotations, check_roi_settings, has_roi, read_annotations
 from dino.slides.lattice import Geometry
-from dino.slides.reader import SlideReader
+from dino.slides.reader import BACKEND, READERS, SlideReader
 from dino.slides.slide_list import SlideRecord
 from dino.slides.tables import RegionRecord, SlideStatus, TileRecord
 from dino.slides.tissue import check_tissue_settings, find_tissue, passes_qc, tissue_fractions
@@ -33,6 +33,12 @@ def check_settings(config: TileConfig) -> None:
     spacing = config.spacing_at_level_0
     for name, good, rule in (
         ("storage", config.storage in storage.STORAGES, f"one of {', '.join(storage.STORAGES)}"),
+        ("reader", config.reader in READERS, f"one of {', '.join(READERS)}"),
+        (
+            "reader",
+            config.storage != "tar" or config.reader == BACKEND,
+            f"{BACKEND} with storage=tar, which hs2p writes",
+        ),
         ("jpeg_quality", 1 <= config.jpeg_quality <= 100, "a number from 1 to 100"),
         ("max_tiles_per_slide", config.max_tiles_per_slide >= 0, "0 (all) or more"),
         ("spacing_at_level_0", spacing is None or spacing > 0, "a positive number of µm per px"),
@@ -293,7 +299,8 @@ def _regions(reader: SlideReader, record: SlideRecord, survey: Survey) -> list[R
 
 
 def _open(record: SlideRecord, config: TileConfig) -> SlideReader:
-    return SlideReader(record.image_path, Geometry.of(config), record.spacing_at_level_0, config.spacing_at_level_0)
+    spacings = record.spacing_at_level_0, config.spacing_at_level_0
+    return SlideReader(record.image_path, Geometry.of(config), *spacings, reader=config.reader)
 
 
 def _sha256(path: Path) -> str | None:

@@ -124,6 +124,11 @@ class Tiling:
     settings: dict[str, Any]
     content: dict[str, Any]
 
+    @property
+    def reader(self) -> str:
+        """What decoded the tiles; earlier versions had openslide only."""
+        return str(self.settings.get("reader", BACKEND))
+
 
 def tile_path(slide_id: str, x: int, y: int) -> Path:
     """Path of a tile's JPEG, relative to ROOT."""

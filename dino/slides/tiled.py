@@ -7,7 +7,7 @@ from pathlib import Path
 from dino import progress
 from dino.errors import DataError
 from dino.slides.lattice import Geometry
-from dino.slides.reader import SlideReader
+from dino.slides.reader import BACKEND, SlideReader
 from dino.slides.slide_list import read_slide_list
 from dino.slides.tables import SlideStatus
 
@@ -20,11 +20,15 @@ class TiledSlides:
         geometry: How they were tiled.
         status: Status of each in ``slides_status.csv``.
         moved: Current paths of slides that were moved.
+        reader: What decoded their tiles, and decodes them again.
+        cache_mb: Memory of each open slide for decoded parts of it; None for the library's default.
     """
 
     geometry: Geometry
     status: Mapping[str, SlideStatus] = field(default_factory=dict)
     moved: Mapping[str, Path] = field(default_factory=dict)
+    reader: str = BACKEND
+    cache_mb: float | None = None
 
     def path(self, slide_id: str) -> Path | None:
         """A slide's file, None if it does not exist."""
@@ -61,7 +65,7 @@ class TiledSlides:
             raise DataError(
                 f"expected the slide's file{recorded}, found none; pass the current folder of the slides: slides=FOLDER"
             )
-        reader = SlideReader(path, self.geometry, spacing_at_level_0=status.spacing_um)
+        reader = self._opened(path, self.geometry, status.spacing_um)
         size, step = tuple(reader.lattice.slide_size), reader.lattice.step_lv0
         if size != (status.width, status.height) or step != step_lv0:
             reader.close()
@@ -72,7 +76,10 @@ class TiledSlides:
         if spacing_um is None or spacing_um == self.geometry.spacing_um:
             return reader
         reader.close()
-        return SlideReader(path, replace(self.geometry, spacing_um=spacing_um), spacing_at_level_0=status.spacing_um)
+        return self._opened(path, replace(self.geometry, spacing_um=spacing_um), status.spacing_um)
+
+    def _opened(self, path: Path, geometry: Geometry, spacing_at_level_0: float | None) -> SlideReader:
+        return SlideReader(path, geometry, spacing_at_level_0, reader=self.reader, cache_mb=self.cache_mb)
 
 
 def slide_paths(moved: str | None) -> dict[str, Path]:

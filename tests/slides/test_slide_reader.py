@@ -1,6 +1,8 @@
 """Pixels of cells: independent of how they are read, and at the right position."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from painted_slide import coordinates, halved, noise, write_slide
 from PIL import Image
 
-from dino.errors import DataError
+from dino.errors import ConfigError, DataError
 from dino.slides import sample_slide
 from dino.slides.lattice import Geometry
 from dino.slides.reader import SlideReader, spacing_of
@@ -104,3 +106,52 @@ def test_files_that_are_not_slides(tmp_path: Path) -> None:
     for path in (text, tmp_path / "absent.svs"):
         with pytest.raises(DataError, match=path.name):
             SlideReader(path, Geometry())
+
+
+@pytest.mark.parametrize("cache_mb", [0.0, 0.5, 100.0])
+def test_the_cache_changes_no_pixel(slide: Path, cache_mb: float) -> None:
+    geometry = Geometry(spacing_um=0.7, tile_size_px=32)
+    with SlideReader(slide, geometry) as plain, SlideReader(slide, geometry, cache_mb=cache_mb) as reader:
+        for x, y in plain.lattice.tile_origins().tolist():
+            np.testing.assert_array_equal(reader.read_cell(x, y), plain.read_cell(x, y))
+
+
+@pytest.mark.slow
+def test_a_small_cache_bounds_the_memory_of_a_slide(tmp_path: Path) -> None:
+    """A slide of 34 MB (at 4 bytes per px) is read completely, by a process of its own for each cache."""
+    path = write_slide(tmp_path / "large.tiff", [np.full((2944, 2944, 3), 7, np.uint8)])
+    program = f"""
+from pathlib import Path
+from dino.slides.lattice import Geometry
+from dino.slides.reader import SlideReader
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+with SlideReader(Path({str(path)!r}), Geometry(tile_size_px=256), cache_mb=CACHE) as reader:
+    origins = reader.lattice.tile_origins().tolist()
+    reader.read_cell(*origins[0])
+    before = resident()
+    for x, y in origins:
+        reader.read_cell(x, y)
+    print(resident() - before)
+"""
+    grown = {}
+    for cache in (1, 100):
+        command = [sys.executable, "-c", program.replace("CACHE", str(cache))]
+        grown[cache] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert grown[1] < 10 and grown[100] > grown[1] + 20
+
+
+def test_fastslide_is_close_to_openslide_on_a_real_slide() -> None:
+    pytest.importorskip("fastslide")
+    with (
+        SlideReader(sample_slide(), Geometry()) as plain,
+        SlideReader(sample_slide(), Geometry(), reader="fastslide") as f,
+    ):
+        for x, y in plain.lattice.tile_origins().tolist()[::17]:
+            np.testing.assert_allclose(f.read_cell(x, y).astype(int), plain.read_cell(x, y).astype(int), atol=2)
+
+
+def test_without_fastslide_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastslide", None)
+    with pytest.raises(ConfigError, match=r"histodino\[fastslide\]"):
+        SlideReader(sample_slide(), Geometry(), reader="fastslide")
