@@ -109,6 +109,24 @@ def open_bag(path: Path) -> Bag:
     return bag
 
 
+def map_features(bag: Bag) -> np.ndarray:
+    """The features of a bag as an array ``(N, D)``, memory-mapped where the file stores them in one piece.
+
+    Files of this package do; the compressed ones of other packages are read.
+
+    Raises:
+        DataError: If the file has changed or is damaged.
+    """
+    if bag.path.suffix != ".h5":
+        return bag.features[:]
+    with _h5(bag.path) as file:
+        stored = file["features"]
+        offset = stored.id.get_offset()
+        if offset is None or not stored.size:
+            return bag.features[:]
+        return np.memmap(bag.path, stored.dtype, "r", offset, bag.features.shape)
+
+
 def find_bags(folder: Path) -> dict[str, Path]:
     """The feature files of a folder by slide, the stem of their names.
 

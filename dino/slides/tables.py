@@ -1,6 +1,7 @@
 """Reads and writes the tables under ROOT: tiles.csv, regions.csv, slides_status.csv and tiling.json."""
 
 import csv
+import sys
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -206,28 +207,45 @@ def read_tile_spacings(root: Path) -> dict[str, float]:
 
 @dataclass(frozen=True, eq=False)
 class SlideTiles:
-    """The tiles of one slide: level-0 ``coords`` (N, 2) int64 in the order of tiles.csv, footprint, actual spacing."""
+    """The tiles of one slide: level-0 ``coords`` (N, 2) int64 in the order of tiles.csv, footprint, actual spacing.
+
+    ``tissue`` is their tissue fraction, float32 (N,), and ``annotations`` their classes of annotations, empty if no
+    slide has any.
+    """
 
     slide_id: str
     coords: np.ndarray
     step_lv0: int
     spacing_um: float
+    tissue: np.ndarray
+    annotations: Sequence[str] = ()
 
 
 def read_slide_tiles(root: Path) -> dict[str, SlideTiles]:
-    """The tiles of each slide that has any, in 16 bytes of memory per tile.
+    """The tiles of each slide that has any, in 20 bytes of memory per tile (28 where they are annotated).
 
     Raises:
         DataError: If ROOT/tiles.csv is absent or damaged.
     """
     places: dict[str, array[int]] = defaultdict(partial(array, "q"))
+    tissue: dict[str, array[float]] = defaultdict(partial(array, "f"))
+    classes: dict[str, list[str]] = defaultdict(list)
     first: dict[str, TileRecord] = {}
     for tile in _rows(root / TILES_TABLE, TILE_COLUMNS, _tile):
         places[tile.slide_id].extend((tile.x, tile.y))
+        tissue[tile.slide_id].append(tile.tissue)
+        classes[tile.slide_id].append(sys.intern(tile.annotation))
         first.setdefault(tile.slide_id, tile)
     return {
-        slide: SlideTiles(slide, np.array(values, np.int64).reshape(-1, 2), tile.step_lv0, tile.spacing_um)
-        for (slide, tile), values in zip(first.items(), places.values(), strict=True)
+        slide: SlideTiles(
+            slide,
+            np.array(places[slide], np.int64).reshape(-1, 2),
+            tile.step_lv0,
+            tile.spacing_um,
+            np.array(tissue[slide], np.float32),
+            classes[slide] if any(classes[slide]) else (),
+        )
+        for slide, tile in first.items()
     }
 
 

@@ -1,0 +1,95 @@
+"""Features as colours that compare between slides: principal components and clusters, fitted over many slides."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+LOW, HIGH = 2.0, 98.0  # percentiles of a component that become 0 and 255, so that outliers do not determine the range
+SEED = 0  # of k-means
+
+# Distinct on pink tissue, and for most people with a colour vision deficiency (Okabe & Ito 2008, then Tol's "bright").
+PALETTE = (
+    *((0, 114, 178), (230, 159, 0), (0, 158, 115), (240, 228, 66), (86, 180, 233), (213, 94, 0), (204, 121, 167)),
+    *((102, 204, 238), (34, 136, 51), (204, 187, 68), (170, 51, 119), (68, 119, 170), (187, 187, 187), (102, 37, 6)),
+    *((0, 68, 27), (63, 0, 125)),
+)
+
+
+@dataclass(frozen=True)
+class ColourBasis:
+    """Principal components of unit-length features, and the range of each.
+
+    Attributes:
+        mean: ``(D,)`` float32.
+        components: ``(D, 3)`` float32.
+        low: ``(3,)``, becomes 0.
+        high: ``(3,)``, becomes 255.
+    """
+
+    mean: np.ndarray
+    components: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    @classmethod
+    def fit(cls, unit: np.ndarray) -> "ColourBasis":
+        """Fit to unit-length rows ``(n, D)`` of all slides.
+
+        The sign of a component is arbitrary; the one with a positive third moment is used, so that the same features
+        get the same colours.
+        """
+        mean = unit.mean(0)
+        centred = (unit - mean).astype(np.float64)
+        _, vectors = np.linalg.eigh(centred.T @ centred)  # ascending
+        components = np.zeros((unit.shape[1], 3))
+        found = min(3, unit.shape[1])
+        components[:, :found] = vectors[:, ::-1][:, :found]
+        scores = centred @ components  # (n, 3)
+        components *= np.where((scores**3).sum(0) < 0, -1.0, 1.0)
+        low, high = np.percentile(centred @ components, [LOW, HIGH], axis=0)
+        return cls(mean.astype(np.float32), components.astype(np.float32), low, high)
+
+    def rgb(self, unit: np.ndarray) -> np.ndarray:
+        """Colours of unit-length rows: uint8 ``(n, 3)``; 128 in a component without variance."""
+        scores = (unit - self.mean) @ self.components
+        constant = self.high - self.low < 1e-9
+        scaled = np.clip((scores - self.low) / np.where(constant, 1.0, self.high - self.low), 0.0, 1.0)
+        return np.round(255 * np.where(constant, 0.5, scaled)).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """k-means of unit-length features; cluster 0 has the most tiles of those it was fitted to.
+
+    Attributes:
+        centres: ``(k, D)`` float32.
+    """
+
+    centres: np.ndarray
+
+    @classmethod
+    def fit(cls, unit: np.ndarray, count: int) -> "Clusters":
+        """Fit ``count`` clusters, or as many as there are rows, to unit-length rows ``(n, D)``."""
+        from sklearn.cluster import KMeans
+
+        count = min(count, len(np.unique(unit, axis=0)))
+        fitted = KMeans(count, n_init=4, random_state=SEED).fit(unit)
+        order = np.argsort(-np.bincount(fitted.labels_, minlength=count), kind="stable")
+        return cls(fitted.cluster_centers_[order].astype(np.float32))
+
+    def __len__(self) -> int:
+        return len(self.centres)
+
+    def assign(self, unit: np.ndarray) -> np.ndarray:
+        """The nearest centre of each row, int64 ``(n,)``."""
+        return self.distances(unit).argmin(1)
+
+    def distances(self, unit: np.ndarray) -> np.ndarray:
+        """Squared distance to each centre, up to the constant of unit length: ``(n, k)``."""
+        return (self.centres**2).sum(1) - 2 * (unit @ self.centres.T)
+
+    @property
+    def colours(self) -> Sequence[tuple[int, int, int]]:
+        """RGB of each cluster."""
+        return [PALETTE[i % len(PALETTE)] for i in range(len(self))]

@@ -1,0 +1,234 @@
+"""Features of all tiles of a ROOT, memory-mapped: colours, clusters, similarity to a tile, nearest neighbours."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+
+from dino.data.bags import find_bags, map_features, open_bag
+from dino.errors import DataError
+from dino.extraction.folders import tile_folder
+from dino.viewer.catalogue import Catalogue
+from dino.viewer.colours import Clusters, ColourBasis
+
+FITTED_ROWS = 20_000  # tiles that colours and clusters are fitted to, evenly from all slides
+BLOCK_ROWS = 65_536  # rows that are converted to float32 at a time
+EXAMPLES = 16  # tiles that show a cluster
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class SlideFeatures:
+    """The features of one slide.
+
+    Attributes:
+        rows: ``(n, D)`` float16 or float32, memory-mapped.
+        tile_of_row: ``(n,)`` index in tiles.csv of the tile of each row, -1 for a tile that is not listed there.
+    """
+
+    rows: np.ndarray
+    tile_of_row: np.ndarray
+
+    @cached_property
+    def norms(self) -> np.ndarray:
+        """Length of each row, ``(n,)`` float32; a row of zeros has length 1."""
+        lengths = [np.linalg.norm(block, axis=1) for block in self.blocks()]
+        norms = np.concatenate([*lengths, np.zeros(0, np.float32)])
+        return np.where(norms == 0, 1, norms).astype(np.float32)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All rows as float32, block by block."""
+        for start in range(0, len(self.rows), BLOCK_ROWS):
+            yield np.asarray(self.rows[start : start + BLOCK_ROWS], np.float32)
+
+    def unit(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Rows of unit length, float32."""
+        values = np.asarray(self.rows[rows], np.float32)
+        lengths = np.linalg.norm(values, axis=1, keepdims=True)
+        return np.nan_to_num(values / np.where(lengths == 0, 1, lengths))
+
+    def similarity(self, query: np.ndarray) -> np.ndarray:
+        """Cosine similarity of each row to a unit-length vector, ``(n,)`` float32."""
+        products = [block @ query for block in self.blocks()]
+        return np.nan_to_num(np.concatenate([*products, np.zeros(0, np.float32)]) / self.norms, nan=-1.0)
+
+    def by_tile(self, values: np.ndarray, count: int, absent: float | int) -> np.ndarray:
+        """Values of rows ``(n, ...)`` in the order of tiles.csv, ``(count, ...)``; ``absent`` where there is no row."""
+        listed = self.tile_of_row >= 0
+        result = np.full((count, *values.shape[1:]), absent, values.dtype)
+        result[self.tile_of_row[listed]] = values[listed]
+        return result
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A tile that is similar to another one: its slide, its index in the slide's tiles, the cosine similarity."""
+
+    slide_id: str
+    tile: int
+    similarity: float
+
+
+class EncoderFeatures:
+    """The features of one encoder; all methods may be called from several threads.
+
+    Args:
+        catalogue: The ROOT.
+        encoder: Name of the encoder.
+        clusters: Number of clusters.
+
+    Raises:
+        DataError: If there are none of slides of this ROOT.
+    """
+
+    def __init__(self, catalogue: Catalogue, encoder: str, clusters: int) -> None:
+        self._catalogue, self.encoder, self._count = catalogue, encoder, clusters
+        folder = tile_folder(catalogue.root, encoder)
+        self._paths = {slide: path for slide, path in find_bags(folder).items() if slide in catalogue.tiles}
+        if not self._paths:
+            raise DataError(f"expected features of the slides of {catalogue.root} in {folder}, found none of them")
+        self._slides: dict[str, SlideFeatures] = {}
+        self._made: dict[str, object] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def slide_ids(self) -> Sequence[str]:
+        """Slides with features."""
+        return list(self._paths)
+
+    def slide(self, slide_id: str) -> SlideFeatures:
+        """The features of a slide.
+
+        Raises:
+            DataError: If there are none, or their file is damaged.
+        """
+        with self._lock:
+            if slide_id not in self._slides:
+                self._slides[slide_id] = self._map(slide_id)
+            return self._slides[slide_id]
+
+    @property
+    def basis(self) -> ColourBasis:
+        """Colours, fitted over all slides."""
+        return self._once("basis", lambda: ColourBasis.fit(self._sample()))
+
+    @property
+    def clusters(self) -> Clusters:
+        """Clusters, fitted over all slides."""
+        return self._once("clusters", lambda: Clusters.fit(self._sample(), self._count))
+
+    def rgb(self, slide_id: str) -> np.ndarray:
+        """Colours of the tiles of a slide, int64 ``(N, 3)``; -1 for tiles without features."""
+        features = self.slide(slide_id)
+        return self._by_tile(slide_id, self.basis.rgb(features.unit()).astype(np.int64), -1)
+
+    def cluster(self, slide_id: str) -> np.ndarray:
+        """Cluster of the tiles of a slide, int64 ``(N,)``; -1 for tiles without features."""
+        return self._by_tile(slide_id, self.clusters.assign(self.slide(slide_id).unit()), -1)
+
+    def similarity(self, slide_id: str, query: np.ndarray) -> np.ndarray:
+        """Cosine similarity of the tiles of a slide to a unit-length vector, float32 ``(N,)``; NaN without features."""
+        return self._by_tile(slide_id, self.slide(slide_id).similarity(query), np.nan)
+
+    def vector(self, slide_id: str, tile: int) -> np.ndarray:
+        """The unit-length features of a tile, ``(D,)`` float32.
+
+        Raises:
+            DataError: If it has none.
+        """
+        features = self.slide(slide_id)
+        found = np.flatnonzero(features.tile_of_row == tile)
+        if not len(found):
+            raise DataError(f"expected features of this tile from {self.encoder}, found none; extract the slide again")
+        return features.unit(found[:1])[0]
+
+    def neighbours(self, slide_id: str, tile: int, count: int, others: bool = True) -> list[Neighbour]:
+        """The tiles most similar to a tile, by exact search through all of them.
+
+        Args:
+            slide_id: Its slide.
+            tile: Its index in the slide's tiles.
+            count: Number of neighbours.
+            others: Only tiles of other patients (of other slides, where patients are not recorded).
+
+        Returns:
+            The most similar first.
+        """
+        query, patient = self.vector(slide_id, tile), self._catalogue.patient(slide_id)
+        found: list[Neighbour] = []
+        for other in self._paths:
+            if others and self._catalogue.patient(other) == patient:
+                continue
+            features = self.slide(other)
+            similarity = np.where(features.tile_of_row < 0, -np.inf, features.similarity(query))
+            if other == slide_id:
+                similarity[features.tile_of_row == tile] = -np.inf
+            best = np.argpartition(-similarity, min(count, len(similarity) - 1))[:count]
+            found += [Neighbour(other, int(features.tile_of_row[i]), float(similarity[i])) for i in best]
+            found = sorted(found, key=lambda one: -one.similarity)[:count]
+        return [one for one in found if np.isfinite(one.similarity)]
+
+    def examples(self) -> list[list[tuple[str, int]]]:
+        """Typical tiles of each cluster, near its centre, as ``(slide, tile)``; of different patients where possible."""
+        return self._once("examples", self._examples)
+
+    def _examples(self) -> list[list[tuple[str, int]]]:
+        by_slide: list[dict[str, list[tuple[float, int]]]] = [{} for _ in range(len(self.clusters))]
+        for slide_id in self._paths:
+            features = self.slide(slide_id)
+            distances = self.clusters.distances(features.unit())
+            nearest = distances.argmin(1)
+            for cluster in np.unique(nearest):
+                rows = np.flatnonzero((nearest == cluster) & (features.tile_of_row >= 0))
+                rows = rows[np.argsort(distances[rows, cluster])][:EXAMPLES]
+                by_slide[cluster][slide_id] = [
+                    (float(distances[row, cluster]), int(features.tile_of_row[row])) for row in rows
+                ]
+        return [_in_turn(found) for found in by_slide]
+
+    def _by_tile(self, slide_id: str, values: np.ndarray, absent: float) -> np.ndarray:
+        return self.slide(slide_id).by_tile(values, len(self._catalogue.tiles[slide_id].coords), absent)
+
+    def _once(self, name: str, make: Callable[[], Result]) -> Result:
+        with self._lock:
+            if name not in self._made:
+                self._made[name] = make()
+            return self._made[name]  # type: ignore[return-value]
+
+    def _sample(self) -> np.ndarray:
+        """Unit-length rows, as many of each slide, evenly over its rows: ``(n, D)``."""
+
+        def rows() -> np.ndarray:
+            share = max(1, FITTED_ROWS // len(self._paths))
+            parts = []
+            for slide_id in self._paths:
+                features = self.slide(slide_id)
+                count = len(features.rows)
+                parts.append(features.unit(np.unique(np.linspace(0, count - 1, min(share, count)).astype(np.int64))))
+            return np.concatenate(parts)
+
+        return self._once("sample", rows)
+
+    def _map(self, slide_id: str) -> SlideFeatures:
+        if slide_id not in self._paths:
+            raise DataError(f"expected features of slide '{slide_id}' from {self.encoder}, found none; extract it")
+        bag = open_bag(self._paths[slide_id])
+        if bag.coords is None or not len(bag):
+            raise DataError(f"expected features of tiles with coordinates of slide '{slide_id}', found none")
+        known = {(int(x), int(y)): i for i, (x, y) in enumerate(self._catalogue.tiles[slide_id].coords)}
+        tile_of_row = np.array([known.get((int(x), int(y)), -1) for x, y in bag.coords], np.int64)
+        return SlideFeatures(map_features(bag), tile_of_row)
+
+
+def _in_turn(by_slide: dict[str, list[tuple[float, int]]]) -> list[tuple[str, int]]:
+    """The nearest tile of each slide, then the second of each, and so on."""
+    ranked = [
+        (rank, distance, slide, tile)
+        for slide, tiles in by_slide.items()
+        for rank, (distance, tile) in enumerate(tiles)
+    ]
+    return [(slide, tile) for _, _, slide, tile in sorted(ranked)[:EXAMPLES]]
