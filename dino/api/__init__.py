@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dino.api.reporting import report
     from dino.api.results import compare
     from dino.api.tiling import tile
+    from dino.api.viewing import export_geojson, view
 
 __all__ = [
     "compare",
@@ -28,6 +29,7 @@ __all__ = [
     "evaluate_robustness",
     "evaluate_slide",
     "export",
+    "export_geojson",
     "extract",
     "follow_init",
     "info",
@@ -38,6 +40,7 @@ __all__ = [
     "report",
     "resume",
     "tile",
+    "view",
 ]
 
 _MODULES = {
@@ -47,6 +50,7 @@ _MODULES = {
     "evaluate_robustness": "evaluating_robustness",
     "evaluate_slide": "evaluating_slides",
     "export": "exporting",
+    "export_geojson": "viewing",
     "extract": "extracting",
     "follow_init": "initial_weights",
     "info": "exporting",
@@ -57,6 +61,7 @@ _MODULES = {
     "report": "reporting",
     "resume": "pretraining",
     "tile": "tiling",
+    "view": "viewing",
 }
 
 

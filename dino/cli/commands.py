@@ -27,12 +27,14 @@ from dino.config.schema import (
     DemoConfig,
     ExportConfig,
     ExtractConfig,
+    GeojsonConfig,
     InfoConfig,
     LaunchConfig,
     PatchConfig,
     RegionConfig,
     ReportConfig,
     TileConfig,
+    ViewConfig,
 )
 
 # ----------------------------------------------------------------------------------------------------- tile
@@ -217,6 +219,8 @@ def export(arguments: ExportArguments = None, config: ConfigFile = None) -> None
         dino export dino_deitsmall16_pretrain.pth vit_small_dino transform=imagenet
     """
     positional, overrides = split(arguments or [])
+    if positional[:1] == ["geojson"] and len(positional) > 2:
+        raise UsageError(f"expected RUN DIR, found geojson; run `dino geojson {shlex.join(positional[1:])}`")
     source, folder = expect(positional, ["RUN", "DIR"])
     settings = load_config(ExportConfig, file=config, overrides=overrides)
     from dino import api
@@ -330,7 +334,9 @@ SCHEMAS: dict[str, type] = {
     "extract": ExtractConfig,
     **{f"evaluate {name}": schema for name, schema in EVALUATION_CONFIGS.items()},
     "report": ReportConfig,
+    "view": ViewConfig,
     "export": ExportConfig,
+    "geojson": GeojsonConfig,
     "info": InfoConfig,
     "launch slurm": LaunchConfig,
     "demo": DemoConfig,
@@ -340,8 +346,9 @@ SCHEMAS: dict[str, type] = {
 def config(arguments: ConfigArguments = None, config: ConfigFile = None, recipe: StartRecipe = None) -> None:
     """Print all settings of a command with their values and comments, as YAML.
 
-    COMMAND is tile, patch, region, extract, report, export, info, slurm, demo, or an evaluation such as knn. Values
-    that differ from the default are marked. The output can be saved, edited and passed to the command with --config.
+    COMMAND is tile, patch, region, extract, report, view, export, geojson, info, slurm, demo, or an evaluation such as
+    knn. Values that differ from the default are marked. The output can be saved, edited and passed to the command with
+    --config.
 
     For example:
 

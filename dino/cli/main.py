@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from dino import __version__
-from dino.cli import commands, evaluations, reports, runs
+from dino.cli import commands, evaluations, reports, runs, viewing
 from dino.cli.command import Command, ConfigFile
 
 
@@ -21,7 +21,9 @@ class _InOrder(TyperGroup):
             "extract",
             "evaluate",
             "report",
+            "view",
             "export",
+            "geojson",
             "info",
             "resume",
             "replay",
@@ -73,7 +75,9 @@ app.add_typer(evaluation, name="evaluate")
 for name, (command, function) in evaluations.COMMANDS.items():
     evaluation.command(name, cls=command)(function)
 app.command(cls=reports.report_command)(reports.report)
+app.command(cls=viewing.view_command)(viewing.view)
 app.command(cls=commands.export_command)(commands.export)
+app.command(cls=viewing.geojson_command)(viewing.geojson)
 app.command(cls=commands.info_command)(commands.info)
 app.command(cls=runs.resume_command)(runs.resume)
 app.command(cls=Command)(runs.replay)

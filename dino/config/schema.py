@@ -22,6 +22,7 @@ from dino.config.evaluators import (  # noqa: F401 -- a part of this module
     SlideConfig,
 )
 from dino.config.reports import ReportConfig  # noqa: F401 -- a part of this module
+from dino.config.viewing import GeojsonConfig, ViewConfig  # noqa: F401 -- a part of this module
 
 # ---------------------------------------------------------------------------------------------- pretraining
 

@@ -74,9 +74,9 @@ class Clusters:
         from sklearn.cluster import KMeans
 
         count = min(count, len(np.unique(unit, axis=0)))
-        fitted = KMeans(count, n_init=4, random_state=SEED).fit(unit)
-        order = np.argsort(-np.bincount(fitted.labels_, minlength=count), kind="stable")
-        return cls(fitted.cluster_centers_[order].astype(np.float32))
+        fitted = KMeans(count, n_init="auto", random_state=SEED).fit(unit)  # k-means++ from one start
+        sizes = np.bincount(np.asarray(fitted.labels_), minlength=count)
+        return cls(fitted.cluster_centers_[np.argsort(-sizes, kind="stable")].astype(np.float32))
 
     def __len__(self) -> int:
         return len(self.centres)

@@ -173,7 +173,7 @@ class EncoderFeatures:
         return [one for one in found if np.isfinite(one.similarity)]
 
     def examples(self) -> list[list[tuple[str, int]]]:
-        """Typical tiles of each cluster, near its centre, as ``(slide, tile)``; of different patients where possible."""
+        """Typical tiles of each cluster, near its centre, as ``(slide, tile)``; of different slides where possible."""
         return self._once("examples", self._examples)
 
     def _examples(self) -> list[list[tuple[str, int]]]:
@@ -219,9 +219,15 @@ class EncoderFeatures:
         bag = open_bag(self._paths[slide_id])
         if bag.coords is None or not len(bag):
             raise DataError(f"expected features of tiles with coordinates of slide '{slide_id}', found none")
-        known = {(int(x), int(y)): i for i, (x, y) in enumerate(self._catalogue.tiles[slide_id].coords)}
-        tile_of_row = np.array([known.get((int(x), int(y)), -1) for x, y in bag.coords], np.int64)
-        return SlideFeatures(map_features(bag), tile_of_row)
+        return SlideFeatures(map_features(bag), _match(self._catalogue.tiles[slide_id].coords, bag.coords))
+
+
+def _match(listed: np.ndarray, coords: np.ndarray) -> np.ndarray:
+    """Index in ``listed`` (N, 2) of each of ``coords`` (n, 2), -1 for those that are not listed."""
+    if np.array_equal(listed, coords):  # as written by this package
+        return np.arange(len(coords))
+    known = {(x, y): i for i, (x, y) in enumerate(listed.tolist())}
+    return np.array([known.get((x, y), -1) for x, y in coords.tolist()], np.int64)
 
 
 def _in_turn(by_slide: dict[str, list[tuple[float, int]]]) -> list[tuple[str, int]]:

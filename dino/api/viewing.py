@@ -1,0 +1,160 @@
+"""``view``: the live slide viewer, and ``export_geojson``: what it shows, for QuPath."""
+
+import errno
+import json
+import secrets
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from dino import progress
+from dino.config.schema import GeojsonConfig, ViewConfig
+from dino.environment import import_extra
+from dino.errors import ConfigError
+from dino.extraction.folders import encoder_name
+from dino.files import oserror_to_data_error, write_text
+from dino.viewer.catalogue import Catalogue, read_catalogue
+from dino.viewer.features import EncoderFeatures
+from dino.viewer.geojson import CLUSTERS, CONTENTS, feature_collection
+
+EVERYWHERE = ("0.0.0.0", "::")
+OWN = ("127.0.0.1", "localhost", "::1")  # addresses that no other computer can connect to
+MAX_CLUSTERS = 64
+
+
+def view(root: Path, runs: Sequence[str], config: ViewConfig) -> None:
+    """Serve the viewer until it is interrupted.
+
+    Args:
+        root: ROOT of ``dino tile``.
+        runs: Models whose features are offered first: run folders, checkpoints, or names of encoders.
+        config: Settings.
+
+    Raises:
+        DataError: If ROOT cannot be read, none of its slides is there, or it has no features of one of the runs.
+        ConfigError: If a setting is out of range, the address cannot be used, or a package is not installed.
+    """
+    uvicorn = import_extra("uvicorn", "the viewer", "viewer")
+    import_extra("starlette", "the viewer", "viewer")
+    _check(config)
+    catalogue = read_catalogue(root, config.slides)
+    catalogue.check_slides()
+    names = catalogue.chosen_encoders([_encoder(catalogue, run) for run in runs])
+    encoders = {name: EncoderFeatures(catalogue, name, config.clusters) for name in names}
+    if not encoders:
+        progress.say(f"no features of tiles in {root}: only slides, tiles and regions are shown (`dino extract`)")
+    listening = _listen(config.host, config.port)
+    token = config.token or secrets.token_urlsafe(24)
+    app = _guarded(catalogue, encoders, config, token)
+    with listening:
+        progress.say(f"viewer: {_address(config.host, listening)}/?token={token}  (Ctrl-C ends it)")
+        if config.host not in OWN:
+            progress.warn(
+                f"host={config.host}: other computers can connect, and whoever has the address sees all slides"
+            )
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=2, ws="none")
+        )
+        server.run(sockets=[listening])
+
+
+def export_geojson(root: Path, output: Path, config: GeojsonConfig) -> list[Path]:
+    """Write tiles, clusters and regions of each slide as GeoJSON that QuPath 0.5 and later open.
+
+    Args:
+        root: ROOT of ``dino tile``.
+        output: Folder of ``<slide>.geojson``; each is written atomically.
+        config: Settings.
+
+    Returns:
+        The files.
+
+    Raises:
+        DataError: If ROOT cannot be read, the encoder has no features in it, or OUT cannot be written.
+        ConfigError: If a setting is out of range.
+    """
+    unknown = [name for name in config.contents if name not in CONTENTS]
+    if unknown or not config.contents:
+        raise ConfigError(f"expected contents of {', '.join(CONTENTS)}, found {', '.join(unknown) or 'none'}")
+    _check_clusters(config.clusters)
+    catalogue = read_catalogue(root)
+    encoder = _exported_encoder(catalogue, config)
+    written = []
+    with oserror_to_data_error(output), progress.bar("export slides", len(catalogue.tiles)) as bar:
+        for slide_id in catalogue.tiles:
+            content = feature_collection(catalogue, slide_id, config.contents, encoder)
+            write_text(output / f"{slide_id}.geojson", json.dumps(content, allow_nan=False) + "\n")
+            written.append(output / f"{slide_id}.geojson")
+            bar.advance(note=slide_id)
+    progress.say(f"{len(written)} files written to {output}" + (f", clusters of {encoder.encoder}" if encoder else ""))
+    return written
+
+
+def _exported_encoder(catalogue: Catalogue, config: GeojsonConfig) -> EncoderFeatures | None:
+    names = catalogue.chosen_encoders([config.encoder] if config.encoder is not None else [])
+    if config.encoder is None and len(names) > 1:
+        raise ConfigError(
+            f"expected to know whose clusters to export, found features of {', '.join(names)}; pass encoder={names[0]}"
+        )
+    if not names and CLUSTERS in config.contents:
+        progress.say(f"no features of tiles in {catalogue.root}: no clusters are exported (`dino extract`)")
+    return EncoderFeatures(catalogue, names[0], config.clusters) if names else None
+
+
+def _encoder(catalogue: Catalogue, run: str) -> str:
+    """The encoder that is meant: one of that name, or that of a run."""
+    return run if run in catalogue.encoders else encoder_name(run)
+
+
+def _check(config: ViewConfig) -> None:
+    _check_clusters(config.clusters)
+    for name in ("open_slides", "cache_mb", "num_workers"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"expected {name} to be at least 1, found {getattr(config, name)}")
+    if not 0 <= config.port < 2**16:
+        raise ConfigError(f"expected a port from 0 to {2**16 - 1}, found {config.port}")
+    if config.token is not None and (len(config.token) < 8 or not config.token.isascii() or not config.token.isalnum()):
+        raise ConfigError(
+            "expected a token of at least 8 letters and digits, found another one; omit it for a random one"
+        )
+
+
+def _check_clusters(count: int) -> None:
+    if not 2 <= count <= MAX_CLUSTERS:
+        raise ConfigError(f"expected 2 to {MAX_CLUSTERS} clusters, found {count}")
+
+
+def _guarded(catalogue: Catalogue, encoders: dict[str, EncoderFeatures], config: ViewConfig, token: str) -> object:
+    from dino.viewer.guard import LOCAL_HOSTS, Guard
+    from dino.viewer.pixels import SlidePixels
+    from dino.viewer.server import Viewer, build_app
+
+    pixels = SlidePixels(catalogue.slides, config.open_slides, config.cache_mb)
+    viewer = Viewer(catalogue, encoders, pixels, config.annotate, config.num_workers)
+    return Guard(build_app(viewer), token, LOCAL_HOSTS if config.host in OWN else None, config.annotate)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there, so that a port in use is an error before anything is printed."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(512)
+        except OSError:
+            listening.close()
+            raise
+        return listening
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            found, do = "that it is in use", "pass another port=, or port=0 for a free one"
+        else:
+            found, do = error.strerror or str(error), "pass another host= or port="
+        raise ConfigError(f"expected to serve on port {port} of {host}, found {found}; {do}") from None
+
+
+def _address(host: str, listening: socket.socket) -> str:
+    shown = socket.gethostname() if host in EVERYWHERE else f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listening.getsockname()[1]}"

@@ -1,0 +1,29 @@
+"""Settings of the viewer and of the export for QuPath."""
+
+from dataclasses import dataclass
+
+from dino.config.declare import runtime
+
+
+@dataclass
+class ViewConfig:
+    """`dino view`."""
+
+    host: str = runtime("127.0.0.1", "address to serve on; any other than this computer's own lets others connect")
+    port: int = runtime(8765, "port; 0 for any free one")
+    token: str | None = runtime(None, "secret in the address that opens the viewer (null: a random one)")
+    slides: str | None = runtime(None, "folder or slides.csv of the slides, if they were moved after tiling")
+    clusters: int = runtime(10, "number of clusters of the tiles' features, over all slides")
+    open_slides: int = runtime(16, "maximum number of slides that are open at once")
+    cache_mb: int = runtime(128, "maximum size of decoded and of encoded pictures in memory, in MB each")
+    num_workers: int = runtime(8, "threads that read slides and features")
+    annotate: bool = runtime(False, "let the page save selected tiles to ROOT/annotations (false: nothing is written)")
+
+
+@dataclass
+class GeojsonConfig:
+    """`dino geojson`."""
+
+    encoder: str | None = runtime(None, "encoder whose clusters are exported (null: the only one)")
+    contents: list[str] = runtime(["clusters", "tiles", "regions"], "what is exported: tiles, clusters, regions")
+    clusters: int = runtime(10, "number of clusters of the tiles' features, over all slides")

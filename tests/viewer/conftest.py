@@ -1,0 +1,68 @@
+"""A ROOT of three painted slides of two patients, with features, and the viewer of it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dino.config.load import load_config
+from dino.config.schema import TileConfig
+from dino.extraction import tile_files
+from dino.slides.tables import read_slide_tiles
+from tests import painted_slide
+
+HOSTILE = "<img src=x onerror=alert(1)>&\"'"  # a slide id can be this
+PATIENTS = {"one": "P1", "two": "P1", HOSTILE: "P2"}
+DIM = 8
+UNIT = 4  # px per step of red and green
+
+
+def write_features(root: Path, encoder: str, seed: int = 0) -> dict[str, np.ndarray]:
+    """Features of all tiles that differ from each other, in the files that `dino extract` writes."""
+    rng = np.random.default_rng(seed)
+    (root / f"features_{encoder}").mkdir()
+    written = {}
+    for slide_id, tiles in read_slide_tiles(root).items():
+        import torch
+
+        rows = rng.normal(size=(len(tiles.coords), DIM)).astype(np.float32)
+        path = root / f"features_{encoder}" / f"{slide_id}.h5"
+        with tile_files.create(path, tiles.coords, tile_files.Layout(DIM), {}, {}) as file:
+            file.write(np.arange(len(rows)), torch.from_numpy(rows))
+        written[slide_id] = rows
+    return written
+
+
+@pytest.fixture(scope="session")
+def painted(tmp_path_factory) -> Path:
+    """The ROOT, without features."""
+    from dino import api
+
+    folder = tmp_path_factory.mktemp("viewer")
+    lines = ["sample_id,image_path,patient_id"]
+    for number, (slide_id, patient) in enumerate(PATIENTS.items()):
+        pixels = painted_slide.coordinates(700 + 64 * number, 640, UNIT)
+        levels = [pixels, pixels[::4, ::4]]
+        painted_slide.write_slide(folder / "slides" / f"{number}.tif", levels)
+        quoted = slide_id.replace('"', '""')
+        lines.append(f'"{quoted}",slides/{number}.tif,{patient}')
+    (folder / "slides.csv").write_text("\n".join(lines) + "\n")
+    settings = load_config(
+        TileConfig, overrides={"tile_size_px": 64, "region_size_px": 256, "storage": "none", "previews": False}
+    )
+    assert api.tile([folder / "slides.csv"], folder / "root", settings).exit_code == 0
+    return folder / "root"
+
+
+@pytest.fixture(scope="session")
+def features(painted) -> dict[str, np.ndarray]:
+    """The features of encoder "random", written into the ROOT."""
+    return write_features(painted, "random")
+
+
+@pytest.fixture(scope="session")
+def catalogue(painted, features):
+    """The tables of the ROOT with features."""
+    from dino.viewer.catalogue import read_catalogue
+
+    return read_catalogue(painted)

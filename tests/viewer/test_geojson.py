@@ -1,0 +1,123 @@
+"""The GeoJSON for QuPath: its published structure, and areas that agree with the tables."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import shapely
+
+from dino import api
+from dino.config.load import load_config
+from dino.config.schema import GeojsonConfig
+from dino.errors import ConfigError, DataError
+from tests.viewer.conftest import PATIENTS
+
+
+def _export(root, output, **settings):
+    return api.export_geojson(root, output, load_config(GeojsonConfig, overrides=settings))
+
+
+@pytest.fixture(scope="module")
+def exported(painted, features, tmp_path_factory):
+    output = tmp_path_factory.mktemp("qupath")
+    paths = _export(painted, output, encoder="random", clusters=4)
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def _by_kind(collection, prefix):
+    return [one for one in collection["features"] if one["properties"]["classification"]["name"].startswith(prefix)]
+
+
+def test_one_file_per_slide(exported):
+    assert exported.keys() == PATIENTS.keys()
+
+
+def test_structure_is_that_of_rfc_7946_and_of_qupath(exported):
+    """RFC 7946, sections 3.1.6 and 3.3; objectType, classification and measurements as QuPath writes them."""
+    for collection in exported.values():
+        assert collection["type"] == "FeatureCollection"
+        ids = [one["id"] for one in collection["features"]]
+        assert len(ids) == len(set(ids))
+        for one in collection["features"]:
+            assert one["type"] == "Feature"
+            assert one["geometry"]["type"] in ("Polygon", "MultiPolygon")
+            polygons = one["geometry"]["coordinates"]
+            for polygon in [polygons] if one["geometry"]["type"] == "Polygon" else polygons:
+                for ring in polygon:
+                    assert len(ring) >= 4 and ring[0] == ring[-1]
+                    assert all(len(position) == 2 for position in ring)
+            assert shapely.from_geojson(json.dumps(one["geometry"])).is_valid
+            properties = one["properties"]
+            assert properties["objectType"] in ("annotation", "tile")
+            colour = properties["classification"]["color"]
+            assert len(colour) == 3 and all(isinstance(c, int) and 0 <= c <= 255 for c in colour)
+            assert all(isinstance(value, (int, float)) for value in properties["measurements"].values())
+
+
+def test_areas_agree_with_the_table_of_tiles(painted, exported):
+    with (painted / "tiles.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for slide_id, collection in exported.items():
+        squares = {(int(row["x"]), int(row["y"])) for row in rows if row["slide_id"] == slide_id}
+        tiles = [one for one in collection["features"] if one["properties"]["objectType"] == "tile"]
+        assert len(tiles) == len(squares)
+        shapes = [shapely.from_geojson(json.dumps(one["geometry"])) for one in tiles]
+        assert {(shape.bounds[0], shape.bounds[1]) for shape in shapes} == squares
+        assert {shape.area for shape in shapes} == {64.0 * 64.0}
+        clusters = _by_kind(collection, "Cluster")
+        outlines = [one for one in clusters if one["properties"]["objectType"] == "annotation"]
+        united = [shapely.from_geojson(json.dumps(one["geometry"])) for one in outlines]
+        assert sum(shape.area for shape in united) == len(squares) * 64.0 * 64.0
+        assert shapely.unary_union(united).area == len(squares) * 64.0 * 64.0  # clusters do not overlap
+
+
+def test_an_outline_has_the_tiles_of_its_cluster(exported):
+    for collection in exported.values():
+        for one in collection["features"]:
+            if one["properties"]["objectType"] != "annotation" or "Tiles" not in one["properties"]["measurements"]:
+                continue
+            outline = shapely.from_geojson(json.dumps(one["geometry"]))
+            name = one["properties"]["name"]
+            tiles = [
+                tile
+                for tile in _by_kind(collection, name)
+                if tile["properties"]["objectType"] == "tile" and tile["properties"]["classification"]["name"] == name
+            ]
+            assert len(tiles) == one["properties"]["measurements"]["Tiles"]
+            assert all(outline.covers(shapely.from_geojson(json.dumps(tile["geometry"]))) for tile in tiles)
+
+
+def test_regions_are_those_of_the_table(catalogue, exported):
+    for slide_id, collection in exported.items():
+        found = {tuple(np.ravel(one["geometry"]["coordinates"])[:2]) for one in _by_kind(collection, "Region")}
+        assert found == {(one.x, one.y) for one in catalogue.regions.get(slide_id, [])}
+
+
+def test_exporting_again_gives_the_same_bytes(painted, features, exported, tmp_path):
+    for path in _export(painted, tmp_path, encoder="random", clusters=4):
+        assert json.loads(path.read_text()) == exported[path.stem]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_without_features_tiles_have_one_class(painted, tmp_path):
+    from dino.viewer.catalogue import read_catalogue
+    from dino.viewer.geojson import CONTENTS, feature_collection
+
+    collection = feature_collection(read_catalogue(painted), "one", CONTENTS)
+    assert {one["properties"]["classification"]["name"] for one in collection["features"]} == {"Tile", "Region"}
+
+
+def test_bad_input_is_one_line(painted, features, tmp_path):
+    with pytest.raises(ConfigError, match="expected contents of tiles, clusters, regions, found heat"):
+        _export(painted, tmp_path, contents="heat")
+    with pytest.raises(DataError, match="expected features of 'other' in .*features_other, found none"):
+        _export(painted, tmp_path, encoder="other")
+    with pytest.raises(DataError, match=r"expected the ROOT of `dino tile` at .*nowhere, found nothing"):
+        _export(tmp_path / "nowhere", tmp_path)
+    with pytest.raises(ConfigError, match="expected 2 to 64 clusters, found 1"):
+        _export(painted, tmp_path, clusters=1)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(DataError, match="expected to write to"):
+        _export(painted, blocked / "out", encoder="random")

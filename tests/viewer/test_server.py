@@ -1,0 +1,248 @@
+"""The addresses of the viewer: answers, refusals, and requests that are hostile."""
+
+import io
+import json
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.viewer.conftest import HOSTILE, UNIT
+
+pytest.importorskip("starlette")
+from starlette.testclient import TestClient
+
+from dino.viewer.features import EncoderFeatures
+from dino.viewer.guard import LOCAL_HOSTS, Allowance, Guard
+from dino.viewer.pixels import OVERLAP_PX, TILE_PX, SlidePixels
+from dino.viewer.server import Viewer, build_app
+
+TOKEN = "a-token-of-the-tests"
+
+
+def _client(catalogue, writable=False, with_token=True):
+    encoders = {"random": EncoderFeatures(catalogue, "random", 4)}
+    viewer = Viewer(catalogue, encoders, SlidePixels(catalogue.slides), writable)
+    app = Guard(build_app(viewer), TOKEN, LOCAL_HOSTS, writable)
+    client = TestClient(app, base_url="http://127.0.0.1:8765", raise_server_exceptions=False)
+    if with_token:
+        assert client.get(f"/?token={TOKEN}").status_code == 200
+    return client
+
+
+@pytest.fixture(scope="module")
+def client(catalogue):
+    return _client(catalogue)
+
+
+def _picture(response):
+    assert response.status_code == 200, response.text
+    return np.asarray(Image.open(io.BytesIO(response.content)))
+
+
+def test_only_who_knows_the_token_gets_an_answer(catalogue):
+    stranger = _client(catalogue, with_token=False)
+    for path in ("/", "/api/root", "/static/viewer.js", "/slides/one/thumbnail.jpg", "/?token=wrong", "/nothing"):
+        response = stranger.get(path)
+        assert (response.status_code, response.headers["content-type"]) == (403, "text/plain; charset=utf-8")
+    response = stranger.get(f"/?token={TOKEN}")
+    cookie = response.headers["set-cookie"]
+    assert response.status_code == 200 and "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    assert stranger.get("/api/root").status_code == 200  # by the cookie
+
+
+def test_every_answer_has_the_headers_that_protect_the_page(client, catalogue):
+    for response in (client.get("/"), client.get("/api/root"), client.get("/nothing"), client.post("/api/root")):
+        policy = response.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+        assert response.headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_page_loads_nothing_from_elsewhere():
+    folder = Path(__file__).parents[2] / "dino" / "viewer" / "static"
+    for name in ("index.html", "viewer.js", "overlay.js", "state.js", "style.css"):
+        text = (folder / name).read_text()
+        assert "http://" not in text and "https://" not in text and "//cdn" not in text
+        assert "innerHTML" not in text and "eval(" not in text  # names of slides are put in as text only
+
+
+def test_requests_for_another_host_are_refused(client):
+    assert client.get("/api/root", headers={"host": "evil.example"}).status_code == 421
+    assert client.get("/api/root", headers={"host": "localhost:9"}).status_code == 200
+
+
+def test_size_and_rate_are_limited(client, catalogue):
+    assert client.get("/api/root?" + "a" * 3000).status_code == 414
+    assert client.request("GET", "/api/root", content=b"x" * 10).status_code == 413
+    assert client.post("/api/root", json={}).status_code == 405
+    clock = [0.0]
+    allowance = Allowance(2.0, 3.0, lambda: clock[0])
+    assert [allowance.take("a") for _ in range(5)] == [True, True, True, False, False]
+    assert allowance.take("b")
+    clock[0] = 1.0
+    assert [allowance.take("a") for _ in range(3)] == [True, True, False]
+
+
+def test_wrong_tokens_are_limited(catalogue):
+    stranger = _client(catalogue, with_token=False)
+    assert {stranger.get("/?token=guess").status_code for _ in range(40)} == {403, 429}
+
+
+def test_root_lists_slides_without_paths(client, catalogue):
+    content = client.get("/api/root").json()
+    assert {one["slide_id"] for one in content["slides"]} == set(catalogue.slides.status)
+    assert str(catalogue.root.parent) not in json.dumps(content)
+    assert content["encoders"] == ["random"]
+
+
+def test_a_slide_id_with_html_is_data_not_html(client):
+    content = client.get(f"/api/slides/{quote(HOSTILE, safe='')}").json()
+    assert content["slide_id"] == HOSTILE
+    assert client.get(f"/slides/{quote(HOSTILE, safe='')}/thumbnail.jpg").status_code == 200
+
+
+def test_tiles_and_regions_are_those_of_the_tables(client, catalogue):
+    content, tiles = client.get("/api/slides/two").json(), catalogue.tiles["two"]
+    assert (content["width"], content["height"]) == (764, 640)
+    np.testing.assert_array_equal(np.stack([content["tiles"]["x"], content["tiles"]["y"]], 1), tiles.coords)
+    assert content["tiles"]["step"] == 64
+    assert [one[:2] for one in content["regions"]] == [[one.x, one.y] for one in catalogue.regions["two"]]
+    assert all(one[2:] == [256, 256] for one in content["regions"])
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_a_deep_zoom_tile_shows_the_pixels_at_its_place(client, reduction):
+    """On a slide that is painted with its coordinates, red and green of a pixel say where it is, at every level."""
+    level = 10 - reduction  # 764 px need 10 levels
+    scale = 2**reduction
+    width, height = -(-764 // scale), -(-640 // scale)
+    for column in range(-(-width // TILE_PX)):
+        for row in range(-(-height // TILE_PX)):
+            pixels = _picture(client.get(f"/slides/two/zoom/{level}/{column}_{row}.jpg")).astype(float)
+            left, top = (max(0, n * TILE_PX - OVERLAP_PX) for n in (column, row))
+            h, w = pixels.shape[:2]
+            x, y = (left + np.arange(w) + 0.5) * scale, (top + np.arange(h) + 0.5) * scale
+            across, down = pixels[..., 0] - (x / UNIT - 0.5), pixels[..., 1] - (y / UNIT - 0.5)[:, None]
+            for error in (across, down):  # 1 is UNIT px; single pixels have the noise of JPEG
+                assert abs(error.mean()) < 0.5 and np.abs(error).mean() < 1
+
+
+def test_a_tile_shows_the_pixels_of_its_cell(client, catalogue):
+    for tile in (0, 13, 40):
+        x, y = catalogue.tiles["one"].coords[tile]
+        pixels = _picture(client.get(f"/slides/one/tiles/{tile}.jpg")).reshape(-1, 3).mean(0)
+        assert pixels[:2] == pytest.approx([(x + 32) / UNIT - 0.5, (y + 32) / UNIT - 0.5], abs=0.5)
+
+
+def test_overlays_are_those_of_the_features(client, catalogue):
+    count = len(catalogue.tiles["one"].coords)
+    clusters = client.get("/api/slides/one/clusters?encoder=random").json()
+    colours = client.get("/api/slides/one/colours?encoder=random").json()
+    similar = client.get("/api/slides/one/similarity?encoder=random&tile=3").json()
+    assert len(clusters) == len(colours) == len(similar) == count
+    assert set(clusters) <= set(range(4)) and similar[3] == 1
+    legend = client.get("/api/legend?encoder=random").json()
+    assert len(legend) == 4 and all(one["examples"] for one in legend)
+    neighbours = client.get("/api/slides/one/neighbours/3?encoder=random&count=5").json()
+    assert len(neighbours) == 5 and {one["patient_id"] for one in neighbours} == {"P2"}
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/slides/none/thumbnail.jpg", 404),
+        ("/slides/one/zoom/99/0_0.jpg", 422),
+        ("/slides/one/zoom/10/99_0.jpg", 422),
+        ("/slides/one/zoom/-1/0_0.jpg", 404),
+        ("/slides/one/zoom/1/0_0.png", 404),
+        ("/slides/one/tiles/999999.jpg", 404),
+        ("/slides/one/tiles/٣.jpg", 404),
+        ("/slides/one/tiles/99999999999999999999999.jpg", 404),
+        ("/api/slides/one/clusters", 404),
+        ("/api/slides/one/clusters?encoder=../x", 404),
+        ("/api/slides/one/neighbours/0?encoder=random&count=100000", 422),
+        ("/api/slides/one/similarity?encoder=random", 404),
+        ("/api/slides/one/similarity?encoder=random&of=none&tile=0", 404),
+        ("/static/../server.py", 404),
+        ("/static/%2e%2e/server.py", 404),
+        ("/static/..%2fserver.py", 404),
+        ("/slides/..%2f..%2fetc%2fpasswd/thumbnail.jpg", 404),
+        ("/slides/%2e%2e/thumbnail.jpg", 404),
+    ],
+)
+def test_what_is_not_there_is_one_line(client, path, status):
+    response = client.get(path)
+    assert response.status_code == status
+    assert len(response.json()["error"].splitlines()) == 1
+
+
+def test_a_slide_that_became_unreadable_is_one_line(catalogue, monkeypatch, client):
+    pixels = SlidePixels(catalogue.slides)
+    monkeypatch.setattr(type(catalogue.slides), "path", lambda self, slide_id: None)
+    with pytest.raises(Exception, match="expected the file of slide 'one', found none"):
+        pixels.thumbnail("one", 100)
+
+
+def test_memory_is_bounded(catalogue):
+    pixels = SlidePixels(catalogue.slides, open_slides=2, cache_mb=1)
+    pixels._cache_bytes = 20_000
+    for slide_id in ("one", "two", HOSTILE, "one"):
+        for column in range(3):
+            pixels.tile(slide_id, 10, column, 0)
+        assert len(pixels._open) <= 2
+    assert pixels.encoded_bytes == sum(len(content) for content in pixels._encoded.values()) <= 20_000
+
+
+def test_selections_are_saved_only_with_annotate(catalogue, client):
+    assert client.post("/api/slides/one/selections", json={"name": "a", "tiles": [0]}).status_code == 405
+    writing = _client(catalogue, writable=True)
+    address, file = "/api/slides/one/selections", catalogue.root / "annotations" / "one.geojson"
+    assert writing.post(address, json={"name": "keratin", "tiles": [0, 1, 1]}).json() == {"saved": "one.geojson"}
+    assert writing.post(address, json={"name": "other", "tiles": [2]}).status_code == 200
+    assert writing.post(address, json={"name": "keratin", "tiles": [5]}).status_code == 200
+    saved = json.loads(file.read_text())["features"]
+    assert {one["properties"]["name"]: one["properties"]["measurements"]["Tiles"] for one in saved} == {
+        "other": 1,
+        "keratin": 1,
+    }
+    before = file.read_bytes()
+    bad = [{}, [], {"name": "", "tiles": [0]}, {"name": "a\nb", "tiles": [0]}, {"name": "a", "tiles": [10**6]}]
+    bad += [{"name": "a", "tiles": ["0"]}, {"name": "a", "tiles": []}, {"name": ["a"], "tiles": [0]}]
+    assert {writing.post(address, json=body).status_code for body in bad} == {422}
+    assert writing.post(address, content=b"name=a", headers={"content-type": "text/plain"}).status_code == 415
+    assert writing.post(address, content=b"\xff{", headers={"content-type": "application/json"}).status_code == 422
+    assert writing.post(address, content=b"x" * 2**21, headers={"content-type": "application/json"}).status_code == 413
+    assert file.read_bytes() == before
+    file.unlink()
+
+
+SEGMENTS = st.one_of(
+    st.sampled_from(
+        ["api", "slides", "one", "two", "zoom", "tiles", "static", "..", "%2e%2e", "%00", "clusters", "10"]
+    ),
+    st.sampled_from(
+        ["0_0.jpg", "0.jpg", "-1_0.jpg", "1e9_0.jpg", "thumbnail.jpg", "etc%2fpasswd", "legend", "geojson"]
+    ),
+    st.text(max_size=12).map(lambda text: quote(text, safe="", errors="replace")),
+)
+QUERIES = st.dictionaries(
+    st.sampled_from(["encoder", "tile", "count", "of", "others", "token", "x"]),
+    st.one_of(st.sampled_from(["random", "0", "-1", "one", "nan", "1e400", "../.."]), st.text(max_size=8)),
+    max_size=3,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(SEGMENTS, max_size=6), QUERIES, st.sampled_from(["GET", "HEAD", "POST", "PUT", "DELETE", "TRACE"]))
+def test_hostile_requests_get_one_line_and_no_other_file(client, segments, query, method):
+    path = "/" + "/".join(segments)
+    text = "&".join(f"{name}={quote(value, safe='', errors='replace')}" for name, value in query.items())
+    response = client.request(method, f"{path}?{text}")
+    assert response.status_code < 500
+    assert b"Traceback" not in response.content and b"root:" not in response.content
+    kinds = ("image/jpeg", "application/json", "application/geo+json", "text/")
+    assert response.headers.get("content-type", "text/").startswith(kinds)
