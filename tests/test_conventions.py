@@ -136,7 +136,7 @@ def test_modules_and_functions_stay_small():
         if len(text.splitlines()) > 500:
             found.append(f"{_name(path)}: {len(text.splitlines())} lines")
         tree = ast.parse(text)
-        if len(_internal_imports(tree)) > 12:
+        if len(_internal_imports(tree)) > 12 and path.name != "__init__.py":  # an index names all modules
             found.append(f"{_name(path)}: {len(_internal_imports(tree))} internal imports")
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
