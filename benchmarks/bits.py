@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMES = {"seconds", "samples_per_second", "data_wait"}
+TIMES = {"seconds", "samples_per_second", "data_wait", "gpu_use", "gpu_watts"}
 STEPS, RESUMED_AT = 12, 5
 
 # Run in a process that imports `dino` from the commit's worktree; it uses only names that users of the package use.
@@ -65,7 +65,7 @@ settings = {
     "model.teacher_temp": 0.07, "training.batch_size_per_gpu": 4, "training.gradient_accumulation": 2,
     "training.max_steps": steps, "training.warmup_epochs": 1, "training.freeze_last_layer": 0.4, "optim.lr": 0.02,
     "speed.num_workers": 0, "speed.device": "cpu", "logging.every_steps": 1, "logging.save_every_steps": 5,
-    "logging.keep_every_steps": resumed_at, "logging.tensorboard": False,
+    "logging.keep_every_steps": resumed_at, "logging.tensorboard": False, "logging.report": False,
 }
 levels = {
     "patch": (PatchConfig, "patch_pathology", "tiles", {

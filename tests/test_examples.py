@@ -21,6 +21,7 @@ TINY = [
     "speed.precision=fp32",
     "speed.num_workers=0",
     "logging.tensorboard=false",
+    "logging.report=false",
 ]
 
 

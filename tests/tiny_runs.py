@@ -33,7 +33,7 @@ TINY = {
     "logging.report": False,
 }
 TINY_PATCH = {**TINY, "aug.global_crops_size": 32, "aug.local_crops_size": 16, "aug.local_crops_number": 2}
-WALL_CLOCK = {"seconds", "samples_per_second", "data_wait"}
+WALL_CLOCK = {"seconds", "samples_per_second", "data_wait", "gpu_use", "gpu_watts"}
 
 
 def config(data: Path, output: Path, **changes: object) -> PatchConfig | RegionConfig:

@@ -91,7 +91,8 @@ def pretrain(config: PatchConfig | RegionConfig, extend: ExtendConfig | None = N
                 evaluator = build_evaluator(run, checkpoints)
                 metrics = run.connect(trainer, folder, checkpoints, evaluator)
                 data = run.level.split.to_dict()
-                folder.update_status(state="running", step=trainer.step, total_steps=run.total, error=None, data=data)
+                counts = {"step": trainer.step, "total_steps": run.total, "processes": distributed.world_size()}
+                folder.update_status(state="running", error=None, data=data, **counts)
                 with progress.bar(f"pretrain {run.level.name}", run.total, trainer.step) as metrics.bar:
                     trainer.fit()
                 samples = min(VERDICT_SAMPLES, len(run.level.dataset))

@@ -20,7 +20,7 @@ from dino.evaluate.verdict import COLLAPSED_RANK
 from dino.objectives import Condition
 from dino.train.checkpoint import LAST, CheckpointFolder
 from dino.train.loop import RANKED, Callback, StepReport, Trainer
-from dino.train.profiling import DATA, STARVING, Stopwatch, busy_cores_warning, clock_of, data_advice, fraction
+from dino.train.profiling import DATA, STARVING, GpuUse, Stopwatch, busy_cores_warning, clock_of, data_advice, fraction
 from dino.train.run_folder import RunFolder
 
 WANDB_MODES = ("online", "offline")
@@ -69,6 +69,7 @@ class MetricsLog(Callback):
         self._since = (time.monotonic(), trainer.step)
         self._stopwatch = Stopwatch(clock_of(trainer.device), {DATA})
         trainer.span = self._stopwatch.span
+        self._gpu_use = GpuUse(trainer.device)
         warning = busy_cores_warning(trainer.device)
         if warning:
             progress.warn(warning)
@@ -137,6 +138,7 @@ class MetricsLog(Callback):
             "samples_per_second": (report.step - step) * trainer.length.global_batch / max(seconds, 1e-9),
             "data_wait": waiting.item(),
             "seconds": seconds,
+            **self._gpu_use(),
         }
 
 

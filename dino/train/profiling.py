@@ -202,3 +202,25 @@ def feeding_advice(waiting: float, workers: int, available: int, processes: int 
         )
     more = f"more speed.num_workers ({workers} now, {available} cores{among})"
     return f"{found}{more}, speed.ram_cache=GB (level 1), or data on a local disk"
+
+
+class GpuUse:
+    """Use and power of the GPU of this process as its driver reports them, which does not wait for the device.
+
+    Args:
+        device: The device; nothing is reported of a CPU, nor where the driver or the package nvidia-ml-py is missing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+
+    def __call__(self) -> dict[str, float]:
+        """``gpu_use``, the fraction of the last sample period in which a kernel ran, and ``gpu_watts``; or nothing."""
+        if self._device is None:
+            return {}
+        try:
+            use, milliwatts = torch.cuda.utilization(self._device), torch.cuda.power_draw(self._device)
+        except Exception:  # of the driver's library, whose errors are no class of torch: it is not asked again
+            self._device = None
+            return {}
+        return {"gpu_use": use / 100, "gpu_watts": milliwatts / 1000}

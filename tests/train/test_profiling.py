@@ -150,3 +150,23 @@ def test_advice_names_what_to_change(workers: int, available: int, processes: in
     advice = feeding_advice(0.31, workers, available, processes)
     assert all(words in advice for words in expected)
     assert ("more speed.num_workers" in advice) == (workers * processes < available)
+
+
+def test_use_and_power_of_a_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: asked.append(device) or 87)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda _: 512_000)
+    assert GpuUse(torch.device("cpu"))() == {} and asked == []
+    assert GpuUse(torch.device("cuda:0"))() == {"gpu_use": 0.87, "gpu_watts": 512.0}
+
+
+def test_a_driver_that_cannot_say_is_asked_once(monkeypatch):
+    asked = []
+
+    def fail(device):
+        asked.append(device)
+        raise ModuleNotFoundError("pynvml")
+
+    monkeypatch.setattr(torch.cuda, "utilization", fail)
+    use = GpuUse(torch.device("cuda:0"))
+    assert (use(), use()) == ({}, {}) and len(asked) == 1
