@@ -63,7 +63,8 @@ TRAINING = {
     "training.freeze_last_layer": 1,
     "optim.lr": 0.001,
     "logging.every_steps": 5,
-    "logging.tensorboard": False, "logging.report": False,
+    "logging.tensorboard": False,
+    "logging.report": False,
     "speed.ram_cache": 4,
 }
 QUICK_TRAINING = {

@@ -89,7 +89,12 @@ def train_and_score(data: Path, output: Path, recipe: str, seed: int, budget: fl
     cost = read_json(output / "costs.json")[recipe]
     steps = round(DINO_STEPS * budget / cost / QUARTERS) * QUARTERS
     run = output / recipe / f"seed_{seed}"
-    every = {"training.max_steps": steps, "logging.keep_every_steps": steps // QUARTERS, "logging.tensorboard": False, "logging.report": False}
+    every = {
+        "training.max_steps": steps,
+        "logging.keep_every_steps": steps // QUARTERS,
+        "logging.tensorboard": False,
+        "logging.report": False,
+    }
     api.pretrain(settings(recipe, data, run, seed, **every))
     checkpoints = [run / "checkpoints" / f"step_{steps * i // QUARTERS}.pt" for i in range(1, QUARTERS + 1)]
     table = read_labels(data / "labels.csv")

@@ -23,13 +23,13 @@ PACKAGES = (
 )
 
 
-def import_extra(package: str, use: str, extra: str) -> Any:
-    """A package that is installed with an extra of this one.
+def import_extra(package: str, use: str, extra: str = "") -> Any:
+    """A package that is installed with an extra of this one, or that not every machine that trains has.
 
     Args:
         package: Its name.
         use: What it is needed for, for the message.
-        extra: Name of the extra.
+        extra: Name of the extra; "" for a package that is no part of one.
 
     Raises:
         ConfigError: If it is not installed.
@@ -37,9 +37,9 @@ def import_extra(package: str, use: str, extra: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
+        name = f"'histodino[{extra}]'" if extra else package
         raise ConfigError(
-            f"expected the package {package} for {use}, found that it is not installed; pip install "
-            f"'histodino[{extra}]'"
+            f"expected the package {package} for {use}, found that it is not installed; pip install {name}"
         ) from None
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dino.api.evaluating_slides import evaluate_slide
     from dino.api.exporting import export, info, load_backbone
     from dino.api.extracting import extract
+    from dino.api.figures import figure
     from dino.api.initial_weights import follow_init
     from dino.api.launching import launch_slurm
     from dino.api.pretraining import pretrain, resume
@@ -31,6 +32,7 @@ __all__ = [
     "export",
     "export_geojson",
     "extract",
+    "figure",
     "follow_init",
     "info",
     "launch_slurm",
@@ -52,6 +54,7 @@ _MODULES = {
     "export": "exporting",
     "export_geojson": "viewing",
     "extract": "extracting",
+    "figure": "figures",
     "follow_init": "initial_weights",
     "info": "exporting",
     "launch_slurm": "launching",

@@ -47,7 +47,7 @@ def report(
     if not (runs or root):
         raise ConfigError("expected a run or a ROOT to report on, found neither; pass at least one")
     for package in ("matplotlib", "jinja2"):
-        import_extra(package, "reports", "report")
+        import_extra(package, "reports")
     output = output or (runs[0] if runs else Path(root or "")) / NAME
     from dino.report.page import render
     from dino.report.sections import make_page

@@ -27,6 +27,7 @@ from dino.config.schema import (
     DemoConfig,
     ExportConfig,
     ExtractConfig,
+    FigureConfig,
     GeojsonConfig,
     InfoConfig,
     LaunchConfig,
@@ -334,6 +335,7 @@ SCHEMAS: dict[str, type] = {
     "extract": ExtractConfig,
     **{f"evaluate {name}": schema for name, schema in EVALUATION_CONFIGS.items()},
     "report": ReportConfig,
+    "figure": FigureConfig,
     "view": ViewConfig,
     "export": ExportConfig,
     "geojson": GeojsonConfig,
@@ -346,9 +348,9 @@ SCHEMAS: dict[str, type] = {
 def config(arguments: ConfigArguments = None, config: ConfigFile = None, recipe: StartRecipe = None) -> None:
     """Print all settings of a command with their values and comments, as YAML.
 
-    COMMAND is tile, patch, region, extract, report, view, export, geojson, info, slurm, demo, or an evaluation such as
-    knn. Values that differ from the default are marked. The output can be saved, edited and passed to the command with
-    --config.
+    COMMAND is tile, patch, region, extract, report, figure, view, export, geojson, info, slurm, demo, or an evaluation
+    such as knn. Values that differ from the default are marked. The output can be saved, edited and passed to the
+    command with --config.
 
     For example:
 

@@ -21,6 +21,7 @@ class _InOrder(TyperGroup):
             "extract",
             "evaluate",
             "report",
+            "figure",
             "view",
             "export",
             "geojson",
@@ -75,6 +76,7 @@ app.add_typer(evaluation, name="evaluate")
 for name, (command, function) in evaluations.COMMANDS.items():
     evaluation.command(name, cls=command)(function)
 app.command(cls=reports.report_command)(reports.report)
+app.command(cls=reports.figure_command)(reports.figure)
 app.command(cls=viewing.view_command)(viewing.view)
 app.command(cls=commands.export_command)(commands.export)
 app.command(cls=viewing.geojson_command)(viewing.geojson)

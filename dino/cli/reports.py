@@ -1,4 +1,4 @@
-"""Commands to look at runs: ``dino report``."""
+"""Commands to look at runs: ``dino report`` and ``dino figure``."""
 
 import os
 from collections.abc import Sequence
@@ -10,11 +10,12 @@ from typing import Annotated
 import typer
 
 from dino.cli.command import ConfigFile, with_settings
-from dino.cli.grammar import UsageError, split
+from dino.cli.grammar import UsageError, expect, split
 from dino.config.load import load_config
-from dino.config.schema import ReportConfig
+from dino.config.schema import FigureConfig, ReportConfig
 
 ReportArguments = Annotated[list[str] | None, typer.Argument(metavar="RUN... [ROOT] [OUT] [KEY=VALUE]...", hidden=True)]
+FigureArguments = Annotated[list[str] | None, typer.Argument(metavar="KIND MODEL ROOT OUT [KEY=VALUE]...", hidden=True)]
 HTML = (".html", ".htm")
 DATA = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".pt", ".h5", ".tar", ".parquet")
 LOOKED_AT = 10_000  # files of a folder
@@ -101,3 +102,30 @@ def _has_data(folder: Path) -> bool:
         return True
     files = (name for _, _, names in os.walk(folder) for name in names)
     return any(name.lower().endswith(DATA) for name in islice(files, LOOKED_AT))
+
+
+def figure(arguments: FigureArguments = None, config: ConfigFile = None) -> None:
+    """Write one figure of the report for a publication, with scale bars in µm.
+
+    KIND is attention (of the cls token over tiles or, by a level-2 model, over regions), heatmap (the same in place on
+    a whole slide), neighbours (nearest tiles from other patients), pca (tiles of a slide coloured by their features) or
+    umap (tiles as points, needs umap-learn). MODEL is a run folder, a checkpoint, an export or timm:NAME. ROOT is a
+    folder that `dino tile` wrote, or for attention, neighbours and umap any folder of images. OUT is a .png, .pdf or
+    .svg file; in the last two, text and lines are vectors.
+
+    For example:
+
+        dino figure attention runs/patch data attention.pdf slide=a1 tile=8192,4096 heads=[1,4]
+        dino figure heatmap runs/region data heatmap.png slide=a1
+        dino figure neighbours runs/patch data neighbours.svg rows=3 k=6 untrained=true
+        dino figure umap runs/patch data umap.pdf by=centre tiles=5000
+    """
+    positional, overrides = split(arguments or [])
+    kind, model, root, output = expect(positional, ["KIND", "MODEL", "ROOT", "OUT"])
+    settings = load_config(FigureConfig, file=config, overrides=overrides)
+    from dino import api, progress
+
+    progress.say(f"figure: {api.figure(kind, model, Path(root), Path(output), settings)}")
+
+
+figure_command = with_settings(FigureConfig)

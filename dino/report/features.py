@@ -51,28 +51,44 @@ def maps_figure(slide: SlideData, features: Sequence[FeatureData]) -> Figure:
 def neighbours_figure(features: FeatureData) -> Figure:
     """A few tiles and their nearest neighbours from other patients, for both networks."""
     tiles, queries = features.tiles, farthest_points(features.trained, QUERIES)
-
-    def name(index: int) -> str:
-        return printable(tiles.slides[index] or tiles.names[index])
-
-    def row(rows: np.ndarray, query: int) -> list[MontageImage]:
-        found = zip(*nearest_neighbours(rows, query, NEIGHBOURS, tiles.others(query)), strict=True)
-        return [MontageImage(tiles.pixels[index], [f"{cosine:.2f}", name(index)]) for index, cosine in found]
-
+    sides = [neighbour_images(tiles, of, queries, NEIGHBOURS) for of in (features.trained, features.untrained)]
     return Figure(
-        montages.neighbour_montage(
-            [MontageImage(tiles.pixels[query], [name(query)], tiles.um_per_px) for query in queries],
-            [row(features.trained, query) for query in queries],
-            [row(features.untrained, query) for query in queries],
-        ),
+        montages.neighbour_montage([query_image(tiles, query) for query in queries], *sides),
         f"{len(queries)} tiles, each with its nearest neighbours by the trained and by the untrained network.",
         f"{features.name}. Dissimilar tiles, each with its {NEIGHBOURS} nearest neighbours among {len(tiles.names):,} "
-        f"tiles{_whose(tiles)} Below each: cosine similarity, and slide. All tiles have one scale. An untrained "
+        f"tiles{whose(tiles)} Below each: cosine similarity, and slide. All tiles have one scale. An untrained "
         "network compares colour and brightness; a trained one should find the same kind of tissue.",
     )
 
 
-def _whose(tiles: TileSet) -> str:
+def query_image(tiles: TileSet, index: int) -> MontageImage:
+    """A tile with its slide and a scale bar."""
+    return MontageImage(tiles.pixels[index], [_name(tiles, index)], tiles.um_per_px)
+
+
+def neighbour_images(
+    tiles: TileSet, features: np.ndarray, queries: Sequence[int], count: int
+) -> list[list[MontageImage]]:
+    """The nearest neighbours of tiles from other patients, with their cosine similarity and their slide.
+
+    Args:
+        tiles: The tiles.
+        features: Float, (M, D) of each.
+        queries: Indices of those whose neighbours are searched.
+        count: Number of neighbours.
+    """
+    found = [nearest_neighbours(features, query, count, tiles.others(query)) for query in queries]
+    return [
+        [MontageImage(tiles.pixels[i], [f"{cosine:.2f}", _name(tiles, i)]) for i, cosine in zip(*one, strict=True)]
+        for one in found
+    ]
+
+
+def _name(tiles: TileSet, index: int) -> str:
+    return printable(tiles.slides[index] or tiles.names[index])
+
+
+def whose(tiles: TileSet) -> str:
     """The end of a sentence on tiles: of whom the neighbours are."""
     if tiles.patients > 1:
         return (

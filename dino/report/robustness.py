@@ -116,16 +116,25 @@ def _draw_maps(part: "Figure | SubFigure", one: Shown, found: Design) -> None:
     for i, (names, points) in enumerate(maps.items()):
         for j, (numbers, words, colours, title) in enumerate(columns):
             axes = panels[2 * i + j]
-            _scatter(axes, points, numbers, words, colours)
+            scatter(axes, points, numbers, words, colours)
             axes.set_xlabel(names[0])
             axes.set_ylabel(names[1] if j == 0 else "")
             axes.set_title(f"{_short(one.name)}, by {title}" if i == j == 0 else f"by {title}")
     part.subplots_adjust(left=0.05, right=0.99, top=0.9, bottom=0.24, wspace=0.12)
 
 
-def _scatter(
+def scatter(
     axes: "Axes", points: NDArray[np.float64], numbers: NDArray[np.int64], words: Sequence[str], colours: Sequence[str]
 ) -> None:
+    """Draw points, (M, 2), in the colours of their classes, with a legend.
+
+    Args:
+        axes: Where to draw.
+        points: The points.
+        numbers: Class of each, (M,).
+        words: Names of the classes.
+        colours: Their colours, which repeat.
+    """
     of_class = np.array(colours)[np.arange(len(words)) % len(colours)]
     size = POINT * min(1.0, (600 / len(points)) ** 0.5)
     axes.scatter(*points.T, s=size, c=of_class[numbers], alpha=0.75, linewidths=0)

@@ -226,7 +226,7 @@ def test_no_permission_to_write(chain, tmp_path):
 
 def test_a_report_without_matplotlib_is_said_and_the_run_finishes(chain, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match="pip install 'histodino"):
+    with pytest.raises(ConfigError, match="pip install matplotlib"):
         report([chain.patch], output=tmp_path / "r.html")
     from dino.api.ending import write_report
 

@@ -9,6 +9,7 @@ from dino.train.profiling import (
     DATA,
     PARTS,
     REST,
+    GpuUse,
     HostClock,
     Stopwatch,
     busy_cores_warning,

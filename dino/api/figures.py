@@ -1,0 +1,180 @@
+"""``figure``: single figures for a publication, from the code of the report."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from dino.api.figure_source import FigureSource
+from dino.config.schema import FigureConfig
+from dino.environment import import_extra
+from dino.errors import ConfigError, DataError
+from dino.files import oserror_to_data_error, write_bytes
+from dino.report import figures, montages, style
+from dino.report.features import neighbour_images, query_image
+from dino.report.heatmap import heatmap, place
+from dino.report.projection import farthest_points, pca_rgb, unit_rows
+from dino.report.robustness import VALUE_COLOURS, scatter
+from dino.report.slides import box_of
+
+SIZE = 5.0  # inches of a map of features
+NOT_RECORDED = "not recorded"
+
+
+def figure(kind: str, model: str, root: Path, output: Path, config: FigureConfig | None = None) -> Path:
+    """Write one figure.
+
+    Args:
+        kind: ``attention``, ``heatmap``, ``neighbours``, ``pca`` or ``umap``.
+        model: Run folder, checkpoint, export or ``timm:NAME``.
+        root: ROOT of `dino tile`, or a folder of images (attention, neighbours and umap of a level-1 model).
+        output: A .png, .pdf or .svg file.
+        config: Which slide, tiles and heads.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        ConfigError: If there is no such kind or format, a setting does not fit, or a package is not installed.
+        DataError: If slides, tiles or features cannot be read, or the file cannot be written.
+        CheckpointError: If the model cannot be loaded.
+    """
+    config, form = config or FigureConfig(), output.suffix.lower().removeprefix(".")
+    if kind not in FIGURES:
+        raise ConfigError(f"expected a figure {', '.join(FIGURES)}, found '{kind}'")
+    if form not in style.FORMATS:
+        raise ConfigError(f"expected a figure ending in .{', .'.join(style.FORMATS)}, found {output}")
+    for name in ("dpi", "rows", "k", "tiles"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"expected {name} of at least 1, found {getattr(config, name)}")
+    import_extra("matplotlib", "figures")
+    with ExitStack() as stack:
+        source = FigureSource(model, root, config, stack)
+        content = FIGURES[kind](source, style.encoder(form, config.dpi))
+    with oserror_to_data_error(output.parent):
+        write_bytes(output, content)
+    return output
+
+
+def _attention(source: FigureSource, encode: style.Encode) -> bytes:
+    """Tissue of tiles or regions, and the attention of the cls token over it."""
+    heads = source.model.backbone.num_heads
+    wrong = [head for head in source.config.heads if not 1 <= head <= heads]
+    if wrong:
+        raise ConfigError(f"expected heads from 1 to {heads}, found {wrong[0]}")
+    if source.reads_images:
+        tiles = source.tiles
+        images = [tiles.pixels[i] for i in _queries(source)]
+        inputs, um_per_px = images, tiles.um_per_px
+    else:
+        regions, inputs = source.regions(every=False)
+        images = [source.slide.region_image(region) for region in regions]
+        tile_um = source.slide.spacing_um * source.slide.root.tiling.geometry.tile_size_px
+        um_per_px = tile_um * regions[0].grid[0] / images[0].shape[0]
+    maps = {name: source.attention(network, inputs) for name, network in source.networks.items()}
+    return montages.attention_montage(
+        images,
+        maps["trained"],
+        maps.get("untrained"),
+        um_per_px,
+        heads=[head - 1 for head in source.config.heads],
+        smooth=source.reads_images,
+        encode=encode,
+    )
+
+
+def _heatmap(source: FigureSource, encode: style.Encode) -> bytes:
+    """Attention of the cls token of every tile or region, in place on the slide."""
+    slide, model = source.slide, source.model
+    if source.reads_images:
+        shown, _, _ = slide.map_tiles(source.config.tiles)
+        boxes = [(tile.x, tile.y, tile.step_lv0, tile.step_lv0) for tile in shown]
+        maps = source.attention(model, slide.read(shown))
+        label = "Attention over each tile"
+    else:
+        regions, grids = source.regions(every=True)
+        boxes, maps = [box_of(region) for region in regions], source.attention(model, grids)
+        label = "Attention over each region, averaged"
+    means = maps.mean(1)  # (n, h, w)
+    relative = means / means.mean((1, 2), keepdims=True)
+    thumbnail = slide.thumbnail()
+    values = place(thumbnail, np.array(boxes, dtype=np.float64), list(relative))
+    return heatmap(thumbnail, values, label, encode)
+
+
+def _neighbours(source: FigureSource, encode: style.Encode) -> bytes:
+    """Tiles, and their nearest neighbours from other patients."""
+    source.expect_images("neighbours")
+    tiles, queries = source.tiles, _queries(source)
+    if len(tiles.names) < 2:
+        raise DataError(f"expected at least two tiles in {source.root}, found {len(tiles.names)}")
+    sides = {
+        name: neighbour_images(tiles, source.features(network, tiles.pixels), queries, source.config.k)
+        for name, network in source.networks.items()
+    }
+    images = [query_image(tiles, query) for query in queries]
+    return montages.neighbour_montage(images, sides["trained"], sides.get("untrained", []), encode)
+
+
+def _pca(source: FigureSource, encode: style.Encode) -> bytes:
+    """Tiles of a slide, coloured by the principal components of their features."""
+    source.expect_images("pca")
+    mapped = source.slide.read_map(source.config.tiles)
+    panels = [
+        (f"{name.capitalize()}: principal components", pca_rgb(source.features(network, mapped.pixels)))
+        for name, network in reversed(source.networks.items())
+    ]
+    return figures.feature_maps(source.slide.thumbnail(), panels, mapped.corners, mapped.square, encode)
+
+
+def _umap(source: FigureSource, encode: style.Encode) -> bytes:
+    """Tiles as points, near one another where their features are similar."""
+    source.expect_images("umap")
+    umap = import_extra("umap", "the figure 'umap'", "umap")
+    tiles, by = source.tiles, source.config.by
+    labels = _labels(source, by)
+    features = unit_rows(source.features(source.model, tiles.pixels))
+    points = umap.UMAP(random_state=0, n_neighbors=min(15, len(features) - 1)).fit_transform(features)
+    words = sorted({*labels})
+    numbers = np.array([words.index(label) for label in labels])
+    with style.figure(SIZE, SIZE + 0.8) as drawn:
+        axes = drawn.subplots()
+        scatter(axes, points, numbers, words, VALUE_COLOURS)
+        axes.set_title(f"UMAP of {len(points):,} tiles, by {by}")
+        drawn.subplots_adjust(left=0.02, right=0.98, top=0.94, bottom=0.2)
+        return encode(drawn)
+
+
+def _queries(source: FigureSource) -> list[int]:
+    """The tile that the settings name; else dissimilar ones."""
+    if source.config.tile is not None:
+        return [0]
+    return farthest_points(source.features(source.model, source.tiles.pixels), source.config.rows)
+
+
+def _labels(source: FigureSource, by: str) -> list[str]:
+    """What each tile is coloured by.
+
+    Raises:
+        ConfigError: If there is no such column.
+        DataError: If it is a column of a ROOT, and `dino tile` did not write the folder.
+    """
+    tiles = source.tiles
+    known = {"slide": tiles.slides, "patient": tiles.owners}
+    if by in known:
+        return [value or NOT_RECORDED for value in known[by]]
+    columns = ("centre", "scanner", "stain", "partition")
+    if by not in columns:
+        raise ConfigError(f"expected by to be {', '.join((*known, *columns))}, found '{by}'")
+    status = source.tables.slides.status
+    return [getattr(status.get(slide or ""), by, "") or NOT_RECORDED for slide in tiles.slides]
+
+
+FIGURES: Mapping[str, Callable[[FigureSource, style.Encode], bytes]] = {
+    "attention": _attention,
+    "heatmap": _heatmap,
+    "neighbours": _neighbours,
+    "pca": _pca,
+    "umap": _umap,
+}
