@@ -16,7 +16,6 @@ from dino.report.features import neighbour_images, query_image
 from dino.report.heatmap import heatmap, place
 from dino.report.projection import farthest_points, pca_rgb, unit_rows
 from dino.report.robustness import VALUE_COLOURS, scatter
-from dino.report.slides import box_of
 
 SIZE = 5.0  # inches of a map of features
 NOT_RECORDED = "not recorded"
@@ -59,10 +58,11 @@ def figure(kind: str, model: str, root: Path, output: Path, config: FigureConfig
 
 def _attention(source: FigureSource, encode: style.Encode) -> bytes:
     """Tissue of tiles or regions, and the attention of the cls token over it."""
-    heads = source.model.backbone.num_heads
-    wrong = [head for head in source.config.heads if not 1 <= head <= heads]
+    count = source.model.backbone.num_heads
+    heads = source.config.heads or range(1, min(3, count) + 1)
+    wrong = [head for head in heads if not 1 <= head <= count]
     if wrong:
-        raise ConfigError(f"expected heads from 1 to {heads}, found {wrong[0]}")
+        raise ConfigError(f"expected heads from 1 to {count}, found {wrong[0]}")
     if source.reads_images:
         tiles = source.tiles
         images = [tiles.pixels[i] for i in _queries(source)]
@@ -78,7 +78,7 @@ def _attention(source: FigureSource, encode: style.Encode) -> bytes:
         maps["trained"],
         maps.get("untrained"),
         um_per_px,
-        heads=[head - 1 for head in source.config.heads],
+        heads=[head - 1 for head in heads],
         smooth=source.reads_images,
         encode=encode,
     )
@@ -89,17 +89,17 @@ def _heatmap(source: FigureSource, encode: style.Encode) -> bytes:
     slide, model = source.slide, source.model
     if source.reads_images:
         shown, _, _ = slide.map_tiles(source.config.tiles)
-        boxes = [(tile.x, tile.y, tile.step_lv0, tile.step_lv0) for tile in shown]
+        boxes = np.array([(tile.x, tile.y, tile.step_lv0, tile.step_lv0) for tile in shown], dtype=np.float64)
         maps = source.attention(model, slide.read(shown))
         label = "Attention over each tile"
     else:
         regions, grids = source.regions(every=True)
-        boxes, maps = [box_of(region) for region in regions], source.attention(model, grids)
+        boxes, maps = slide.boxes(regions), source.attention(model, grids)
         label = "Attention over each region, averaged"
     means = maps.mean(1)  # (n, h, w)
     relative = means / means.mean((1, 2), keepdims=True)
     thumbnail = slide.thumbnail()
-    values = place(thumbnail, np.array(boxes, dtype=np.float64), list(relative))
+    values = place(thumbnail, boxes, list(relative))
     return heatmap(thumbnail, values, label, encode)
 
 
@@ -135,14 +135,14 @@ def _umap(source: FigureSource, encode: style.Encode) -> bytes:
     tiles, by = source.tiles, source.config.by
     labels = _labels(source, by)
     features = unit_rows(source.features(source.model, tiles.pixels))
-    points = umap.UMAP(random_state=0, n_neighbors=min(15, len(features) - 1)).fit_transform(features)
+    points = umap.UMAP(random_state=0, n_jobs=1, n_neighbors=min(15, len(features) - 1)).fit_transform(features)
     words = sorted({*labels})
     numbers = np.array([words.index(label) for label in labels])
-    with style.figure(SIZE, SIZE + 0.8) as drawn:
+    with style.figure(SIZE, SIZE + 0.6) as drawn:
         axes = drawn.subplots()
         scatter(axes, points, numbers, words, VALUE_COLOURS)
         axes.set_title(f"UMAP of {len(points):,} tiles, by {by}")
-        drawn.subplots_adjust(left=0.02, right=0.98, top=0.94, bottom=0.2)
+        drawn.subplots_adjust(left=0.02, right=0.98, top=0.94, bottom=0.18)
         return encode(drawn)
 
 

@@ -30,7 +30,7 @@ class FigureConfig:
     tiles: int = runtime(1000, "tiles that are embedded at most")
     rows: int = runtime(4, "attention, neighbours: number of tiles or regions, one per row")
     k: int = runtime(5, "neighbours: number of neighbours of each tile")
-    heads: list[int] = runtime([1, 2, 3], "attention: heads that are shown beside their mean, from 1")
+    heads: list[int] = runtime([], "attention: heads that are shown beside their mean, from 1 (empty: the first three)")
     by: str = runtime("slide", "umap: what colours mean: slide, patient, centre, scanner, stain or partition")
     untrained: bool = runtime(False, "also show the untrained network; MODEL has to be a run")
     dpi: int = runtime(300, "px per inch")

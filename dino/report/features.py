@@ -51,9 +51,11 @@ def maps_figure(slide: SlideData, features: Sequence[FeatureData]) -> Figure:
 def neighbours_figure(features: FeatureData) -> Figure:
     """A few tiles and their nearest neighbours from other patients, for both networks."""
     tiles, queries = features.tiles, farthest_points(features.trained, QUERIES)
-    sides = [neighbour_images(tiles, of, queries, NEIGHBOURS) for of in (features.trained, features.untrained)]
+    trained, untrained = (
+        neighbour_images(tiles, of, queries, NEIGHBOURS) for of in (features.trained, features.untrained)
+    )
     return Figure(
-        montages.neighbour_montage([query_image(tiles, query) for query in queries], *sides),
+        montages.neighbour_montage([query_image(tiles, query) for query in queries], trained, untrained),
         f"{len(queries)} tiles, each with its nearest neighbours by the trained and by the untrained network.",
         f"{features.name}. Dissimilar tiles, each with its {NEIGHBOURS} nearest neighbours among {len(tiles.names):,} "
         f"tiles{whose(tiles)} Below each: cosine similarity, and slide. All tiles have one scale. An untrained "

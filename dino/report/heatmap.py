@@ -24,10 +24,10 @@ def place(thumbnail: Thumbnail, boxes: np.ndarray, maps: Sequence[np.ndarray]) -
     Returns:
         float64, (H, W) of the thumbnail; NaN where there is no part.
     """
-    total = np.zeros(thumbnail.pixels.shape[:2])
-    count = np.zeros_like(total)
+    limits = thumbnail.pixels.shape[:2]
+    total, count = np.zeros(limits), np.zeros(limits)
     for (x, y, width, height), values in zip(boxes / thumbnail.downsample, maps, strict=True):
-        rows, columns = _covered(y, height, total.shape[0]), _covered(x, width, total.shape[1])
+        rows, columns = _covered(y, height, limits[0]), _covered(x, width, limits[1])
         # The value of the cell in which the centre of a px of the thumbnail lies.
         across = ((columns + 0.5 - x) * values.shape[1] / width).astype(int).clip(0, values.shape[1] - 1)
         down = ((rows + 0.5 - y) * values.shape[0] / height).astype(int).clip(0, values.shape[0] - 1)

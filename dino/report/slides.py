@@ -145,9 +145,13 @@ class TiledSlide:
             thumbnail=self.thumbnail(),
             tiles=np.array([(tile.x, tile.y) for tile in self.tiles]).reshape(-1, 2),
             side=self.reader.lattice.step_lv0,
-            regions=np.array([box_of(region) for region in self.regions], dtype=np.float64).reshape(-1, 4),
+            regions=self.boxes(self.regions),
             shown_regions=self.shown_regions,
         )
+
+    def boxes(self, regions: Sequence[RegionRecord]) -> np.ndarray:
+        """Level-0 px, float64 (N, 4): x, y, width, height of regions."""
+        return np.array([_box(region) for region in regions], dtype=np.float64).reshape(-1, 4)
 
     def map_tiles(self, limit: int = MAX_MAP_TILES) -> tuple[list[TileRecord], np.ndarray, float]:
         """Tiles for a map of features.
@@ -244,13 +248,13 @@ def choose_regions(regions: Sequence[RegionRecord], count: int) -> list[int]:
     return chosen
 
 
-def box_of(region: RegionRecord) -> tuple[int, int, int, int]:
+def _box(region: RegionRecord) -> tuple[int, int, int, int]:
     """Level-0 ``(x, y, width, height)`` of a region."""
     return region.x, region.y, region.grid[1] * region.step_lv0, region.grid[0] * region.step_lv0
 
 
 def _overlap(first: RegionRecord, second: RegionRecord) -> float:
     """Fraction of a region that another region of the same size covers."""
-    _, _, width, height = box_of(first)
+    _, _, width, height = _box(first)
     across, down = 1 - abs(first.x - second.x) / width, 1 - abs(first.y - second.y) / height
     return max(0.0, across) * max(0.0, down)
