@@ -45,6 +45,7 @@ from dino.extraction.tiles import TileExtractor
 from dino.models.backbone import BackboneSpec
 from dino.models.weights import TRANSFORMS, LoadedBackbone, Transform, load_backbone_file, settings_that_fit
 from dino.objectives.features import FrozenBackbone
+from dino.slides.filtering import Selection
 
 DEFAULT_TILE_SIZE_PX = 256
 CROP_SIZES = ("aug.global_crops_size", "aug.local_crops_size")
@@ -73,6 +74,7 @@ class Level(ABC):
             grids; ``teacher_weights`` and ``teacher_transform`` of the teacher.
         split: How many samples are trained on, and how many are held out.
         groups: Groups that share the draws; None where every sample is drawn equally often.
+        chosen: The samples that a filter keeps, if there is one.
         warnings: Likely mistakes in the data.
         notes: What else to say of it.
     """
@@ -92,6 +94,7 @@ class Level(ABC):
     origin: Mapping[str, Any]
     split: Split
     groups: Groups | None = None
+    chosen: Selection | None = None
     warnings: list[str]
     notes: Sequence[str] = ()
 
@@ -219,7 +222,7 @@ class PatchLevel(Level):
             self.teacher = FrozenBackbone.load(config.teacher, config.distill, self.transform, model)
         self.origin = self.teacher.origin if self.teacher else {}
         self.split, self.groups = tiles.split, tiles.groups
-        self.warnings, self.notes = tiles.warnings, tiles.notes
+        self.warnings, self.notes, self.chosen = tiles.warnings, tiles.notes, tiles.chosen
 
     @staticmethod
     def training_files(root: Root) -> tuple[Path, list[str]]:

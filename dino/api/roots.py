@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from dino import progress
-from dino.data import GridEntry, SlideInfo, list_names, slide_of
+from dino.data import GridEntry, SlideInfo, list_names, place_of, slide_of
 from dino.errors import DataError
 from dino.evaluate.contents import find_copies
 from dino.extraction.folders import find_grids
 from dino.extraction.record import RECORD, grid_source
 from dino.models.grid_source import KEY, GridSource, check_same_source, recorded
+from dino.slides.filtering import Selection, select_tiles
 from dino.slides.partitions import PRETRAIN, Split, split_files, unknown_values
 from dino.slides.tables import (
     COORDINATES_FOLDER,
@@ -56,6 +57,7 @@ class Root:
         self.path, self.encoder = path, encoder
         self.tiling: Tiling | None = read_tiling(path) if (path / TILING_FILE).exists() else None
         self.status: dict[str, SlideStatus] = read_status(path) if (path / STATUS_TABLE).exists() else {}
+        self.selection: Selection | None = None
 
     @property
     def grid_folder(self) -> Path:
@@ -66,6 +68,30 @@ class Root:
         """
         folder = find_grids(self.path, self.encoder)
         return folder or (self.path / REGIONS_FOLDER if self.tiling is not None else self.path)
+
+    def select(self, expression: str | None) -> None:
+        """Leave out the tiles that do not meet a filter, see :func:`dino.slides.filtering.select_tiles`.
+
+        Raises:
+            ConfigError: If it is not one.
+            DataError: If the tiles are not listed, or none is kept.
+        """
+        if expression is not None:
+            held_out = {slide for slide, partition in self.partitions.items() if partition not in PRETRAIN}
+            self.selection = select_tiles(self.path, expression, self.status, held_out)
+
+    def kept(self, names: Sequence[str]) -> Sequence[int]:
+        """Indices of the stored tiles that the filter keeps; all without one.
+
+        Raises:
+            DataError: If there are none.
+        """
+        if self.selection is None:
+            return range(len(names))
+        kept, self.selection = self.selection.of_files(names, place_of)
+        if not kept:
+            raise DataError(f"expected tiles under {self.path} that meet {self.selection.expression!r}, found none")
+        return kept
 
     def tiles(self) -> tuple[Path, list[str], HeldOut]:
         """The folder of the tiles, their names in it without those of held-out slides, and counts of the latter.
@@ -89,7 +115,8 @@ class Root:
         if not listed:
             raise DataError(f"expected tiles in {table}, found none; tile the slides again")
         kept, held_out = self.split_slides({slide: len(one.coords) for slide, one in listed.items()}, table)
-        return [listed[slide] for slide in kept if slide], held_out
+        tiles = [listed[slide] for slide in kept if slide]
+        return self.selection.of_listed(tiles) if self.selection else tiles, held_out
 
     def split_slides(self, counts: Mapping[str | None, int], folder: Path) -> tuple[list[str | None], HeldOut]:
         """Separate the slides that may be trained on from those that are held out.

@@ -9,7 +9,8 @@ from typing import Any
 from dino.api.balancing import build_groups, describe
 from dino.api.roots import HeldOut, Root, Split
 from dino.config.schema import PatchConfig, SamplingConfig
-from dino.data import Dataset, FolderTiles, Groups, TileDataset
+from dino.data import Dataset, EncodedTiles, FolderTiles, Groups, TileDataset
+from dino.data.datasets import SomeTiles
 from dino.data.shard_index import ShardIndex, Shards, damage_of
 from dino.data.shards import (
     PARQUET,
@@ -24,6 +25,7 @@ from dino.data.shards import (
 )
 from dino.data.slide_tiles import Placement, SlideTileDataset
 from dino.errors import ConfigError
+from dino.slides.filtering import Selection
 
 AUTO, FILES, SLIDES = "auto", "files", "slides"
 SOURCE_OF_STORAGE = {"jpeg": FILES, "tar": TAR, "parquet": PARQUET, "none": SLIDES}  # of a ROOT by its tiling
@@ -42,6 +44,7 @@ class TileSource:
         slides: ``slide_ids`` and ``patient_ids`` as far as they are known.
         warnings: What to tell the user about the data.
         groups: Groups that share the draws; None to draw every tile equally often.
+        chosen: The tiles that a filter keeps, if there is one.
         notes: What else to say of the data.
     """
 
@@ -51,6 +54,7 @@ class TileSource:
     slides: dict[str, list[str]]
     warnings: list[str]
     groups: Groups | None = None
+    chosen: Selection | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -66,6 +70,7 @@ def open_tiles(config: PatchConfig) -> TileSource:
     """
     root = Root(Path(config.data_dir))
     root.check_held_out()
+    root.select(config.filter)
     source = source_of(root, config)
     dataset, held_out, warnings = SOURCES[source](root, config)
     geometry, slides = root.geometry(), root.slides(dataset.slide_ids)
@@ -74,8 +79,11 @@ def open_tiles(config: PatchConfig) -> TileSource:
         geometry |= {"spacings_um": spacings, "spacing_um": geometry["spacing_um"] if known else spacings[0]}
     groups = build_groups(config.sampling, dataset.ranges, root.status, config.seed)
     split = Split("tiles", groups.samples if groups is not None else len(dataset), len(slides["slide_ids"]), held_out)
-    notes = [*_reading(source, config.sampling), *describe(groups)]
-    return TileSource(dataset, split, geometry, slides, [*warnings, *root.unknown_partitions()], groups, notes)
+    chosen = root.selection
+    notes = [*_reading(source, config.sampling), *([str(chosen)] if chosen else []), *describe(groups)]
+    return TileSource(
+        dataset, split, geometry, slides, [*warnings, *root.unknown_partitions()], groups, chosen, notes
+    )
 
 
 def _reading(source: str, sampling: SamplingConfig) -> list[str]:
@@ -104,7 +112,7 @@ def _files(root: Root, config: PatchConfig) -> Found:
     """Image files in a folder."""
     _check_stored(config.sampling)
     folder, names, held_out = root.tiles()
-    files = FolderTiles(folder, names, config.speed.ram_cache)
+    files = FolderTiles(folder, [names[i] for i in root.kept(names)], config.speed.ram_cache)
     return TileDataset(files, root.slide_infos(root.tile_spacings())), held_out, []
 
 
@@ -129,7 +137,10 @@ def _shards(
     counts = index.ranges.counts
     trained, held_out = root.split_slides(counts, folder)
     index = index.without({*counts} - {*trained})
-    return TileDataset(tiles(shards, index), root.slide_infos(root.tile_spacings())), held_out, warnings
+    stored: EncodedTiles = tiles(shards, index)
+    if root.selection:
+        stored = SomeTiles(stored, root.kept(stored.names))
+    return TileDataset(stored, root.slide_infos(root.tile_spacings())), held_out, warnings
 
 
 def _slides(root: Root, config: PatchConfig) -> Found:

@@ -323,6 +323,9 @@ class PatchConfig(PretrainConfig):
     teacher: str | None = identity(
         None, "frozen network to distil: timm:NAME, a checkpoint file, a timm folder or a run folder; null: none"
     )
+    filter: str | None = identity(
+        None, 'conditions of the tiles to train on, on columns of tiles.csv and slides.csv: "tissue > 0.5 and ..."'
+    )
     distill: DistillConfig = group(DistillConfig)
     sampling: SamplingConfig = group(SamplingConfig)
     speed: PatchSpeedConfig = group(PatchSpeedConfig)

@@ -10,6 +10,7 @@ from dino.data.datasets import (
     SlideInfo,
     SlideRanges,
     TileDataset,
+    place_of,
     slide_of,
 )
 from dino.data.grids import GridEntry, open_grids, read_grid
@@ -49,6 +50,7 @@ __all__ = [
     "list_names",
     "load_batches",
     "open_grids",
+    "place_of",
     "prepare_grids",
     "read_grid",
     "slide_of",

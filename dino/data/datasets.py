@@ -174,6 +174,13 @@ def slide_of(path: Path | str) -> str | None:
     return match["slide"] if match else None
 
 
+def place_of(path: Path | str) -> tuple[str, int, int] | None:
+    """Slide, x and y in a tile's or region's file name; None where they are not."""
+    name = os.fspath(path).rpartition(os.sep)[2]
+    match = TILE_NAME.fullmatch(name.rpartition(".")[0] or name)
+    return (match["slide"], int(match["x"]), int(match["y"])) if match else None
+
+
 class EncodedTiles(Protocol):
     """Image files of tiles, wherever they are stored."""
 
@@ -226,6 +233,28 @@ class FolderTiles(EncodedTiles):
         """
         path = self._root / self._names[index]
         return decode(path) if self._cache is None else self._cache(index, path)
+
+
+class SomeTiles(EncodedTiles):
+    """Some of the tiles of a store.
+
+    Args:
+        tiles: All.
+        indices: Index of each in all.
+    """
+
+    def __init__(self, tiles: EncodedTiles, indices: Sequence[int]) -> None:
+        self._tiles, self._indices = tiles, np.asarray(indices, np.int64)
+        self._names = Names(tiles.names[int(index)] for index in self._indices)
+
+    @property
+    def names(self) -> Names:
+        """Their names."""
+        return self._names
+
+    def read(self, index: int) -> Tensor:
+        """Decode a tile, see :meth:`EncodedTiles.read`."""
+        return self._tiles.read(int(self._indices[index]))
 
 
 class TileDataset(Dataset):

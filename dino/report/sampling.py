@@ -10,12 +10,27 @@ if TYPE_CHECKING:
 
 
 def sampling_sections(runs: Sequence["RunData"]) -> list[Section]:
-    """One section, if a run balanced its draws."""
-    tables = [_shares(run.name, run.status["sampling"]) for run in runs if run.status.get("sampling")]
+    """One section, if a run filtered its tiles or balanced its draws."""
+    filters = {run.name: (run.status.get("data") or {}).get("filter") for run in runs}
+    tables = [_left_out(name, found) for name, found in filters.items() if found]
+    tables += [_shares(run.name, run.status["sampling"]) for run in runs if run.status.get("sampling")]
     if not tables:
         return []
-    introduction = "Shares of the groups that draws were balanced over: as set, and of the samples trained on so far."
+    introduction = (
+        "Tiles that a filter left out, and shares of the groups that draws were balanced over: as set, and of the "
+        "samples trained on so far."
+    )
     return [Section("Sampling", introduction, tables)]
+
+
+def _left_out(name: str, found: dict[str, Any]) -> Table:
+    rows = [
+        (condition, f"{count:,}", f"{count / found['tiles']:.2%}") for condition, count in found["left_out"].items()
+    ]
+    caption = (
+        f"{name}: tiles of {found['tiles']:,} that were left out, each for the first condition that it did not meet."
+    )
+    return Table(["condition", "left out", "share"], rows, caption)
 
 
 def _shares(name: str, found: dict[str, Any]) -> Table:

@@ -1,12 +1,11 @@
 """Reads and writes the tables under ROOT: tiles.csv, regions.csv, slides_status.csv and tiling.json."""
 
 import csv
-import sys
-from array import array
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ from dino.config.load import identity_of
 from dino.config.schema import TileConfig
 from dino.environment import versions
 from dino.errors import DataError
+from dino.slides.columns import PARQUET, read_columns, read_header
 from dino.slides.lattice import Geometry
 from dino.slides.reader import BACKEND, RESAMPLER
 from dino.slides.tissue import filter_config, segmentation_config
@@ -25,7 +25,12 @@ TILES_FOLDER = "patch_256_pretraining"
 REGIONS_FOLDER = "region_4096_pretraining"
 COORDINATES_FOLDER = "coordinates"
 TILES_TABLE, REGIONS_TABLE, STATUS_TABLE, TILING_FILE = "tiles.csv", "regions.csv", "slides_status.csv", "tiling.json"
-TILE_COLUMNS = ("slide_id", "x", "y", "step_lv0", "spacing_requested_um", "spacing_um", "tissue")
+TILES_PARQUET = f"tiles{PARQUET}"
+TILE_NUMBERS: dict[str, type] = {
+    **dict.fromkeys(("x", "y", "step_lv0"), np.int64),
+    **dict.fromkeys(("spacing_requested_um", "spacing_um", "tissue"), np.float64),
+}
+TILE_COLUMNS = ("slide_id", *TILE_NUMBERS)
 ANNOTATION_COLUMNS = ("annotation", "annotation_fraction")  # of tiles.csv, if tiles of any slide are annotated
 REGION_COLUMNS = ("slide_id", "x", "y", "step_lv0", "grid_h", "grid_w", "spacing_um", "path", "tissue")
 MAX_SIDE_PX = 2**31  # of a slide; larger numbers come from damaged tables
@@ -175,34 +180,91 @@ def status_cells(status: SlideStatus) -> dict[str, str]:
     return {name: "" if value is None else str(value).replace("\n", " ") for name, value in values.items()}
 
 
+def tile_table(root: Path) -> Path:
+    """The table of tiles: ROOT/tiles.parquet, which ``dino tile`` writes for many tiles, else ROOT/tiles.csv."""
+    parquet = root / TILES_PARQUET
+    return parquet if parquet.exists() else root / TILES_TABLE
+
+
+def tile_header(root: Path) -> list[str]:
+    """Names of the columns of the table of tiles.
+
+    Raises:
+        DataError: If it is absent or damaged.
+    """
+    path = tile_table(root)
+    with _readable(path):
+        return read_header(path)
+
+
+def tile_chunks(root: Path, further: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """The table of tiles in pieces of consecutive tiles of one slide, without an object of any tile.
+
+    Args:
+        root: The data folder.
+        further: Columns beside :data:`TILE_COLUMNS` to read.
+
+    Yields:
+        The slide, and the columns: numbers (int64, float64), or objects for those of ``further``.
+
+    Raises:
+        DataError: If the table is absent or damaged.
+    """
+    path = tile_table(root)
+    texts = ["slide_id", *(name for name in further if name not in TILE_COLUMNS)]
+    with _readable(path):
+        for piece in read_columns(path, texts, TILE_NUMBERS):
+            _check_positions(piece)
+            slides = [_slide_id(slide) for slide in piece["slide_id/values"]]
+            cuts = [0, *(np.flatnonzero(np.diff(piece["slide_id"])) + 1), len(piece["slide_id"])]
+            for start, end in pairwise(cuts):
+                if start == end:  # of an empty table
+                    continue
+                columns = {name: piece[name][start:end] for name in TILE_NUMBERS}
+                columns |= {name: piece[f"{name}/values"][piece[name][start:end]] for name in texts[1:]}
+                yield slides[piece["slide_id"][start]], columns
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn errors of reading a table of tiles into a DataError that names the line where that is known."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"expected {path}, which `dino tile` writes, found none") from None
+    except (OSError, ValueError) as error:
+        if path.suffix != PARQUET:
+            deque(_rows(path, TILE_COLUMNS, _tile), maxlen=0)  # raises for the first damaged line
+        reason = " ".join(str(error).split())
+        raise DataError(f"expected {path} as written by `dino tile`, could not read it: {reason}") from None
+
+
 def read_tiles(root: Path) -> list[TileRecord]:
     """Every tile of every slide that was tiled.
 
     Raises:
-        DataError: If ROOT/tiles.csv is absent or damaged.
+        DataError: If the table of tiles is absent or damaged.
     """
-    return _read_table(root / TILES_TABLE, TILE_COLUMNS, _tile)
+    if tile_table(root).suffix != PARQUET:
+        return _read_table(root / TILES_TABLE, TILE_COLUMNS, _tile)
+    further = [name for name in ANNOTATION_COLUMNS if name in tile_header(root)]
+    found = []
+    for slide, columns in tile_chunks(root, further):
+        for cells in zip(*(columns[name].tolist() for name in (*TILE_NUMBERS, *further)), strict=True):
+            found.append(_tile(dict(zip(("slide_id", *TILE_NUMBERS, *further), (slide, *cells), strict=True))))
+    return found
 
 
 def read_tile_spacings(root: Path) -> dict[str, float]:
     """Actual spacing in µm/px of the tiles of each slide with tiles; the memory needed does not depend on their number.
 
     Raises:
-        DataError: If ROOT/tiles.csv is absent or damaged.
+        DataError: If the table of tiles is absent or damaged.
     """
-    path = root / TILES_TABLE
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = csv.reader(file, strict=True)
-            header = next(lines, [])
-            slide, spacing = header.index("slide_id"), header.index("spacing_um")
-            first = {}  # the tiles of a slide have the same spacing
-            for cells in lines:
-                if cells[slide] not in first:
-                    first[cells[slide]] = float(cells[spacing])
-            return first
-    except (OSError, csv.Error, ValueError, IndexError) as error:
-        raise DataError(f"expected {path} as written by `dino tile`, could not read it: {error}") from None
+    first: dict[str, float] = {}  # the tiles of a slide have the same spacing
+    for slide, columns in tile_chunks(root):
+        first.setdefault(slide, float(columns["spacing_um"][0]))
+    return first
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,33 +282,37 @@ class SlideTiles:
     tissue: np.ndarray
     annotations: Sequence[str] = ()
 
+    def some(self, kept: np.ndarray) -> "SlideTiles":
+        """Those of ``kept``, (N,) bool."""
+        classes = [one for one, keep in zip(self.annotations, kept.tolist(), strict=False) if keep]
+        return replace(self, coords=self.coords[kept], tissue=self.tissue[kept], annotations=classes)
+
 
 def read_slide_tiles(root: Path) -> dict[str, SlideTiles]:
     """The tiles of each slide that has any, in 20 bytes of memory per tile (28 where they are annotated).
 
     Raises:
-        DataError: If ROOT/tiles.csv is absent or damaged.
+        DataError: If the table of tiles is absent or damaged.
     """
-    places: dict[str, array[int]] = defaultdict(partial(array, "q"))
-    tissue: dict[str, array[float]] = defaultdict(partial(array, "f"))
-    classes: dict[str, list[str]] = defaultdict(list)
-    first: dict[str, TileRecord] = {}
-    for tile in _rows(root / TILES_TABLE, TILE_COLUMNS, _tile):
-        places[tile.slide_id].extend((tile.x, tile.y))
-        tissue[tile.slide_id].append(tile.tissue)
-        classes[tile.slide_id].append(sys.intern(tile.annotation))
-        first.setdefault(tile.slide_id, tile)
-    return {
-        slide: SlideTiles(
-            slide,
-            np.array(places[slide], np.int64).reshape(-1, 2),
-            tile.step_lv0,
-            tile.spacing_um,
-            np.array(tissue[slide], np.float32),
-            classes[slide] if any(classes[slide]) else (),
+    further = [name for name in ANNOTATION_COLUMNS[:1] if name in tile_header(root)]
+    pieces: dict[str, list[dict[str, np.ndarray]]] = defaultdict(list)
+    for slide, columns in tile_chunks(root, further):
+        pieces[slide].append(
+            {
+                "coords": np.stack([columns["x"], columns["y"]], 1),  # (N, 2)
+                "tissue": columns["tissue"].astype(np.float32),
+                "first": np.array([columns["step_lv0"][0], columns["spacing_um"][0]]),
+                **{name: columns[name] for name in further},
+            }
         )
-        for slide, tile in first.items()
-    }
+    return {slide: _slide_tiles(slide, pieces.pop(slide)) for slide in list(pieces)}
+
+
+def _slide_tiles(slide: str, pieces: Sequence[Mapping[str, np.ndarray]]) -> SlideTiles:
+    step, spacing = pieces[0]["first"].tolist()
+    joined = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    classes = joined.get(ANNOTATION_COLUMNS[0], np.array([], object)).tolist()
+    return SlideTiles(slide, joined["coords"], int(step), spacing, joined["tissue"], classes if any(classes) else ())
 
 
 def read_regions(root: Path) -> list[RegionRecord]:
@@ -331,6 +397,13 @@ def _position(row: dict[str, str]) -> tuple[int, int, int]:
     if max(abs(x), abs(y), step) > MAX_SIDE_PX or step < 1:
         raise ValueError(f"({x}, {y}) with cells of {step} px is not a position on a slide")
     return x, y, step
+
+
+def _check_positions(columns: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError if a position is not on a slide, see :func:`_position`."""
+    bounds = [columns[name] for name in ("x", "y", "step_lv0")]
+    if any(np.abs(values).max(initial=0) > MAX_SIDE_PX for values in bounds) or columns["step_lv0"].min(initial=1) < 1:
+        raise ValueError("expected positions on slides, found larger or negative numbers")
 
 
 def _tile(row: dict[str, str]) -> TileRecord:
