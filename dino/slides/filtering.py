@@ -168,7 +168,7 @@ def parse(expression: str) -> dict[str, ast.expr]:
     try:
         tokens = tokenize.generate_tokens(io.StringIO(" ".join(expression.split())).readline)
         words = {"&": "and", "|": "or"}  # as pandas does, so that `a > 1 & b > 1` means what it seems to
-        text = tokenize.untokenize((kind, words.get(token, token)) for kind, token, *_ in tokens)
+        text = " ".join(words.get(token.string, token.string) for token in tokens)
         tree = ast.parse(text.strip(), mode="eval").body
         conditions = list(_conjuncts(tree))
         for condition in conditions:

@@ -17,13 +17,16 @@ from tiny_runs import (
     make_tiles,
     metrics,
 )
+from typer.testing import CliRunner
 
 from dino.api import pretrain
 from dino.api.balancing import describe
 from dino.api.levels import Level, build_level
+from dino.cli.main import app
 from dino.errors import ConfigError, DataError
+from dino.slides import sample_slide
 from dino.slides.parts import merge, save_part
-from dino.slides.tables import TILES_FOLDER, SlideStatus
+from dino.slides.tables import TILES_FOLDER, SlideStatus, read_tiles
 
 SLIDES = ["slide0"] * 2 + ["slide1"] * 3 + ["slide2"] * 5 + ["slide3"] * 10
 CENTRES = {"slide0": "A", "slide1": "A", "slide2": "B", "slide3": ""}
@@ -42,6 +45,10 @@ def root(tmp_path: Path) -> Path:
         save_part(folder, SlideStatus(slide, "ok", patient_id=f"p{slide}", centre=centre, further=further), {})
     merge(folder)
     return folder
+
+
+def dino(words: list[str]) -> int:
+    return CliRunner().invoke(app, words).exit_code
 
 
 def level_of(root: Path, **changes: object) -> Level:
@@ -176,3 +183,44 @@ def test_a_dry_run_lists_the_groups(root: Path, tmp_path: Path, capsys: pytest.C
     pretrain(config(root, tmp_path / "run", **{"sampling.balance": "slide", "dry_run": True}))
     shown = capsys.readouterr().out
     assert "slide3" in shown and "25.000%" in shown and "share of draws" in shown
+
+
+def test_a_filter_leaves_out_tiles_of_files_and_is_recorded(root: Path, tmp_path: Path) -> None:
+    names = sorted(path.stem for path in root.rglob("slide*.png"))
+    rows = [f"{name.split('_')[0]},{name.split('_')[1]},0,48,0.5,0.5,{i / 20}" for i, name in enumerate(names)]
+    header = "slide_id,x,y,step_lv0,spacing_requested_um,spacing_um,tissue"
+    (root / "tiles.csv").write_text("\n".join([header, *rows[:-1]]) + "\n")  # the last tile is not listed
+    expression = "tissue >= 0.15 and centre in ['A', 'B']"
+    kept = [name for i, name in enumerate(names[:-1]) if i >= 3 and CENTRES[name.split("_")[0]]]
+    settings = {"filter": expression, "sampling.balance": "slide"}
+    level = level_of(root, **settings)
+    assert sorted(Path(level.dataset[i].name).stem for i in range(len(level.dataset))) == kept
+    assert level.samples == level.split.samples == len(kept)
+    pretrain(config(root, tmp_path / "run", **settings))
+    record = json.loads((tmp_path / "run" / "status.json").read_text())["data"]
+    left_out = {"tissue >= 0.15": 3, "centre in ['A', 'B']": 9, "a row in tiles.csv": 1}
+    assert record["filter"] == {"expression": expression, "tiles": 20, "left_out": left_out}
+    with pytest.raises(ConfigError, match="belongs to another run"):
+        pretrain(config(root, tmp_path / "run", **{**settings, "filter": "tissue >= 0.1"}))
+    with pytest.raises(DataError, match=r"found none .*tissue > 2"):
+        level_of(root, filter="tissue > 2")
+
+
+def test_a_filter_on_the_command_line_keeps_tiles_of_slides(tmp_path: Path) -> None:
+    table = tmp_path / "slides.csv"
+    table.write_text(f"sample_id,image_path,site\nkidney,{sample_slide()},kidney\n")
+    root = tmp_path / "root"
+    assert dino(["tile", str(table), str(root), "storage=none", "previews=false"]) == 0
+    tiles = [tile for tile in read_tiles(root) if tile.tissue > 0.6]
+    level = level_of(root, filter="tissue > 0.6 and site == 'kidney'")
+    assert 0 < len(level.dataset) == len(tiles) < 44
+    assert [level.dataset[i].name for i in range(len(tiles))] == [
+        str(Path(*t.path.parts[-2:]).with_suffix("")) for t in tiles
+    ]
+    words = ["filter=tissue > 0.6 and site in ['kidney', 'lung']", "sampling.balance=[site,slide]", "dry_run=true"]
+    tiny = ["model.arch=vit:dim=32,depth=2,heads=2", "training.batch_size_per_gpu=4", "speed.num_workers=0"]
+    assert dino(["pretrain", "patch", str(root), str(tmp_path / "run"), *words, *tiny]) == 0
+    assert (
+        dino(["pretrain", "patch", str(root), str(tmp_path / "run"), "filter=site == 'lung'", *tiny, "dry_run=true"])
+        == 2
+    )
