@@ -217,10 +217,13 @@ def test_a_filter_on_the_command_line_keeps_tiles_of_slides(tmp_path: Path) -> N
     assert [level.dataset[i].name for i in range(len(tiles))] == [
         str(Path(*t.path.parts[-2:]).with_suffix("")) for t in tiles
     ]
-    words = ["filter=tissue > 0.6 and site in ['kidney', 'lung']", "sampling.balance=[site,slide]", "dry_run=true"]
+    words = ["filter=tissue > 0.6 and site in ['kidney', 'lung']", "sampling.balance=[site,slide]"]
     tiny = ["model.arch=vit:dim=32,depth=2,heads=2", "training.batch_size_per_gpu=4", "speed.num_workers=0"]
-    assert dino(["pretrain", "patch", str(root), str(tmp_path / "run"), *words, *tiny]) == 0
-    assert (
-        dino(["pretrain", "patch", str(root), str(tmp_path / "run"), "filter=site == 'lung'", *tiny, "dry_run=true"])
-        == 2
-    )
+    pretrain_dry = ["pretrain", "patch", str(root), str(tmp_path / "run"), "dry_run=true", *tiny]
+    assert dino([*pretrain_dry, *words]) == 0
+    assert dino([*pretrain_dry, "filter=site == 'lung'"]) == 2
+
+    assert dino(["tile", str(table), str(tmp_path / "tar"), "storage=tar", "previews=false"]) == 0
+    stored = level_of(tmp_path / "tar", filter="tissue > 0.6 and site == 'kidney'")
+    assert stored.samples == len(tiles)
+    assert {Path(stored.dataset[i].name).stem for i in range(len(tiles))} == {tile.path.stem for tile in tiles}

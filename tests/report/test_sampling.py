@@ -22,6 +22,13 @@ def test_a_table_of_expected_and_realised_shares() -> None:
     assert sampling_sections([SimpleNamespace(name="", status={})]) == []  # type: ignore[list-item]
 
 
+def test_a_table_of_what_a_filter_left_out() -> None:
+    found = {"expression": "tissue > 0.5 and x > 0", "tiles": 200, "left_out": {"tissue > 0.5": 50, "x > 0": 1}}
+    (section,) = sampling_sections([SimpleNamespace(name="", status={"data": {"filter": found}})])  # type: ignore[list-item]
+    (table,) = section.items
+    assert table.rows == [("tissue > 0.5", "50", "25.00%"), ("x > 0", "1", "0.50%")]  # type: ignore[union-attr]
+
+
 def test_of_many_groups_those_that_deviate_most_are_shown() -> None:
     slides = [f"{number:03}" for number in range(100)]
     (section,) = sampling_sections([run_of(slides, [5 if slide == "042" else 1 for slide in slides])])  # type: ignore[list-item]
