@@ -45,7 +45,6 @@ from dino.extraction.tiles import TileExtractor
 from dino.models.backbone import BackboneSpec
 from dino.models.weights import TRANSFORMS, LoadedBackbone, Transform, load_backbone_file, settings_that_fit
 from dino.objectives.features import FrozenBackbone
-from dino.slides.filtering import Selection
 
 DEFAULT_TILE_SIZE_PX = 256
 CROP_SIZES = ("aug.global_crops_size", "aug.local_crops_size")
@@ -74,7 +73,7 @@ class Level(ABC):
             grids; ``teacher_weights`` and ``teacher_transform`` of the teacher.
         split: How many samples are trained on, and how many are held out.
         groups: Groups that share the draws; None where every sample is drawn equally often.
-        chosen: The samples that a filter keeps, if there is one.
+        filtered: What a filter left out, for ``status.json``; None without one.
         warnings: Likely mistakes in the data.
         notes: What else to say of it.
     """
@@ -94,7 +93,7 @@ class Level(ABC):
     origin: Mapping[str, Any]
     split: Split
     groups: Groups | None = None
-    chosen: Selection | None = None
+    filtered: Mapping[str, Any] | None = None
     warnings: list[str]
     notes: Sequence[str] = ()
 
@@ -222,7 +221,7 @@ class PatchLevel(Level):
             self.teacher = FrozenBackbone.load(config.teacher, config.distill, self.transform, model)
         self.origin = self.teacher.origin if self.teacher else {}
         self.split, self.groups = tiles.split, tiles.groups
-        self.warnings, self.notes, self.chosen = tiles.warnings, tiles.notes, tiles.chosen
+        self.warnings, self.notes, self.filtered = tiles.warnings, tiles.notes, tiles.filtered
 
     @staticmethod
     def training_files(root: Root) -> tuple[Path, list[str]]:

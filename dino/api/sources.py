@@ -25,7 +25,6 @@ from dino.data.shards import (
 )
 from dino.data.slide_tiles import Placement, SlideTileDataset
 from dino.errors import ConfigError
-from dino.slides.filtering import Selection
 
 AUTO, FILES, SLIDES = "auto", "files", "slides"
 SOURCE_OF_STORAGE = {"jpeg": FILES, "tar": TAR, "parquet": PARQUET, "none": SLIDES}  # of a ROOT by its tiling
@@ -44,7 +43,7 @@ class TileSource:
         slides: ``slide_ids`` and ``patient_ids`` as far as they are known.
         warnings: What to tell the user about the data.
         groups: Groups that share the draws; None to draw every tile equally often.
-        chosen: The tiles that a filter keeps, if there is one.
+        filtered: What a filter left out, for ``status.json``; None without one.
         notes: What else to say of the data.
     """
 
@@ -54,7 +53,7 @@ class TileSource:
     slides: dict[str, list[str]]
     warnings: list[str]
     groups: Groups | None = None
-    chosen: Selection | None = None
+    filtered: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -79,11 +78,9 @@ def open_tiles(config: PatchConfig) -> TileSource:
         geometry |= {"spacings_um": spacings, "spacing_um": geometry["spacing_um"] if known else spacings[0]}
     groups = build_groups(config.sampling, dataset.ranges, root.status, config.seed)
     split = Split("tiles", groups.samples if groups is not None else len(dataset), len(slides["slide_ids"]), held_out)
-    chosen = root.selection
+    chosen, warnings = root.selection, [*warnings, *root.unknown_partitions()]
     notes = [*_reading(source, config.sampling), *([str(chosen)] if chosen else []), *describe(groups)]
-    return TileSource(
-        dataset, split, geometry, slides, [*warnings, *root.unknown_partitions()], groups, chosen, notes
-    )
+    return TileSource(dataset, split, geometry, slides, warnings, groups, chosen.to_dict() if chosen else None, notes)
 
 
 def _reading(source: str, sampling: SamplingConfig) -> list[str]:
