@@ -204,9 +204,7 @@ class SamplingConfig:
         [], "spacings in µm per px at which tiles are read, one drawn for each sample (empty: that of tiling)"
     )
     spacing_shares: list[float] = identity([], "share of each of these spacings (empty: equal shares)")
-    balance: list[str] = identity(
-        [], "columns of slides.csv whose values get equal shares, each within those before: slide, patient, centre, ..."
-    )
+    balance: list[str] = identity([], "columns of slides.csv whose values get equal shares, each within those before")
     temperature: float = identity(0.0, "shares of balance: 0 equal, 1 in proportion to tiles, or between")
     weights: str | None = runtime(None, "CSV with a column of slides.csv (or slide_id) and weight, of shares")
     max_tiles_per_slide: int = identity(0, "train on a random subset of this many tiles per slide, 0 for all")
@@ -323,9 +321,7 @@ class PatchConfig(PretrainConfig):
     teacher: str | None = identity(
         None, "frozen network to distil: timm:NAME, a checkpoint file, a timm folder or a run folder; null: none"
     )
-    filter: str | None = identity(
-        None, 'conditions of the tiles to train on, on columns of tiles.csv and slides.csv: "tissue > 0.5 and ..."'
-    )
+    filter: str | None = identity(None, 'conditions of tiles, on columns of tiles.csv and slides.csv: "tissue > 0.5"')
     distill: DistillConfig = group(DistillConfig)
     sampling: SamplingConfig = group(SamplingConfig)
     speed: PatchSpeedConfig = group(PatchSpeedConfig)
