@@ -90,7 +90,8 @@ def pretrain(config: PatchConfig | RegionConfig, extend: ExtendConfig | None = N
                 checkpoints = run.checkpoints(folder)
                 evaluator = build_evaluator(run, checkpoints)
                 metrics = run.connect(trainer, folder, checkpoints, evaluator)
-                data = run.level.split.to_dict()
+                filtered = run.level.filtered
+                data = {**run.level.split.to_dict(), **({"filter": filtered} if filtered else {})}
                 counts = {"step": trainer.step, "total_steps": run.total, "processes": distributed.world_size()}
                 folder.update_status(state="running", error=None, data=data, **counts)
                 with progress.bar(f"pretrain {run.level.name}", run.total, trainer.step) as metrics.bar:
