@@ -233,5 +233,8 @@ def _print(summary: DemoSummary) -> None:
     progress.say("")
     progress.console.print(table)
     progress.say(f"\n{summary.report}\n{summary.directory / 'summary.json'}")
-    words = (summary.directory / name for name in ("patch", "region", "slides", "report.html"))
-    progress.say(f"\nthe report again: dino report {' '.join(shlex.quote(str(word)) for word in words)}")
+    patch, region, root, page = (
+        shlex.quote(str(summary.directory / name)) for name in ("patch", "region", "slides", "report.html")
+    )
+    progress.say(f"\nto look at it: dino view {root} {patch} {region}")
+    progress.say(f"the report again: dino report {patch} {region} {root} {page}")

@@ -48,7 +48,7 @@ def test_report_has_every_section_and_loads_nothing(demo):
                     "Settings"):  # fmt: skip
         assert f"<h2>{heading}</h2>" in html
     assert "does not evaluate the method" in html
-    assert len(re.findall(r'src="data:image/(?:jpeg|png|svg)', html)) == 8
+    assert len(re.findall(r'src="data:image/(?:jpeg|png|svg)', html)) == 9
     assert all(source.startswith(("data:", "#")) for source in sources(html))
     assert len(html) < 4_000_000
 

@@ -45,7 +45,11 @@ class Gathering:
         self.networks = {
             name: loaded
             for name, reader in self.runs.items()
-            if (loaded := self._part(f"what {name} makes of tiles", lambda path=reader.path: gather.load_run(path)))
+            if (
+                loaded := self._part(
+                    f"features and attention of {name}", lambda path=reader.path: gather.load_run(path)
+                )
+            )
         }
         self.root = root or self._root_of_runs()
         self.tables = self._part("slides", self._tables)
@@ -77,10 +81,10 @@ class Gathering:
         )
 
     def _part(self, name: str, read: Callable[[], Result]) -> Result | None:
-        """The result of ``read``; None, which is said, where a file for it is missing or damaged."""
+        """The result of ``read``; None, which is said, where a file or a package for it is missing or damaged."""
         try:
             return read()
-        except DinoError as error:
+        except (DinoError, ImportError) as error:  # openslide need not be installed where runs are trained
             progress.warn(f"report without {name}: {error}")
             self.left_out.append(f"{name[0].upper()}{name[1:]}: {error}")
             return None

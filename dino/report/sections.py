@@ -42,10 +42,14 @@ def run_verdict(status: Mapping[str, Any]) -> Verdict:
         return Verdict.from_dict(status["verdict"])
     state = str(status.get("state", "unknown")).replace("_", " ")
     left = status.get("eta_seconds")
-    time = f" About {left / 3600:.2g} hours are left." if state == "running" and left else ""
+    time = f" About {_duration(left)} are left." if state == "running" and left else ""
     reason = f" {status['error']}" if status.get("error") else ""
     steps = f"Step {status.get('step', 0):,} of {status.get('total_steps', 0):,}; not evaluated yet."
     return Verdict(state, f"{steps}{time}{reason}")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.2g} hours" if seconds > 5400 else f"{seconds / 60:.0f} minutes"
 
 
 def make_sections(data: ReportData) -> tuple[list[Section], list[str]]:

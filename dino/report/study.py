@@ -146,6 +146,5 @@ def energy_kwh(run: RunData) -> float | None:
 def quarantine_table(run: RunData) -> Table:
     """The samples of a run that could not be read."""
     rows = [[printable(name), printable(reason)] for name, reason in run.quarantine]
-    return _long(
-        ["Sample", "reason"], rows, f"{run.name}: {len(rows):,} samples that could not be read, and were replaced"
-    )
+    caption = f"{run.name}: samples that could not be read, and were replaced ({len(rows):,})"
+    return _long(["Sample", "reason"], rows, caption)

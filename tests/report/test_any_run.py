@@ -234,6 +234,13 @@ def test_a_report_without_matplotlib_is_said_and_the_run_finishes(chain, tmp_pat
     assert "no report" in capsys.readouterr().out and not (chain.patch / "report.html").exists()
 
 
+def test_a_report_without_openslide_reads_tile_files(chain, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openslide", None)
+    page = read(report([chain.patch], output=tmp_path / "r.html"))
+    assert "The slide: import of openslide halted" in words(page)
+    assert {"Slides", "Training crops", "Tile features"} <= {*page.headings} and "Slide and tiles" not in page.headings
+
+
 def test_a_fault_in_the_report_is_a_warning(chain, monkeypatch, capsys):
     from dino.api import reporting
     from dino.api.ending import write_report
