@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dino.api.labelled import Column, Embedding, facts_of, load_models, unique_names
-from dino.api.roots import Root
+from dino.api.roots import Root, data_folders
 from dino.config.schema import EvaluationConfig
 from dino.data.bags import SUBFOLDERS, Bag, find_bags, open_bag
 from dino.data.datasets import TILE_NAME
@@ -281,8 +281,9 @@ def check_leakage(features: FeatureSet, tested: Sequence[Case], allow: bool) -> 
         [slide for slide, _ in slides],
         ["" if case.patient == unknown_patient(slide) else case.patient for slide, case in slides],
     )
-    root = Path((loaded.config or {}).get("data_dir") or "")
-    patients = Root(root).patients if (root / STATUS_TABLE).is_file() else {}
+    patients: dict[str, str] = {}
+    for folder in data_folders(loaded.config or {}):
+        patients |= Root(folder).patients
     trained = Pretraining(loaded.details.get("training_slides") or {}, patients)
     return compare_with_pretraining(rows, trained, allow)
 

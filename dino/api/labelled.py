@@ -155,8 +155,7 @@ def facts_of(table: LabelTable, labels: Path, loaded: LoadedBackbone, allow: boo
     if not table.is_split:
         table = replace(table, partition=["test"] * len(table.paths))  # each is tested in one of the folds
     level = level_named(loaded.level)
-    run = loaded.config or {}
-    trained = level.pretraining(loaded.details.get("training_slides"), run.get("data_dir"), run.get("encoder"))
+    trained = level.pretraining(loaded.details.get("training_slides"), loaded.config)
     leakage = check_leakage(table, trained, allow)
     progress.say(f"{labels}: compared with the pretraining of {loaded.source}: {leakage['compared']}")
     selection = check_selection(table, recorded_selection(loaded.details), allow)

@@ -12,12 +12,23 @@ class in :data:`LEVELS`. There are three ways to get one:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dino.api.roots import Root, Split, check_grids, origin_of_grids, shapes_of_grids, source_of_grids
+from dino.api.roots import (
+    Root,
+    Split,
+    check_grids,
+    check_held_out,
+    data_folders,
+    origin_of_grids,
+    shapes_of_grids,
+    slides_of,
+    source_of_grids,
+)
 from dino.api.sources import open_tiles
 from dino.config.schema import EvaluationConfig, PatchConfig, PretrainConfig, RegionConfig
 from dino.crops.grids import GridCrops
@@ -110,28 +121,26 @@ class Level(ABC):
         """
 
     @classmethod
-    def pretraining(
-        cls, slides: Mapping[str, Any] | None, data_dir: str | None, encoder: str | None = None
-    ) -> Pretraining:
-        """What a model was pretrained on, as far as its checkpoint and its data folder tell.
+    def pretraining(cls, slides: Mapping[str, Any] | None, config: Mapping[str, Any] | None) -> Pretraining:
+        """What a model was pretrained on, as far as its checkpoint and its data folders tell.
 
         Args:
             slides: ``training_slides`` of the checkpoint.
-            data_dir: Data folder of its run; None, or not there, for models of others and exports.
-            encoder: Encoder of the feature grids in it that the run was trained on.
+            config: Settings of its run, which name its data folders; None to look into none.
         """
+        config = config or {}
         slides = slides or {}
-        if not data_dir or not Path(data_dir).is_dir():
-            return Pretraining(slides)
-        root = Root(Path(data_dir), encoder)
-        try:
-            folder, names = cls.training_files(root)
-        except DataError:  # the files are not there any more
-            return Pretraining(slides, root.patients)
         ids = {*(slides.get("slide_ids") or []), None}
-        if len(ids) > 1:  # slides may have been added since
-            names = [name for name in names if slide_of(name) in ids]
-        return Pretraining(slides, root.patients, folder, names)
+        patients: dict[str, str] = {}
+        files = []
+        for root in (Root(folder, config.get("encoder")) for folder in data_folders(config)):
+            patients |= root.patients
+            with suppress(DataError):  # the files are not there any more
+                folder, names = cls.training_files(root)
+                if len(ids) > 1:  # slides may have been added since
+                    names = [name for name in names if slide_of(name) in ids]
+                files.append((folder, names))
+        return Pretraining(slides, patients, files)
 
     @staticmethod
     def recommended_recipe(config: Any, samples: int) -> str | None:
@@ -311,7 +320,7 @@ class RegionLevel(Level):
 
     def __init__(self, config: RegionConfig) -> None:
         root, model = Root(Path(config.data_dir), config.encoder), config.model
-        root.check_held_out()
+        check_held_out([root])
         folder, entries, held_out = root.grids()
         start = load_backbone_file(model.init, model.init_arch) if model.init else None
         source = source_of_grids(folder, start.grids if start else None, str(model.init))
@@ -326,7 +335,7 @@ class RegionLevel(Level):
         self.spec = BackboneSpec(model.arch, self.name, survey.dim, (height, width), 1, model.pos_resample)
         self.transform = None
         self.geometry = {**root.geometry(), "region_cells": [survey.height, survey.width]}
-        self.slides, self.origin = root.slides(self.dataset.slide_ids), origin_of_grids(source)
+        self.slides, self.origin = slides_of(self.dataset.slide_ids, root.status), origin_of_grids(source)
         self.split = Split("regions", len(self.dataset), len(self.slides["slide_ids"]), held_out)
         self.warnings = root.unknown_partitions()
 
@@ -403,6 +412,7 @@ def build_level(config: PretrainConfig) -> Level:
     """
     if not config.data_dir:
         raise ConfigError("expected a data folder, found none; name ROOT (data_dir=…)")
-    if not Path(config.data_dir).is_dir():
-        raise DataError(f"expected a data folder at {config.data_dir}, found nothing; check the path")
+    for folder in (config.data_dir, *getattr(config, "more_data_dirs", ())):
+        if not Path(folder).is_dir():
+            raise DataError(f"expected a data folder at {folder}, found nothing; check the path")
     return level_of(config)(config)

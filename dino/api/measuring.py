@@ -124,8 +124,7 @@ def _parts(run: Run, resumed: bool) -> dict[str, Part]:
 def _check_leakage(run: Run, labels: Path, table: LabelTable, resumed: bool) -> None:
     # Files are compared when a run starts: one that an earlier version started goes on.
     level = run.level
-    encoder: str | None = getattr(run.config, "encoder", None)  # of level 2
-    trained = level.pretraining(level.slides, None if resumed else run.config.data_dir, encoder)
+    trained = level.pretraining(level.slides, None if resumed else vars(run.config))
     facts = check_leakage(table, trained, run.config.evaluate.allow_leakage, ("val", "test"), "evaluate.allow_leakage")
     progress.say(f"{labels}: compared with the training data: {facts['compared']}")
 

@@ -1,5 +1,6 @@
 """Data folders: what is recorded of the tiles or feature grids in them, and which of them may be trained on."""
 
+import os
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
@@ -165,24 +166,6 @@ class Root:
         """Partition of each slide; for a slide that failed or was excluded later, that word instead."""
         return {slide: row.partition if row.status == OK else row.status for slide, row in self.status.items()}
 
-    def check_held_out(self) -> None:
-        """Raise DataError if the file of a held-out slide, or a copy of it, is also one of a slide that is trained on.
-
-        Slides whose files are not there are not compared.
-        """
-        rows = [row for row in self.status.values() if row.status == OK and row.image_path.is_file()]
-        for first, second in find_copies([row.image_path for row in rows]):
-            pair = rows[first], rows[second]
-            held_out = [row for row in pair if row.partition not in PRETRAIN]
-            if len(held_out) == 1:
-                (trained,) = (row for row in pair if row.partition in PRETRAIN)
-                raise DataError(
-                    f"expected held-out slides that are not trained on under another name, found the file of "
-                    f"{held_out[0].slide_id} (partition '{held_out[0].partition}'), {held_out[0].image_path}, also as "
-                    f"{trained.slide_id}, which is trained on; give both the same partition, or remove one from the "
-                    "slide list, and run `dino tile` again"
-                )
-
     def geometry(self) -> dict[str, Any]:
         """Spacing (µm/px) and size (px) of the tiles, None where not recorded."""
         known = self.tiling.geometry if self.tiling else None
@@ -190,11 +173,6 @@ class Root:
             "spacing_um": known.spacing_um if known else None,
             "tile_size_px": known.tile_size_px if known else None,
         }
-
-    def slides(self, slide_ids: set[str]) -> dict[str, list[str]]:
-        """The slides, and their patients as far as they are recorded."""
-        patients = {self.status[slide].patient_id for slide in slide_ids if slide in self.status}
-        return {"slide_ids": sorted(slide_ids), "patient_ids": sorted(patient for patient in patients if patient)}
 
     @property
     def patients(self) -> dict[str, str]:
@@ -228,6 +206,50 @@ class Root:
                 spacing_um=spacing if spacing is not None and isfinite(spacing) else None,
             )
         return infos
+
+
+def check_held_out(roots: Sequence[Root]) -> None:
+    """Raise DataError if the file of a held-out slide, or a copy of it, is also one of a slide that is trained on.
+
+    Slides whose files are not there are not compared.
+
+    Args:
+        roots: The data folders.
+    """
+    rows = [row for root in roots for row in root.status.values() if row.status == OK and row.image_path.is_file()]
+    by_path: dict[str, list[SlideStatus]] = {}
+    for row in rows:
+        by_path.setdefault(os.path.realpath(row.image_path), []).append(row)
+    files = list(by_path.values())
+    for same in files:
+        _check_partitions(same)
+    for first, second in find_copies([same[0].image_path for same in files]):
+        _check_partitions([*files[first], *files[second]])
+
+
+def _check_partitions(rows: Sequence[SlideStatus]) -> None:
+    """Raise DataError if of some slides that are one file, some are held out and some are trained on."""
+    held_out = next((row for row in rows if row.partition not in PRETRAIN), None)
+    trained = next((row for row in rows if row.partition in PRETRAIN), None)
+    if held_out is not None and trained is not None:
+        raise DataError(
+            f"expected held-out slides that are not trained on under another name or in another folder, found the file "
+            f"of {held_out.slide_id} (partition '{held_out.partition}'), {held_out.image_path}, also as "
+            f"{trained.slide_id}, which is trained on; give both the same partition, or remove one from the "
+            "slide list, and run `dino tile` again"
+        )
+
+
+def slides_of(slide_ids: set[str], status: Mapping[str, SlideStatus]) -> dict[str, list[str]]:
+    """Slides, and their patients as far as they are recorded."""
+    patients = {status[slide].patient_id for slide in slide_ids if slide in status}
+    return {"slide_ids": sorted(slide_ids), "patient_ids": sorted(patient for patient in patients if patient)}
+
+
+def data_folders(config: Mapping[str, Any]) -> list[Path]:
+    """The data folders of a run that exist, from its settings."""
+    named = [config.get("data_dir"), *(config.get("more_data_dirs") or [])]
+    return [Path(folder) for folder in named if folder and Path(folder).is_dir()]
 
 
 def tile_folder(root: Root) -> Path:

@@ -134,8 +134,11 @@ class Run:
         if folder.segments() not in (self.segments, self.segments[:-1]):
             raise ConfigError(f"expected {folder.path} as it was a moment ago, found that it was extended; try again")
         further = {SEGMENTS: [segment.to_dict() for segment in self.segments]} if self.segments else {}
-        data_dir = str(Path(self.config.data_dir).absolute())  # so that it can be resumed from any working directory
-        folder.claim({**started, **further}, to_yaml(replace(self.config, data_dir=data_dir)))
+        # Absolute, so that it can be resumed from any working directory.
+        folders: dict[str, Any] = {"data_dir": str(Path(self.config.data_dir).absolute())}
+        if further_folders := getattr(self.config, "more_data_dirs", None):
+            folders["more_data_dirs"] = [str(Path(one).absolute()) for one in further_folders]
+        folder.claim({**started, **further}, to_yaml(replace(self.config, **folders)))
         self.origin = folder.origin(started, self.level.origin)
 
     def extend(self, folder: RunFolder, extend: ExtendConfig) -> None:

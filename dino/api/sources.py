@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dino.api.balancing import build_groups, describe
-from dino.api.roots import HeldOut, Root, Split
+from dino.api.joining import check_slide_ids, joined_filter, joined_geometry, joined_held_out, joined_status
+from dino.api.roots import HeldOut, Root, Split, check_held_out, slides_of
 from dino.config.schema import PatchConfig, SamplingConfig
 from dino.data import Dataset, EncodedTiles, FolderTiles, Groups, TileDataset
 from dino.data.datasets import SomeTiles
+from dino.data.joined import JoinedDataset
 from dino.data.shard_index import ShardIndex, Shards, damage_of
 from dino.data.shards import (
     PARQUET,
@@ -67,20 +69,34 @@ def open_tiles(config: PatchConfig) -> TileSource:
         ConfigError: If settings do not fit the source.
         DataError: If there are no tiles that may be trained on.
     """
-    root = Root(Path(config.data_dir))
-    root.check_held_out()
-    root.select(config.filter)
-    source = source_of(root, config)
-    dataset, held_out, warnings = SOURCES[source](root, config)
-    geometry, slides = root.geometry(), root.slides(dataset.slide_ids)
+    roots = [Root(Path(folder)) for folder in (config.data_dir, *config.more_data_dirs)]
+    check_held_out(roots)
+    for root in roots:
+        root.select(config.filter)
+    sources = [source_of(root, config) for root in roots]
+    opened = [SOURCES[source](root, config) for source, root in zip(sources, roots, strict=True)]
+    datasets = [dataset for dataset, _, _ in opened]
+    dataset, status = datasets[0] if len(roots) == 1 else JoinedDataset(datasets), joined_status(roots)
+    geometry = joined_geometry(roots, [_geometry(root, config) for root in roots])
+    slides = slides_of(dataset.slide_ids, status)
+    groups = build_groups(config.sampling, dataset.ranges, status, config.seed)
+    samples = groups.samples if groups is not None else len(dataset)
+    split = Split("tiles", samples, len(slides["slide_ids"]), joined_held_out([held_out for _, held_out, _ in opened]))
+    warnings = check_slide_ids(roots, datasets)
+    for root, (_, _, found) in zip(roots, opened, strict=True):
+        warnings += [*found, *root.unknown_partitions()]
+    notes = [line for source in dict.fromkeys(sources) for line in _reading(source, config.sampling)]
+    notes += [*(str(root.selection) for root in roots if root.selection), *describe(groups)]
+    return TileSource(dataset, split, geometry, slides, warnings, groups, joined_filter(roots), notes)
+
+
+def _geometry(root: Root, config: PatchConfig) -> dict[str, Any]:
+    """Spacings and size of the tiles of a data folder."""
+    geometry = root.geometry()
     if spacings := list(config.sampling.spacing_um):
         known = geometry["spacing_um"] in spacings
         geometry |= {"spacings_um": spacings, "spacing_um": geometry["spacing_um"] if known else spacings[0]}
-    groups = build_groups(config.sampling, dataset.ranges, root.status, config.seed)
-    split = Split("tiles", groups.samples if groups is not None else len(dataset), len(slides["slide_ids"]), held_out)
-    chosen, warnings = root.selection, [*warnings, *root.unknown_partitions()]
-    notes = [*_reading(source, config.sampling), *([str(chosen)] if chosen else []), *describe(groups)]
-    return TileSource(dataset, split, geometry, slides, warnings, groups, chosen.to_dict() if chosen else None, notes)
+    return geometry
 
 
 def _reading(source: str, sampling: SamplingConfig) -> list[str]:

@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,7 +67,8 @@ tile_command = with_settings(TileConfig)
 
 # ------------------------------------------------------------------------------------------------- pretrain
 
-PretrainArguments = Annotated[list[str] | None, typer.Argument(metavar="ROOT RUN [KEY=VALUE]...", hidden=True)]
+PatchArguments = Annotated[list[str] | None, typer.Argument(metavar="ROOT... RUN [KEY=VALUE]...", hidden=True)]
+RegionArguments = Annotated[list[str] | None, typer.Argument(metavar="ROOT RUN [KEY=VALUE]...", hidden=True)]
 PatchRecipe = Annotated[
     str | None,
     typer.Option(
@@ -82,15 +83,17 @@ RegionRecipe = Annotated[
 ]
 
 
-def patch(arguments: PretrainArguments = None, config: ConfigFile = None, recipe: PatchRecipe = None) -> None:
+def patch(arguments: PatchArguments = None, config: ConfigFile = None, recipe: PatchRecipe = None) -> None:
     """Level 1: pretrain a vision transformer on tiles with DINO, or by distilling a frozen teacher.
 
-    ROOT is a folder that `dino tile` wrote, or any folder of images. RUN is the output folder. Running the same command
-    again resumes the run; a finished run is not changed.
+    ROOT is a folder that `dino tile` wrote, or any folder of images, of tar files (WebDataset) or of parquet files; the
+    tiles of several are trained on together. RUN is the output folder. Running the same command again resumes the run;
+    a finished run is not changed.
 
     For example:
 
         dino pretrain patch data runs/patch training.nepochs=100 speed.num_workers=8
+        dino pretrain patch data_20x data_10x runs/patch
         dino pretrain patch data runs/patch --recipe patch_continue model.init=timm:vit_small_patch16_224.dino
         dino pretrain patch data runs/small teacher=timm:vit_large_patch14_dinov2.lvd142m
         torchrun --nproc_per_node=8 -m dino pretrain patch data runs/patch
@@ -98,7 +101,7 @@ def patch(arguments: PretrainArguments = None, config: ConfigFile = None, recipe
     pretrain_level("patch", arguments or [], config, recipe)
 
 
-def region(arguments: PretrainArguments = None, config: ConfigFile = None, recipe: RegionRecipe = "region") -> None:
+def region(arguments: RegionArguments = None, config: ConfigFile = None, recipe: RegionRecipe = "region") -> None:
     """Level 2: pretrain a small vision transformer on the feature grids of regions with DINO.
 
     ROOT is a folder with the features that `dino extract` wrote, or any folder of .pt grids. RUN is the output folder.
@@ -128,22 +131,28 @@ def pretrain_settings(
 
     Args:
         level: ``patch`` or ``region``.
-        arguments: ROOT and RUN, positional or as ``data_dir=`` and ``output_dir=``, and settings.
+        arguments: ROOT (of tiles also several) and RUN, positional or as ``data_dir=`` and ``output_dir=``, and
+            settings.
         file: The user's YAML; it may contain the two folders, as the ``config.yaml`` of a run does.
         recipe: Name of the recipe whose values are the defaults; None for the default one.
 
     Raises:
         UsageError: If one of the two folders is missing.
     """
+    schema = LEVEL_CONFIGS[level]
+    positional, overrides = split(arguments)
+    further_roots = positional[1:-1] if "more_data_dirs" in {item.name for item in dataclasses.fields(schema)} else []
+    if further_roots:
+        arguments = [positional[0], positional[-1], *overrides]
     folders, overrides = named_or_positional(arguments, {"data_dir": "ROOT", "output_dir": "RUN"})
     further = next((word for word in overrides if FURTHER.fullmatch(word)), None)
     if further:
         run = shlex.quote(folders.get("output_dir", "RUN"))
         raise UsageError(f"expected a length, found {further}; `dino resume {run} {further}` extends a finished run")
-    schema = LEVEL_CONFIGS[level]
     recipe = recipe or default_recipe(schema, file, overrides)
     settings = load_config(schema, recipe=recipe, file=file, overrides=overrides)
-    settings = dataclasses.replace(settings, **folders)
+    more: dict[str, Any] = {"more_data_dirs": further_roots} if further_roots else {}
+    settings = dataclasses.replace(settings, **folders, **more)
     needed = ("data_dir",) if settings.dry_run or settings.profile else ("data_dir", "output_dir")
     missing = [key for key in needed if not getattr(settings, key)]
     if missing:

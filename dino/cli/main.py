@@ -126,7 +126,7 @@ def extract_entry_point() -> None:
 
 
 def _original_patch(
-    arguments: commands.PretrainArguments = None, config: ConfigFile = None, recipe: commands.PatchRecipe = "patch"
+    arguments: commands.PatchArguments = None, config: ConfigFile = None, recipe: commands.PatchRecipe = "patch"
 ) -> None:
     """Level 1 with the original's recipe: data_dir=ROOT output_dir=RUN and other settings as KEY=VALUE."""
     commands.pretrain_level("patch", arguments or [], config, recipe)

@@ -316,6 +316,9 @@ class PatchConfig(PretrainConfig):
     """`dino pretrain patch`."""
 
     data_dir: str = runtime("", "ROOT that `dino tile` wrote, or a folder of images, tar or parquet files")
+    more_data_dirs: list[str] = runtime(
+        [], "further data folders, whose tiles are trained on together with the first's"
+    )
     source: str = runtime("auto", "what tiles are read from: auto (what data_dir holds), files, tar, parquet or slides")
     slides: str | None = runtime(None, "folder or slides.csv of the slides, if they were moved after tiling")
     teacher: str | None = identity(
@@ -395,9 +398,7 @@ class TileConfig:
         "openslide",
         "library that decodes tiles: openslide, or fastslide (faster, other pixels; not for damaged slides)",
     )
-    storage: str = identity(
-        "jpeg", "jpeg (one file per tile), tar or parquet (one file per slide), or none (coordinates only)"
-    )
+    storage: str = identity("jpeg", "jpeg (a file per tile), tar or parquet (per slide), or none (coordinates only)")
     jpeg_quality: int = identity(90, "JPEG quality of the tiles")
     max_tiles_per_slide: int = identity(0, "keep a random subset of this many tiles per slide, 0 for all")
     seed: int = identity(0, "seed of the random subset")

@@ -23,14 +23,12 @@ class Pretraining:
         slides: ``slide_ids`` and ``patient_ids`` of the checkpoint, or hashes of them as
             :func:`dino.privacy.hash_record` returns; empty if it records none.
         patients: Patient of each slide of the data folder, also of slides that were held out.
-        folder: Where the files are that were trained on; None if that is not known, or they are not there.
-        names: Their names in it.
+        files: Folders of the files that were trained on and names of the files in each, as far as they are there.
     """
 
     slides: Mapping[str, Any] = field(default_factory=dict)
     patients: Mapping[str, str] = field(default_factory=dict)
-    folder: Path | None = None
-    names: Sequence[str] = ()
+    files: Sequence[tuple[Path, Sequence[str]]] = ()
 
 
 def check_leakage(
@@ -65,7 +63,8 @@ def check_leakage(
     given = table.patient_ids or [""] * len(table.paths)
     patients = [given[i] or trained.patients.get(slides[i], "") for i in test]
     paths = [table.paths[i] for i in test]
-    files = find_in_folder(paths, trained.folder, trained.names) if trained.folder and table.stored else []
+    folders = trained.files if table.stored else []
+    files = list(dict.fromkeys(path for folder, names in folders for path in find_in_folder(paths, folder, names)))
     seen = {
         "slides": sorted(known(slides.values(), trained.slides, "slide")),
         "patients": sorted(known(patients, trained.slides, "patient")),
@@ -88,14 +87,14 @@ def check_leakage(
 def _compared(table: LabelTable, trained: Pretraining, patients: bool) -> str:
     slides = count(trained.slides, "slide") > 0
     known_patients = count(trained.slides, "patient") > 0
-    if not slides and not known_patients and (trained.folder is None or not table.stored):
+    if not slides and not known_patients and not (trained.files and table.stored):
         return "nothing: the model has no record of the slides it was pretrained on"
     what = []
     if slides:
         what.append("slides by slide_id" if table.slide_ids else "slides by file name")
     if known_patients and patients:
         what.append("patients by patient_id" if table.patient_ids else "patients of the slides")
-    if trained.folder is not None and table.stored:
+    if trained.files and table.stored:
         what.append("files by path and content")
     return " and ".join(what) or "nothing: the labels have no patient_id"
 

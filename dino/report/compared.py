@@ -10,7 +10,8 @@ from dino.report.data import RunData
 from dino.report.page import Figure, Section, Table
 from dino.train.evaluator import OWN_PLACE
 
-NOT_COMPARED = ("data_dir", "output_dir", "logging.", "dry_run", "profile")  # settings that change nothing
+# Settings that change nothing.
+NOT_COMPARED = ("data_dir", "more_data_dirs", "output_dir", "logging.", "dry_run", "profile")
 
 
 def comparison_sections(runs: Sequence[RunData]) -> list[Section]:

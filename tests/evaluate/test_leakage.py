@@ -50,13 +50,13 @@ def test_test_files_that_were_trained_on_are_refused_although_no_id_tells(how: s
         os.link(tile, tested)
     elif how == "copy":
         shutil.copy(tile, tested)
-    table, trained = table_of([reference, tested]), Pretraining({}, {}, tile.parent, [tile.name])
+    table, trained = table_of([reference, tested]), Pretraining({}, {}, [(tile.parent, [tile.name])])
     with pytest.raises(DataError, match=f"test files that the model has not .*{tested.name}.*allow_leakage=true"):
         check_leakage(table, trained, allow=False)
     facts = check_leakage(table, trained, allow=True)
     assert facts["seen_files"] == [str(tested)] and facts["allowed"]
     assert facts["compared"] == "files by path and content"
-    unseen = Pretraining({}, {}, tile.parent, [])  # the tile's slide is held out
+    unseen = Pretraining({}, {}, [(tile.parent, [])])  # the tile's slide is held out
     assert check_leakage(table, unseen, allow=False)["seen_files"] == []
 
 
