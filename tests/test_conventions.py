@@ -30,6 +30,7 @@ LAZY = [
     "wandb",
     "mlflow",
     "pyarrow",
+    "tifffile",
 ]
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dino.api.figures import figure
     from dino.api.initial_weights import follow_init
     from dino.api.launching import launch_slurm
+    from dino.api.mapping import attention
     from dino.api.pretraining import pretrain, resume
     from dino.api.rehearsal import replay
     from dino.api.reporting import report
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from dino.api.viewing import export_geojson, view
 
 __all__ = [
+    "attention",
     "compare",
     "evaluate",
     "evaluate_knn",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "attention": "mapping",
     "compare": "results",
     "evaluate": "evaluating",
     "evaluate_knn": "evaluating",

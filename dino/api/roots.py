@@ -6,11 +6,13 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dino import progress
-from dino.data import GridEntry, SlideInfo, list_names, place_of, slide_of
+from dino.data import GridEntry, SlideInfo, list_names, place_of, read_grid, slide_of
 from dino.errors import DataError
 from dino.evaluate.contents import find_copies
-from dino.extraction.folders import find_grids
+from dino.extraction.folders import find_grids, grid_path
 from dino.extraction.record import RECORD, grid_source
 from dino.models.grid_source import KEY, GridSource, check_same_source, recorded
 from dino.slides.filtering import Selection, select_tiles
@@ -190,6 +192,28 @@ class Root:
     def regions(self) -> list[RegionRecord]:
         """The regions that are recorded."""
         return read_regions(self.path) if (self.path / REGIONS_TABLE).exists() else []
+
+    def features_of_cells(
+        self, regions: Sequence[RegionRecord], expected: GridSource | None, user: str
+    ) -> dict[tuple[int, int], np.ndarray]:
+        """Level-1 features of the cells of regions of one slide, ``(D,)`` by row and column of the lattice.
+
+        Args:
+            regions: The regions.
+            expected: The model that they should be of; None if it is not known.
+            user: The level-2 model that reads them, for messages.
+
+        Raises:
+            DataError: If a grid is missing, damaged, or of another model.
+        """
+        folder = find_grids(self.path, self.encoder, expected) or self.grid_folder
+        check_same_source(expected, grid_source(folder), user, str(folder))
+        found: dict[tuple[int, int], np.ndarray] = {}
+        for one in regions:
+            grid = read_grid(grid_path(folder, one), "yx", one.grid).numpy()  # (D, h, w)
+            row, column = one.y // one.step_lv0, one.x // one.step_lv0
+            found |= {(row + i, column + j): grid[:, i, j] for i, j in np.ndindex(*one.grid)}
+        return found
 
     def tile_spacings(self) -> dict[str, float]:
         """Actual spacing of the tiles of each slide, where recorded."""

@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from dino import __version__
-from dino.cli import commands, evaluations, reports, runs, viewing
+from dino.cli import commands, evaluations, maps, reports, runs, viewing
 from dino.cli.command import Command, ConfigFile
 
 
@@ -23,6 +23,7 @@ class _InOrder(TyperGroup):
             "report",
             "figure",
             "view",
+            "attention",
             "export",
             "geojson",
             "info",
@@ -78,6 +79,7 @@ for name, (command, function) in evaluations.COMMANDS.items():
 app.command(cls=reports.report_command)(reports.report)
 app.command(cls=reports.figure_command)(reports.figure)
 app.command(cls=viewing.view_command)(viewing.view)
+app.command(cls=maps.attention_command)(maps.attention)
 app.command(cls=commands.export_command)(commands.export)
 app.command(cls=viewing.geojson_command)(viewing.geojson)
 app.command(cls=commands.info_command)(commands.info)

@@ -1,4 +1,4 @@
-"""Settings of ``dino report`` and ``dino figure``; part of :mod:`dino.config.schema`."""
+"""Settings of ``dino report``, ``dino figure`` and ``dino attention``; part of :mod:`dino.config.schema`."""
 
 from dataclasses import dataclass
 
@@ -36,4 +36,21 @@ class FigureConfig:
     dpi: int = runtime(300, "px per inch")
     arch: str | None = runtime(None, "architecture of an external checkpoint, if its number of heads is not dim/64")
     transform: str = runtime("auto", "normalisation: auto (recorded in the checkpoint), imagenet, hipt or timm")
+    device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
+
+
+@dataclass
+class AttentionConfig:
+    """`dino attention`."""
+
+    slide: str | None = runtime(None, "id of the only slide to map (null: all)")
+    slides: str | None = runtime(None, "folder or slides.csv of the slides, if they were moved after tiling")
+    grids: str | None = runtime(None, "encoder whose grids level 2 reads (null: the one that it was trained on)")
+    offsets: int = runtime(1, "places per tile along each axis at which level 1 looks; overlaps are averaged in place")
+    stride: int = runtime(1, "distance in cells of the regions that level 2 looks at; overlaps are averaged in place")
+    arch: str | None = runtime(None, "architecture of an external checkpoint, if its number of heads is not dim/64")
+    transform: str = runtime("auto", "normalisation: auto (recorded in the checkpoint), imagenet, hipt or timm")
+    precision: str = runtime("bf16", "bf16 (autocast), fp32 or fp64")
+    batch_size: int = runtime(64, "tiles or regions per forward pass")
+    num_workers: int = runtime(2, "threads that read pixels")
     device: str = runtime("auto", "auto, cpu, cuda or cuda:N")

@@ -21,7 +21,7 @@ from dino.config.evaluators import (  # noqa: F401 -- a part of this module
     RobustnessConfig,
     SlideConfig,
 )
-from dino.config.reports import FigureConfig, ReportConfig  # noqa: F401 -- a part of this module
+from dino.config.reports import AttentionConfig, FigureConfig, ReportConfig  # noqa: F401 -- a part of this module
 from dino.config.viewing import GeojsonConfig, ViewConfig  # noqa: F401 -- a part of this module
 
 # ---------------------------------------------------------------------------------------------- pretraining

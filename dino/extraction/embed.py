@@ -23,6 +23,7 @@ from dino.models.weights import LoadedBackbone
 PRECISIONS = ("bf16", "fp32", "fp64")
 CLS, CLS_MEAN, PATCHES = "cls", "cls+mean", "patches"
 FEATURES = (CLS, CLS_MEAN, PATCHES)
+ATTENTION = "attention"  # of the cls token in the last block
 CACHED_VALUES = 2**19  # token values that a CPU core processes at a time: they fit into its cache
 
 Normalise = Callable[[Tensor], Tensor]
@@ -130,11 +131,12 @@ def embed_batches(
         device: See there.
         precision: See there.
         features: One of :data:`FEATURES`: the cls token; with the mean of the patch tokens concatenated to it (Virchow,
-            Vorontsov et al. 2024, arXiv 2309.07778); or with all patch tokens.
+            Vorontsov et al. 2024, arXiv 2309.07778); or with all patch tokens. Or ``attention``.
 
     Yields:
         Float32 on the CPU for each batch: ``(B, D)``, for ``cls+mean`` ``(B, 2 D)``, for ``patches``
-        ``(B, 1 + N, D)`` with the cls token first, then the patch tokens row-major. All are after the final norm.
+        ``(B, 1 + N, D)`` with the cls token first, then the patch tokens row-major. All are after the final norm. For
+        ``attention``, ``(B, heads * N)``: that of the cls token over the patch tokens in the last block.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"expected precision bf16, fp32 or fp64, found '{precision}'")
@@ -157,6 +159,8 @@ def _features(backbone: Backbone, inputs: Tensor, features: str) -> Tensor:
     """What :func:`embed_batches` yields of a batch, on its device and in the dtype of the network."""
     if features == CLS:
         return backbone(inputs, cls_only=True).cls  # (B, D)
+    if features == ATTENTION:
+        return backbone.last_attention(inputs).flatten(1)  # (B, heads * N)
     tokens = backbone(inputs)
     assert tokens.patches is not None
     if features == PATCHES:

@@ -1,0 +1,43 @@
+"""Commands that map what models see on slides: ``dino attention``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dino.cli.command import ConfigFile, end, with_settings
+from dino.cli.grammar import UsageError, split
+from dino.config.load import load_config
+from dino.config.schema import AttentionConfig
+
+AttentionArguments = Annotated[
+    list[str] | None, typer.Argument(metavar="MODEL [REGION_MODEL] ROOT OUT [KEY=VALUE]...", hidden=True)
+]
+
+
+def attention(arguments: AttentionArguments = None, config: ConfigFile = None) -> None:
+    """Map the attention of models over whole slides, as numbers in place.
+
+    MODEL is a level-1 model (a run folder, a checkpoint, an export or timm:NAME), REGION_MODEL a level-2 model that was
+    trained on its features. ROOT is a folder that `dino tile` wrote and, for level 2, `dino extract` filled. A file
+    OUT/SLIDE.ome.tif is written for each slide: a pyramidal OME-TIFF with its spacing in µm, which QuPath and napari
+    open. Its channels are the attention of the cls token of level 1 over the tokens of the tiles, that of level 2
+    over the tiles of the regions, each as the mean over heads and by head, and their product as in HIPT. All are
+    relative to uniform attention, which is 1; where tiles or regions overlap, they are averaged in place.
+
+    For example:
+
+        dino attention runs/patch data maps
+        dino attention runs/patch runs/region data maps slide=a1 offsets=4
+    """
+    positional, overrides = split(arguments or [])
+    if len(positional) not in (3, 4):
+        raise UsageError(f"expected MODEL [REGION_MODEL] ROOT OUT, found {' '.join(positional) or 'no arguments'}")
+    *models, root, output = positional
+    settings = load_config(AttentionConfig, file=config, overrides=overrides)
+    from dino import api
+
+    end(api.attention(models, Path(root), Path(output), settings).exit_code)
+
+
+attention_command = with_settings(AttentionConfig)

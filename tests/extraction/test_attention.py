@@ -1,0 +1,228 @@
+"""Attention over slides: every value at its place, overlaps averaged, against direct sums over the pixels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from painted_slide import halved, noise, write_slide
+from tiny_models import save_checkpoint
+from torch import nn
+from typer.testing import CliRunner
+
+from dino.api import attention, extract
+from dino.api.tiling import tile
+from dino.cli.main import app
+from dino.config.schema import AttentionConfig, ExtractConfig, TileConfig
+from dino.errors import ConfigError, DataError
+from dino.extraction.attention import AttentionModels, Canvas, relative, shifted_cells, whole_windows
+from dino.extraction.embed import ATTENTION, embed_batches, normaliser_of
+from dino.extraction.pyramid import halved as half
+from dino.extraction.pyramid import write_pyramid
+from dino.models.backbone import BackboneSpec
+from dino.models.transforms import Transform
+from dino.models.weights import LoadedBackbone, LoadReport, load_backbone_file
+from dino.slides.lattice import Geometry
+from dino.slides.reader import SlideReader
+
+SIDE, TOKEN = 32, 8
+CONFIG = AttentionConfig(device="cpu", precision="fp32", batch_size=5, num_workers=0)
+
+
+class Brightness(nn.Module):
+    """Replacement of a backbone: attention of one head by the sum of each token, of another by its square."""
+
+    num_heads = 2
+
+    def __init__(self, level: str, token: int) -> None:
+        super().__init__()
+        self.weight, self.token, self.embed_dim = nn.Parameter(torch.ones(1)), token, 3
+        self.spec = BackboneSpec("vit:dim=3,depth=1,heads=1", level, 3, (SIDE, SIDE), token)
+
+    def last_attention(self, x: torch.Tensor) -> torch.Tensor:
+        sums = nn.functional.avg_pool2d(x, self.token).sum(1).flatten(1)  # (B, N)
+        return torch.stack([sums, sums**2], 1)
+
+
+def loaded(level: str) -> LoadedBackbone:
+    transform = Transform("none", (0.0,) * 3, (1 / 255,) * 3) if level == "patch" else None
+    network = Brightness(level, TOKEN if level == "patch" else 1)
+    report = LoadReport(0, [], [])
+    return LoadedBackbone(network, transform, level, report, level, region_cells=(2, 3))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> SlideReader:
+    pixels = noise(9 * SIDE + 5, 7 * SIDE + 9)
+    path = write_slide(tmp_path / "slide.tiff", [pixels, halved(pixels)], mpp=0.5)
+    return SlideReader(path, Geometry(spacing_um=0.5, tile_size_px=SIDE, region_cells=2))
+
+
+def test_a_constant_stays_constant_and_a_hot_square_stays_in_its_place() -> None:
+    canvas, hot = Canvas(1, (12, 15)), Canvas(1, (12, 15))
+    places = [(row, column) for row in range(0, 9) for column in range(0, 11, 2)]
+    for row, column in places:
+        canvas.add(row, column, np.full((1, 4, 5), 3.5, np.float32))
+        part = np.zeros((1, 4, 5), np.float32)
+        if row <= 7 < row + 4 and column <= 6 < column + 5:
+            part[0, 7 - row, 6 - column] = 2.0
+        hot.add(row, column, part)
+    assert np.all(canvas.mean() == np.float32(3.5))
+    expected = np.zeros((12, 15), np.float32)
+    expected[7, 6] = 2.0
+    np.testing.assert_allclose(hot.mean()[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("offsets", [1, 2, 4])
+def test_level_1_is_the_mean_over_all_tiles_that_contain_a_token(reader: SlideReader, offsets: int) -> None:
+    """Direct sums in double precision over the pixels of the slide, with some cells missing."""
+    cells = [(row, column) for row in range(7) for column in range(9) if (row, column) not in {(2, 3), (0, 0), (5, 8)}]
+    config = AttentionConfig(**{**vars(CONFIG), "offsets": offsets})
+    found = AttentionModels(loaded("patch"), None, config, torch.device("cpu")).maps(reader, cells, {})
+    pixels = np.asarray(reader.slide.read_region((0, 0), 0, (9 * SIDE, 7 * SIDE)), np.float64)
+    sums = pixels.sum(2).reshape(7 * 4, TOKEN, 9 * 4, TOKEN).mean((1, 3))  # (28, 36) of each token
+    total, count = np.zeros((3, 28, 36)), np.zeros((28, 36))
+    known = np.zeros((28, 36), bool)
+    for row, column in cells:
+        known[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = True
+    for top in range(0, 25, 4 // offsets):
+        for left in range(0, 33, 4 // offsets):
+            if known[top : top + 4, left : left + 4].all():
+                part = sums[top : top + 4, left : left + 4]
+                heads = [part / part.mean(), part**2 / (part**2).mean()]
+                total[:, top : top + 4, left : left + 4] += [(heads[0] + heads[1]) / 2, *heads]
+                count[top : top + 4, left : left + 4] += 1
+    expected = total / np.where(count > 0, count, np.nan)
+    assert found.tokens == 4 and found.token_lv0 == TOKEN and found.region is None
+    np.testing.assert_allclose(found.tile, expected, rtol=2e-5)
+    assert np.isnan(expected[0, 8:12, 12:16]).all()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_level_2_and_the_product(reader: SlideReader, stride: int) -> None:
+    rng = np.random.default_rng(0)
+    cells = {(row, column) for row in range(6) for column in range(8)} - {(3, 4)}
+    features = {cell: rng.random(3).astype(np.float32) for cell in sorted(cells)}
+    config = AttentionConfig(**{**vars(CONFIG), "stride": stride})
+    models = AttentionModels(loaded("patch"), loaded("region"), config, torch.device("cpu"))
+    found = models.maps(reader, list(features), features)
+    total, count = np.zeros((7, 9)), np.zeros((7, 9))
+    for row in range(0, 5, stride):
+        for column in range(0, 6, stride):
+            window = [(row + i, column + j) for i in range(2) for j in range(3)]
+            if all(cell in cells for cell in window):
+                part = np.array([features[cell].sum(dtype=np.float64) for cell in window]).reshape(2, 3)
+                both = (part / part.mean() + part**2 / (part**2).mean()) / 2
+                total[row : row + 2, column : column + 3] += both
+                count[row : row + 2, column : column + 3] += 1
+    expected = total / np.where(count > 0, count, np.nan)
+    assert found.region is not None
+    np.testing.assert_allclose(found.region[0], expected, rtol=1e-5)
+    names, channels = found.names(), list(found.channels())
+    assert names == [
+        "tile",
+        *(f"tile head {i}" for i in (1, 2)),
+        "region",
+        "region head 1",
+        "region head 2",
+        "tile x region",
+    ]
+    product = found.tile[0] * np.kron(found.region[0], np.ones((4, 4), np.float32))
+    np.testing.assert_array_equal(channels[-1], product.astype(np.float32))
+    assert {channel.shape for channel in channels} == {(28, 36)}
+
+
+def test_uniform_attention_is_1_at_both_levels() -> None:
+    maps = relative(torch.full((3, 2 * 12), 0.02), 2, (3, 4))
+    assert maps.shape == (3, 3, 3, 4) and np.abs(maps - 1).max() < 1e-6
+
+
+def test_places_and_windows() -> None:
+    cells = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    assert list(shifted_cells(cells, 1)) == cells
+    found = set(shifted_cells(cells, 2))
+    assert found == {(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3), (2, 4), (0, 2)}
+    assert list(whole_windows(dict.fromkeys(cells), (2, 2), 1)) == [(0, 0)]
+
+
+def test_the_attention_of_a_network_is_that_of_its_last_block(tmp_path: Path) -> None:
+    network = load_backbone_file(save_checkpoint(tmp_path / "model.pt"))
+    tiles = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    (found,) = embed_batches(network.backbone, [tiles], normaliser_of(network), torch.device("cpu"), "fp32", ATTENTION)
+    assert found.shape == (3, 2 * 4)
+    with torch.no_grad():
+        expected = network.backbone.last_attention(normaliser_of(network)(tiles))
+    torch.testing.assert_close(found, expected.flatten(1))
+
+
+def test_a_file_holds_the_maps_at_every_level(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    maps = rng.random((2, 700, 1300)).astype(np.float32)
+    maps[0, :300, :300] = np.nan
+    write_pyramid(tmp_path / "maps.ome.tif", lambda: iter(maps), ["tile µ", "<&>"], (700, 1300), 8.0)
+    with tifffile.TiffFile(tmp_path / "maps.ome.tif") as file:
+        (series,) = file.series
+        assert series.axes == "CYX" and [level.shape for level in series.levels] == [
+            (2, 700, 1300), (2, 350, 650), (2, 175, 325)
+        ]  # fmt: skip
+        np.testing.assert_array_equal(series.asarray(), maps)
+        np.testing.assert_array_equal(series.levels[1].asarray()[1], half(maps[1]))
+        assert file.ome_metadata is not None
+        for words in ('PhysicalSizeX="8.0"', 'PhysicalSizeXUnit="µm"', 'Name="tile µ"', 'Name="&lt;&amp;&gt;"'):
+            assert words in file.ome_metadata
+    blocks = maps[1][:, :1300].reshape(350, 2, 650, 2).mean((1, 3), dtype=np.float64)
+    np.testing.assert_allclose(half(maps[1]), blocks, rtol=1e-6)
+    odd = np.array([[1.0, np.nan, 5.0]], np.float32)
+    np.testing.assert_array_equal(half(odd), [[1.0, 5.0]])
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A tiled slide with the features of one model, and a level-2 model that was trained on them."""
+    pixels = noise(330, 270)
+    write_slide(tmp_path / "slides" / "one.tiff", [pixels, halved(pixels)])
+    settings = TileConfig(tile_size_px=SIDE, region_size_px=4 * SIDE, num_workers=1, storage="none", previews=False)
+    assert tile([tmp_path / "slides"], tmp_path / "root", settings).exit_code == 0
+    model = save_checkpoint(tmp_path / "patch.pt")
+    assert extract(str(model), tmp_path / "root", ExtractConfig(device="cpu", precision="fp32")).exit_code == 0
+    source = load_backbone_file(model)
+    grids = {"model": "patch.pt", "fingerprint": source.fingerprint, "transform": None, "precision": "fp32"}
+    geometry = {"spacing_um": 0.5, "tile_size_px": SIDE, "region_cells": [4, 4]}
+    save_checkpoint(tmp_path / "region.pt", "region", 16, training=None, geometry=geometry)
+    save_checkpoint(tmp_path / "other.pt", "region", 16, geometry=geometry, grids={**grids, "fingerprint": "0" * 64})
+    return tmp_path / "root"
+
+
+def test_the_command_writes_a_file_per_slide(root: Path) -> None:
+    words = ["attention", root.parent / "patch.pt", root.parent / "region.pt", root, root.parent / "maps", "offsets=2"]
+    done = CliRunner().invoke(app, [*map(str, words), "device=cpu", "precision=fp32"])
+    assert done.exit_code == 0, done.output
+    with tifffile.TiffFile(root.parent / "maps" / "one.ome.tif") as file:
+        maps = file.series[0].asarray()
+    assert maps.shape == (7, 8 * 2, 10 * 2)  # 8 x 10 cells of 2 x 2 tokens; two heads at both levels
+    assert np.isfinite(maps[6]).any() and np.nanmean(maps[0]) == pytest.approx(1, abs=1e-3)
+    assert np.nanmean(maps[3]) == pytest.approx(1, abs=0.05)
+    alone = attention([str(root.parent / "patch.pt")], root, root.parent / "alone", CONFIG)
+    assert list(alone.written) == ["one"]
+
+
+def test_what_does_not_fit_is_refused(root: Path) -> None:
+    patch, region, out = str(root.parent / "patch.pt"), str(root.parent / "region.pt"), root.parent / "maps"
+    other = save_checkpoint(root.parent / "another.pt", seed=3)
+    with pytest.raises(DataError, match="whose features .*other.pt was trained on"):
+        attention([patch, str(root.parent / "other.pt")], root, out, CONFIG)
+    with pytest.raises(ConfigError, match="expected a level-1 model, and at most one level-2 model, found 0 and 1"):
+        attention([region], root, out, CONFIG)
+    with pytest.raises(ConfigError, match="found 2 and 0"):
+        attention([patch, str(other)], root, out, CONFIG)
+    with pytest.raises(DataError, match="expected tiles of slide 'two' .*, found slides one; check slide="):
+        attention([patch], root, out, AttentionConfig(**{**vars(CONFIG), "slide": "two"}))
+    with pytest.raises(ConfigError, match="expected offsets to divide the 2 tokens of a tile, found 3"):
+        attention([patch], root, out, AttentionConfig(**{**vars(CONFIG), "offsets": 3}))
+    with pytest.raises(ConfigError, match="offsets and stride of at least 1"):
+        attention([patch], root, out, AttentionConfig(**{**vars(CONFIG), "stride": 0}))
+    done = CliRunner().invoke(app, ["attention", patch, str(root)])
+    assert done.exit_code == 2 and "expected MODEL [REGION_MODEL] ROOT OUT" in done.output
+    (root.parent / "slides" / "one.tiff").write_bytes(b"gone")
+    assert attention([patch], root, out, CONFIG).exit_code == 2
