@@ -24,7 +24,6 @@ from dino.slides.tables import (
     REGIONS_TABLE,
     STATUS_TABLE,
     TILES_FOLDER,
-    TILES_TABLE,
     TILING_FILE,
     RegionRecord,
     SlideStatus,
@@ -35,6 +34,7 @@ from dino.slides.tables import (
     read_status,
     read_tile_spacings,
     read_tiling,
+    tile_table,
 )
 from dino.slides.tiled import TiledSlides, slide_paths
 
@@ -114,7 +114,7 @@ class Root:
         Raises:
             DataError: If there are none, or no table of tiles.
         """
-        listed, table = read_slide_tiles(self.path), self.path / TILES_TABLE
+        listed, table = read_slide_tiles(self.path), tile_table(self.path)
         if not listed:
             raise DataError(f"expected tiles in {table}, found none; tile the slides again")
         kept, held_out = self.split_slides({slide: len(one.coords) for slide, one in listed.items()}, table)
@@ -217,7 +217,7 @@ class Root:
 
     def tile_spacings(self) -> dict[str, float]:
         """Actual spacing of the tiles of each slide, where recorded."""
-        return read_tile_spacings(self.path) if (self.path / TILES_TABLE).exists() else {}
+        return read_tile_spacings(self.path) if tile_table(self.path).exists() else {}
 
     def slide_infos(self, spacings: Mapping[str, float]) -> dict[str, SlideInfo]:
         """What is recorded of each slide, with the actual spacing of its samples."""

@@ -16,7 +16,6 @@ from dino.slides.reader import BACKEND, RESAMPLER
 from dino.slides.tables import (
     REGIONS_TABLE,
     STATUS_TABLE,
-    TILES_TABLE,
     TILING_FILE,
     RegionRecord,
     SlideTiles,
@@ -24,6 +23,7 @@ from dino.slides.tables import (
     read_slide_tiles,
     read_status,
     read_tiling,
+    tile_table,
 )
 from dino.slides.tiled import TiledSlides, slide_paths
 
@@ -122,10 +122,10 @@ def find_inputs(root: Path, config: ExtractConfig, loaded: LoadedBackbone) -> In
     if pixels == REGIONS:
         tiles = {}
     else:
-        listed = what == TILES or (root / TILES_TABLE).exists()
+        listed = what == TILES or tile_table(root).exists()
         tiles = read_slide_tiles(root) if what != REGIONS and listed else {}
     if what == TILES and not tiles:
-        raise DataError(f"expected tiles in {root / TILES_TABLE}, found none; tile the slides again")
+        raise DataError(f"expected tiles in {tile_table(root)}, found none; tile the slides again")
     if not records and not tiles:
         raise DataError(
             f"expected regions in {root / REGIONS_TABLE}, found none; tile with a smaller region_size_px into "

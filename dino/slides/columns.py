@@ -1,5 +1,6 @@
 """Columns of large tables, a piece of the table at a time: from CSV by pandas, from parquet by pyarrow."""
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from dino.environment import import_extra
 
 ROWS = 2**20  # of a piece
 PARQUET = ".parquet"
+PIECE_BYTES = 2**26  # of a CSV that is written as parquet
 
 Columns = dict[str, np.ndarray]
 
@@ -51,7 +53,7 @@ def read_columns(path: Path, texts: Sequence[str], numbers: Mapping[str, type], 
 def _csv_pieces(path: Path, texts: Sequence[str], numbers: Mapping[str, type], rows: int) -> Iterator[Columns]:
     import pandas as pd
 
-    types: Any = {**dict.fromkeys(texts, "category"), **numbers}
+    types: Any = {**dict.fromkeys(texts, str), **numbers}  # "category" would read 007 as the number 7
     with pd.read_csv(
         path,
         usecols=list(types),
@@ -64,8 +66,8 @@ def _csv_pieces(path: Path, texts: Sequence[str], numbers: Mapping[str, type], r
         for piece in pieces:
             found: Columns = {name: piece[name].to_numpy() for name in numbers}
             for name in texts:
-                found[name] = piece[name].cat.codes.to_numpy().astype(np.int64)
-                found[f"{name}/values"] = np.array(piece[name].cat.categories, object)
+                found[name], values = pd.factorize(piece[name])
+                found[f"{name}/values"] = np.array(values, object)
             yield found
 
 
@@ -84,6 +86,44 @@ def _parquet_pieces(path: Path, texts: Sequence[str], numbers: Mapping[str, type
                 found[name] = column.indices.to_numpy(zero_copy_only=False).astype(np.int64)
                 found[f"{name}/values"] = np.array(column.dictionary.to_pylist(), object)
             yield found
+
+
+def write_parquet(path: Path, lines: Iterator[bytes], numbers: Mapping[str, type]) -> None:
+    """Write a CSV as parquet, piece by piece.
+
+    Args:
+        path: The file to write.
+        lines: The CSV: its header, then whole lines.
+        numbers: Columns of numbers, with their types; all other columns are texts.
+
+    Raises:
+        ConfigError: If pyarrow is not installed.
+    """
+    import pandas as pd
+
+    parquet, pa = pyarrow_parquet(path), import_extra("pyarrow", str(path), "parquet")
+    header = next(lines).decode().strip().split(",")
+    texts = [name for name in header if name not in numbers]
+    schema = pa.schema(
+        [(name, pa.string() if name in texts else pa.from_numpy_dtype(numbers[name])) for name in header]
+    )
+    types: Any = {name: numbers.get(name, str) for name in header}
+    with parquet.ParquetWriter(path, schema, compression="zstd", use_dictionary=texts) as file:
+        for piece in _pieces_of(lines, PIECE_BYTES):
+            rows = pd.read_csv(io.BytesIO(piece), header=None, names=header, dtype=types, keep_default_na=False)
+            file.write_table(pa.Table.from_pandas(rows, schema, preserve_index=False))
+
+
+def _pieces_of(lines: Iterator[bytes], size: int) -> Iterator[bytes]:
+    held, length = [], 0
+    for chunk in lines:
+        held.append(chunk)
+        length += len(chunk)
+        if length >= size:
+            yield b"".join(held)
+            held, length = [], 0
+    if length:
+        yield b"".join(held)
 
 
 def pyarrow_parquet(path: Path) -> Any:

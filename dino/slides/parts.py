@@ -7,12 +7,14 @@ ROOT.
 """
 
 import csv
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dino import files
+from dino.slides.columns import write_parquet
 from dino.slides.tables import (
     ANNOTATION_COLUMNS,
     COORDINATES_FOLDER,
@@ -23,7 +25,9 @@ from dino.slides.tables import (
     STATUS_COLUMNS,
     STATUS_TABLE,
     TILE_COLUMNS,
+    TILE_NUMBERS,
     TILES_FOLDER,
+    TILES_PARQUET,
     TILES_TABLE,
     TILING_FILE,
     RegionRecord,
@@ -35,6 +39,8 @@ from dino.slides.tables import (
     status_cells,
     tile_lines,
 )
+
+MANY_ROWS = 5_000_000  # from which the table of tiles is parquet, which is smaller and is read faster
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def drop_part(root: Path, slide_id: str) -> None:
 def tidy(root: Path) -> None:
     """Remove temporary files that killed processes left. Call it only while no other run is tiling into ROOT."""
     files.tidy(_parts_folder(root))
-    for name in (TILES_TABLE, REGIONS_TABLE, STATUS_TABLE, TILING_FILE):
+    for name in (TILES_TABLE, TILES_PARQUET, REGIONS_TABLE, STATUS_TABLE, TILING_FILE):
         files.tidy(root, name)
 
 
@@ -111,9 +117,21 @@ def merge(root: Path) -> None:
     found = (load_part(root, record.name[: -len(".json")]) for record in records)
     statuses = [part.status for part in found if part]
     done = [status.slide_id for status in statuses if status.status == OK]
-    _rewrite(root / TILES_TABLE, lambda: _tile_table(root, done))
+    _merge_tiles(root, done, sum(status.tiles for status in statuses if status.status == OK))
     _rewrite(root / REGIONS_TABLE, lambda: _table(root, REGION_COLUMNS, done, "regions.csv"))
     _rewrite(root / STATUS_TABLE, lambda: _status_table(statuses))
+
+
+def _merge_tiles(root: Path, slide_ids: Sequence[str], rows: int) -> None:
+    """Write tiles.csv, or tiles.parquet where there are many rows and pyarrow is installed; a run reads the latter."""
+    parquet = root / TILES_PARQUET
+    if rows <= MANY_ROWS or importlib.util.find_spec("pyarrow") is None:
+        parquet.unlink(missing_ok=True)  # first: it would be read in place of the other
+        _rewrite(root / TILES_TABLE, lambda: _tile_table(root, slide_ids))
+        return
+    with files.atomic_path(parquet) as temporary:
+        write_parquet(temporary, _tile_table(root, slide_ids), TILE_NUMBERS)
+    (root / TILES_TABLE).unlink(missing_ok=True)
 
 
 def _table(root: Path, columns: Sequence[str], slide_ids: Iterable[str], name: str) -> Iterator[bytes]:

@@ -91,7 +91,7 @@ class TilingSummary:
         if self.dry_run:
             lines.append(f"to write: {self.gigabytes:.2f} GB in {self.files:,} files, in about {self.hours:.2f} hours")
         else:
-            lines.append(f"tables: {self.root / tables.TILES_TABLE}, {tables.REGIONS_TABLE}, {tables.STATUS_TABLE}")
+            lines.append(f"tables: {tables.tile_table(self.root)}, {tables.REGIONS_TABLE}, {tables.STATUS_TABLE}")
         return lines
 
 

@@ -59,6 +59,29 @@ def test_further_columns_of_the_slide_list_are_kept(root: Path) -> None:
     assert header.startswith(",".join(tables.STATUS_COLUMNS)) and header.endswith(',grade,her2,"site, ward"')
 
 
+@pytest.mark.parametrize("many", [10**9, 0], ids=["csv", "parquet"])
+def test_columns_of_tiles_are_those_of_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int) -> None:
+    """Also of ids that look like numbers or missing values, and without a table for either kind left from before."""
+    for limit in (many, 10**9 - many, many):
+        monkeypatch.setattr(parts, "MANY_ROWS", limit)
+        for slide in ("007", "7", "NA", "nan", "0", "1e3", 'a,"b'):
+            tiles = [
+                TileRecord(slide, 256 * i, 512, 256, 0.5, 0.499, 0.25 * i, "tumour" * (i > 1), 0.5) for i in range(3)
+            ]
+            parts.save_part(tmp_path, SlideStatus(slide, "ok", tiles=3), {}, tiles)
+        parts.merge(tmp_path)
+        assert [path.name for path in tmp_path.glob("tiles.*")] == ["tiles.parquet" if limit == 0 else "tiles.csv"]
+    rows = tables.read_tiles(tmp_path)
+    found = tables.read_slide_tiles(tmp_path)
+    assert len(rows) == 21 and list(found) == list(dict.fromkeys(row.slide_id for row in rows))
+    for slide, one in found.items():
+        own = [row for row in rows if row.slide_id == slide]
+        assert one.coords.tolist() == [[row.x, row.y] for row in own] and one.coords.dtype == np.int64
+        assert one.tissue.tolist() == [row.tissue for row in own]
+        assert list(one.annotations) == [row.annotation for row in own]
+    assert tables.read_tile_spacings(tmp_path) == dict.fromkeys(found, 0.499)
+
+
 def test_merging_does_not_write_unchanged_tables(root: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in root.glob("*.csv")}
     parts.merge(root)
