@@ -20,8 +20,8 @@ from dino.report.slides import TiledRoot, TiledSlide
 from dino.report.tiles import TileSet, read_some
 from dino.train.run_folder import RunReader
 
-FEWEST, MOST = 250, 2000  # tiles that are embedded
-CPU_BUDGET = 1.4e12  # multiply-adds per network and set of tiles
+FEWEST, MOST = 100, 2000  # tiles that are embedded
+CPU_BUDGET = 6e11  # multiply-adds per network and set of tiles
 
 Result = TypeVar("Result")
 
