@@ -16,7 +16,7 @@ from benchmarks.measure import Row, Setting, limits
 from benchmarks.results import environment, markdown, record, summary, table_of
 from dino import distributed, progress
 
-NAMES = ("step", "parts", "loss", "crops", "endtoend", "extraction", "grids", "optimizer", "scaling")
+NAMES = ("step", "parts", "loss", "crops", "endtoend", "extraction", "grids", "optimizer", "scaling", "sources")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -1,0 +1,127 @@
+"""Tiles per second of one core from each kind of storage, in random order, against a plain dataset of JPEG files.
+
+The files are in the page cache: the rows compare what reading and decoding cost, not disks.
+"""
+
+import multiprocessing
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from benchmarks.material import tile_files
+from benchmarks.measure import Row, Setting, drain, duel, expect_close
+from dino.data import EncodedTiles, FolderTiles, PermutationSampler, TileDataset
+from dino.data.shards import ParquetTiles, TarTiles, open_parquet, open_tars
+
+TITLE = "sources of tiles"
+SHARD = 512  # tiles
+ROW_GROUP = 64
+BATCH = 64
+COMPARATOR = "PIL dataset in a DataLoader"
+
+
+class PlainTiles(TorchDataset):
+    """A dataset as it is usually written: one JPEG file per tile, opened by Pillow."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with Image.open(self.paths[index]) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def from_files(paths: list[Path], folder: Path) -> EncodedTiles:
+    """One JPEG file per tile."""
+    return FolderTiles(paths[0].parent, [path.name for path in paths])
+
+
+def from_tars(paths: list[Path], folder: Path) -> EncodedTiles:
+    """Tar files of :data:`SHARD` tiles."""
+    folder.mkdir(exist_ok=True)
+    for start in range(0, len(paths), SHARD):
+        with tarfile.open(folder / f"{start:06d}.tar", "w") as tar:
+            for path in paths[start : start + SHARD]:
+                tar.add(path, path.name)
+    return TarTiles(*open_tars(folder, "auto", of_slides=False, may_write=True))
+
+
+def from_parquet(paths: list[Path], folder: Path) -> EncodedTiles:
+    """Parquet files of :data:`SHARD` tiles in row groups of :data:`ROW_GROUP`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir(exist_ok=True)
+    for start in range(0, len(paths), SHARD):
+        some = paths[start : start + SHARD]
+        table = pa.table({"path": [path.name for path in some], "jpeg": [path.read_bytes() for path in some]})
+        pq.write_table(table, folder / f"{start:06d}.parquet", compression="none", row_group_size=ROW_GROUP)
+    return ParquetTiles(*open_parquet(folder, "auto", may_write=True))
+
+
+SOURCES: Mapping[str, Callable[[list[Path], Path], EncodedTiles]] = {
+    "JPEG files": from_files,
+    "tar": from_tars,
+    "parquet": from_parquet,
+}
+
+
+def run(setting: Setting) -> Iterator[Row]:
+    """A row for each source."""
+    folder = setting.folder / "sources"
+    paths = sorted(tile_files(folder / "jpeg", setting.size(2048, 8192, 16)))
+    order = [PermutationSampler(len(paths), 0)(draw) for draw in range(len(paths))]
+    plain = DataLoader(PlainTiles(paths), batch_size=BATCH, sampler=order)
+    for name, source in SOURCES.items():
+        setting.notice(f"{len(paths)} tiles from {name}")
+        tiles = TileDataset(source(paths, folder / name.replace(" ", "_")))
+        result = duel(
+            lambda t=tiles: drain(t[index].pixels for index in order),
+            lambda: drain(plain),
+            setting.rounds(5),
+            setting.device,
+        )
+        row = result.row(f"tiles from {name}", len(paths), "tiles/s per core", COMPARATOR)
+        row.equality = _check(tiles, paths)
+        row.details = {"tiles": len(paths), "worker_mb": _worker_mb(tiles, order)}
+        row.note = f"{row.details['worker_mb']} MB per worker"
+        yield row
+
+
+def _check(tiles: TileDataset, paths: list[Path]) -> str:
+    """Pixels beside Pillow's; decoders differ by rounding only."""
+    own = {tiles[index].name: tiles[index].pixels for index in range(0, len(tiles), max(1, len(tiles) // 16))}
+    theirs = PlainTiles(paths)
+    error = max(
+        (own[path.name].float() - theirs[i].float()).abs().mean().item()
+        for i, path in enumerate(paths)
+        if path.name in own
+    )
+    return expect_close("pixels", error, 1.0)
+
+
+def _worker_mb(tiles: TileDataset, order: list[int]) -> float:
+    """MB that a forked worker has for itself after it has read every tile."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    worker = context.Process(target=_read_all, args=(tiles, order, queue))
+    worker.start()
+    found = queue.get(timeout=600)
+    worker.join()
+    return found
+
+
+def _read_all(tiles: TileDataset, order: list[int], queue: multiprocessing.Queue) -> None:
+    drain(tiles[index].pixels for index in order)
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    queue.put(round(sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024, 1))
