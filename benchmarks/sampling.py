@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import pickle
 import re
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -118,8 +117,9 @@ def measure_rows(root: Path) -> dict[str, Any]:
 
 
 def peak_mb() -> float:
-    """Peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Peak resident memory of this process; getrusage would count that of the process it was started from."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def in_a_process(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
