@@ -8,7 +8,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -222,6 +222,25 @@ def barrier() -> None:
     """Wait until every process has reached this point."""
     if world_size() > 1:
         dist.barrier()
+
+
+def assign(sizes: Sequence[int], processes: int) -> list[list[int]]:
+    """Distribute items over processes: the largest first, each to the process with the least work so far.
+
+    Args:
+        sizes: Size of each item.
+        processes: Number of processes.
+
+    Returns:
+        Ascending indices of each process's items; the same on every process.
+    """
+    loads: list[int] = [0] * processes
+    assigned: list[list[int]] = [[] for _ in range(processes)]
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        least = loads.index(min(loads))
+        loads[least] += sizes[index]
+        assigned[least].append(index)
+    return [sorted(indices) for indices in assigned]
 
 
 def parallelize(student: nn.Module, device: torch.device) -> nn.Module:

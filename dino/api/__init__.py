@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dino.api.rehearsal import replay
     from dino.api.reporting import report
     from dino.api.results import compare
-    from dino.api.tiling import tile
+    from dino.api.tiling import tile, tiling_status
     from dino.api.viewing import export_geojson, view
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "report",
     "resume",
     "tile",
+    "tiling_status",
     "view",
 ]
 
@@ -67,6 +68,7 @@ _MODULES = {
     "report": "reporting",
     "resume": "pretraining",
     "tile": "tiling",
+    "tiling_status": "tiling",
     "view": "viewing",
 }
 

@@ -1,15 +1,19 @@
 """``tile``: cut slides into tiles and regions."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from dino import progress
+from dino import distributed, progress
 from dino.config.schema import TileConfig
 from dino.errors import ConfigError, DataError
 from dino.slides.annotations import has_roi, unmatched
+from dino.slides.parts import progress_line
 from dino.slides.slide import check_settings
 from dino.slides.slide_list import SlideRecord, read_slide_list
 from dino.slides.tiling import TilingSummary, measure_slides, tile_slides
+
+TIMEOUT_MINUTES = 7 * 24 * 60  # processes synchronise only at the end, and one may take hours longer than another
 
 
 def tile(inputs: Sequence[Path], root: Path, config: TileConfig | None = None) -> TilingSummary:
@@ -17,7 +21,8 @@ def tile(inputs: Sequence[Path], root: Path, config: TileConfig | None = None) -
 
     Slides that an earlier call with the same settings finished are skipped. A slide that cannot be tiled does not stop
     the others: it is listed as ``failed`` in ``slides_status.csv`` and in the summary. With more than one worker and
-    more than one slide, processes are spawned: a script must call this under ``if __name__ == "__main__"``.
+    more than one slide, processes are spawned: a script must call this under ``if __name__ == "__main__"``. Under
+    ``torchrun`` the slides are shared out over its processes, which may be on several machines with one ROOT.
 
     Args:
         inputs: Slide files, folders of slides, patterns, or ``slides.csv`` lists.
@@ -36,12 +41,22 @@ def tile(inputs: Sequence[Path], root: Path, config: TileConfig | None = None) -
     root = Path(root).expanduser().absolute()
     if root.exists() and not root.is_dir():
         raise DataError(f"expected a folder to write to, found the file {root}")
-    records = read_slide_list(inputs, note=progress.warn)
-    _check_roi(records, config)
-    summary = (measure_slides if config.dry_run else tile_slides)(records, root, config)
+    with distributed.process_group(distributed.choose_device("cpu"), TIMEOUT_MINUTES):
+        records = distributed.run_on_main(partial(read_slide_list, inputs, note=progress.warn))
+        distributed.run_on_main(partial(_check_roi, records, config))
+        summary = (measure_slides if config.dry_run else tile_slides)(records, root, config)
     for line in summary.lines():
         progress.say(line)
     return summary
+
+
+def tiling_status(root: Path) -> str:
+    """How far `tile` is in ``root``, over all its processes, in one line.
+
+    Raises:
+        DataError: If nothing was tiled into it.
+    """
+    return progress_line(Path(root).expanduser().absolute())
 
 
 def _check_roi(records: Sequence[SlideRecord], config: TileConfig) -> None:

@@ -54,13 +54,27 @@ def tile(arguments: TileArguments = None, config: ConfigFile = None) -> None:
 
         dino tile slides/*.svs data spacing_um=0.5 num_workers=8
         dino tile slides.csv data dry_run=true
+        torchrun --nproc_per_node=4 -m dino tile slides.csv data
     """
-    positional, overrides = split(arguments or [])
-    inputs, root = expect_many(positional, "SLIDE", "ROOT")
-    settings = load_config(TileConfig, file=config, overrides=overrides)
+    inputs, root, settings = tile_arguments(arguments or [], config)
     from dino import api
 
-    end(api.tile([Path(path) for path in inputs], Path(root), settings).exit_code)
+    end(api.tile(inputs, root, settings).exit_code)
+
+
+def tile_arguments(arguments: list[str], file: Path | None) -> tuple[list[Path], Path, TileConfig]:
+    """Parse SLIDE..., ROOT and the settings.
+
+    Args:
+        arguments: The positional arguments and settings.
+        file: The user's YAML.
+
+    Raises:
+        UsageError: If SLIDE or ROOT is missing.
+    """
+    positional, overrides = split(arguments)
+    inputs, root = expect_many(positional, "SLIDE", "ROOT")
+    return [Path(path) for path in inputs], Path(root), load_config(TileConfig, file=file, overrides=overrides)
 
 
 tile_command = with_settings(TileConfig)
@@ -284,22 +298,25 @@ AnyRecipe = Annotated[
     str | None, typer.Option("--recipe", metavar="NAME", help="Recipe with the defaults of the pretraining.")
 ]
 SlurmFile = Annotated[Path | None, typer.Option("--slurm", metavar="FILE", help="YAML with the slurm settings.")]
-LAUNCHED: tuple[tuple[str, ...], ...] = (("pretrain", "patch"), ("pretrain", "region"), ("extract",))
+LAUNCHED: tuple[tuple[str, ...], ...] = (("tile",), ("pretrain", "patch"), ("pretrain", "region"), ("extract",))
 
 
 def slurm(
     arguments: SlurmArguments = None, config: ConfigFile = None, recipe: AnyRecipe = None, slurm: SlurmFile = None
 ) -> None:
-    """Submit a pretraining or an extraction to SLURM, one task per GPU, requeued until it is done.
+    """Submit a tiling, a pretraining or an extraction to SLURM, one task per GPU, requeued until it is done.
 
-    COMMAND is `pretrain patch ROOT RUN`, `pretrain region ROOT RUN` or `extract RUN ROOT`, with the settings of that
-    command and those of the job (below). Before the time limit and at a preemption, the run is saved and the job
-    requeued. `dry_run=true` prints the job without submitting it. Requires `pip install 'histodino[slurm]'`.
+    COMMAND is `tile SLIDE... ROOT`, `pretrain patch ROOT RUN`, `pretrain region ROOT RUN` or `extract RUN ROOT`, with
+    the settings of that command and those of the job (below). Tiling uses no GPU: with slurm.gpus_per_node=0 there is
+    one task per node, with num_workers slides at a time. Before the time limit and at a preemption, the run is saved
+    and the job requeued. `dry_run=true` prints the job without submitting it. Requires `pip install
+    'histodino[slurm]'`.
 
     For example:
 
         dino launch slurm pretrain patch data runs/patch slurm.nodes=2 slurm.gpus_per_node=8 training.nepochs=100
         dino launch slurm extract runs/patch data slurm.gpus_per_node=4 slurm.partition=gpu
+        dino launch slurm tile slides.csv data num_workers=16 slurm.nodes=8 slurm.gpus_per_node=0 slurm.cpus_per_gpu=16
     """
     positional, overrides = split(arguments or [])
     job_settings = [override for override in overrides if override.startswith("slurm.")]
@@ -307,14 +324,18 @@ def slurm(
     name = next((name for name in LAUNCHED if tuple(positional[: len(name)]) == name), None)
     if name is None:
         raise UsageError(
-            f"expected pretrain patch, pretrain region or extract, found {' '.join(positional[:2]) or 'nothing'}"
+            f"expected tile, pretrain patch, pretrain region or extract, found {' '.join(positional[:2]) or 'nothing'}"
         )
     for argument in name:
         rest.remove(argument)
     settings = load_config(LaunchConfig, file=slurm, overrides=job_settings).slurm
     from dino import api, progress
 
-    if name == ("extract",):
+    if name == ("tile",):
+        inputs, root, work_config = tile_arguments(rest, config)
+        work = partial(api.tile, [path.absolute() for path in inputs], root.absolute(), work_config)
+        output = root.resolve()
+    elif name == ("extract",):
         model, root, work_config = extract_arguments(rest, config)
         work, output = partial(api.extract, model, root, work_config), root.resolve()
     else:

@@ -1,4 +1,4 @@
-"""Commands for a run that exists: ``dino resume`` and ``dino replay``."""
+"""Commands for a run that exists: ``dino resume``, ``dino status`` and ``dino replay``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +41,25 @@ def resume(arguments: ResumeArguments = None) -> None:
 
 
 resume_command = with_settings(ResumeConfig)
+
+# --------------------------------------------------------------------------------------------------- status
+
+StatusArguments = Annotated[list[str] | None, typer.Argument(metavar="ROOT", hidden=True)]
+
+
+def status(arguments: StatusArguments = None) -> None:
+    """Print in one line how far `dino tile` is in ROOT, over all its processes, running or not.
+
+    For example:
+
+        dino status data
+    """
+    positional, _ = split(arguments or [])
+    (root,) = expect(positional, ["ROOT"])
+    from dino import api
+
+    typer.echo(api.tiling_status(Path(root)))
+
 
 # --------------------------------------------------------------------------------------------------- replay
 

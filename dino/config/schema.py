@@ -455,7 +455,7 @@ class SlurmConfig:
     setup: list[str] = runtime([], "shell commands to run first, such as 'module load cuda'")
     name: str = runtime("dino", "name of the job")
     folder: str | None = runtime(
-        None, "folder for the job's output (null: RUN_slurm next to RUN, or ROOT_slurm for extract)"
+        None, "folder for the job's output (null: RUN_slurm next to RUN, or ROOT_slurm for tile and extract)"
     )
     cluster: str = runtime("slurm", "slurm, or local to run the job on this machine")
 

@@ -146,7 +146,7 @@ class Extractor(ABC):
         if self.config.dry_run:
             return self.summary(slides, hours=self._hours(), dry_run=True)
         sizes = [self.size(slide) for slide in slides]
-        chosen = assign(sizes, distributed.world_size())[distributed.rank()]
+        chosen = distributed.assign(sizes, distributed.world_size())[distributed.rank()]
         assigned = [slides[i] for i in chosen if self.pending(slides[i])]
         failures: dict[str, str] = {}
         with progress.bar(self.title, sum(self.size(slide) for slide in assigned)) as bar:
@@ -169,22 +169,3 @@ class Extractor(ABC):
             started, seconds = time.monotonic(), time.monotonic() - started
         items = sum(self.size(slide) for slide in self.slides())
         return seconds * items / len(batch) / distributed.world_size() / 3600
-
-
-def assign(sizes: Sequence[int], processes: int) -> list[list[int]]:
-    """Distribute items over processes: the largest first, each to the process with the least work so far.
-
-    Args:
-        sizes: Size of each item.
-        processes: Number of processes.
-
-    Returns:
-        Ascending indices of each process's items; the same on every process.
-    """
-    loads: list[int] = [0] * processes
-    assigned: list[list[int]] = [[] for _ in range(processes)]
-    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        least = loads.index(min(loads))
-        loads[least] += sizes[index]
-        assigned[least].append(index)
-    return [sorted(indices) for indices in assigned]

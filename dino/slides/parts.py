@@ -8,12 +8,14 @@ ROOT.
 
 import csv
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dino import files
+from dino.errors import DataError
 from dino.slides.columns import write_parquet
 from dino.slides.tables import (
     ANNOTATION_COLUMNS,
@@ -41,6 +43,7 @@ from dino.slides.tables import (
 )
 
 MANY_ROWS = 5_000_000  # from which the table of tiles is parquet, which is smaller and is read faster
+PROGRESS = "progress.json"  # in ROOT/coordinates
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,42 @@ def has_tiled(root: Path) -> bool:
     parts = (load_part(root, path.name.removesuffix(".json")) for path in _parts_folder(root).glob("*.json"))
     tiles = (path for path in (root / TILES_FOLDER).rglob("*") if path.is_file())
     return any(part.status.status in (OK, NO_TISSUE) for part in parts if part) or any(tiles)
+
+
+def save_progress(root: Path, slide_ids: Iterable[str], processes: int) -> None:
+    """Record how many slides a run will have tiled in the end, and by how many processes, for :func:`progress_line`."""
+    known = {path.name.removesuffix(".json") for path in _parts_folder(root).glob("*.json")}
+    plan = {"slides": len({*slide_ids} | known), "processes": processes}
+    if _read_plan(root) != plan:
+        files.write_json(root / COORDINATES_FOLDER / PROGRESS, plan)
+
+
+def _read_plan(root: Path) -> dict[str, int]:
+    """The record of :func:`save_progress`; empty if there is none, as in a ROOT of an earlier version."""
+    try:
+        plan = files.read_json(root / COORDINATES_FOLDER / PROGRESS)
+        return {name: int(plan[name]) for name in ("slides", "processes")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def progress_line(root: Path) -> str:
+    """How far the tiling of ``root`` is, over all processes, in one line.
+
+    Raises:
+        DataError: If nothing was tiled into it.
+    """
+    if not (root / TILING_FILE).exists():
+        raise DataError(f"expected {root / TILING_FILE}, which `dino tile` writes, found none; is {root} its ROOT?")
+    found = [load_part(root, path.name.removesuffix(".json")) for path in _parts_folder(root).glob("*.json")]
+    statuses = [part.status for part in found if part]
+    plan = _read_plan(root)
+    total, processes = plan.get("slides", len(statuses)), plan.get("processes", 1)
+    counts = Counter(status.status for status in statuses)
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items()))
+    tiles = sum(status.tiles for status in statuses)
+    by = f"; {processes} processes" if processes > 1 else ""
+    return f"{len(statuses):,} of {total:,} slides tiled ({kinds or 'none yet'}), {tiles:,} tiles{by}"
 
 
 def drop_part(root: Path, slide_id: str) -> None:

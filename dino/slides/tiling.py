@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dino import files, progress
+from dino import distributed, files, progress
 from dino.config.load import identity_of
 from dino.config.schema import TileConfig
-from dino.errors import DataError
+from dino.errors import DataError, ProcessesLost
 from dino.lock import RunLock
 from dino.slides import parts, storage, tables
 from dino.slides.slide import (
@@ -98,6 +98,8 @@ class TilingSummary:
 def tile_slides(records: Sequence[SlideRecord], root: Path, config: TileConfig) -> TilingSummary:
     """Tile every slide that is not done yet, and update the tables under ``root``.
 
+    The processes of a job share the slides out by the size of their files; the main one writes the tables at the end.
+
     Args:
         records: The slides.
         root: Output folder; may contain the results of earlier runs with the same settings.
@@ -107,23 +109,33 @@ def tile_slides(records: Sequence[SlideRecord], root: Path, config: TileConfig) 
         DataError: If ``root`` was tiled with other settings, or writing to its disk fails.
         ConfigError: If another run is tiling into it.
     """
-    settings = identity_of(config)
-    check_same_settings(root, settings)  # before a lock file is created in a folder of other settings
+    # Before a lock file is created in a folder of other settings.
+    distributed.run_on_main(partial(check_same_settings, root, identity_of(config)))
     with files.oserror_to_data_error(root), RunLock(root, name=LOCK).held():
-        check_same_settings(root, settings)  # again, because another run may have ended meanwhile
-        storage.tidy(root)
-        parts.tidy(root)
-        if not (root / tables.TILING_FILE).exists() or _differing(root, settings):
-            tables.write_tiling(root, config)
-        return _tile(records, root, config)
+        finished = distributed.run_on_main(partial(_prepare, records, root, config))
+        return _tile(records, root, config, finished)
 
 
-def _tile(records: Sequence[SlideRecord], root: Path, config: TileConfig) -> TilingSummary:
-    statuses = _finished(records, root, config)
+def _prepare(records: Sequence[SlideRecord], root: Path, config: TileConfig) -> dict[str, SlideStatus]:
+    """Prepare ROOT for all processes; returns the statuses of the slides that need no work."""
+    settings = identity_of(config)
+    check_same_settings(root, settings)  # again, because another run may have ended meanwhile
+    storage.tidy(root)
+    parts.tidy(root)
+    if not (root / tables.TILING_FILE).exists() or _differing(root, settings):
+        tables.write_tiling(root, config)
+    finished = _finished(records, root, config)
     for record in records:
-        if record.slide_id in statuses:
-            _update_record(root, record, statuses[record.slide_id])
-    to_do = [record for record in records if record.slide_id not in statuses]
+        if record.slide_id in finished:
+            _update_record(root, record, finished[record.slide_id])
+    parts.save_progress(root, [record.slide_id for record in records], distributed.world_size())
+    return finished
+
+
+def _tile(
+    records: Sequence[SlideRecord], root: Path, config: TileConfig, finished: Mapping[str, SlideStatus]
+) -> TilingSummary:
+    own = _own_share([record for record in records if record.slide_id not in finished])
 
     def died(record: SlideRecord) -> SlideStatus:
         status = failed(record, DIED)
@@ -131,18 +143,52 @@ def _tile(records: Sequence[SlideRecord], root: Path, config: TileConfig) -> Til
         parts.save_status(root, status, inputs_of(record))
         return status
 
-    reused = sum(status.status != tables.EXCLUDED for status in statuses.values())
+    tiled: list[SlideStatus] = []
+    all_ended = distributed.world_size() == 1
     try:
-        with progress.bar("tiling slides", len(records), len(statuses)) as bar:
-            for status in run_each(partial(tile_slide, root=root, config=config), to_do, config.num_workers, died):
-                statuses[status.slide_id] = status
+        with progress.bar("tiling slides", len(finished) + len(own), len(finished)) as bar:
+            for status in run_each(partial(tile_slide, root=root, config=config), own, config.num_workers, died):
+                tiled.append(status)
                 _report(status)
                 bar.advance(note=status.slide_id)
+                if distributed.is_orphan():  # a new job may be tiling into ROOT
+                    raise ProcessesLost("expected torchrun to be running, found that it has ended; start the job again")
+        statuses = _gathered(tiled)
+        all_ended = True
     finally:
-        storage.tidy(root)
-        expect_root(root)
-        parts.merge(root)
-    return TilingSummary(root, [statuses[record.slide_id] for record in records], reused)
+        if distributed.is_main():
+            if all_ended:  # else other processes may be writing
+                storage.tidy(root)
+            expect_root(root)
+            parts.merge(root)
+    distributed.barrier()
+    return _summary(root, records, finished, statuses)
+
+
+def _own_share(records: Sequence[SlideRecord]) -> list[SlideRecord]:
+    """The slides of this process, shared out by the size of their files."""
+    sizes = [inputs_of(record)["image_bytes"] or 0 for record in records]
+    return [records[index] for index in distributed.assign(sizes, distributed.world_size())[distributed.rank()]]
+
+
+def _gathered(own: list[SlideStatus]) -> dict[str, SlideStatus]:
+    """The statuses of the slides of all processes; the main one reports the failures of the others."""
+    shares = distributed.gather(own)
+    for status in (status for share in shares[1:] for status in share):
+        _report(status)
+    return {status.slide_id: status for share in shares for status in share}
+
+
+def _summary(
+    root: Path,
+    records: Sequence[SlideRecord],
+    finished: Mapping[str, SlideStatus],
+    statuses: Mapping[str, SlideStatus],
+    **fields: Any,
+) -> TilingSummary:
+    reused = sum(status.status != tables.EXCLUDED for status in finished.values())
+    known = {**finished, **statuses}
+    return TilingSummary(root, [known[record.slide_id] for record in records], reused, **fields)
 
 
 def measure_slides(records: Sequence[SlideRecord], root: Path, config: TileConfig) -> TilingSummary:
@@ -157,19 +203,18 @@ def measure_slides(records: Sequence[SlideRecord], root: Path, config: TileConfi
         DataError: If ``root`` was tiled with other settings.
     """
     check_same_settings(root, identity_of(config))
-    statuses = _finished(records, root, config)
-    reused = sum(status.status != tables.EXCLUDED for status in statuses.values())
-    to_do = [record for record in records if record.slide_id not in statuses]
-    measurements: list[Measurement] = []
-    with progress.bar("measuring slides", len(to_do)) as bar:
+    finished = _finished(records, root, config)
+    own = _own_share([record for record in records if record.slide_id not in finished])
+    measured: list[Measurement] = []
+    with progress.bar("measuring slides", len(own)) as bar:
         work = partial(measure_slide, config=config)
-        for measurement in run_each(work, to_do, config.num_workers, lambda record: Measurement(failed(record, DIED))):
-            measurements.append(measurement)
-            statuses[measurement.status.slide_id] = measurement.status
+        for measurement in run_each(work, own, config.num_workers, lambda record: Measurement(failed(record, DIED))):
+            measured.append(measurement)
             _report(measurement.status)
             bar.advance(note=measurement.status.slide_id)
-    done = TilingSummary(root, [statuses[record.slide_id] for record in records], reused, dry_run=True)
-    return _estimate(done, measurements, config)
+    statuses = _gathered([measurement.status for measurement in measured])
+    measurements = [measurement for share in distributed.gather(measured) for measurement in share]
+    return _estimate(_summary(root, records, finished, statuses, dry_run=True), measurements, config)
 
 
 def check_same_settings(root: Path, settings: Mapping[str, Any]) -> None:
@@ -253,7 +298,7 @@ def _estimate(summary: TilingSummary, measurements: Sequence[Measurement], confi
         summary,
         gigabytes=cut * bytes_per_tile / 1e9,
         files=image_files + other_files,
-        hours=seconds / 3600 / max(1, min(config.num_workers, len(measurements))),
+        hours=seconds / 3600 / max(1, min(config.num_workers * distributed.world_size(), len(measurements))),
     )
 
 

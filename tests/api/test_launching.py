@@ -183,8 +183,11 @@ def test_the_command_separates_the_settings_of_the_job_from_those_of_the_run(
     )
     without_run = CliRunner().invoke(app, ["launch", "slurm", "pretrain", "patch", "data_dir=data", "dry_run=true"])
     assert without_run.exit_code == 2 and "expected ROOT and RUN, found no RUN" in without_run.output
-    wrong = CliRunner().invoke(app, ["launch", "slurm", "tile", "a", "b"])
-    assert wrong.exit_code == 2 and "expected pretrain patch, pretrain region or extract, found tile a" in wrong.output
+    wrong = CliRunner().invoke(app, ["launch", "slurm", "export", "a", "b"])
+    assert (
+        wrong.exit_code == 2
+        and "expected tile, pretrain patch, pretrain region or extract, found export" in wrong.output
+    )
 
 
 @pytest.mark.slow

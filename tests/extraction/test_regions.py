@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dino.extraction.extractor import assign
+from dino.distributed import assign
 from dino.extraction.pixels import RegionImage, read_region_image
 from dino.extraction.regions import Reading, is_written, plan_cells, plan_images, write_features, write_regions
 from dino.slides.tables import RegionRecord, region_path
