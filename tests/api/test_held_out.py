@@ -12,7 +12,7 @@ from tiny_runs import TINY_PATCH
 
 from dino import api
 from dino.config.load import load_config
-from dino.config.schema import KnnConfig, PatchConfig, TileConfig
+from dino.config.schema import KnnConfig, PatchConfig, ReportConfig, TileConfig
 from dino.errors import DataError
 from dino.slides.partitions import Split, split_files, unknown_values
 from dino.slides.tables import read_tiles
@@ -74,7 +74,7 @@ def test_the_first_lines_and_the_report_of_a_run_count_it(
     assert (data["samples"], data["slides"]) == (trained, 2)
     assert data["held_out"]["test"] == {"slides": 1, "samples": counts(root, "four")}
 
-    text = api.report(root, run, None, tmp_path / "report.html", device="cpu").read_text()
+    text = api.report([run], root, tmp_path / "report.html", ReportConfig(device="cpu")).read_text()
     found = text.index("whole-slide images were read with hs2p")
     methods = text[found - 10 : text.index("<", found)].rpartition(">")[2]
     assert "2 whole-slide images were read with hs2p" in methods and f"cut into {trained} tiles" in methods

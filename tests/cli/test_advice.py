@@ -183,7 +183,7 @@ def commands_with_a_model(model: object, tmp_path: Path) -> dict[type, list[obje
 
 def named_settings(text: str) -> set[str]:
     """Settings that a text gives a value: words before an equals sign, but not in an architecture (vit:dim=...)."""
-    return set(re.findall(r"(?<![\w:.,=/])([a-z][a-z_0-9]*(?:\.[a-z_0-9]+)*)=", text))
+    return set(re.findall(r"(?<![-\w:.,=/])([a-z][a-z_0-9]*(?:\.[a-z_0-9]+)*)=", text))
 
 
 def test_timm_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {
 # Of another command, which the message names: `dino tile`, or tiling in words.
 OF_OTHERS = {
     "extraction": {"spacing_um", "storage", "region_size_px"},
-    "slides": {"slides"},  # of extraction and training
+    "slides": {"slides", "filter"},  # of extraction and training
 }
 
 
