@@ -42,7 +42,7 @@ async function start() {
   fillControls();
   viewer = OpenSeadragon({
     id: "zoom", drawer: "canvas", showNavigationControl: false, showNavigator: true, navigatorPosition: "BOTTOM_RIGHT",
-    navigatorSizeRatio: 0.16, animationTime: 0.5, maxZoomPixelRatio: 8, visibilityRatio: 0.3, gestureSettingsMouse: { clickToZoom: false },
+    navigatorSizeRatio: 0.16, navigatorAutoFade: false, animationTime: 0.5, maxZoomPixelRatio: 8, visibilityRatio: 0.3, gestureSettingsMouse: { clickToZoom: false },
     imageLoaderLimit: 6, timeout: 60000, keyboardNavEnabled: true,
   });
   layer = new Layer(viewer, overlayContent);
@@ -114,8 +114,9 @@ function fillStates() {
   $("others").value = state.others;
 }
 
-function say(message) {
+function say(message, good = false) {
   $("message").textContent = message;
+  $("message").classList.toggle("good", good);
   $("message").hidden = false;
   clearTimeout(say.timer);
   say.timer = setTimeout(() => { $("message").hidden = true; }, 6000);
@@ -156,7 +157,6 @@ async function open(slideId) {
   if (slide.tiles) slide.tiles.x.forEach((x, i) => slide.place.set(`${x},${slide.tiles.y[i]}`, i));
   [rasters, values] = [[], []];
   clearSelection();
-  state.slide = slideId;
   change({ slide: slideId });
   for (const button of document.querySelectorAll("#slides button")) button.setAttribute("aria-current", button.dataset.slide === slideId);
   const { tile_px: tilePx, overlap_px: overlap } = root.deep_zoom;
@@ -171,7 +171,9 @@ function react(changed) {
   if (changed.has("slide")) guarded(open(state.slide));
   if (["overlay", "a", "b", "only"].some((name) => changed.has(name)) || (changed.has("tile") && state.overlay === "similarity")) guarded(loadOverlay());
   if (["tile", "a", "others"].some((name) => changed.has(name)) && !changed.has("slide")) guarded(showTile());
-  if (changed.has("b") || changed.has("split")) showSplit();
+  if (changed.has("names")) showLegend();
+  if (changed.has("names") || changed.has("overlay")) showNumbers();
+  if (["b", "split", "overlay"].some((name) => changed.has(name))) showSplit();
   if (layer) layer.draw();
 }
 
@@ -239,6 +241,7 @@ async function loadOverlay() {
   values = found;
   rasters = found.map((one, i) => raster(slide.tiles, slide.stride, slide.width, slide.height, coloursOf(one, names[i])));
   showLegend();
+  showNumbers();
   if (layer) layer.draw();
   document.body.dataset.overlayReady = state.overlay;
 }
@@ -314,13 +317,36 @@ function showClusters(box) {
   const counts = new Map();
   for (const v of values[0]) counts.set(v, (counts.get(v) || 0) + 1);
   for (const [i, { colour, examples }] of legend[state.a].entries()) {
-    const button = classRow(colour, `Cluster ${i + 1}`, counts.get(i) || 0, "button");
+    const button = classRow(colour, clusterName(i), counts.get(i) || 0, "button");
     button.setAttribute("aria-pressed", state.only === String(i));
     button.title = "show this cluster alone, with typical tiles";
     button.addEventListener("click", () => change({ only: state.only === String(i) ? "" : i }));
     box.append(button);
-    if (state.only === String(i)) box.append(tileGrid(examples.map(([slideId, tile]) => ({ slide_id: slideId, tile }))));
+    if (state.only !== String(i)) continue;
+    const name = element("input", { type: "text", maxLength: 60, value: namesOf(state.a)[i] || "", placeholder: "what is it? for example keratin" });
+    name.setAttribute("aria-label", `Name of cluster ${i + 1}`);
+    name.addEventListener("change", () => nameCluster(i, name.value.trim()));
+    box.append(element("div", { className: "line" }, name), tileGrid(examples.map(([slideId, tile]) => ({ slide_id: slideId, tile }))));
   }
+}
+
+// Names of clusters are part of the address: {encoder: {cluster: name}}.
+function allNames() {
+  try {
+    const found = JSON.parse(state.names || "{}");
+    return found && typeof found === "object" ? found : {};
+  } catch {
+    return {};
+  }
+}
+
+const namesOf = (encoder) => allNames()[encoder] || {};
+const clusterName = (i) => namesOf(state.a)[i] || `Cluster ${i + 1}`;
+
+function nameCluster(i, name) {
+  const names = { ...namesOf(state.a), [i]: name };
+  if (!name) delete names[i];
+  change({ names: JSON.stringify({ ...allNames(), [state.a]: names }) });
 }
 
 const note = (text) => element("p", { className: "quiet", textContent: text });
@@ -366,8 +392,15 @@ function numbersOf(tile) {
   const rows = [["x, y", state.tile.replace(",", ", ")], ["side", `${tiles.step} px${um}`], ["tissue", `${Math.round(100 * tiles.tissue[tile])} %`]];
   if (tiles.annotations[tile]) rows.push(["annotation", tiles.annotations[tile]]);
   const found = values[0] && values[0][tile];
-  if (state.overlay === "clusters" && found >= 0) rows.push(["cluster", found + 1]);
+  if (state.overlay === "clusters" && found >= 0) rows.push(["cluster", clusterName(found)]);
+  if (state.overlay === "similarity" && typeof found === "number") rows.push(["similarity", found.toFixed(3)]);
   return rows;
+}
+
+function showNumbers() {
+  const tile = tileIndex();
+  if (tile < 0) return;
+  $("tile-numbers").replaceChildren(...numbersOf(tile).flatMap(([name, value]) => [element("dt", { textContent: name }), element("dd", { textContent: value })]));
 }
 
 async function showTile() {
@@ -375,7 +408,7 @@ async function showTile() {
   $("tile").hidden = tile < 0;
   if (tile < 0) return;
   $("tile-picture").src = tilePicture(slide.slide_id, tile);
-  $("tile-numbers").replaceChildren(...numbersOf(tile).flatMap(([name, value]) => [element("dt", { textContent: name }), element("dd", { textContent: value })]));
+  showNumbers();
   $("neighbours-part").hidden = !state.a;
   if (!state.a) return;
   const ticket = ++showTile.ticket;
@@ -491,12 +524,20 @@ function downloadSelection() {
 async function saveSelection() {
   const body = JSON.stringify({ name: selectionName(), tiles: [...selected] });
   const { saved } = await ask(`${slidePath(slide.slide_id)}/selections`, { method: "POST", headers: { "content-type": "application/json" }, body });
-  say(`saved in annotations/${saved}`);
+  say(`saved in annotations/${saved}`, true);
 }
 
 function exportGeojson() {
   const query = state.a ? `?encoder=${encodeURIComponent(state.a)}` : "";
-  guarded(ask(`${slidePath(slide.slide_id)}/geojson${query}`).then((content) => download(content, `${slide.slide_id}.geojson`)));
+  guarded(ask(`${slidePath(slide.slide_id)}/geojson${query}`).then((content) => {
+    for (const { properties } of content.features) { // with the names of this page
+      const [, number] = /^Cluster (\d+)$/.exec(properties.classification.name) || [];
+      if (!number) continue;
+      if (properties.name === properties.classification.name) properties.name = clusterName(number - 1);
+      properties.classification = { ...properties.classification, name: clusterName(number - 1) };
+    }
+    download(content, `${slide.slide_id}.geojson`);
+  }));
 }
 
 guarded(start());

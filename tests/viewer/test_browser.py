@@ -1,0 +1,230 @@
+"""The viewer in a real browser: Debian's Chromium, driven by Playwright. Skipped where one of them is not installed."""
+
+import io
+import json
+import shutil
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.viewer.conftest import HOSTILE, UNIT, write_features
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+uvicorn = pytest.importorskip("uvicorn")
+
+from dino.viewer.catalogue import read_catalogue
+from dino.viewer.features import EncoderFeatures
+from dino.viewer.guard import LOCAL_HOSTS, Guard
+from dino.viewer.pixels import SlidePixels
+from dino.viewer.server import Viewer, build_app
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+TOKEN = "a-token-of-the-tests"
+STEP = 64  # side of a tile, level-0 px
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt install chromium)")
+
+
+@pytest.fixture(scope="module")
+def address(painted, features):
+    """A running viewer of the painted slides, with two encoders."""
+    if not (painted / "features_second").exists():
+        write_features(painted, "second", seed=1)
+    catalogue = read_catalogue(painted)
+    encoders = {name: EncoderFeatures(catalogue, name, 4) for name in ("random", "second")}
+    app = Guard(build_app(Viewer(catalogue, encoders, SlidePixels(catalogue.slides))), TOKEN, LOCAL_HOSTS)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/?token={TOKEN}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        # A container's root has no sandbox; the page is our own.
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page on which errors of scripts and of the content security policy fail the test."""
+    page = browser.new_page(viewport={"width": 1200, "height": 800})
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("dialog", lambda dialog: problems.append(f"dialog {dialog.message}"))
+    yield page
+    page.close()
+    assert problems == []
+
+
+def _open(page, address, state="", overlay="clusters"):
+    page.goto(f"{address}#{state}")
+    page.wait_for_selector("body[data-ready='1']", timeout=60_000)
+    page.wait_for_selector(f"body[data-overlay-ready='{overlay}']", timeout=60_000)
+
+
+def test_open_zoom_and_find_slides(page, address):
+    _open(page, address)
+    assert page.locator("#slides button").count() == 3
+    assert HOSTILE in page.locator("#slides .name").all_inner_texts()  # as text
+    assert page.locator("#slides .name img").count() == 0
+    assert "token" not in page.url
+    page.fill("#filter", "two")
+    assert page.locator("#slides .name").all_inner_texts() == ["two"]
+    page.select_option("#filter-column", "patient_id")
+    page.fill("#filter", "p2")
+    assert page.locator("#slides .name").all_inner_texts() == [HOSTILE]
+    page.locator("#slides button").click()
+    page.wait_for_function("location.hash.includes('slide=')")
+    before = page.locator("#scale").inner_text()
+    page.click("#zoom-in")
+    page.click("#zoom-in")
+    page.wait_for_function("text => document.querySelector('#scale').innerText !== text", arg=before)
+
+
+def test_switch_overlays(page, address):
+    _open(page, address, "slide=one")
+    assert page.locator("#legend .class").count() == 4
+    for overlay, legend in (("colours", "principal"), ("tissue", "100 %"), ("similarity", "Click a tile")):
+        page.click(f"[data-overlay={overlay}]")
+        page.wait_for_selector(f"body[data-overlay-ready='{overlay}']")
+        assert legend in page.locator("#legend").inner_text()
+        page.wait_for_function(f"location.hash.includes('overlay={overlay}')")
+
+
+def _at(page, x, y):
+    """The place on the page of a position of the slide, from the view in the address."""
+    page.wait_for_function("location.hash.includes('view=')")
+    page.wait_for_timeout(300)
+    view = page.evaluate("new URLSearchParams(location.hash.slice(1)).get('view')")
+    centre_x, centre_y, zoom = map(float, view.split(","))
+    box = page.locator("#zoom").bounding_box()
+    return (
+        box["x"] + box["width"] / 2 + (x - centre_x) * zoom,
+        box["y"] + box["height"] / 2 + (y - centre_y) * zoom,
+    )
+
+
+def test_click_a_tile_and_visit_its_neighbour(page, address, catalogue, features):
+    _open(page, address, "slide=one&view=320,320,1")
+    x, y = (int(n) for n in catalogue.tiles["one"].coords[23])
+    page.mouse.click(*_at(page, x + 40, y + 10))
+    page.wait_for_selector("#neighbours button img")
+    assert f"{x}, {y}" in page.locator("#tile-numbers").inner_text()
+    unit = {slide: rows / np.linalg.norm(rows, axis=1, keepdims=True) for slide, rows in features.items()}
+    best = float((unit[HOSTILE] @ unit["one"][23]).max())  # the only slide of another patient
+    assert page.locator("#neighbours .number").first.inner_text() == f"{best:.2f}"
+    page.wait_for_function("document.querySelector('#neighbours img').naturalWidth > 0")
+    page.locator("#neighbours button").first.click()
+    page.wait_for_function("document.querySelector('#slides button[aria-current=true] .name').textContent.startsWith('<img')")
+    found = int((unit[HOSTILE] @ unit["one"][23]).argmax())
+    there = tuple(int(n) for n in catalogue.tiles[HOSTILE].coords[found])
+    page.wait_for_function("text => document.querySelector('#tile-numbers').innerText.includes(text)", arg="%d, %d" % there)
+
+
+def test_an_address_shows_the_same_to_a_colleague(page, address, browser):
+    _open(page, address, "slide=two&overlay=similarity&tile=128%2C64&opacity=0.3", overlay="similarity")
+    other = browser.new_page()
+    page.wait_for_function("location.hash.includes('view=')")
+    _open(other, address, page.url.partition("#")[2], overlay="similarity")
+    assert other.locator("#tile-numbers").inner_text() == page.locator("#tile-numbers").inner_text()
+    assert other.locator("#opacity").input_value() == "0.3"
+    other.close()
+
+
+def test_name_a_cluster_and_download_it(page, address):
+    _open(page, address, "slide=one")
+    page.locator("#legend .class").first.click()
+    page.wait_for_selector("#legend .tiles img")
+    page.fill("#legend input", "keratin")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('#legend .class').innerText.includes('keratin')")
+    with page.expect_download() as download:
+        page.click("#export")
+    collection = json.loads(download.value.path().read_text())
+    names = {one["properties"]["classification"]["name"] for one in collection["features"]}
+    assert "keratin" in names and "Cluster 1" not in names and "Cluster 2" in names
+
+
+def test_select_tiles_in_a_rectangle(page, address):
+    _open(page, address, "slide=one&view=320,320,1")
+    page.click("#rectangle")
+    page.mouse.move(*_at(page, 70, 70))
+    page.mouse.down()
+    page.mouse.move(*_at(page, 70 + 3 * STEP, 70 + 2 * STEP), steps=4)
+    page.mouse.up()
+    assert page.locator("#selection-count").inner_text() == "6 tiles"
+    page.fill("#selection-name", "<b>mine</b>")
+    with page.expect_download() as download:
+        page.click("#selection-download")
+    collection = json.loads(download.value.path().read_text())
+    corners = {tuple(one["geometry"]["coordinates"][0][0]) for one in collection["features"]}
+    assert corners == {(STEP * i, STEP * j) for i in (1, 2, 3) for j in (1, 2)}
+    assert collection["features"][0]["properties"]["classification"]["name"] == "<b>mine</b>"
+
+
+def _screenshot(page):
+    page.evaluate("for (const id of ['bar', 'scale', 'split']) document.getElementById(id).style.visibility = 'hidden'")
+    page.evaluate("document.querySelector('.navigator').style.visibility = 'hidden'")
+    return np.asarray(Image.open(io.BytesIO(page.locator("#zoom").screenshot())).convert("RGB")).astype(float)
+
+
+def _loaded(page):
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(1200)  # new tiles fade in
+
+
+@pytest.mark.parametrize("zoom", [0.6, 1.0, 2.3])
+@pytest.mark.parametrize("axis", [0, 1], ids=["x", "y"])
+def test_overlays_land_on_their_cells(page, address, zoom, axis):
+    """The slide is painted with its coordinates, so a screenshot says where each px of the page is on the slide.
+
+    A line is fitted to these positions, and borders of colours in the overlay must be at borders of tiles on it.
+    """
+    state = f"slide=two&overlay=colours&view=330,300,{zoom}"
+    _open(page, address, f"{state}&opacity=0", "colours")
+    _loaded(page)
+    slide = _screenshot(page)
+    page.evaluate("const slider = document.querySelector('#opacity'); slider.value = 1; slider.dispatchEvent(new Event('input'))")
+    page.wait_for_timeout(300)
+    overlay = _screenshot(page)
+    height, width = slide.shape[:2]
+    middle = slide[height // 2 - 20 : height // 2 + 20].mean(0) if axis == 0 else slide[:, width // 2 - 20 : width // 2 + 20].mean(1)
+    inner = np.flatnonzero(middle[:, 2] > 250)[6:-6]  # blue is 255 on the slide only
+    position = (middle[inner, axis] + 0.5) * UNIT
+    scale, origin = np.polyfit(inner + 0.5, position, 1)
+    assert 1 / scale == pytest.approx(zoom, rel=0.01)
+    line = overlay[height // 2] if axis == 0 else overlay[:, width // 2]
+    borders = inner[1:][np.abs(np.diff(line[inner], axis=0)).max(1) > 0]  # a border is at the left edge of this px
+    on_slide = scale * borders + origin
+    error = on_slide - STEP * np.round(on_slide / STEP)
+    assert len(borders) >= 3
+    assert np.abs(error).max() <= 1.5 * scale + 0.3 * UNIT  # level-0 px: of the page, and the rounding of JPEG colours
+
+
+def test_compare_two_encoders(page, address):
+    state = "slide=two&overlay=colours&opacity=1&view=330,300,1&a=random"
+    shown = {}
+    for name, more in (("A", ""), ("B", "&a=second"), ("both", "&b=second&split=0.5")):
+        page.goto("about:blank")  # a new # alone does not load a page again
+        _open(page, address, (state if name != "B" else state.replace("&a=random", "")) + more, "colours")
+        _loaded(page)
+        shown[name] = _screenshot(page)
+    width = shown["A"].shape[1]
+    left, right = slice(0, width // 2 - 15), slice(width // 2 + 15, width)
+    assert np.array_equal(shown["both"][:, left], shown["A"][:, left])
+    assert np.array_equal(shown["both"][:, right], shown["B"][:, right])
+    assert not np.array_equal(shown["A"], shown["B"])
