@@ -1,0 +1,119 @@
+"""``dino view`` and ``dino geojson`` as commands: one line and exit code 2 for wrong input, and a viewer that serves."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from dino import api, environment
+from dino.cli.main import app
+from dino.config.load import load_config
+from dino.config.schema import ViewConfig
+from dino.errors import ConfigError, DataError
+
+
+def _view(root, *runs, **settings):
+    api.view(root, list(runs), load_config(ViewConfig, overrides={"port": 0, **settings}))
+
+
+def _fails(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    lines = result.stderr.strip().splitlines()
+    assert result.exit_code == 2 and lines[-1].startswith("error: ") and len(lines) <= 2, result.output
+    return lines[-1]
+
+
+def test_a_port_in_use(painted):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = _fails("view", painted, f"port={port}")
+    assert f"expected to serve on port {port} of 127.0.0.1, found that it is in use; pass another port=" in line
+
+
+def test_an_address_that_is_not_of_this_computer(painted):
+    with pytest.raises(ConfigError, match=r"expected to serve on port \d+ of 203.0.113.7, found .*; pass another host="):
+        _view(painted, host="203.0.113.7", port=1)
+
+
+def test_no_root(tmp_path):
+    assert "expected the ROOT of `dino tile` at" in _fails("view", tmp_path / "nowhere")
+    assert "expected " in _fails("view", tmp_path)
+    assert "expected ROOT, found no arguments" in _fails("view")
+
+
+def test_no_features_of_the_run(painted, features):
+    with pytest.raises(DataError, match=r"expected features of 'patch' in .*features_patch, found none \(encoders: ran"):
+        _view(painted, "runs/patch")
+
+
+def test_features_of_other_slides(painted, features, tmp_path):
+    folder = painted / "features_foreign"
+    folder.mkdir()
+    (folder / "elsewhere.h5").write_bytes(b"")
+    try:
+        with pytest.raises(DataError, match="expected features of the slides of .*, found none of them"):
+            _view(painted, "foreign")
+    finally:
+        (folder / "elsewhere.h5").unlink()
+        folder.rmdir()
+
+
+def test_moved_slides(catalogue):
+    status = {slide: replace(row, image_path=row.image_path / "moved") for slide, row in catalogue.slides.status.items()}
+    moved = replace(catalogue, slides=replace(catalogue.slides, status=status))
+    with pytest.raises(DataError, match="expected the files of 3 slides .*name their folder or slides.csv with slides="):
+        moved.check_slides()
+    found = {slide: row.image_path for slide, row in catalogue.slides.status.items() if slide != "one"}
+    replace(moved, slides=replace(moved.slides, moved=found)).check_slides()  # a warning
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"clusters": 1}, "expected 2 to 64 clusters, found 1"),
+        ({"port": 70000}, "expected a port from 0 to 65535, found 70000"),
+        ({"cache_mb": 0}, "expected cache_mb to be at least 1, found 0"),
+        ({"token": "short"}, "expected a token of at least 8 letters and digits"),
+    ],
+)
+def test_settings_out_of_range(painted, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        _view(painted, **settings)
+
+
+def test_without_the_server_package(painted, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert environment.import_extra  # the message is that of all extras
+    with pytest.raises(ConfigError, match=r"expected the package uvicorn for the viewer, .*'histodino\[viewer\]'"):
+        _view(painted)
+
+
+def test_export_names_the_command_for_geojson(painted):
+    line = _fails("export", "geojson", painted, "out")
+    assert f"run `dino geojson {painted} out`" in line
+
+
+def test_the_command_serves_until_it_is_interrupted(painted, features):
+    """Another process; the address that it prints opens the viewer, and nothing is written to ROOT."""
+    pytest.importorskip("uvicorn")
+    before = sorted((path, path.stat().st_mtime_ns) for path in painted.rglob("*"))
+    command = [sys.executable, "-m", "dino", "view", str(painted), "random", "port=0"]
+    environment_variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment_variables) as process:
+        assert process.stdout is not None
+        found = re.search(r"http://127\.0\.0\.1:\d+/\?token=\S+", process.stdout.readline())
+        assert found is not None
+        with urllib.request.urlopen(found[0], timeout=30) as answer:
+            assert b"openseadragon" in answer.read()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) in (0, 130)
+    assert sorted((path, path.stat().st_mtime_ns) for path in painted.rglob("*")) == before
