@@ -236,5 +236,5 @@ def _print(summary: DemoSummary) -> None:
     patch, region, root, page = (
         shlex.quote(str(summary.directory / name)) for name in ("patch", "region", "slides", "report.html")
     )
-    progress.say(f"\nto look at it: dino view {root} {patch} {region}")
+    progress.say(f"\nto look at it: dino view {root} {patch}")
     progress.say(f"the report again: dino report {patch} {region} {root} {page}")

@@ -16,12 +16,6 @@ from tests.viewer.conftest import HOSTILE, UNIT, write_features
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 uvicorn = pytest.importorskip("uvicorn")
 
-from dino.viewer.catalogue import read_catalogue
-from dino.viewer.features import EncoderFeatures
-from dino.viewer.guard import LOCAL_HOSTS, Guard
-from dino.viewer.pixels import SlidePixels
-from dino.viewer.server import Viewer, build_app
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 TOKEN = "a-token-of-the-tests"
 STEP = 64  # side of a tile, level-0 px
@@ -31,6 +25,12 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 @pytest.fixture(scope="module")
 def address(painted, features):
     """A running viewer of the painted slides, with two encoders."""
+    from dino.viewer.catalogue import read_catalogue
+    from dino.viewer.features import EncoderFeatures
+    from dino.viewer.guard import LOCAL_HOSTS, Guard
+    from dino.viewer.pixels import SlidePixels
+    from dino.viewer.server import Viewer, build_app
+
     if not (painted / "features_second").exists():
         write_features(painted, "second", seed=1)
     catalogue = read_catalogue(painted)
@@ -129,10 +129,14 @@ def test_click_a_tile_and_visit_its_neighbour(page, address, catalogue, features
     assert page.locator("#neighbours .number").first.inner_text() == f"{best:.2f}"
     page.wait_for_function("() => document.querySelector('#neighbours img').naturalWidth > 0")
     page.locator("#neighbours button").first.click()
-    page.wait_for_function("() => document.querySelector('#slides button[aria-current=true] .name').textContent.startsWith('<img')")
+    page.wait_for_function(
+        "() => document.querySelector('#slides button[aria-current=true] .name').textContent.startsWith('<img')"
+    )
     found = int((unit[HOSTILE] @ unit["one"][23]).argmax())
     there = tuple(int(n) for n in catalogue.tiles[HOSTILE].coords[found])
-    page.wait_for_function("text => document.querySelector('#tile-numbers').innerText.includes(text)", arg="%d, %d" % there)
+    page.wait_for_function(
+        "text => document.querySelector('#tile-numbers').innerText.includes(text)", arg=f"{there[0]}, {there[1]}"
+    )
 
 
 def test_an_address_shows_the_same_to_a_colleague(page, address, browser):
@@ -198,11 +202,17 @@ def test_overlays_land_on_their_cells(page, address, zoom, axis):
     _open(page, address, f"{state}&opacity=0", "colours")
     _loaded(page)
     slide = _screenshot(page)
-    page.evaluate("const slider = document.querySelector('#opacity'); slider.value = 1; slider.dispatchEvent(new Event('input'))")
+    page.evaluate(
+        "const slider = document.querySelector('#opacity'); slider.value = 1; slider.dispatchEvent(new Event('input'))"
+    )
     page.wait_for_timeout(300)
     overlay = _screenshot(page)
     height, width = slide.shape[:2]
-    middle = slide[height // 2 - 20 : height // 2 + 20].mean(0) if axis == 0 else slide[:, width // 2 - 20 : width // 2 + 20].mean(1)
+    middle = (
+        slide[height // 2 - 20 : height // 2 + 20].mean(0)
+        if axis == 0
+        else slide[:, width // 2 - 20 : width // 2 + 20].mean(1)
+    )
     covered = (640, 512)[axis] / UNIT  # without the last tiles, beyond which the slide itself is seen
     inner = np.flatnonzero((middle[:, 2] > 250) & (middle[:, axis] < covered))[6:]  # blue is 255 on the slide only
     position = (middle[inner, axis] + 0.5) * UNIT

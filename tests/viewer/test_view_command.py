@@ -1,4 +1,4 @@
-"""``dino view`` and ``dino geojson`` as commands: one line and exit code 2 for wrong input, and a viewer that serves."""
+"""``dino view`` and ``dino geojson`` as commands: wrong input is one line and exit code 2; a viewer that serves."""
 
 import os
 import re
@@ -40,7 +40,9 @@ def test_a_port_in_use(painted):
 
 
 def test_an_address_that_is_not_of_this_computer(painted):
-    with pytest.raises(ConfigError, match=r"expected to serve on port \d+ of 203.0.113.7, found .*; pass another host="):
+    with pytest.raises(
+        ConfigError, match=r"expected to serve on port \d+ of 203.0.113.7, found .*; pass another host="
+    ):
         _view(painted, host="203.0.113.7", port=1)
 
 
@@ -51,7 +53,9 @@ def test_no_root(tmp_path):
 
 
 def test_no_features_of_the_run(painted, features):
-    with pytest.raises(DataError, match=r"expected features of 'patch' in .*features_patch, found none \(encoders: ran"):
+    with pytest.raises(
+        DataError, match=r"expected features of 'patch' in .*features_patch, found none \(encoders: ran"
+    ):
         _view(painted, "runs/patch")
 
 
@@ -68,9 +72,13 @@ def test_features_of_other_slides(painted, features, tmp_path):
 
 
 def test_moved_slides(catalogue):
-    status = {slide: replace(row, image_path=row.image_path / "moved") for slide, row in catalogue.slides.status.items()}
+    status = {
+        slide: replace(row, image_path=row.image_path / "moved") for slide, row in catalogue.slides.status.items()
+    }
     moved = replace(catalogue, slides=replace(catalogue.slides, status=status))
-    with pytest.raises(DataError, match="expected the files of 3 slides .*name their folder or slides.csv with slides="):
+    with pytest.raises(
+        DataError, match="expected the files of 3 slides .*name their folder or slides.csv with slides="
+    ):
         moved.check_slides()
     found = {slide: row.image_path for slide, row in catalogue.slides.status.items() if slide != "one"}
     replace(moved, slides=replace(moved.slides, moved=found)).check_slides()  # a warning
