@@ -1,6 +1,7 @@
-"""Tiles per second of one core from each kind of storage, in random order, against a plain dataset of JPEG files.
+"""Tiles per second of one core from each kind of storage, in random order, against a plain dataset.
 
-The files are in the page cache: the rows compare what reading and decoding cost, not disks.
+Tile files and shards are compared with JPEG files that Pillow opens, slides with openslide. The files are in the page
+cache: the rows compare what reading and decoding cost, not disks.
 """
 
 import multiprocessing
@@ -17,14 +18,20 @@ from torch.utils.data import Dataset as TorchDataset
 
 from benchmarks.material import tile_files
 from benchmarks.measure import Row, Setting, drain, duel, expect_close
-from dino.data import EncodedTiles, FolderTiles, PermutationSampler, TileDataset
+from dino.api.sources import open_tiles
+from dino.api.tiling import tile
+from dino.config.load import load_config
+from dino.config.schema import PatchConfig, TileConfig
+from dino.data import Dataset, EncodedTiles, FolderTiles, PermutationSampler, TileDataset
 from dino.data.shards import ParquetTiles, TarTiles, open_parquet, open_tars
+from dino.slides import sample_slide
+from dino.slides.tables import read_tiles
 
 TITLE = "sources of tiles"
 SHARD = 512  # tiles
 ROW_GROUP = 64
 BATCH = 64
-COMPARATOR = "PIL dataset in a DataLoader"
+COMPARATOR, SLIDE_COMPARATOR = "PIL dataset in a DataLoader", "openslide dataset in a DataLoader"
 
 
 class PlainTiles(TorchDataset):
@@ -39,6 +46,22 @@ class PlainTiles(TorchDataset):
     def __getitem__(self, index: int) -> Tensor:
         with Image.open(self.paths[index]) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+class PlainSlideTiles(TorchDataset):
+    """The same for a slide: tiles at places of level 0, read by openslide."""
+
+    def __init__(self, path: Path, places: list[tuple[int, int]], size_px: int) -> None:
+        import openslide
+
+        self.slide, self.places, self.size_px = openslide.OpenSlide(path), places, size_px
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Tensor:
+        pixels = self.slide.read_region(self.places[index], 0, (self.size_px, self.size_px)).convert("RGB")
+        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 def from_files(paths: list[Path], folder: Path) -> EncodedTiles:
@@ -78,6 +101,11 @@ SOURCES: Mapping[str, Callable[[list[Path], Path], EncodedTiles]] = {
 
 def run(setting: Setting) -> Iterator[Row]:
     """A row for each source."""
+    yield from _stored(setting)
+    yield _slides(setting)
+
+
+def _stored(setting: Setting) -> Iterator[Row]:
     folder = setting.folder / "sources"
     paths = sorted(tile_files(folder / "jpeg", setting.size(2048, 8192, 16)))
     order = [PermutationSampler(len(paths), 0)(draw) for draw in range(len(paths))]
@@ -98,6 +126,32 @@ def run(setting: Setting) -> Iterator[Row]:
         yield row
 
 
+def _slides(setting: Setting) -> Row:
+    """Tiles of the sample slide, with overlap so that there are some hundreds."""
+    root = setting.folder / "sources" / "slides"
+    tile([sample_slide()], root, TileConfig(overlap=0.75, region_size_px=1024, storage="none", previews=False))
+    config = load_config(PatchConfig, overrides={"data_dir": str(root)})
+    tiles = open_tiles(config).dataset
+    places = [(one.x, one.y) for one in read_tiles(root)]
+    count = setting.size(len(places), len(places), 16)
+    order = [PermutationSampler(len(places), 0)(draw) for draw in range(count)]
+    plain = PlainSlideTiles(sample_slide(), places, 256)
+    loader = DataLoader(plain, batch_size=BATCH, sampler=order)
+    setting.notice(f"{count} tiles from a slide")
+    result = duel(
+        lambda: drain(tiles[index].pixels for index in order),
+        lambda: drain(loader),
+        setting.rounds(5),
+        setting.device,
+    )
+    row = result.row("tiles from a slide", count, "tiles/s per core", SLIDE_COMPARATOR)
+    equal = all(torch.equal(tiles[index].pixels, plain[index]) for index in order[:32])
+    row.equality = "equal pixels" if equal else "DIFFERENT PIXELS"
+    row.details = {"tiles": count, "worker_mb": _worker_mb(tiles, order)}
+    row.note = f"{row.details['worker_mb']} MB per worker"
+    return row
+
+
 def _check(tiles: TileDataset, paths: list[Path]) -> str:
     """Pixels beside Pillow's; decoders differ by rounding only."""
     own = {tiles[index].name: tiles[index].pixels for index in range(0, len(tiles), max(1, len(tiles) // 16))}
@@ -110,7 +164,7 @@ def _check(tiles: TileDataset, paths: list[Path]) -> str:
     return expect_close("pixels", error, 1.0)
 
 
-def _worker_mb(tiles: TileDataset, order: list[int]) -> float:
+def _worker_mb(tiles: Dataset, order: list[int]) -> float:
     """MB that a forked worker has for itself after it has read every tile."""
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
@@ -121,7 +175,7 @@ def _worker_mb(tiles: TileDataset, order: list[int]) -> float:
     return found
 
 
-def _read_all(tiles: TileDataset, order: list[int], queue: multiprocessing.Queue) -> None:
+def _read_all(tiles: Dataset, order: list[int], queue: multiprocessing.Queue) -> None:
     drain(tiles[index].pixels for index in order)
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     queue.put(round(sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024, 1))
