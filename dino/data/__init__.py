@@ -19,7 +19,6 @@ from dino.data.images import decode, decode_bytes, list_images, list_names
 from dino.data.loader import Batch, DrawnBatches, DropPath, Layout, load_batches
 from dino.data.packed import GridFiles, grid_dtype, prepare_grids
 from dino.data.samplers import GroupSampler, PermutationSampler, Sampler
-from dino.data.slide_tiles import SlideTileDataset
 
 __all__ = [
     "BadSample",
@@ -41,7 +40,6 @@ __all__ = [
     "Sampler",
     "SlideInfo",
     "SlideRanges",
-    "SlideTileDataset",
     "TileDataset",
     "decode",
     "decode_bytes",

@@ -143,7 +143,8 @@ def _tiled(root: Path, config: ExtractConfig, loaded: LoadedBackbone) -> PixelSo
     """The source of a ROOT that ``dino tile`` wrote."""
     tiling = read_tiling(root)
     geometry = tiling.geometry
-    trained, found = loaded.spacings_um, geometry.spacing_um
+    trained = loaded.spacings_um or [one for one in (loaded.spacing_um,) if one]
+    found = geometry.spacing_um
     if trained and all(abs(spacing - found) > geometry.tolerance * spacing for spacing in trained):
         known = " or ".join(f"{spacing:g}" for spacing in trained)
         raise DataError(

@@ -16,7 +16,8 @@ from dino.api.levels import build_level
 from dino.api.tiling import tile
 from dino.config.load import load_config
 from dino.config.schema import PatchConfig, TileConfig
-from dino.data import BadSample, SlideTileDataset
+from dino.data import BadSample
+from dino.data.slide_tiles import SlideTileDataset
 from dino.errors import ConfigError, DataError
 from dino.slides import sample_slide
 from dino.slides.storage import encode

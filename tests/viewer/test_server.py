@@ -239,7 +239,7 @@ QUERIES = st.dictionaries(
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(SEGMENTS, max_size=6), QUERIES, st.sampled_from(["GET", "HEAD", "POST", "PUT", "DELETE", "TRACE"]))
 def test_hostile_requests_get_one_line_and_no_other_file(client, segments, query, method):
-    path = "/" + "/".join(segments)
+    path = "/" + "/".join(segments).lstrip("/")  # the client refuses a path that starts with two
     text = "&".join(f"{name}={quote(value, safe='', errors='replace')}" for name, value in query.items())
     response = client.request(method, f"http://127.0.0.1:8765{path}?{text}")
     assert response.status_code < 500
