@@ -1,6 +1,7 @@
 """Runs of both levels that take a second, and comparisons of run folders."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,24 @@ def command(
     (folder / "settings.yaml").write_text(to_yaml(settings))
     launcher = ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"] if processes else []
     return [sys.executable, *launcher, "-m", "dino", "pretrain", level, "--config", str(folder / "settings.yaml")]
+
+
+def assert_vanishing_data_ends_in_one_line(words: Sequence[str], folder: Path) -> None:
+    """Run a command of :func:`command` whose data vanish in the third step, as when a mount is lost."""
+    program = (
+        "import shutil, sys; from dino.train.loop import Trainer; step = Trainer._step\n"
+        "def gone(self, *args):\n"
+        f"    if self.step == 2: shutil.rmtree({str(folder)!r}, ignore_errors=True)\n"
+        "    return step(self, *args)\n"
+        "Trainer._step = gone; sys.argv = ['dino', *sys.argv[1:]]\n"
+        "from dino.cli.main import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words[3:]], capture_output=True, text=True, timeout=120, check=False
+    )
+    lines = [line for line in done.stderr.splitlines() if "expected usable samples" in line]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1 and "still there" in lines[0] and "Traceback" not in done.stderr
 
 
 def last(run: Path) -> dict:

@@ -1,14 +1,12 @@
 """Folders without tiles end in one line that names what to do, and nothing else is trained on in their place."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_runs import command, config, make_tiles
+from tiny_runs import assert_vanishing_data_ends_in_one_line, command, config, make_tiles
 
 from dino.api import pretrain
 from dino.errors import DataError
@@ -68,17 +66,4 @@ def test_tiles_that_vanish_end_the_run_in_one_line(workers: int, tmp_path: Path)
     tiles = make_tiles(tmp_path / "tiles")
     settings = config(tiles, tmp_path / "run", **{"speed.num_workers": workers, "training.max_bad_fraction": 1.0})
     words = command(settings, tmp_path)
-    vanish = (
-        "import shutil, sys; from dino.train.loop import Trainer; step = Trainer._step\n"
-        "def gone(self, *args):\n"
-        f"    if self.step == 2: shutil.rmtree({str(tiles)!r}, ignore_errors=True)\n"
-        "    return step(self, *args)\n"
-        "Trainer._step = gone; sys.argv = ['dino', *sys.argv[1:]]\n"
-        "from dino.cli.main import main; main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", vanish, *words[3:]], capture_output=True, text=True, timeout=120, check=False
-    )
-    lines = [line for line in done.stderr.splitlines() if "expected usable samples" in line]
-    assert done.returncode == 2, done.stderr
-    assert len(lines) == 1 and "still there" in lines[0] and "Traceback" not in done.stderr
+    assert_vanishing_data_ends_in_one_line(words, tiles)

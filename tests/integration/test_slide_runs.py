@@ -4,8 +4,6 @@ import csv
 import json
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from tiny_runs import (
     Crash,
     assert_same_bits,
     assert_same_numbers,
+    assert_vanishing_data_ends_in_one_line,
     command,
     config,
     crash_after,
@@ -139,20 +138,7 @@ def test_slides_that_vanish_end_the_run_in_one_line(workers: int, root: Path, tm
     """All of them, as when a mount is lost. Handles that are open may go on for a while."""
     shown = {"speed.num_workers": workers, "training.max_bad_fraction": 1.0, "training.max_steps": 200}
     words = command(settings(root, tmp_path / "run", **shown, **{"speed.open_slides": 1}), tmp_path)
-    vanish = (
-        "import shutil, sys; from dino.train.loop import Trainer; step = Trainer._step\n"
-        "def gone(self, *args):\n"
-        f"    if self.step == 2: shutil.rmtree({str(tmp_path / 'slides')!r}, ignore_errors=True)\n"
-        "    return step(self, *args)\n"
-        "Trainer._step = gone; sys.argv = ['dino', *sys.argv[1:]]\n"
-        "from dino.cli.main import main; main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", vanish, *words[3:]], capture_output=True, text=True, timeout=120, check=False
-    )
-    lines = [line for line in done.stderr.splitlines() if "expected usable samples" in line]
-    assert done.returncode == 2, done.stderr
-    assert len(lines) == 1 and "still there" in lines[0] and "Traceback" not in done.stderr
+    assert_vanishing_data_ends_in_one_line(words, tmp_path / "slides")
 
 
 def test_tile_files_and_slides_are_different_data(root: Path, tmp_path: Path) -> None:
