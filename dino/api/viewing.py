@@ -11,10 +11,10 @@ from dino import progress
 from dino.config.schema import GeojsonConfig, ViewConfig
 from dino.environment import import_extra
 from dino.errors import ConfigError
+from dino.extraction.catalogue import Catalogue, read_catalogue
+from dino.extraction.encoder_features import EncoderFeatures
 from dino.extraction.folders import encoder_name
 from dino.files import oserror_to_data_error, write_text
-from dino.viewer.catalogue import Catalogue, read_catalogue
-from dino.viewer.features import EncoderFeatures
 from dino.viewer.geojson import CLUSTERS, CONTENTS, feature_collection
 
 EVERYWHERE = ("0.0.0.0", "::")

@@ -11,9 +11,9 @@ from uuid import NAMESPACE_URL, uuid5
 
 import numpy as np
 
+from dino.extraction.catalogue import Catalogue
+from dino.extraction.encoder_features import EncoderFeatures
 from dino.slides.tables import RegionRecord, SlideTiles
-from dino.viewer.catalogue import Catalogue
-from dino.viewer.features import EncoderFeatures
 
 TILES, CLUSTERS, REGIONS = "tiles", "clusters", "regions"
 CONTENTS = (TILES, CLUSTERS, REGIONS)

@@ -7,7 +7,7 @@ from typing import Any
 
 from dino import files
 from dino.errors import DataError
-from dino.viewer.catalogue import Catalogue
+from dino.extraction.catalogue import Catalogue
 from dino.viewer.geojson import outline_feature
 
 FOLDER = "annotations"

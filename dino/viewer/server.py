@@ -16,9 +16,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from dino.errors import DataError, DinoError
+from dino.extraction.catalogue import Catalogue
+from dino.extraction.encoder_features import EncoderFeatures
 from dino.slides.tables import STATUS_COLUMNS
-from dino.viewer.catalogue import Catalogue
-from dino.viewer.features import EncoderFeatures
 from dino.viewer.geojson import CONTENTS, feature_collection
 from dino.viewer.pixels import OVERLAP_PX, TILE_PX, SlidePixels
 from dino.viewer.selections import save_selection

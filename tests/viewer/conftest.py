@@ -63,6 +63,6 @@ def features(painted) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="session")
 def catalogue(painted, features):
     """The tables of the ROOT with features."""
-    from dino.viewer.catalogue import read_catalogue
+    from dino.extraction.catalogue import read_catalogue
 
     return read_catalogue(painted)

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 @pytest.fixture(scope="module")
 def address(painted, features):
     """A running viewer of the painted slides, with two encoders."""
-    from dino.viewer.catalogue import read_catalogue
-    from dino.viewer.features import EncoderFeatures
+    from dino.extraction.catalogue import read_catalogue
+    from dino.extraction.encoder_features import EncoderFeatures
     from dino.viewer.guard import LOCAL_HOSTS, Guard
     from dino.viewer.pixels import SlidePixels
     from dino.viewer.server import Viewer, build_app

@@ -101,7 +101,7 @@ def test_exporting_again_gives_the_same_bytes(painted, features, exported, tmp_p
 
 
 def test_without_features_tiles_have_one_class(painted, tmp_path):
-    from dino.viewer.catalogue import read_catalogue
+    from dino.extraction.catalogue import read_catalogue
     from dino.viewer.geojson import CONTENTS, feature_collection
 
     collection = feature_collection(read_catalogue(painted), "one", CONTENTS)

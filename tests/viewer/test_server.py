@@ -16,7 +16,7 @@ from tests.viewer.conftest import HOSTILE, UNIT
 pytest.importorskip("starlette")
 from starlette.testclient import TestClient
 
-from dino.viewer.features import EncoderFeatures
+from dino.extraction.encoder_features import EncoderFeatures
 from dino.viewer.guard import LOCAL_HOSTS, Allowance, Guard
 from dino.viewer.pixels import OVERLAP_PX, TILE_PX, SlidePixels
 from dino.viewer.server import Viewer, build_app

@@ -1,11 +1,11 @@
-"""Colours, clusters and neighbours of the viewer against float64 formulas and brute force."""
+"""Colours, clusters and neighbours of the features of a ROOT against float64 formulas and brute force."""
 
 import numpy as np
 import pytest
 
 from dino.errors import DataError
-from dino.viewer.colours import Clusters, ColourBasis
-from dino.viewer.features import EncoderFeatures
+from dino.extraction.colours import Clusters, ColourBasis
+from dino.extraction.encoder_features import EncoderFeatures
 from tests.viewer.conftest import HOSTILE, PATIENTS
 
 

@@ -1,4 +1,4 @@
-"""What a ROOT contains, for the viewer and the export: slides, their tiles and regions, and encoders with features."""
+"""What a ROOT contains, for the viewer, words and exports: slides, their tiles and regions, encoders with features."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

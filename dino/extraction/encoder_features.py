@@ -10,9 +10,9 @@ import numpy as np
 
 from dino.data.bags import find_bags, map_features, open_bag
 from dino.errors import DataError
+from dino.extraction.catalogue import Catalogue
+from dino.extraction.colours import Clusters, ColourBasis
 from dino.extraction.folders import tile_folder
-from dino.viewer.catalogue import Catalogue
-from dino.viewer.colours import Clusters, ColourBasis
 
 FITTED_ROWS = 20_000  # tiles that colours and clusters are fitted to, evenly from all slides
 BLOCK_ROWS = 65_536  # rows that are converted to float32 at a time
