@@ -1,5 +1,6 @@
 """Progress and messages, printed by the main process only: bars in a terminal, plain lines otherwise."""
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dino import distributed
 from dino.files import printable
 
 MAX_WIDTH = 100  # columns: longer lines are hard to read
@@ -120,25 +120,25 @@ def bar(title: str, total: int, done: int = 0) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not distributed.is_main()) as progress:
+    with Progress(*columns, console=console, disable=not _is_main()) as progress:
         yield _RichBar(progress, progress.add_task(title, total=total, completed=done, note=""))
 
 
 def say(message: str) -> None:
     """Print one line on the main process."""
-    if distributed.is_main():
+    if _is_main():
         console.print(message, markup=False)
 
 
 def warn(message: str) -> None:
     """Print one warning line on the main process."""
-    if distributed.is_main():
+    if _is_main():
         console.print(f"warning: {message}", style="yellow", markup=False)
 
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
     """Print rows in aligned columns on the main process; the first column is never wrapped."""
-    if not distributed.is_main():
+    if not _is_main():
         return
     aligned = Table(box=None, show_header=bool(header), header_style="bold", pad_edge=False)
     for row in rows:
@@ -151,5 +151,13 @@ def table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
 
 def show(renderable: RenderableType) -> None:
     """Print a renderable at the terminal's width (80 columns without a terminal), at most 100 columns."""
-    if distributed.is_main():
+    if _is_main():
         console.print(renderable, soft_wrap=False, width=min(console.width, MAX_WIDTH))
+
+
+def _is_main() -> bool:
+    if "RANK" not in os.environ:  # the only process: torch, whose import takes seconds, is not needed to know that
+        return True
+    from dino import distributed
+
+    return distributed.is_main()

@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from dino.data.grids import open_tensor
 from dino.errors import DataError
 from dino.files import printable, read_json
+
+if TYPE_CHECKING:  # only .pt files need torch, whose import takes seconds
+    from torch import Tensor
 
 SUFFIXES = (".h5", ".pt", ".npz")
 SUBFOLDERS = ("", "h5_files", "pt_files", "tile_embeddings")  # CLAM writes the second and third, slide2vec the last
@@ -166,7 +166,7 @@ class _H5Rows:
 class _ArrayRows:
     """A memory-mapped tensor or an array."""
 
-    values: Tensor | np.ndarray
+    values: "Tensor | np.ndarray"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -178,6 +178,8 @@ class _ArrayRows:
     def __getitem__(self, rows: Rows, /) -> np.ndarray:
         if isinstance(self.values, np.ndarray):
             return self.values[rows]
+        import torch
+
         part = self.values[rows if isinstance(rows, slice) else torch.from_numpy(np.asarray(rows))]
         return (part.float() if part.dtype == torch.bfloat16 else part).numpy()
 
@@ -227,6 +229,8 @@ def _open_h5(path: Path) -> Bag:
 
 
 def _open_tensor(path: Path) -> Bag:
+    from dino.data.grids import open_tensor
+
     tensor = open_tensor(path, {1: "[D]", 2: "[N x D]", 3: "[regions x tiles x D]"})
     return _with_sidecar(path, tensor.reshape(-1, tensor.shape[-1]), tensor.ndim == 2)
 
@@ -238,7 +242,7 @@ def _open_npz(path: Path) -> Bag:
     return _with_sidecar(path, values.reshape(-1, values.shape[-1]), values.ndim == 2)
 
 
-def _with_sidecar(path: Path, values: Tensor | np.ndarray, with_coords: bool) -> Bag:
+def _with_sidecar(path: Path, values: "Tensor | np.ndarray", with_coords: bool) -> Bag:
     """A bag with what slide2vec wrote beside it, if it did: ``<slide>.meta.json`` and the file of coordinates."""
     sidecar = path.with_name(f"{path.stem}.meta.json")
     attributes: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 from dino.errors import ConfigError, DataError
 from dino.extraction.record import RECORD, grid_source
 from dino.models.grid_source import GridSource
-from dino.models.weights import HUB, LOCAL, TIMM
+from dino.models.prefixes import HUB, LOCAL, TIMM
 from dino.slides.tables import REGIONS_FOLDER, RegionRecord
 
 UNSAFE = re.compile(r"[^\w.+-]+")  # of a file name; \w are letters and digits of any language

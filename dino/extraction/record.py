@@ -4,14 +4,16 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dino import files
 from dino.environment import versions
 from dino.errors import DataError
 from dino.models.grid_source import GridSource
-from dino.models.weights import LoadedBackbone
 from dino.slides.tables import REGIONS_FOLDER
+
+if TYPE_CHECKING:  # imports torch, which readers of records do not need
+    from dino.models.weights import LoadedBackbone
 
 RECORD = "extract.json"
 ANOTHER_NAME = "for a second model give a name to its folders: encoder=NAME"
@@ -19,7 +21,7 @@ COMPARED = ("level", "fingerprint", "transform", "precision", "geometry", "grids
 EARLIER = {"features": "cls"}  # what records of earlier versions do not contain
 
 
-def model_record(loaded: LoadedBackbone, precision: str, embed_dim: int) -> dict[str, Any]:
+def model_record(loaded: "LoadedBackbone", precision: str, embed_dim: int) -> dict[str, Any]:
     """The entries of a record that describe the model, its precision, and the dimension of the features."""
     return {
         "level": loaded.level,

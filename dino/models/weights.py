@@ -30,6 +30,7 @@ from dino.models.checkpoint import (
 from dino.models.grid_source import KEY, GridSource
 from dino.models.inputs import TILE_SIZE_PX, input_kind
 from dino.models.layouts import PLAIN, Published, backbone_tensors
+from dino.models.prefixes import HUB, LOCAL, TIMM
 from dino.models.recognition import IN_A_RUN, infer_spec, input_of
 from dino.models.spec import shape_of
 from dino.models.transforms import TRANSFORMS, Transform, choose_transform, timm_transform
@@ -48,8 +49,6 @@ __all__ = [
     "report_initial_weights",
 ]
 
-TIMM = "timm:"
-LOCAL, HUB = "local-dir:", "hf-hub:"  # timm's prefixes of a folder, and of a repository of Hugging Face
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 HUB_SECONDS = 5.0  # within which the hub must answer
 # Arguments of a timm folder's config that do not change which tensors the model has.

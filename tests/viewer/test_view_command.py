@@ -125,3 +125,13 @@ def test_the_command_serves_until_it_is_interrupted(painted, features):
         process.send_signal(signal.SIGINT)
         assert process.wait(30) in (0, 130)
     assert sorted((path, path.stat().st_mtime_ns) for path in painted.rglob("*")) == before
+
+
+def test_the_command_starts_without_torch():
+    """Importing torch and timm takes most of the time until `dino view` serves; nothing it does at its start uses them."""
+    script = (
+        "import sys; sys.argv = ['dino']; import dino.cli.main, dino.api.viewing, dino.viewer.server, dino.viewer.guard\n"
+        "print(sorted({'torch', 'timm', 'sklearn', 'matplotlib', 'hs2p'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
