@@ -24,17 +24,18 @@ from dino.extraction.embed import check_settings
 TIMEOUT_MINUTES = 24 * 60  # processes synchronise only after each has embedded its part
 
 
-def _knn(features: Features, task: Task, config: Any) -> Scored:
+def _knn(features: Features, task: Task, config: Any, device: torch.device) -> Scored:
     references = min(len(fold.train) for fold in task.folds)
-    return tiles.knn(features, task, sorted({capped_k(k, references) for k in config.k}), config.temperature)
+    numbers = sorted({capped_k(k, references) for k in config.k})
+    return tiles.knn(features, task, numbers, config.temperature, device)
 
 
-EVALUATIONS: Mapping[str, Callable[[Features, Task, Any], Scored]] = {
+EVALUATIONS: Mapping[str, Callable[[Features, Task, Any, torch.device], Scored]] = {
     "knn": _knn,
-    "linear": lambda features, task, config: tiles.linear(features, task, config.strengths),
-    "fewshot": lambda features, task, config: tiles.fewshot(features, task, config.shots, config.draws),
-    "retrieval": lambda features, task, config: tiles.retrieval(features, task, config.k),
-    "cluster": lambda features, task, config: tiles.cluster(features, task, config.repeats),
+    "linear": lambda features, task, config, device: tiles.linear(features, task, config.strengths, device),
+    "fewshot": lambda features, task, config, _: tiles.fewshot(features, task, config.shots, config.draws),
+    "retrieval": lambda features, task, config, _: tiles.retrieval(features, task, config.k),
+    "cluster": lambda features, task, config, _: tiles.cluster(features, task, config.repeats),
 }
 
 
@@ -117,7 +118,7 @@ def _evaluate(
     def score() -> Result:
         entries = []
         for column in columns:
-            scored = EVALUATIONS[evaluation](column.features, task, config)
+            scored = EVALUATIONS[evaluation](column.load(), task, config, device)
             if len(entries) < len(facts):  # of a model, not of a baseline
                 scored = replace(scored, details={**scored.details, **facts[len(entries)]})
             entries.append(Entry(column.name, column.role, scored, column.source, column.fingerprint))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dino import distributed, files, progress
 from dino.api.evaluating import on_all_processes
@@ -62,7 +63,7 @@ def _evaluate(models: Sequence[str], labels: Path, config: RobustnessConfig, dev
     def score() -> Result:
         entries = []
         for column in columns:
-            scored = robustness(column.features[rows], found, rows, folds, config)
+            scored = robustness(_features(column, rows), found, rows, folds, config)
             if len(entries) < len(facts):  # of a model, not of a baseline
                 scored = replace(scored, details={**scored.details, **facts[len(entries)]})
             entries.append(Entry(column.name, column.role, scored, column.source, column.fingerprint))
@@ -91,10 +92,14 @@ def _folds(names: Sequence[str], found: Design, config: RobustnessConfig) -> lis
     return probe_folds(found, config.folds, config.seed)
 
 
+def _features(column: Column, rows: Rows) -> NDArray[np.float32]:
+    return np.asarray(column.load()[rows], np.float32)
+
+
 def _write_figure(result: Result, columns: Sequence[Column], rows: Rows, found: Design, path: Path) -> None:
     from dino.report.robustness import Shown, robustness_figure
 
-    mapped = {column.name: column.features[rows] for column in columns if column.role == MODEL}
+    mapped = {column.name: _features(column, rows) for column in columns if column.role == MODEL}
     shown = [Shown(row.name, list(row.details["neighbours"].values()), mapped.get(row.name)) for row in result.rows]
     with files.oserror_to_data_error(path.parent):
         files.write_bytes(path, robustness_figure(shown, found))

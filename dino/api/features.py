@@ -1,7 +1,8 @@
 """Folders of features of slides: where they are, whether they are of one encoder, and what that was trained on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dino.slides.tables import STATUS_TABLE, read_status
 
 OF_ENCODER = ("fingerprint", "encoder")  # attributes of the features
 OF_MODELS = ("checkpoints", "config.json", "config.yaml")  # in run folders, exports and folders of timm
+ROWS_AT_ONCE = 1 << 14  # of a file of features
 FOLDERS = ("features_*", "region_features_*", "slide_features*")
 
 
@@ -57,24 +59,24 @@ class FeatureSet:
         known = loaded.fingerprint == attributes.get("fingerprint")
         return loaded if known else f"{printable(model)} is another model than that of the features"
 
-    def of_tiles(self, names: Sequence[str], slides: Sequence[str]) -> np.ndarray:
-        """Features of tiles.
+    def of_tiles(self, names: Sequence[str], slides: Sequence[str]) -> Callable[[], np.ndarray]:
+        """Find the features of tiles, without reading them.
 
         Args:
             names: ``<slide>_<x>_<y>.<ext>`` of each, as ``dino tile`` names tile files.
             slides: Their slides.
 
         Returns:
-            ``(N, D)`` float32.
+            A function that reads them, as ``(N, D)`` float16 if all are stored so, else float32. It raises DataError if
+            a file has changed or has values that are not finite.
 
         Raises:
             DataError: If a tile has no features.
         """
-        places = [_place(name) for name in names]
-        found = np.empty((len(names), next(iter(self.bags.values())).dim), np.float32)
-        of_slide: dict[str, list[int]] = {}
+        places, of_slide = [_place(name) for name in names], dict[str, list[int]]()
         for i, slide in enumerate(slides):
             of_slide.setdefault(slide, []).append(i)
+        found: list[tuple[Bag, np.ndarray, np.ndarray]] = []  # with the tiles of each slide, and their rows in its file
         for slide, tiles in of_slide.items():
             bag = self.bags[slide]
             if bag.coords is None:
@@ -86,8 +88,22 @@ class FeatureSet:
                     f"expected features of every labelled tile in {printable(bag.path)}, found none of {len(absent)} "
                     f"of {len(tiles)}, the first {printable(names[absent[0]])}; are its x and y those of tiles.csv?"
                 )
-            found[tiles] = bag.read(np.array([row[places[i]] for i in tiles]))
-        return found
+            rows = np.array([row[places[i]] for i in tiles])
+            order = np.argsort(rows)  # neighbours in the file are read together
+            found.append((bag, np.array(tiles)[order], rows[order]))
+        half = all(bag.features[:0].dtype == np.float16 for bag, _, _ in found)
+        return partial(_read_tiles, found, (len(names), found[0][0].dim), np.float16 if half else np.float32)
+
+
+def _read_tiles(
+    found: Sequence[tuple[Bag, np.ndarray, np.ndarray]], shape: tuple[int, int], dtype: type[np.floating]
+) -> np.ndarray:
+    features = np.empty(shape, dtype)
+    for bag, tiles, rows in found:
+        for start in range(0, len(tiles), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            features[tiles[part]] = bag.read(rows[part])
+    return features
 
 
 @dataclass(frozen=True)
@@ -181,8 +197,8 @@ def columns_of(
 def _stored_column(table: LabelTable, name: str, folder: str) -> tuple[Column, LoadedBackbone | str]:
     """Features of the rows of a table from a folder, and :meth:`FeatureSet.model` of them."""
     features = open_features(find_features([folder], None)[0], sorted({*table.slides}))
-    values = features.of_tiles([path.name for path in table.paths], table.slides)
-    return Column(name, MODEL, values, folder, features.fingerprint), features.model()
+    load = features.of_tiles([path.name for path in table.paths], table.slides)
+    return Column(name, MODEL, load, folder, features.fingerprint), features.model()
 
 
 def slides_of_patients(table: CaseTable, found: Sequence[Files], path: str | None) -> dict[str, list[str]]:

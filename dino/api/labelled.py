@@ -1,6 +1,6 @@
 """Features of labelled files by several models and their baselines, and whether the models have seen the files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,14 @@ class Column:
     Attributes:
         name: Name in the table of results.
         role: ``model``, or the kind of baseline.
-        features: ``(N, D)``.
+        load: Reads the features ``(N, D)``, which are in memory only while a model is scored.
         source: Where the model is.
         fingerprint: Of its weights.
     """
 
     name: str
     role: str
-    features: Features
+    load: Callable[[], Features]
     source: str = ""
     fingerprint: str = ""
 
@@ -88,13 +88,13 @@ class Embedding:
         first, columns, plain = models[0], [], np.empty(0)
         for name, loaded in zip(names, models, strict=True):
             features, *others = self._embed(loaded, loaded.backbone, loaded.fingerprint, name, loaded is first)
-            columns.append(Column(name, MODEL, features, loaded.source, loaded.fingerprint))
+            columns.append(Column(name, MODEL, _constant(features), loaded.source, loaded.fingerprint))
             plain = others[0] if others else plain
         for role, network in _baseline_networks(first).items():
             (features,) = self._embed(first, network, fingerprint(network), in_words(role))
-            columns.append(Column(in_words(role), role, features))
+            columns.append(Column(in_words(role), role, _constant(features)))
         baseline = level_named(first.level).baseline
-        return [*columns, Column(in_words(baseline), baseline, plain)]
+        return [*columns, Column(in_words(baseline), baseline, _constant(plain))]
 
     def _embed(
         self, loaded: LoadedBackbone, network: Backbone, mark: str, name: str, with_plain: bool = False
@@ -134,6 +134,10 @@ class Embedding:
             for key, features in zip(keys, found, strict=True):
                 self.cache.store(key, features)
         return list(found)
+
+
+def _constant(features: Features) -> Callable[[], Features]:
+    return lambda: features
 
 
 def facts_of(table: LabelTable, labels: Path, loaded: LoadedBackbone, allow: bool) -> dict[str, Any]:

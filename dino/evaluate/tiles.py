@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from dino import randomness
 from dino.errors import DataError
 from dino.evaluate import statistics
 from dino.evaluate.knn import weighted_knn
+from dino.evaluate.logistic import BlockedLogisticRegression
 from dino.evaluate.statistics import Scored, Statistic, Values
-from dino.evaluate.task import Rows, Task, grouped_folds, groups_per_class
+from dino.evaluate.task import Fold, Rows, Task, grouped_folds, groups_per_class
 
 Features = NDArray[Any]  # (N, D) float16 or float32, maybe a memory map
 
@@ -25,12 +27,14 @@ SELECTION_ROWS = 50_000  # at most, to choose the strength
 ITERATIONS = 300  # of lbfgs, at most
 RANKED_AT_ONCE = 1 << 24
 ROWS_AT_ONCE = 1 << 14
+IN_MEMORY = 1 << 30  # bytes of standardised features that scikit-learn is given at once
+CPU = torch.device("cpu")
 
 
 # ------------------------------------------------------------------------------------------- classifiers
 
 
-def knn(features: Features, task: Task, k: Sequence[int], temperature: float) -> Scored:
+def knn(features: Features, task: Task, k: Sequence[int], temperature: float, device: torch.device = CPU) -> Scored:
     """Weighted k-nearest neighbours (:func:`dino.evaluate.knn.weighted_knn`).
 
     Args:
@@ -38,12 +42,13 @@ def knn(features: Features, task: Task, k: Sequence[int], temperature: float) ->
         task: Labels and folds.
         k: Numbers of neighbours.
         temperature: Temperature of the votes.
+        device: Where to compute.
     """
     votes: dict[int, list[Values]] = {count: [] for count in k}
     for fold in task.folds:
-        reference, query = (_unit_tensor(features, rows) for rows in (fold.train, fold.test))
+        reference, query = (_Vectors(features, rows, device) for rows in (fold.train, fold.test))
         labels = torch.from_numpy(task.truth[fold.train])
-        found = weighted_knn(reference, labels, query, k, temperature, len(task.classes), unit=True)
+        found = weighted_knn(reference, labels, query, k, temperature, len(task.classes))
         for count, probabilities in found.items():
             votes[count].append(probabilities.cpu().numpy())
     scores: dict[str, Statistic] = {}
@@ -52,8 +57,11 @@ def knn(features: Features, task: Task, k: Sequence[int], temperature: float) ->
     return Scored(task.tested, scores)
 
 
-def linear(features: Features, task: Task, strengths: Sequence[float]) -> Scored:
-    """Linear probe: L2-regularised multinomial logistic regression on standardised features (scikit-learn).
+def linear(features: Features, task: Task, strengths: Sequence[float], device: torch.device = CPU) -> Scored:
+    """Linear probe: L2-regularised multinomial logistic regression on standardised features.
+
+    scikit-learn fits it; where standardised training features are more than :data:`IN_MEMORY` bytes,
+    :class:`dino.evaluate.logistic.BlockedLogisticRegression` does, which reads them in blocks.
 
     The strength ``C`` is the one with the highest balanced accuracy on the validation rows, or where there are none in
     a cross-validation within the training rows, grouped by patient; the smallest of equals. The first fit that
@@ -63,11 +71,13 @@ def linear(features: Features, task: Task, strengths: Sequence[float]) -> Scored
         features: ``(N, D)``.
         task: Labels and folds.
         strengths: Values of ``C`` to choose from (the inverse of the regularisation).
+        device: Where features that are read in blocks are computed with.
     """
     probabilities, chosen = [], []
     for fold in task.folds:
-        strength = _choose_strength(features, task, fold.train, fold.validation, strengths)
-        probabilities.append(fit_linear(features, task.truth, fold.train, strength, len(task.classes))(fold.test))
+        strength = _choose_strength(features, task, fold, strengths, device)
+        predict = fit_linear(features, task.truth, fold.train, strength, len(task.classes), device)
+        probabilities.append(predict(fold.test))
         chosen.append(strength)
     return Scored(task.tested, classification(task, np.concatenate(probabilities)), {"strengths": chosen})
 
@@ -85,7 +95,9 @@ def linear_accuracy(features: Features, truth: Rows, train: Rows, test: Rows) ->
     return float((probabilities.argmax(1) == truth[test]).mean())
 
 
-def fit_linear(features: Features, truth: Rows, rows: Rows, strength: float, classes: int) -> Callable[[Rows], Values]:
+def fit_linear(
+    features: Features, truth: Rows, rows: Rows, strength: float, classes: int, device: torch.device = CPU
+) -> Callable[[Rows], Values]:
     """Fit a logistic regression on standardised features of ``rows``.
 
     Args:
@@ -94,6 +106,7 @@ def fit_linear(features: Features, truth: Rows, rows: Rows, strength: float, cla
         rows: Indices of the training rows.
         strength: ``C`` of scikit-learn.
         classes: Number of classes C.
+        device: As for :func:`linear`.
 
     Returns:
         A function of indices ``(M,)`` to probabilities ``(M, C)``; 0 for a class without a training row.
@@ -101,7 +114,7 @@ def fit_linear(features: Features, truth: Rows, rows: Rows, strength: float, cla
     Raises:
         DataError: If the training rows are of one class.
     """
-    probe = _LinearPath(features, truth, rows, classes)
+    probe = _LinearPath(features, truth, rows, classes, device)
     probe.fit(strength)
     return probe.predict
 
@@ -113,23 +126,30 @@ class _LinearPath:
         DataError: If the training rows are of one class.
     """
 
-    def __init__(self, features: Features, truth: Rows, rows: Rows, classes: int) -> None:
+    def __init__(self, features: Features, truth: Rows, rows: Rows, classes: int, device: torch.device) -> None:
         from sklearn.linear_model import LogisticRegression
         from sklearn.preprocessing import StandardScaler
 
         self.features, self.labels, self.classes = features, truth[rows], classes
         if len(np.unique(self.labels)) < 2:
             raise DataError("expected training rows of at least two classes, found one; give more rows or other folds")
-        self.scaler, inputs = StandardScaler(copy=False), _array(features, rows)
-        for part in np.array_split(inputs, math.ceil(len(inputs) / ROWS_AT_ONCE)):  # whole, it needs float64 copies
-            self.scaler.partial_fit(part)
-        self.inputs = self.scaler.transform(inputs)
-        self.model = LogisticRegression(max_iter=ITERATIONS, warm_start=True)
+        self.scaler = StandardScaler(copy=False)
+        for part in _blocks(rows):  # whole, it needs float64 copies
+            self.scaler.partial_fit(_array(features, part))
+        self.inputs: NDArray[np.float32] | None = None
+        if 4 * len(rows) * features.shape[1] > IN_MEMORY:
+            mean, scale = np.asarray(self.scaler.mean_), np.asarray(self.scaler.scale_)
+            self.model = BlockedLogisticRegression(_Vectors(features, rows, device), mean, scale, ITERATIONS)
+        else:
+            self.inputs = np.asarray(self.scaler.transform(_array(features, rows)))
+            self.model = LogisticRegression(max_iter=ITERATIONS, warm_start=True)
 
     def fit(self, strength: float) -> bool:
         """Fit with ``C`` of scikit-learn; whether it converged."""
         from sklearn.exceptions import ConvergenceWarning
 
+        if isinstance(self.model, BlockedLogisticRegression):
+            return self.model.fit(self.labels, strength)
         self.model.set_params(C=strength)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -139,12 +159,13 @@ class _LinearPath:
     def predict(self, test: Rows) -> Values:
         """Probabilities ``(M, C)`` of rows ``(M,)``."""
         found = np.zeros((len(test), self.classes))
-        found[:, self.model.classes_] = self.model.predict_proba(self.scaler.transform(_array(self.features, test)))
+        inputs = (np.asarray(self.scaler.transform(_array(self.features, part))) for part in _blocks(test))
+        found[:, self.model.classes_] = np.concatenate([self.model.predict_proba(part) for part in inputs])
         return found
 
 
 def _choose_strength(
-    features: Features, task: Task, train: Rows, validation: Rows, strengths: Sequence[float]
+    features: Features, task: Task, fold: Fold, strengths: Sequence[float], device: torch.device
 ) -> float:
     """The ``C`` with the highest balanced accuracy on held-out rows of the training part.
 
@@ -153,18 +174,18 @@ def _choose_strength(
     """
     if len(strengths) == 1:
         return strengths[0]
-    if len(validation):
-        splits = [(train, validation)]
+    if len(fold.validation):
+        splits = [(fold.train, fold.validation)]
     else:
-        drawn = randomness.generator(task.seed, 0, "strength").permutation(train)[:SELECTION_ROWS]
+        drawn = randomness.generator(task.seed, 0, "strength").permutation(fold.train)[:SELECTION_ROWS]
         drawn.sort()
         labels, groups = [str(label) for label in task.truth[drawn]], [task.groups[int(row)] for row in drawn]
         number = min(SELECTION_FOLDS, *groups_per_class(labels, groups).values())
         if number < 2:
             return 1.0
         folds = grouped_folds(labels, groups, number, task.seed)
-        splits = [(drawn[fold.train], drawn[fold.test]) for fold in folds]
-    paths = [_LinearPath(features, task.truth, known, len(task.classes)) for known, _ in splits]
+        splits = [(drawn[part.train], drawn[part.test]) for part in folds]
+    paths = [_LinearPath(features, task.truth, known, len(task.classes), device) for known, _ in splits]
     scores: dict[float, float] = {}
     for strength in sorted(strengths):
         converged = [path.fit(strength) for path in paths]
@@ -392,6 +413,30 @@ def chance(task: Task, metrics: Sequence[str]) -> Mapping[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------- arrays
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """Some rows of features, of which slices are float32 tensors on a device."""
+
+    features: Features
+    rows: Rows
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), self.features.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice, /) -> torch.Tensor:
+        return torch.from_numpy(_array(self.features, self.rows[rows])).to(self.device)
+
+
+def _blocks(rows: Rows) -> Iterator[Rows]:
+    """The rows, at most :data:`ROWS_AT_ONCE` at a time."""
+    yield from np.array_split(rows, max(1, math.ceil(len(rows) / ROWS_AT_ONCE)))
 
 
 def _array(features: Features, rows: Rows) -> NDArray[np.float32]:

@@ -45,6 +45,19 @@ def test_chunks_do_not_matter(monkeypatch):
     torch.testing.assert_close(weighted_knn(reference, labels, query, [7], 0.07, 3)[7], whole, rtol=0, atol=1e-6)
 
 
+def test_blocks_of_references_and_queries_do_not_matter(monkeypatch):
+    """Also where references of several blocks are equally similar, and where a block has fewer than k."""
+    generator = np.random.default_rng(0)
+    directions = torch.from_numpy(np.eye(5)[generator.integers(0, 5, 60)]).float()  # twelve of each, all equal
+    reference = torch.cat([directions, features(17, 5, 1)])
+    query, labels = torch.cat([torch.eye(5), features(9, 5, 2)]), torch.from_numpy(generator.integers(0, 4, 77))
+    whole = weighted_knn(reference, labels, query, [3, 10, 60], 0.07, 4)
+    monkeypatch.setattr(knn, "ROWS_AT_ONCE", 8)
+    for k, found in weighted_knn(reference, labels, query, [3, 10, 60], 0.07, 4).items():
+        torch.testing.assert_close(found, whole[k], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(found.numpy(), by_hand(reference, labels, query, k, 0.07, 4), atol=2e-5)
+
+
 def test_equal_similarities_are_taken_in_the_order_of_the_reference():
     direction = torch.tensor([[1.0, 2.0, 3.0]])
     reference = direction.repeat(9, 1)

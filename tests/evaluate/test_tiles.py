@@ -1,9 +1,14 @@
 """Evaluators of labelled tiles, against scikit-learn and plain formulas."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
@@ -14,7 +19,8 @@ from sklearn.preprocessing import StandardScaler
 
 from dino.config.schema import LinearConfig
 from dino.errors import DataError
-from dino.evaluate import tiles
+from dino.evaluate import logistic, tiles
+from dino.evaluate.logistic import BlockedLogisticRegression
 from dino.evaluate.statistics import Scored
 from dino.evaluate.task import Task, grouped_folds, read_folds, single_fold, write_folds
 
@@ -83,6 +89,84 @@ def test_float16_features_give_the_scores_of_the_same_values_in_float32(features
     assert values_of(tiles.linear(half, task, STRENGTHS)) == values_of(
         tiles.linear(half.astype(np.float32), task, STRENGTHS)
     )
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_linear_probe_that_reads_blocks_is_that_of_scikit_learn(
+    features: np.ndarray, classes: int, dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with features far from zero and of different scales, and a class that is not in the training rows."""
+    shifted = ((features + 20) * 10.0 ** np.arange(-4, 4)).astype(dtype)
+    truth = np.arange(120) % classes
+    rows, test = np.arange(0, 80), np.arange(80, 120)
+    scaler = StandardScaler().fit(shifted[rows].astype(np.float64))
+    model = LogisticRegression(C=0.3, tol=1e-8, max_iter=10_000)
+    expected = model.fit(scaler.transform(shifted[rows].astype(np.float64)), truth[rows]).predict_proba(
+        scaler.transform(shifted[test].astype(np.float64))
+    )
+    monkeypatch.setattr(tiles, "IN_MEMORY", 0)
+    monkeypatch.setattr(tiles, "ROWS_AT_ONCE", 16)
+    monkeypatch.setattr(logistic, "ROWS_AT_ONCE", 7)
+    found = tiles.fit_linear(shifted, truth, rows, 0.3, classes + 1)(test)
+    assert found[:, :classes] == pytest.approx(expected, abs=1e-3) and not found[:, classes].any()
+
+
+def test_the_strength_of_blocks_is_that_of_scikit_learn(
+    features: np.ndarray, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = tiles.linear(features, task, STRENGTHS)
+    monkeypatch.setattr(tiles, "IN_MEMORY", 0)
+    found = tiles.linear(features, task, STRENGTHS)
+    assert found.details == expected.details and values_of(found) == pytest.approx(values_of(expected), abs=1e-3)
+
+
+def test_the_loss_of_blocks_and_its_gradient_are_those_of_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    inputs, truth, weights = generator.normal(size=(50, 4)), generator.integers(0, 3, 50), generator.normal(size=(3, 5))
+    mean, scale = generator.normal(size=4), 1 + generator.random(4)
+
+    def loss(parameters: np.ndarray) -> float:
+        both = parameters.reshape(3, 5)
+        logits = (inputs - mean) / scale @ both[:, :4].T + both[:, 4]
+        entropy = np.log(np.exp(logits).sum(1)) - logits[np.arange(50), truth]
+        return entropy.mean() + (both[:, :4] ** 2).sum() / (2 * 0.7 * 50)
+
+    steps = 1e-6 * np.eye(15)
+    slopes = [(loss(weights.ravel() + step) - loss(weights.ravel() - step)) / 2e-6 for step in steps]
+    monkeypatch.setattr(logistic, "ROWS_AT_ONCE", 16)
+    model = BlockedLogisticRegression(torch.from_numpy(inputs), mean, scale, 10)
+    value, gradient = model._loss(weights.ravel(), torch.from_numpy(truth), 0.7)
+    assert value == pytest.approx(loss(weights.ravel()), abs=1e-6)
+    assert gradient == pytest.approx(np.array(slopes), abs=1e-6)
+
+
+LARGE = """
+import resource, sys
+import numpy as np
+from dino.evaluate import knn, tiles
+from dino.evaluate.task import Task, single_fold
+knn.ROWS_AT_ONCE, knn.SIMILARITIES_AT_ONCE, tiles.IN_MEMORY, tiles.ITERATIONS = 4096, 1 << 20, 1 << 20, 3
+generator = np.random.default_rng(0)
+features = np.concatenate([generator.standard_normal((4096, 512), np.float32).astype(np.float16) for _ in range(64)])
+task = Task(np.arange(len(features)) % 3, "abc", [str(i) for i in range(len(features))],
+            [single_fold(np.arange(len(features) - 256), np.arange(len(features) - 256, len(features)))])
+small = Task(task.truth, task.classes, task.groups, [single_fold(np.arange(9000), np.arange(9000, 9100))])
+def run(task):
+    tiles.knn(features, task, [20], 0.07)
+    tiles.linear(features, task, [1.0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # MB
+first = run(small)
+print(run(task) - first)
+"""
+
+
+@pytest.mark.slow
+def test_many_tiles_are_judged_without_copies_of_their_features() -> None:
+    """268 MB in fp16; one copy in float32 would be 537 MB."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    found = subprocess.run([sys.executable, "-c", LARGE], check=True, capture_output=True, text=True, env=env)
+    assert float(found.stdout) < 150
 
 
 def test_knn_is_that_of_scikit_learn(features: np.ndarray, task: Task) -> None:
