@@ -9,7 +9,8 @@ from typing import Any
 from dino.api.balancing import build_groups, describe
 from dino.api.joining import check_slide_ids, joined_filter, joined_geometry, joined_held_out, joined_status
 from dino.api.roots import HeldOut, Root, Split, check_held_out, slides_of
-from dino.config.schema import PatchConfig, SamplingConfig
+from dino.config.schema import PatchConfig
+from dino.crops.parameters import SPACINGS, picture_spacings
 from dino.data import Dataset, EncodedTiles, FolderTiles, Groups, TileDataset
 from dino.data.datasets import SomeTiles
 from dino.data.joined import JoinedDataset
@@ -85,7 +86,8 @@ def open_tiles(config: PatchConfig) -> TileSource:
     warnings = check_slide_ids(roots, datasets)
     for root, (_, _, found) in zip(roots, opened, strict=True):
         warnings += [*found, *root.unknown_partitions()]
-    notes = [line for source in dict.fromkeys(sources) for line in _reading(source, config.sampling)]
+    reading = [_reading(source, root, config) for source, root in zip(sources, roots, strict=True)]
+    notes = [line for line in dict.fromkeys(reading) if line]
     notes += [*(str(root.selection) for root in roots if root.selection), *describe(groups)]
     return TileSource(dataset, split, geometry, slides, warnings, groups, joined_filter(roots), notes)
 
@@ -93,19 +95,28 @@ def open_tiles(config: PatchConfig) -> TileSource:
 def _geometry(root: Root, config: PatchConfig) -> dict[str, Any]:
     """Spacings and size of the tiles of a data folder."""
     geometry = root.geometry()
-    if spacings := list(config.sampling.spacing_um):
+    if spacings := [*config.sampling.spacing_um] or [*_pictures(root, config)]:
         known = geometry["spacing_um"] in spacings
         geometry |= {"spacings_um": spacings, "spacing_um": geometry["spacing_um"] if known else spacings[0]}
     return geometry
 
 
-def _reading(source: str, sampling: SamplingConfig) -> list[str]:
-    """A line on where and how tiles are read, if not from tile files."""
+def _pictures(root: Root, config: PatchConfig) -> tuple[float, ...]:
+    """Spacings of the pictures that the crops of a sample are cut from; nothing where they are cut from one."""
+    return picture_spacings(config.aug, root.tiling.geometry.spacing_um) if root.tiling else ()
+
+
+def _reading(source: str, root: Root, config: PatchConfig) -> str:
+    """A line on where and how tiles are read; empty for tile files."""
+    sampling = config.sampling
     if source == FILES:
-        return []
+        return ""
     shifted = f", shifted by up to {sampling.jitter_px} px" if sampling.jitter_px else ""
     spacings = " or ".join(f"{spacing:g}" for spacing in sampling.spacing_um)
-    return [f"tiles are read from {source}{shifted}" + (f", at {spacings} µm/px" if spacings else "")]
+    at = f", at {spacings} µm/px" if spacings else ""
+    if pictures := _pictures(root, config):
+        at = ", global crops at {:g} and local crops at {:g} µm/px about the same centre".format(*pictures)
+    return f"tiles are read from {source}{shifted}{at}"
 
 
 def source_of(root: Root, config: PatchConfig) -> str:
@@ -123,7 +134,7 @@ def source_of(root: Root, config: PatchConfig) -> str:
 
 def _files(root: Root, config: PatchConfig) -> Found:
     """Image files in a folder."""
-    _check_stored(config.sampling)
+    _check_stored(config)
     folder, names, held_out = root.tiles()
     files = FolderTiles(folder, [names[i] for i in root.kept(names)], config.speed.ram_cache)
     return TileDataset(files, root.slide_infos(root.tile_spacings())), held_out, []
@@ -142,7 +153,7 @@ def _parquet(root: Root, config: PatchConfig) -> Found:
 def _shards(
     tiles: type[ShardTiles], root: Root, config: PatchConfig, open_shards: Callable[..., tuple[Shards, ShardIndex]]
 ) -> Found:
-    _check_stored(config.sampling)
+    _check_stored(config)
     _check_no_ram_cache(config, "shards")
     folder = shard_folder(root.path, tiled=root.tiling is not None, kind=tiles.kind)
     shards, index = open_shards(folder, config.speed.cache_dir, may_write=not config.dry_run)
@@ -163,7 +174,8 @@ def _slides(root: Root, config: PatchConfig) -> Found:
     tiles, held_out = root.listed_tiles()
     slides.check_present(one.slide_id for one in tiles)
     geometry = slides.geometry
-    placement = Placement.of(config.sampling, geometry.spacing_um, geometry.tile_size_px, config.seed)
+    spacing, size = geometry.spacing_um, geometry.tile_size_px
+    placement = Placement.of(config.sampling, spacing, size, config.seed, _pictures(root, config))
     infos = root.slide_infos({one.slide_id: one.spacing_um for one in tiles})
     return SlideTileDataset(tiles, slides, infos, placement, config.speed.open_slides), held_out, []
 
@@ -177,13 +189,14 @@ def _check_no_ram_cache(config: PatchConfig, source: str) -> None:
         )
 
 
-def _check_stored(sampling: SamplingConfig) -> None:
+def _check_stored(config: PatchConfig) -> None:
     """Raise ConfigError for settings of which stored tiles know nothing."""
-    for name in ("jitter_px", "spacing_um"):
-        if value := getattr(sampling, name):
+    places = {f"sampling.{name}": getattr(config.sampling, name) for name in ("jitter_px", "spacing_um")}
+    for name, value in (places | {f"aug.{name}": getattr(config.aug, name) for name in SPACINGS}).items():
+        if value:
             raise ConfigError(
-                f"expected tiles that are read from slides for sampling.{name}={value}, found tile files, whose places "
-                "are fixed; add source=slides"
+                f"expected tiles that are read from slides for {name}={value}, found tile files, whose places are "
+                "fixed; add source=slides"
             )
 
 

@@ -163,6 +163,12 @@ class PatchAugConfig:
     local_crops_scale: list[float] = identity(
         [0.05, 0.4], "range of a local crop's area as a fraction of the tile's", 2
     )
+    global_spacing_um: float | None = identity(
+        None, "spacing in µm per px that global crops are read from slides at (null: that of tiling)"
+    )
+    local_spacing_um: float | None = identity(
+        None, "the same for local crops: where the two differ, both are cut about the centre of one tile"
+    )
     horizontal_flip: float = identity(0.5, "probability of a horizontal flip")
     vertical_flip: float = identity(0.0, "probability of a vertical flip")
     quarter_turns: bool = identity(False, "rotate by 0°, 90°, 180° or 270°, each equally likely")

@@ -47,8 +47,9 @@ class ImageCrops:
 
     Attributes:
         view_sizes: Side of each view in px; the two that the teacher sees come first.
-        groups: Number of views in each group; consecutive views of one size form a group, such as ``[2, 8]``.
+        groups: Number of views in each group; consecutive views of one size and picture form a group: ``[2, 8]``.
         sizes: Side of each group's views in px.
+        pictures: Which of a sample's pictures each group's views are cut from.
     """
 
     def __init__(self, aug: PatchAugConfig, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -68,9 +69,9 @@ class ImageCrops:
         self._largest_sigma = aug.blur_sigma[1]
         self._memory = MemoryPool()
         self.view_sizes = self._drawer.sizes
-        runs = [(size, len(list(run))) for size, run in groupby(self.view_sizes)]
-        self.sizes = [size for size, _ in runs]
-        self.groups = [count for _, count in runs]
+        views = zip(self.view_sizes, self._drawer.pictures, strict=True)
+        runs = [(*kind, len(list(run))) for kind, run in groupby(views)]
+        self.sizes, self.pictures, self.groups = map(list, zip(*runs, strict=True))
 
     def draw(
         self, shape: tuple[int, int], tissue: np.ndarray | None, rng: np.random.Generator
@@ -102,6 +103,7 @@ class ImageCrops:
 
         Args:
             pixels: (B, 3, H, W) uint8; tiles of unequal size are padded at the bottom and right; padding is not read.
+                (B, P, 3, H, W) where a sample has pictures of P spacings.
             parameters: Results of :meth:`draw`, stacked to (B, V, ...), on the CPU: the images of each operation are
                 selected there, to avoid synchronising with the device.
 
@@ -110,10 +112,10 @@ class ImageCrops:
         """
         result, first = [], 0
         with torch.autocast(pixels.device.type, enabled=False):  # bf16 would round by two grey levels
-            for size, count in zip(self.sizes, self.groups, strict=True):
+            for size, count, picture in zip(self.sizes, self.groups, self.pictures, strict=True):
                 group = {k: v[:, first : first + count].transpose(0, 1) for k, v in parameters.items()}  # (V_g, B, ..)
                 make = self._make_on_cpu if pixels.device.type == "cpu" else self._make
-                result.append(make(pixels, group, size))
+                result.append(make(pixels if pixels.ndim == 4 else pixels[:, picture], group, size))
                 first += count
         return result
 

@@ -23,6 +23,7 @@ ATTEMPTS = 10
 MAX_HUE = 0.5
 PROBABILITIES = ("horizontal_flip", "vertical_flip", "hed_jitter", "color_jitter", "grayscale", "solarize")
 STRENGTHS = ("brightness", "contrast", "saturation", "hue", "hed_strength")
+SPACINGS = ("global_spacing_um", "local_spacing_um")
 RANGES = ("global_crops_scale", "local_crops_scale", "blur_sigma")
 
 
@@ -66,11 +67,44 @@ def check_patch_aug(aug: PatchAugConfig) -> None:
     check_range(aug, ("hue",), 0, MAX_HUE)
 
 
+def picture_spacings(aug: PatchAugConfig, spacing_um: float) -> tuple[float, ...]:
+    """Spacings in µm per px of the pictures that the views of a sample are cut from.
+
+    Args:
+        aug: Crops.
+        spacing_um: Spacing of tiling, of views whose spacing is not set.
+
+    Returns:
+        Those of the global and the local views; nothing where all views are cut from one picture.
+
+    Raises:
+        ConfigError: If they are not two positive numbers, or there are no local views.
+    """
+    if not across_scales(aug):
+        return ()
+    settings = {name: getattr(aug, name) for name in SPACINGS}
+    found = tuple(spacing_um if value is None else value for value in settings.values())
+    if min(found) <= 0 or found[0] == found[1] or aug.local_crops_number == 0:
+        set_to = " and ".join(f"aug.{name}={value}" for name, value in settings.items() if value is not None)
+        raise ConfigError(
+            f"expected different positive spacings of global and local crops, found {set_to} with "
+            f"aug.local_crops_number={aug.local_crops_number} and tiles of {spacing_um:g} µm/px; for one spacing use "
+            "sampling.spacing_um"
+        )
+    return found
+
+
+def across_scales(aug: PatchAugConfig) -> bool:
+    """Whether global and local views are cut from pictures of different spacings."""
+    return any(getattr(aug, name) is not None for name in SPACINGS)
+
+
 class ViewDrawer:
     """Draws the parameters of all views of a tile at once, with a number of NumPy calls that does not depend on V.
 
     Attributes:
         sizes: Side of each of the V views in px: two global views, then the local ones.
+        pictures: Which of a sample's pictures each view is cut from: 0, or 1 for local views of another spacing.
     """
 
     def __init__(self, aug: PatchAugConfig) -> None:
@@ -82,6 +116,7 @@ class ViewDrawer:
         check_patch_aug(aug)
         self.aug, local = aug, aug.local_crops_number
         self.sizes = [aug.global_crops_size] * GLOBAL_VIEWS + [aug.local_crops_size] * local
+        self.pictures = [0] * GLOBAL_VIEWS + [int(across_scales(aug))] * local
         self.scale = np.array([aug.global_crops_scale] * GLOBAL_VIEWS + [aug.local_crops_scale] * local)  # (V, 2)
         blur = [*aug.blur_global] + [aug.blur_local] * local
         solarize = [0.0, aug.solarize] + [0.0] * local
@@ -105,7 +140,7 @@ class ViewDrawer:
         Returns:
             One array per parameter, each with the leading dim V:
 
-            - ``box`` (V, 4) int64: top, left, height, width in px of the tile
+            - ``box`` (V, 4) int64: top, left, height, width in px of the tile, or of the picture of the view
             - ``flip_x``, ``flip_y`` (V,) bool
             - ``turns`` (V,) int64: counter-clockwise rotation in units of 90°
             - ``hed_scale``, ``hed_shift`` (V, 3) float32: 1 and 0 without stain jitter

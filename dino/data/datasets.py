@@ -48,8 +48,8 @@ class Sample:
     """One training sample before cropping.
 
     Attributes:
-        pixels: ``(3, H, W)`` uint8 tile, ``(h * w, D)`` cells of a feature grid, or ``()`` int64: the row of a grid
-            that the crops hold.
+        pixels: ``(3, H, W)`` uint8 tile, ``(P, 3, H, W)`` pictures of one place at P spacings, ``(h * w, D)`` cells of
+            a feature grid, or ``()`` int64: the row of a grid that the crops hold.
         name: Path within the dataset's folder (with ``#m`` appended for the m-th region of a file).
         shape: ``(H, W)`` of a tile in px, ``(h, w)`` of a grid in cells.
         slide_id: Slide it was cut from, where known.
@@ -76,7 +76,7 @@ class Sample:
 
     @property
     def spacing_um(self) -> float | None:
-        """Spacing of the pixels (of a grid: of those that its cells were embedded from) in µm per px, where known."""
+        """Spacing of the pixels in µm per px, where known: of the first picture, or of a grid's tiles."""
         return self.slide.spacing_um
 
 

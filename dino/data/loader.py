@@ -29,8 +29,8 @@ class Batch:
     """Samples of consecutive draws, with everything random about them.
 
     Attributes:
-        inputs: ``(B, 3, H, W)`` uint8 tiles, padded at the right and bottom, ``(B, h * w, D)`` cells of feature grids,
-            or ``(B,)`` int64 rows of grids that the crops hold.
+        inputs: ``(B, 3, H, W)`` uint8 tiles, padded at the right and bottom, ``(B, P, 3, H, W)`` pictures of P
+            spacings, ``(B, h * w, D)`` cells of feature grids, or ``(B,)`` int64 rows of grids that the crops hold.
         draws: ``(B,)`` int64 draw numbers.
         parameters: Crop parameters by name, each ``(B, V, ...)``.
         keep: ``(B, V, depth, 2)`` float32 multipliers of the residual branches (drop-path), or None.

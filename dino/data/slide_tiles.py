@@ -18,6 +18,7 @@ from dino.config.schema import SamplingConfig
 from dino.data.datasets import UNKNOWN, BadSample, Dataset, Sample, SlideInfo, SlideRanges
 from dino.errors import ConfigError, DataError
 from dino.files import printable
+from dino.slides.lattice import Lattice
 from dino.slides.reader import SlideReader
 from dino.slides.tables import SlideTiles, tile_path
 from dino.slides.tiled import TiledSlides
@@ -35,19 +36,43 @@ def cell_tensor(reader: SlideReader, x: int, y: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(reader.read_cell(x, y).transpose(2, 0, 1)))
 
 
+def corner_of(place: tuple[int, int], step_lv0: int, lattice: Lattice) -> tuple[int, int]:
+    """Level-0 corner of the tile of another lattice with the same centre as the tile of ``step_lv0`` px at a place."""
+    inner = (step_lv0 - lattice.step_lv0) // 2
+    return place[0] + inner, place[1] + inner
+
+
+def centred(place: tuple[int, int], step_lv0: int, lattices: Sequence[Lattice]) -> tuple[int, int]:
+    """The place nearest to a place about whose centre the tiles of all lattices are inside the slide.
+
+    Args:
+        place: Level-0 corner of a tile.
+        step_lv0: Its side there.
+        lattices: Of one slide, at several spacings.
+
+    Raises:
+        DataError: If the slide is smaller than a tile.
+    """
+    for lattice in sorted(lattices, key=lambda one: one.step_lv0):  # the largest tile has the least room
+        corner = corner_of(place, step_lv0, lattice)
+        inside = lattice.clamped(*corner)
+        place = place[0] + inside[0] - corner[0], place[1] + inside[1] - corner[1]
+    return place
+
+
 @dataclass(frozen=True, eq=False)
 class Placement:
     """Where the tile of a draw is read, as a function of the draw number.
 
     Attributes:
         jitter_px: Largest shift along x and y, in px of the tile.
-        spacings_um: Spacings to read at, one of which is drawn.
-        shares: Share of each, which sum to 1.
+        spacings_um: What is drawn: the spacing of each picture of a sample. All of them have the same centre.
+        shares: Share of each of these, which sum to 1.
         seed: Seed.
     """
 
     jitter_px: int
-    spacings_um: Sequence[float]
+    spacings_um: Sequence[tuple[float, ...]]
     shares: Sequence[float]
     seed: int
     _numbers: randomness.Stream = field(init=False, repr=False)
@@ -57,7 +82,14 @@ class Placement:
         object.__setattr__(self, "_numbers", randomness.Stream(self.seed, "placement"))
 
     @classmethod
-    def of(cls, sampling: SamplingConfig, spacing_um: float, tile_size_px: int, seed: int) -> "Placement":
+    def of(
+        cls,
+        sampling: SamplingConfig,
+        spacing_um: float,
+        tile_size_px: int,
+        seed: int,
+        pictures_um: tuple[float, ...] = (),
+    ) -> "Placement":
         """The placement that settings ask for.
 
         Args:
@@ -65,10 +97,16 @@ class Placement:
             spacing_um: Spacing of tiling.
             tile_size_px: Side of a tile.
             seed: Seed of the run.
+            pictures_um: Spacing of each picture of a sample; empty for one picture at a spacing of ``sampling``.
 
         Raises:
-            ConfigError: If a setting is out of range.
+            ConfigError: If a setting is out of range, or both ask for spacings.
         """
+        if pictures_um and sampling.spacing_um:
+            raise ConfigError(
+                f"expected either sampling.spacing_um (found {list(sampling.spacing_um)}) or aug.global_spacing_um and "
+                "aug.local_spacing_um, found both; leave one out"
+            )
         spacings = list(sampling.spacing_um) or [spacing_um]
         shares = list(sampling.spacing_shares) or [1.0] * len(spacings)
         for name, good, rule in (
@@ -82,10 +120,11 @@ class Placement:
         ):
             if not good:
                 raise ConfigError(f"expected sampling.{name} to be {rule}, found {getattr(sampling, name)}")
-        return cls(sampling.jitter_px, spacings, [share / sum(shares) for share in shares], seed)
+        sets = [pictures_um] if pictures_um else [(spacing,) for spacing in spacings]
+        return cls(sampling.jitter_px, sets, [share / sum(shares) for share in shares], seed)
 
-    def draw(self, draw: int) -> tuple[float, tuple[float, float]]:
-        """Spacing of a draw, and its shift along x and y as a fraction of a tile's side in ``[-1/2, 1/2]`` at most."""
+    def draw(self, draw: int) -> tuple[tuple[float, ...], tuple[float, float]]:
+        """Spacing of each picture of a draw, and its shift along x and y in px of the tile, at most half its side."""
         rng = self._numbers.at(draw)
         chosen = int(np.searchsorted(np.cumsum(self.shares)[:-1], rng.random(), side="right"))
         across, down = (2 * rng.random(2) - 1) * self.jitter_px
@@ -164,7 +203,7 @@ class SlideTileDataset(Dataset):
         self._starts = np.cumsum([0, *(len(one.coords) for one in tiles)], dtype=np.int64)
         # Row-major within a slide: y above x, which are less than 2^31.
         self._places = np.concatenate([np.sort((one.coords[:, 1] << 32) | one.coords[:, 0]) for one in tiles])
-        _check_spacings(self._ids, slides, placement.spacings_um)
+        _check_spacings(self._ids, slides, sorted({one for each in placement.spacings_um for one in each}))
         self._readers = OpenSlides(slides, open_slides)
 
     def __len__(self) -> int:
@@ -177,34 +216,36 @@ class SlideTileDataset(Dataset):
         Raises:
             BadSample: If its slide cannot be read there.
         """
-        return self._read(index, self._geometry.spacing_um, (0.0, 0.0))
+        return self._read(index, (self._geometry.spacing_um,), (0.0, 0.0))
 
     def drawn(self, index: int, draw: int) -> Sample:
         """Read a tile at the spacing, and shifted by as much, as its draw number says.
+
+        Where crops are cut across scales, the sample has a picture for each spacing, all with the same centre.
 
         Raises:
             BadSample: If its slide cannot be read there.
         """
         return self._read(index, *self._placement.draw(draw))
 
-    def _read(self, index: int, spacing_um: float, shift: tuple[float, float]) -> Sample:
+    def _read(self, index: int, spacings_um: Sequence[float], shift: tuple[float, float]) -> Sample:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         slide_id, step, size = self._ids[number], self._steps[number], self._geometry.tile_size_px
         y, x = divmod(int(self._places[index]), 1 << 32)
         name = str(Path(*tile_path(slide_id, x, y).parts[-2:]).with_suffix(""))
-        place = self._shifted(number, (x, y), (round(shift[0] * step / size), round(shift[1] * step / size)))
         try:
-            reader = self._readers(slide_id, step, spacing_um)
-            if any(shift) or spacing_um != self._geometry.spacing_um:
-                inner = (step - reader.lattice.step_lv0) // 2  # a tile of another spacing has the same centre
-                place = reader.lattice.clamped(place[0] + inner, place[1] + inner)
-            pixels = cell_tensor(reader, *place)  # (3, S, S)
+            readers = [self._readers(slide_id, step, spacing) for spacing in spacings_um]
+            place = self._shifted(number, (x, y), (round(shift[0] * step / size), round(shift[1] * step / size)))
+            if any(shift) or any(spacing != self._geometry.spacing_um for spacing in spacings_um):
+                place = centred(place, step, [reader.lattice for reader in readers])
+            pictures = [cell_tensor(reader, *corner_of(place, step, reader.lattice)) for reader in readers]
         except DataError as error:
             self._readers.close(slide_id)
             raise BadSample(printable(name), f"slide {printable(slide_id)}: {error}") from None
         info = self._infos.get(slide_id, UNKNOWN)
-        if spacing_um != self._geometry.spacing_um:
-            info = replace(info, spacing_um=reader.lattice.spacing_um)
+        if spacings_um[0] != self._geometry.spacing_um:
+            info = replace(info, spacing_um=readers[0].lattice.spacing_um)
+        pixels = pictures[0] if len(pictures) == 1 else torch.stack(pictures)  # (3, S, S) or (P, 3, S, S)
         return Sample(pixels, name, (size, size), slide_id, info)
 
     def _shifted(self, number: int, place: tuple[int, int], shift: tuple[int, int]) -> tuple[int, int]:
@@ -252,6 +293,6 @@ def _check_spacings(slide_ids: Sequence[str], slides: TiledSlides, spacings_um: 
             side = geometry.tile_size_px * spacing / actual
             if actual > spacing * (1 + geometry.tolerance) or side > min(status.width, status.height):
                 raise DataError(
-                    f"expected slides that give tiles at sampling.spacing_um={spacing:g}, found '{slide_id}' of "
-                    f"{status.width} x {status.height} px at {actual:g} µm/px; leave out that spacing or the slide"
+                    f"expected slides that give tiles at {spacing:g} µm/px, found '{slide_id}' of {status.width} x "
+                    f"{status.height} px at {actual:g} µm/px; leave out that spacing or the slide"
                 )

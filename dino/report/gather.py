@@ -123,7 +123,8 @@ def crop_data(batch: Batch, crops: ImageCrops) -> CropData:
         for view in group * std + mean:
             for row, crop in zip(rows, view, strict=True):
                 row.append((crop.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
-    return CropData([tile.permute(1, 2, 0).numpy() for tile in batch.inputs], rows)
+    tiles = batch.inputs if batch.inputs.ndim == 4 else batch.inputs[:, 0]  # the picture of the global crops
+    return CropData([tile.permute(1, 2, 0).numpy() for tile in tiles], rows)
 
 
 def feature_data(

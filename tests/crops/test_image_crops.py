@@ -121,6 +121,28 @@ def test_views_keep_their_values_while_they_exist(crops):
     assert not torch.equal(held[0][0], held[1][0])
 
 
+@pytest.mark.parametrize("on_gpu_path", [False, True])
+def test_local_views_are_cut_from_the_second_picture(monkeypatch, on_gpu_path):
+    """As if every view was cut from its own picture alone."""
+    across = ImageCrops(settings(global_spacing_um=1.0, local_spacing_um=0.5), MEAN, STD)
+    single = ImageCrops(settings(), MEAN, STD)
+    if on_gpu_path:
+        for one in (across, single):
+            monkeypatch.setattr(module, "resize_boxed", resize_dense)
+            monkeypatch.setattr(one, "_make_on_cpu", one._make)
+    pixels, parameters = batch(single)
+    pair = torch.stack([pixels, 255 - pixels.flip(0)], dim=1)  # (B, 2, 3, H, W)
+    views = across.apply(pair, parameters)
+    expected = [single.apply(pair[:, picture].contiguous(), parameters)[picture] for picture in (0, 1)]
+    assert across.groups == single.groups == [2, 4] and across.pictures == [0, 1]
+    assert all(torch.equal(a, b) for a, b in zip(views, expected, strict=True))
+
+
+def test_views_of_one_size_from_two_pictures_are_two_groups():
+    across = ImageCrops(PatchAugConfig(local_crops_size=224, global_spacing_um=1.0), MEAN, STD)
+    assert (across.sizes, across.groups, across.pictures) == ([224, 224], [2, 8], [0, 1])
+
+
 def test_the_gpu_code_path_gives_the_same_views(crops, monkeypatch):
     pixels, parameters = batch(crops)
     expected = crops.apply(pixels, parameters)

@@ -24,6 +24,7 @@ from dino.slides.storage import encode
 from dino.slides.tables import read_tiles
 
 SIDE = 32
+ACROSS = {"aug.global_spacing_um": 1.0, "aug.local_spacing_um": 0.5}
 
 
 def dataset_of(root: Path, **changes: object) -> SlideTileDataset:
@@ -104,6 +105,33 @@ def test_a_spacing_is_drawn_for_each_sample_about_the_same_centre(tmp_path: Path
     assert 60 < found[0.25] < 140 and 160 < found[0.5] < 240 and 60 < found[1.0] < 140
 
 
+def test_pictures_of_several_spacings_have_the_same_centre_to_the_pixel(tmp_path: Path) -> None:
+    """Also where a tile is shifted, or lies at the border of the slide: half of the coarse picture is the fine one."""
+    write_slide(tmp_path / "slides" / "noise.tiff", [noise(450, 330)])
+    settings = TileConfig(tile_size_px=SIDE, region_size_px=SIDE, storage="none", previews=False, num_workers=1)
+    assert tile([tmp_path / "slides"], tmp_path / "root", settings).exit_code == 0
+    dataset = dataset_of(tmp_path / "root", **ACROSS, **{"sampling.jitter_px": 16})
+    places, sample = set(), dataset[0]
+    for draw in range(len(dataset)):
+        sample = dataset.drawn(draw, draw)
+        assert sample.pixels.shape == (2, 3, SIDE, SIDE) and sample.shape == (SIDE, SIDE)
+        coarse, fine = (picture.permute(1, 2, 0).numpy() for picture in sample.pixels)
+        halved = np.asarray(Image.fromarray(fine).resize((SIDE // 2, SIDE // 2), Image.Resampling.BILINEAR)).astype(int)
+        inner = coarse[SIDE // 4 : -SIDE // 4, SIDE // 4 : -SIDE // 4].astype(int)
+        assert np.abs(inner - halved)[1:-1, 1:-1].max() <= 1  # filters end at the border of a picture
+        places.add(fine.tobytes())
+    assert len(places) == len(dataset) and sample.spacing_um == 1.0
+    assert torch.equal(dataset.drawn(5, 7).pixels, dataset.drawn(5, 7).pixels)
+    assert not torch.equal(dataset.drawn(5, 7).pixels, dataset.drawn(5, 8).pixels)
+
+
+def test_a_picture_at_the_spacing_of_tiling_is_the_listed_tile(painted: Path) -> None:
+    dataset = dataset_of(painted, **{"aug.global_spacing_um": 1.0})
+    inner = [i for i, record in enumerate(read_tiles(painted)) if 32 <= record.x < 380 and 32 <= record.y < 250]
+    for index in inner:
+        assert torch.equal(dataset.drawn(index, index).pixels[1], dataset[index].pixels)
+
+
 def test_few_slides_are_open_and_forked_processes_open_their_own(tmp_path: Path) -> None:
     """A handle that two processes share would have one file position; the values of all of them are compared."""
     for seed in range(5):
@@ -145,6 +173,16 @@ def test_the_fingerprint_is_that_of_slides_places_and_geometry(painted: Path, tm
         ({"sampling.spacing_um": [0.5, 1], "sampling.spacing_shares": [1]}, ConfigError, "each of the 2 spacings"),
         ({"sampling.spacing_um": [0.25]}, DataError, r"found 'painted' of 450 x 330 px at 0.5 µm/px; leave out"),
         ({"sampling.spacing_um": [8.0]}, DataError, r"found 'painted' of 450 x 330 px"),
+        ({"aug.local_spacing_um": 0.5}, ConfigError, r"different positive spacings of global and local .*_um=0.5 with"),
+        (
+            {**ACROSS, "aug.local_crops_number": 0},
+            ConfigError,
+            "found aug.global_spacing_um=1.0 and .*number=0 and tiles",
+        ),
+        ({**ACROSS, "sampling.spacing_um": [0.5]}, ConfigError, "found both; leave one out"),
+        ({"aug.local_spacing_um": 0.25}, DataError, r"tiles at 0.25 µm/px, found 'painted' of 450 x 330 px at 0.5 µm"),
+        ({"aug.global_spacing_um": 8.0}, DataError, r"tiles at 8 µm/px, found 'painted' of 450 x 330 px"),
+        ({**ACROSS, "source": "files"}, ConfigError, r"for aug.global_spacing_um=1.0, found tile files"),
         ({"speed.ram_cache": 0.1}, ConfigError, r"no speed.ram_cache for tiles that are read from slides"),
         ({"source": "disk"}, ConfigError, "expected source auto, files, tar, parquet, slides"),
         ({"source": "files", "sampling.jitter_px": 3}, ConfigError, "add source=slides"),
@@ -174,7 +212,7 @@ def test_moved_and_missing_slides(painted: Path, tmp_path: Path) -> None:
 def test_a_list_without_the_slide_of_a_table(painted: Path) -> None:
     dataset = dataset_of(painted)
     assert dataset.ranges.known == {"painted"} and dataset.ranges.starts.tolist() == [0, len(dataset)]
-    assert replace(dataset._placement, seed=3).draw(5) == dataset._placement.draw(5) == (0.5, (0.0, 0.0))
+    assert replace(dataset._placement, seed=3).draw(5) == dataset._placement.draw(5) == ((0.5,), (0.0, 0.0))
 
 
 def test_a_place_that_cannot_be_decoded_costs_its_tiles_and_no_others(tmp_path: Path) -> None:

@@ -86,6 +86,23 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     assert_same_bits(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_run_on_crops_across_scales_resumes_to_the_same_bits(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    across = {"sampling.spacing_um": [], "aug.global_spacing_um": 1.0, "aug.local_spacing_um": 0.5}
+    pretrain(settings(root, tmp_path / "whole", **across, **{"logging.report": True}))
+    said = "shifted by up to 12 px, global crops at 1 and local crops at 0.5 µm/px about the same centre"
+    assert said in capsys.readouterr().out
+    assert last(tmp_path / "whole")["geometry"] == {"spacing_um": 0.5, "tile_size_px": 32, "spacings_um": [0.5, 1.0]}
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_after(patch, 3)
+        pretrain(settings(root, tmp_path / "cut", **across))
+    pretrain(settings(root, tmp_path / "cut", **across, **{"speed.num_workers": 2}))
+    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+    with pytest.raises(ConfigError, match="global_spacing_um"):
+        pretrain(settings(root, tmp_path / "cut", **{**across, "aug.global_spacing_um": 2.0}))
+
+
 def test_killed_at_random_moments_it_ends_with_the_same_bits(root: Path, tmp_path: Path) -> None:
     long = {"training.max_steps": 40, "speed.num_workers": 1, "source": "slides"}
     pretrain(settings(root, tmp_path / "whole", **long))
