@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from benchmarks.reference.crops import PillowCrops
 from benchmarks.reference.data import TileViews, loader
 from benchmarks.reference.step import Step
 from dino.crops.images import ImageCrops
-from dino.data.datasets import FolderTiles, TileDataset
+from dino.data.datasets import Dataset, FolderTiles, TileDataset
 from dino.data.loader import Batch, DrawnBatches, Layout, load_batches
 from dino.data.samplers import PermutationSampler
 from dino.train.loop import Trainer
@@ -47,7 +47,7 @@ class Plan:
 
     Attributes:
         task: Network, batch and views.
-        paths: Tile files.
+        tiles: The tiles.
         crops: Crop module.
         workers: Number of worker processes.
         warm: Untimed steps, until the prefetched batches are used up.
@@ -56,7 +56,7 @@ class Plan:
     """
 
     task: Task
-    paths: list[Path]
+    tiles: Dataset
     crops: ImageCrops
     workers: int
     warm: int
@@ -69,10 +69,8 @@ class OurTurn:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        dataset = TileDataset(FolderTiles(plan.paths[0].parent, [path.name for path in plan.paths]))
-        self.batches = DrawnBatches(
-            dataset, PermutationSampler(len(dataset), 0), plan.crops.draw, None, plan.task.batch, seed=0
-        )
+        sampler = PermutationSampler(len(plan.tiles), 0)
+        self.batches = DrawnBatches(plan.tiles, sampler, plan.crops.draw, None, plan.task.batch, seed=0)
         self.trainer: Trainer = our_trainer(plan.task, plan.device, "bf16", plan.crops)
 
     def __call__(self) -> tuple[float, float]:
@@ -96,12 +94,11 @@ class OurTurn:
 class TheirTurn:
     """Pillow crops in a DataLoader, and the reference step."""
 
-    def __init__(self, plan: Plan, step: Step) -> None:
+    def __init__(self, plan: Plan, paths: list[Path], step: Step) -> None:
         self.plan, self.step = plan, step
         crops = PillowCrops(plan.crops.view_sizes, IMAGENET.mean, IMAGENET.std)
         needed = plan.task.batch * (plan.warm + plan.steps)
-        paths = [plan.paths[i % len(plan.paths)] for i in range(needed)]
-        self.data = TileViews(paths, crops, plan.crops.draw)
+        self.data = TileViews([paths[i % len(paths)] for i in range(needed)], crops, plan.crops.draw)
 
     def __call__(self) -> tuple[float, float]:
         """Seconds of the timed steps, and of waiting for data in them."""
@@ -123,29 +120,40 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def plans(setting: Setting) -> Iterator[tuple[Plan, int]]:
-    """ViT-S/16 as in the original, and a small network on small crops, which needs more images per second."""
+def worker_processes() -> int:
+    """One for each core but one, at most 15."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = max(1, min(cores - 1, 15))
+    return max(1, min(cores - 1, 15))
+
+
+def plan_vit_small(tiles: Dataset, setting: Setting) -> Plan:
+    """ViT-S/16 as in the original."""
+    workers = worker_processes()
     warm, steps = (workers + 1, 20) if setting.on_gpu else (1, 3)
     if setting.quick:
         task = Task("vit:dim=64,depth=2,heads=2", 2, 256, ((2, 32), (3, 16)))
-        crops = original_crops((32, 16), 3)
-        yield Plan(task, tile_files(setting.folder / "tiles", 4), crops, 1, 1, 1, setting.device), 1
-        return
+        return Plan(task, tiles, original_crops((32, 16), 3), 1, 1, 1, setting.device)
     task = Task("vit_small", setting.size(16, 256, 0))
-    paths = tile_files(setting.folder / "tiles", setting.size(256, 2048, 0))
-    yield Plan(task, paths, original_crops(), workers, warm, steps, setting.device), 2
-    small = Task("vit_tiny", setting.size(64, 512, 0), 4096, ((2, 96), (6, 48)))
-    yield Plan(small, paths, original_crops((96, 48), 6), workers, warm, steps, setting.device), 3
+    return Plan(task, tiles, original_crops(), workers, warm, steps, setting.device)
+
+
+def plans(tiles: Dataset, setting: Setting) -> Iterator[tuple[Plan, int]]:
+    """ViT-S/16, and a small network on small crops, which needs more images per second."""
+    plan = plan_vit_small(tiles, setting)
+    yield plan, 1 if setting.quick else 2
+    if not setting.quick:
+        task = Task("vit_tiny", setting.size(64, 512, 0), 4096, ((2, 96), (6, 48)))
+        yield replace(plan, task=task, crops=original_crops((96, 48), 6)), 3
 
 
 def run(setting: Setting) -> Iterator[Row]:
     """Both plans. The benchmarks ``crops`` and ``step`` check that the results are equal."""
-    for plan, rounds in plans(setting):
+    paths = tile_files(setting.folder / "tiles", setting.size(256, 2048, 4))
+    tiles = TileDataset(FolderTiles(paths[0].parent, [path.name for path in paths]))
+    for plan, rounds in plans(tiles, setting):
         setting.notice(f"{plan.task.arch} from JPEG files, batch {plan.task.batch}, {plan.workers} worker processes")
         ours = OurTurn(plan)
-        theirs = TheirTurn(plan, their_step(plan.task, ours.trainer, "fp16" if setting.on_gpu else "bf16"))
+        theirs = TheirTurn(plan, paths, their_step(plan.task, ours.trainer, "fp16" if setting.on_gpu else "bf16"))
         results = [(ours(), theirs()) for _ in setting.rounds(rounds)]
         row = Duel([a[0] for a, _ in results], [b[0] for _, b in results]).row(
             f"from JPEG {plan.task.arch}",

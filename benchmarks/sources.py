@@ -7,6 +7,7 @@ cache: the rows compare what reading and decoding cost, not disks.
 import multiprocessing
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +17,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from benchmarks.endtoend import LARGEST_WAIT, OurTurn, plan_vit_small
 from benchmarks.material import tile_files
-from benchmarks.measure import Row, Setting, drain, duel, expect_close
+from benchmarks.measure import Duel, Row, Setting, drain, duel, expect_close
+from dino.api.roots import Root
 from dino.api.sources import open_tiles
 from dino.api.tiling import tile
 from dino.config.load import load_config
-from dino.config.schema import PatchConfig, TileConfig
-from dino.data import Dataset, EncodedTiles, FolderTiles, PermutationSampler, TileDataset
+from dino.config.schema import PatchConfig, PatchSpeedConfig, SamplingConfig, TileConfig
+from dino.data import Dataset, EncodedTiles, FolderTiles, PermutationSampler, TileDataset, slide_tiles
 from dino.data.shards import ParquetTiles, TarTiles, open_parquet, open_tars
+from dino.data.slide_tiles import Placement, SlideTileDataset
 from dino.slides import sample_slide
-from dino.slides.tables import read_tiles
+from dino.slides.tables import read_slide_tiles, read_tiles
 
 TITLE = "sources of tiles"
 SHARD = 512  # tiles
 ROW_GROUP = 64
 BATCH = 64
-CACHE_BYTES = 8 * 2**20
+FEW_SLIDES, MANY_SLIDES, MANY_DRAWS = 60, 600, 512  # slides that stay open, and more than that
+CACHE_MB = 8.0  # of both readers of one slide: all of the small slide of this benchmark fits into a larger one
 COMPARATOR, SLIDE_COMPARATOR = "PIL dataset in a DataLoader", "openslide dataset in a DataLoader"
 
 
@@ -50,22 +55,27 @@ class PlainTiles(TorchDataset):
 
 
 class PlainSlideTiles(TorchDataset):
-    """The same for a slide: tiles at places of level 0, read by openslide.
-
-    Its cache is as large as that of our reader: all of the small slide of this benchmark fits into openslide's own.
-    """
+    """The same for a slide: tiles at places of level 0, read by openslide."""
 
     def __init__(self, path: Path, places: list[tuple[int, int]], size_px: int) -> None:
         import openslide
 
-        self.slide, self.places, self.size_px = openslide.OpenSlide(path), places, size_px
-        self.slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
+        self.path, self.slide, self.places, self.size_px = path, openslide.OpenSlide(path), places, size_px
+        self.slide.set_cache(openslide.OpenSlideCache(round(CACHE_MB * 1e6)))
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> Tensor:
         pixels = self.slide.read_region(self.places[index], 0, (self.size_px, self.size_px)).convert("RGB")
+        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+    def opened(self, index: int) -> Tensor:
+        """The same through a handle of its own."""
+        import openslide
+
+        with openslide.OpenSlide(self.path) as slide:
+            pixels = slide.read_region(self.places[index], 0, (self.size_px, self.size_px)).convert("RGB")
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
@@ -105,9 +115,14 @@ SOURCES: Mapping[str, Callable[[list[Path], Path], EncodedTiles]] = {
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """A row for each source."""
+    """A row for each source, for few and many slides, and for a step from slides."""
     yield from _stored(setting)
-    yield _slides(setting)
+    root = setting.folder / "sources" / "slides"
+    tile([sample_slide()], root, TileConfig(overlap=0.75, region_size_px=1024, storage="none", previews=False))
+    yield _slides(root, setting)
+    for count in (3,) if setting.quick else (FEW_SLIDES, MANY_SLIDES):
+        yield _many_slides(root, count, setting)
+    yield _step(root, setting)
 
 
 def _stored(setting: Setting) -> Iterator[Row]:
@@ -131,15 +146,17 @@ def _stored(setting: Setting) -> Iterator[Row]:
         yield row
 
 
-def _slides(setting: Setting) -> Row:
+def _tiles_of(root: Path) -> Dataset:
+    return open_tiles(load_config(PatchConfig, overrides={"data_dir": str(root)})).dataset
+
+
+def _slides(root: Path, setting: Setting) -> Row:
     """Tiles of the sample slide, with overlap so that there are some hundreds.
 
     Ours are read as in training: the tiles of a batch in the order of their places.
     """
-    root = setting.folder / "sources" / "slides"
-    tile([sample_slide()], root, TileConfig(overlap=0.75, region_size_px=1024, storage="none", previews=False))
-    config = load_config(PatchConfig, overrides={"data_dir": str(root)})
-    tiles = open_tiles(config).dataset
+    slide_tiles.CACHE_MB = CACHE_MB
+    tiles = _tiles_of(root)
     places = [(one.x, one.y) for one in read_tiles(root)]
     count = setting.size(len(places), len(places), 16)
     order = [PermutationSampler(len(places), 0)(draw) for draw in range(count)]
@@ -158,6 +175,58 @@ def _slides(setting: Setting) -> Row:
     row.equality = "equal pixels" if equal else "DIFFERENT PIXELS"
     row.details = {"tiles": count, "worker_mb": _worker_mb(tiles, order)}
     row.note = f"{row.details['worker_mb']} MB per worker"
+    return row
+
+
+def _many_slides(root: Path, count: int, setting: Setting) -> Row:
+    """Tiles of many slides, which are the same file, in random order: most draws are of another slide than the last.
+
+    Ours keeps some slides open. The other one opens the slide of each tile.
+    """
+    plain = PlainSlideTiles(sample_slide(), [(one.x, one.y) for one in read_tiles(root)], 256)
+    listed, source = next(iter(read_slide_tiles(root).values())), Root(root).tiled_slides(None)
+    names = [f"slide_{number:04}" for number in range(count)]
+    slides = replace(source, status=dict.fromkeys(names, source.status[listed.slide_id]))
+    placement = Placement.of(SamplingConfig(), source.geometry.spacing_um, source.geometry.tile_size_px, 0)
+    tiles = SlideTileDataset([replace(listed, slide_id=name) for name in names], slides, {}, placement)
+    draws = setting.size(MANY_DRAWS, MANY_DRAWS, 8)
+    order = [PermutationSampler(len(tiles), 0)(draw) for draw in range(draws)]
+    in_batches = [index for start in range(0, draws, BATCH) for index in sorted(order[start : start + BATCH])]
+    setting.notice(f"{draws} tiles from {count} slides")
+    for index in range(0, len(tiles), len(plain)):  # a run has opened them before
+        tiles[index]
+    result = duel(
+        lambda: drain(tiles[index].pixels for index in in_batches),
+        lambda: drain(plain.opened(index % len(plain)) for index in order),
+        setting.rounds(3),
+        setting.device,
+    )
+    row = result.row(f"tiles from {count} slides", draws, "tiles/s per core", "opening the slide of each tile")
+    equal = all(torch.equal(tiles[index].pixels, plain[index % len(plain)]) for index in order[:16])
+    row.equality = "equal pixels" if equal else "DIFFERENT PIXELS"
+    row.details = {"slides": count, "open_slides": PatchSpeedConfig.open_slides, "worker_mb": _worker_mb(tiles, order)}
+    row.note = f"{row.details['worker_mb']} MB per worker"
+    return row
+
+
+def _step(root: Path, setting: Setting) -> Row:
+    """A training step of ViT-S/16 from slides beside the same step from JPEG files."""
+    paths = sorted(tile_files(setting.folder / "sources" / "jpeg", setting.size(256, 2048, 4)))
+    files = TileDataset(FolderTiles(paths[0].parent, [path.name for path in paths]))
+    plans = [plan_vit_small(tiles, setting) for tiles in (_tiles_of(root), files)]
+    plan = plans[0]
+    setting.notice(f"{plan.task.arch} from slides, batch {plan.task.batch}, {plan.workers} worker processes")
+    turns = [OurTurn(one) for one in plans]
+    results = [[turn() for turn in turns] for _ in setting.rounds(3)]  # (rounds, 2) of seconds, and those of waiting
+    row = Duel([ours[0] for ours, _ in results], [theirs[0] for _, theirs in results]).row(
+        f"step from slides {plan.task.arch}", plan.task.batch * plan.steps, "img/s", "the same step from JPEG files"
+    )
+    waits = [sum(one[i][1] for one in results) / sum(one[i][0] for one in results) for i in (0, 1)]
+    row.note = (
+        f"waiting for data {waits[0]:.2%} of a step (target < {LARGEST_WAIT:.0%}), {waits[1]:.2%} from JPEG files"
+    )
+    row.equality = "equal pixels, see above"
+    row.details = {"batch": plan.task.batch, "workers": plan.workers, "waiting_shares": [round(w, 5) for w in waits]}
     return row
 
 

@@ -241,7 +241,7 @@ class PatchSpeedConfig(SpeedConfig):
     """Device, precision and data loading; nothing here changes which crops are drawn."""
 
     ram_cache: float = runtime(0.0, "GB of memory for decoded tiles, shared by the workers of a process; 0 for none")
-    open_slides: int = runtime(16, "slides that each worker keeps open where tiles are read from slides")
+    open_slides: int = runtime(64, "slides that each worker keeps open where tiles are read from slides")
     cache_dir: str = runtime("auto", "where the index of shards is kept: auto (beside them), a folder, or none")
 
 

@@ -150,6 +150,19 @@ def test_few_slides_are_open_and_forked_processes_open_their_own(tmp_path: Path)
     assert again.fingerprint == dataset.fingerprint
 
 
+def test_the_open_slides_of_a_process_share_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(3):
+        write_slide(tmp_path / "slides" / f"slide{seed}.tiff", [noise(200, 170, seed)])
+    settings = TileConfig(tile_size_px=SIDE, region_size_px=SIDE, storage="none", previews=False, num_workers=1)
+    assert tile([tmp_path / "slides"], tmp_path / "root", settings).exit_code == 0
+    dataset, given = dataset_of(tmp_path / "root"), {}
+    set_cache = openslide.OpenSlide.set_cache
+    monkeypatch.setattr(openslide.OpenSlide, "set_cache", lambda s, c: (given.update({s: c}), set_cache(s, c))[1])
+    for i in range(len(dataset)):
+        assert dataset[i].pixels.any()
+    assert len(given) == 3 and len({id(cache) for cache in given.values()}) == 1
+
+
 class _sum_of:  # noqa: N801 - a function that can be sent to a process
     def __init__(self, dataset: SlideTileDataset) -> None:
         self.dataset = dataset
