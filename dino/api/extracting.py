@@ -10,7 +10,7 @@ from dino import distributed, progress
 from dino.api.levels import level_named
 from dino.config.schema import ExtractConfig
 from dino.errors import DataError
-from dino.extraction.embed import check_settings
+from dino.extraction.embed import at_input_size, check_settings
 from dino.extraction.extractor import ExtractSummary
 from dino.extraction.folders import checked, encoder_name
 from dino.files import oserror_to_data_error
@@ -54,6 +54,7 @@ def extract(model: str, root: str | Path, config: ExtractConfig) -> ExtractSumma
         if device.type == "cuda":
             torch.cuda.set_device(device)
         loaded = load_backbone_file(model, config.arch, config.transform, pretrained=config.pretrained)
+        loaded = at_input_size(loaded, config.input_size)
         with oserror_to_data_error(root), _locks(root, loaded, config):
             summary = level_named(loaded.level).extractor(loaded, root, config, device).run()
     for line in summary.lines():

@@ -24,7 +24,7 @@ from dino.evaluate import (
     recorded_selection,
 )
 from dino.extraction.cache import FeatureCache, cache_folder
-from dino.extraction.embed import FileEmbedder
+from dino.extraction.embed import FileEmbedder, at_input_size
 from dino.files import printable
 from dino.models.backbone import Backbone, build_backbone
 from dino.models.checkpoint import fingerprint
@@ -42,6 +42,7 @@ def load_models(models: Sequence[str], config: EvaluationConfig) -> list[LoadedB
         DataError: If they are not of one level.
     """
     loaded = [load_backbone_file(model, config.arch, config.transform) for model in models]
+    loaded = [at_input_size(one, config.input_size) for one in loaded]
     other = next((one for one in loaded if one.level != loaded[0].level), None)
     if other is not None:
         raise DataError(

@@ -58,6 +58,9 @@ class ExtractConfig:
     source: str = identity("auto", "source of the pixels: auto (slides, else tiles), slides, tiles or regions (images)")
     arch: str | None = identity(None, "architecture of an external checkpoint, if its number of heads is not dim/64")
     transform: str = identity("auto", "normalisation: auto (recorded in the checkpoint), imagenet, hipt or timm")
+    input_size: int | None = identity(
+        None, "px that models with an input size of their own (timm models) resize tiles to (null: that size)"
+    )
     pretrained: bool = identity(True, "for timm:NAME: load timm's weights (false: random initialisation)")
     slides: str | None = runtime(None, "folder or slides.csv of the slides, if they were moved after tiling")
     grid_order: str = identity("yx", "order of the rows in .pt files without regions.csv: yx (row-major) or xy")

@@ -30,6 +30,9 @@ class EvaluationConfig(ScoringConfig):
     )
     arch: str | None = runtime(None, "architecture of an external checkpoint, if its number of heads is not dim/64")
     transform: str = runtime("auto", "normalisation: auto (recorded in the checkpoint), imagenet, hipt or timm")
+    input_size: int | None = runtime(
+        None, "px that models with an input size of their own (timm models) resize tiles to (null: that size)"
+    )
     grid_order: str = runtime("yx", "order of the rows in .pt files without regions.csv: yx (row-major) or xy")
     allow_leakage: bool = runtime(
         False,

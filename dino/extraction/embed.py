@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dino import distributed
+from dino import distributed, progress
 from dino.environment import run_threaded
 from dino.errors import ConfigError, DataError
 from dino.models.backbone import Backbone
+from dino.models.inputs import TILE_SIZE_PX
 from dino.models.weights import LoadedBackbone
 
 PRECISIONS = ("bf16", "fp32", "fp64")
@@ -82,6 +83,33 @@ def normaliser_of(loaded: LoadedBackbone) -> Normalise:
     size = transform.input_size_px
     patch_size = loaded.backbone.spec.patch_size
     return normaliser(transform.mean, transform.std, patch_size, (size, size) if size else None)
+
+
+def at_input_size(loaded: LoadedBackbone, input_size: int | None) -> LoadedBackbone:
+    """The model with the size in px that it resizes tiles to; says how many tokens that gives where they are many.
+
+    Args:
+        loaded: The model. One that sees tiles at their own size, or feature grids, is returned as it is.
+        input_size: The size, rounded to a multiple of the model's patch size; None for the model's own.
+
+    Raises:
+        ConfigError: If the size is smaller than half a patch.
+    """
+    transform, patch_size = loaded.transform, loaded.backbone.spec.patch_size
+    if transform is None or transform.input_size_px is None:
+        return loaded
+    size = transform.input_size_px
+    if input_size is not None:
+        size = round(input_size / patch_size) * patch_size
+        if size < patch_size:
+            raise ConfigError(f"expected input_size of at least one patch of {patch_size} px, found {input_size}")
+    if size > TILE_SIZE_PX:
+        fitting = TILE_SIZE_PX // patch_size * patch_size
+        progress.say(
+            f"{loaded.source} resizes tiles to {size} px: {(size // patch_size) ** 2:,} tokens each "
+            f"(input_size={fitting}: {(fitting // patch_size) ** 2:,} tokens, and other features)"
+        )
+    return replace(loaded, transform=replace(transform, input_size_px=size))
 
 
 def identity(grids: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 from painted_slide import noise, write_slide
 from tiny_models import mean_colour, save_checkpoint
 from tiny_runs import TINY
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resize
 
 from dino.api import extracting, info, load_backbone, pretrain
 from dino.api.extracting import extract
@@ -422,3 +424,36 @@ def test_cells_are_counted_as_they_are_planned(root: Path) -> None:
         assert plan.cells == len(plan.units) == count_cells(records, places, done)
     with pytest.raises(DataError, match="once in tiles.csv, found 1 twice"):
         plan_cells([], coords[[0, 1, 1]])
+
+
+def test_tiles_are_resized_to_the_size_that_is_asked_for(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A timm model of 512 px and 16 px patches: its features are timm's own at the other size, and never mixed."""
+    folder = tmp_path / "large"
+    vit = timm.create_model("test_vit", img_size=512, num_classes=0, dynamic_img_size=True).eval()
+    timm.models.save_for_hf(vit, folder, model_args={"img_size": 512, "num_classes": 0, "dynamic_img_size": True})
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["input_size"] = [3, 512, 512]
+    (folder / "config.json").write_text(json.dumps(config))
+
+    plan = extract(str(folder), root, replace(CONFIG, what="tiles", dry_run=True))
+    assert plan.embedded == 78
+    said = " ".join(capsys.readouterr().out.split())
+    assert "resizes tiles to 512 px: 1,024 tokens each (input_size=256: 256 tokens, and other features)" in said
+
+    with pytest.raises(ConfigError, match="at least one patch of 16 px, found 5"):
+        extract(str(folder), root, replace(CONFIG, what="tiles", input_size=5))
+    extract(str(folder), root, replace(CONFIG, what="tiles", input_size=50))  # the nearest multiple of 16 is 48
+    assert "tokens" not in capsys.readouterr().out
+    with h5py.File(root / "features_large" / "c.h5") as file:
+        found, coords = torch.from_numpy(file["features"][:]), file["coords"][:]
+    with SlideReader(root.parent / "slides" / "c.tiff", read_tiling(root).geometry) as reader:
+        pixels = torch.stack([torch.from_numpy(reader.read_cell(x, y).copy()) for x, y in coords[:5].tolist()])
+    resized = resize(pixels.permute(0, 3, 1, 2).float() / 255, [48, 48], InterpolationMode.BICUBIC, antialias=True)
+    mean, std = (torch.tensor(config["pretrained_cfg"][name])[:, None, None] for name in ("mean", "std"))
+    with torch.no_grad():
+        wanted = vit.forward_features((resized.clamp(0, 1) - mean) / std)[:, 0]
+    torch.testing.assert_close(found[:5], wanted, rtol=0, atol=1e-5)
+    with pytest.raises(DataError, match="transform"):
+        extract(str(folder), root, replace(CONFIG, what="tiles", input_size=64))

@@ -1,12 +1,14 @@
 import threading
+from dataclasses import replace
 
 import pytest
+import tiny_models
 import torch
 from forked import exit_codes, fork_group
 
 from dino import distributed
 from dino.errors import ConfigError, DataError
-from dino.extraction.embed import FileEmbedder, batches, embed, identity, normaliser, read_ahead
+from dino.extraction.embed import FileEmbedder, at_input_size, batches, embed, identity, normaliser, read_ahead
 from dino.models.backbone import BackboneSpec, build_backbone
 
 CPU = torch.device("cpu")
@@ -30,6 +32,14 @@ def test_features_do_not_depend_on_the_batch_size(backbone, tiles, precision, to
     small = embed(backbone, tiles.split(1), normalise, CPU, precision)
     assert big.dtype == torch.float32 and big.shape == (12, 32)
     torch.testing.assert_close(small, big, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("own", "asked", "size"), [(518, None, 518), (518, 256, 256), (64, 30, 32), (None, 64, None)])
+def test_only_models_that_resize_tiles_take_another_input_size(own, asked, size):
+    loaded = tiny_models.mean_colour()  # patches of 16 px
+    loaded = replace(loaded, transform=replace(loaded.transform, input_size_px=own))
+    assert at_input_size(loaded, asked).transform.input_size_px == size
+    assert at_input_size(replace(loaded, transform=None), asked).transform is None
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
