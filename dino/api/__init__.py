@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dino.api.results import compare
     from dino.api.tiling import tile, tiling_status
     from dino.api.viewing import export_geojson, view
+    from dino.api.words import find_words
 
 __all__ = [
     "attention",
@@ -35,6 +36,7 @@ __all__ = [
     "export_geojson",
     "extract",
     "figure",
+    "find_words",
     "follow_init",
     "info",
     "launch_slurm",
@@ -59,6 +61,7 @@ _MODULES = {
     "export_geojson": "viewing",
     "extract": "extracting",
     "figure": "figures",
+    "find_words": "words",
     "follow_init": "initial_weights",
     "info": "exporting",
     "launch_slurm": "launching",

@@ -119,8 +119,8 @@ def _check(config: ViewConfig) -> None:
         )
 
 
-def _check_clusters(count: int) -> None:
-    if not 2 <= count <= MAX_CLUSTERS:
+def _check_clusters(count: int | None) -> None:
+    if count is not None and not 2 <= count <= MAX_CLUSTERS:
         raise ConfigError(f"expected 2 to {MAX_CLUSTERS} clusters, found {count}")
 
 

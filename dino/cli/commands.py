@@ -36,6 +36,7 @@ from dino.config.schema import (
     ReportConfig,
     TileConfig,
     ViewConfig,
+    WordsConfig,
 )
 
 # ----------------------------------------------------------------------------------------------------- tile
@@ -367,6 +368,7 @@ SCHEMAS: dict[str, type] = {
     "report": ReportConfig,
     "figure": FigureConfig,
     "view": ViewConfig,
+    "words": WordsConfig,
     "export": ExportConfig,
     "geojson": GeojsonConfig,
     "info": InfoConfig,
@@ -378,9 +380,9 @@ SCHEMAS: dict[str, type] = {
 def config(arguments: ConfigArguments = None, config: ConfigFile = None, recipe: StartRecipe = None) -> None:
     """Print all settings of a command with their values and comments, as YAML.
 
-    COMMAND is tile, patch, region, extract, report, figure, view, export, geojson, info, slurm, demo, or an evaluation
-    such as knn. Values that differ from the default are marked. The output can be saved, edited and passed to the
-    command with --config.
+    COMMAND is tile, patch, region, extract, report, figure, view, words, export, geojson, info, slurm, demo, or an
+    evaluation such as knn. Values that differ from the default are marked. The output can be saved, edited and passed
+    to the command with --config.
 
     For example:
 

@@ -23,6 +23,7 @@ class _InOrder(TyperGroup):
             "report",
             "figure",
             "view",
+            "words",
             "attention",
             "export",
             "geojson",
@@ -79,6 +80,7 @@ for name, (command, function) in evaluations.COMMANDS.items():
 app.command(cls=reports.report_command)(reports.report)
 app.command(cls=reports.figure_command)(reports.figure)
 app.command(cls=viewing.view_command)(viewing.view)
+app.command(cls=viewing.words_command)(viewing.words)
 app.command(cls=maps.attention_command)(maps.attention)
 app.command(cls=commands.export_command)(commands.export)
 app.command(cls=viewing.geojson_command)(viewing.geojson)

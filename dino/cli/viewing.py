@@ -1,14 +1,16 @@
-"""Commands to look at slides and features: ``dino view`` and ``dino geojson``."""
+"""Commands to look at slides and features: ``dino view``, ``dino words`` and ``dino geojson``."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from dino.cli.command import ConfigFile, with_settings
 from dino.cli.grammar import UsageError, expect, split
 from dino.config.load import load_config
-from dino.config.schema import GeojsonConfig, ViewConfig
+from dino.config.schema import GeojsonConfig, ViewConfig, WordsConfig
 
 ViewArguments = Annotated[list[str] | None, typer.Argument(metavar="ROOT [RUN]... [KEY=VALUE]...", hidden=True)]
 
@@ -42,6 +44,44 @@ def view(arguments: ViewArguments = None, config: ConfigFile = None) -> None:
 
 view_command = with_settings(ViewConfig)
 
+WordsArguments = Annotated[list[str] | None, typer.Argument(metavar="MODEL ROOT [KEY=VALUE]...", hidden=True)]
+
+
+def words(arguments: WordsArguments = None, config: ConfigFile = None) -> None:
+    """Group the tiles of all slides of ROOT into words, which a pathologist can name.
+
+    A word is a cluster of tiles whose features by MODEL are similar: keratin, stroma, fat. MODEL is a run or checkpoint
+    whose features `dino extract` wrote into ROOT, or the name of their encoder. Written into ROOT/words_ENCODER:
+    words.csv, with a column `name` for what each word shows, and tiles.csv with the word of every tile. The names are
+    shown by `dino figure words`, `dino view` and `dino geojson`. They are kept when the command is run again, which
+    gives the tiles of new slides their words.
+
+    For example:
+
+        dino words runs/patch data
+        dino words runs/patch data count=32 method=prototypes
+        dino figure words runs/patch data words.pdf
+    """
+    positional, overrides = split(arguments or [])
+    model, root = expect(positional, ["MODEL", "ROOT"])
+    settings = load_config(WordsConfig, file=config, overrides=overrides)
+    from dino import api, progress
+
+    found = api.find_words(model, Path(root), settings)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("word")
+    for column in ("share", "tiles", "slides", "patients"):
+        table.add_column(column, justify="right")
+    for name, count in zip(found.names, found.counts, strict=True):
+        patients = "-" if count.patients is None else f"{count.patients:,}"
+        share = f"{count.tiles / max(1, found.tiles):.1%}"
+        table.add_row(Text(name), share, f"{count.tiles:,}", f"{count.slides:,}", patients)
+    progress.console.print(table)
+    progress.say(f"\nname them in the column `name` of {found.words.table}")
+
+
+words_command = with_settings(WordsConfig)
+
 GeojsonArguments = Annotated[list[str] | None, typer.Argument(metavar="ROOT OUT [KEY=VALUE]...", hidden=True)]
 
 
@@ -50,6 +90,8 @@ def geojson(arguments: GeojsonArguments = None, config: ConfigFile = None) -> No
 
     OUT is a folder, which gets one SLIDE.geojson per slide: drag it onto the slide in QuPath. Coordinates are level-0
     px. Tiles are tile objects with their cluster as class and with measurements; clusters and regions are annotations.
+    Where `dino words` has found words, these are the clusters, with the names in words.csv; those of the same name are
+    one class.
 
     For example:
 

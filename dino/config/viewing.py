@@ -1,4 +1,4 @@
-"""Settings of the viewer and of the export for QuPath."""
+"""Settings of the viewer, of tissue words, and of the export for QuPath."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,9 @@ class ViewConfig:
     port: int = runtime(8765, "port; 0 for any free one")
     token: str | None = runtime(None, "secret in the address that opens the viewer (null: a random one)")
     slides: str | None = runtime(None, "folder or slides.csv of the slides, if they were moved after tiling")
-    clusters: int = runtime(10, "number of clusters of the tiles' features, over all slides")
+    clusters: int | None = runtime(
+        None, "number of clusters of the tiles' features, over all slides (null: the words of `dino words`, else 10)"
+    )
     open_slides: int = runtime(16, "maximum number of slides that are open at once")
     cache_mb: int = runtime(128, "maximum size of decoded and of encoded pictures in memory, in MB each")
     num_workers: int = runtime(8, "threads that read slides and features")
@@ -26,4 +28,18 @@ class GeojsonConfig:
 
     encoder: str | None = runtime(None, "encoder whose clusters are exported (null: the only one)")
     contents: list[str] = runtime(["clusters", "tiles", "regions"], "what is exported: tiles, clusters, regions")
-    clusters: int = runtime(10, "number of clusters of the tiles' features, over all slides")
+    clusters: int | None = runtime(
+        None, "number of clusters of the tiles' features, over all slides (null: the words of `dino words`, else 10)"
+    )
+
+
+@dataclass
+class WordsConfig:
+    """`dino words`."""
+
+    count: int | None = runtime(None, "number of words, 2 to 64 (null: 16, or as many as there are)")
+    method: str | None = runtime(
+        None,
+        "kmeans (clusters of the tiles' features), or prototypes (the most used ones of MODEL's DINO head); null: "
+        "kmeans, or as those that are there",
+    )

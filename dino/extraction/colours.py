@@ -1,12 +1,14 @@
 """Features as colours that compare between slides: principal components and clusters, fitted over many slides."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 LOW, HIGH = 2.0, 98.0  # percentiles of a component that become 0 and 255, so that outliers do not determine the range
 SEED = 0  # of k-means
+PASSES = 20  # of k-means over all rows
+SETTLED = 1e-4  # distance that a centre moves in the last pass; features have length 1
 
 # Distinct on pink tissue, and for most people with a colour vision deficiency (Okabe & Ito 2008, then Tol's "bright").
 PALETTE = (
@@ -78,6 +80,39 @@ class Clusters:
         sizes = np.bincount(np.asarray(fitted.labels_), minlength=count)
         return cls(fitted.cluster_centers_[np.argsort(-sizes, kind="stable")].astype(np.float32))
 
+    def refined(self, blocks: Callable[[], Iterator[np.ndarray]]) -> "Clusters":
+        """Continue k-means over all rows, of which one block is in memory at a time.
+
+        Each pass assigns all rows, then moves the centres to the means (Lloyd 1982), so that the result does not depend
+        on how rows are divided into blocks, as it does with mini-batches.
+
+        Args:
+            blocks: Gives all unit-length rows, ``(n, D)`` each, anew at each call.
+        """
+        centres = self.centres.astype(np.float64)
+        for _ in range(PASSES):
+            current, sums, counts = Clusters(centres.astype(np.float32)), np.zeros_like(centres), np.zeros(len(centres))
+            for rows in blocks():
+                nearest = current.assign(rows)
+                chosen = np.equal.outer(np.arange(len(centres)), nearest).astype(np.float32)  # (k, n)
+                sums += chosen @ rows
+                counts += np.bincount(nearest, minlength=len(centres))
+            moved = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centres)
+            distance = float(np.linalg.norm(moved - centres, axis=1).max())
+            centres = moved
+            if distance < SETTLED:
+                break
+        return Clusters(centres.astype(np.float32))
+
+    def ordered(self, sizes: np.ndarray) -> "Clusters":
+        """These with the largest first; those that no row is nearest to are left out.
+
+        Args:
+            sizes: ``(k,)`` number of rows of each.
+        """
+        order = np.argsort(-sizes, kind="stable")
+        return Clusters(self.centres[order[sizes[order] > 0]])
+
     def __len__(self) -> int:
         return len(self.centres)
 
@@ -91,5 +126,12 @@ class Clusters:
 
     @property
     def colours(self) -> Sequence[tuple[int, int, int]]:
-        """RGB of each cluster."""
-        return [PALETTE[i % len(PALETTE)] for i in range(len(self))]
+        """RGB of each cluster: those of the palette, then lighter, darker and paler ones."""
+        return [_shade(PALETTE[i % len(PALETTE)], i // len(PALETTE)) for i in range(len(self))]
+
+
+def _shade(colour: tuple[int, int, int], number: int) -> tuple[int, int, int]:
+    """A colour that is different for each ``number``, which is the colour itself for 0."""
+    towards, fraction = ((0, 0.0), (255, 0.45), (0, 0.4), (255, 0.7))[number % 4]
+    red, green, blue = (round(value + (towards - value) * fraction) for value in colour)
+    return red, green, blue

@@ -1,6 +1,7 @@
 """Features of all tiles of a ROOT, memory-mapped: colours, clusters, similarity to a tile, nearest neighbours."""
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +14,12 @@ from dino.errors import DataError
 from dino.extraction.catalogue import Catalogue
 from dino.extraction.colours import Clusters, ColourBasis
 from dino.extraction.folders import tile_folder
+from dino.extraction.words import Probe, Words, read_words
 
 FITTED_ROWS = 20_000  # tiles that colours and clusters are fitted to, evenly from all slides
 BLOCK_ROWS = 65_536  # rows that are converted to float32 at a time
 EXAMPLES = 16  # tiles that show a cluster
+CLUSTERS = 10  # where there are no words
 
 Result = TypeVar("Result")
 
@@ -44,6 +47,11 @@ class SlideFeatures:
         """All rows as float32, block by block."""
         for start in range(0, len(self.rows), BLOCK_ROWS):
             yield np.asarray(self.rows[start : start + BLOCK_ROWS], np.float32)
+
+    def unit_blocks(self) -> Iterator[np.ndarray]:
+        """All rows with unit length as float32, block by block."""
+        for start in range(0, len(self.rows), BLOCK_ROWS):
+            yield self.unit(slice(start, start + BLOCK_ROWS))
 
     def unit(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Rows of unit length, float32."""
@@ -73,19 +81,27 @@ class Neighbour:
     similarity: float
 
 
+@dataclass(frozen=True)
+class Label:
+    """What a cluster is called, and its RGB colour."""
+
+    name: str
+    colour: tuple[int, int, int]
+
+
 class EncoderFeatures:
     """The features of one encoder; all methods may be called from several threads.
 
     Args:
         catalogue: The ROOT.
         encoder: Name of the encoder.
-        clusters: Number of clusters.
+        clusters: Number of clusters; None for the words of ``dino words`` where there are any, else 10.
 
     Raises:
         DataError: If there are none of slides of this ROOT.
     """
 
-    def __init__(self, catalogue: Catalogue, encoder: str, clusters: int) -> None:
+    def __init__(self, catalogue: Catalogue, encoder: str, clusters: int | None = None) -> None:
         self._catalogue, self.encoder, self._count = catalogue, encoder, clusters
         folder = tile_folder(catalogue.root, encoder)
         self._paths = {slide: path for slide, path in find_bags(folder).items() if slide in catalogue.tiles}
@@ -117,18 +133,90 @@ class EncoderFeatures:
         return self._once("basis", lambda: ColourBasis.fit(self._sample()))
 
     @property
+    def words(self) -> Words | None:
+        """The words of this encoder; None if there are none, or a number of clusters was asked for.
+
+        Raises:
+            DataError: If they are damaged, or of other features.
+        """
+        if self._count is not None:
+            return None
+        return self._once("words", lambda: self.checked(read_words(self._catalogue.root, self.encoder)))
+
+    def checked(self, words: Words | None) -> Words | None:
+        """Words that were read.
+
+        Raises:
+            DataError: If they are of other features.
+        """
+        if words is not None:
+            words.check(self._probed)
+        return words
+
+    @property
     def clusters(self) -> Clusters:
-        """Clusters, fitted over all slides."""
-        return self._once("clusters", lambda: Clusters.fit(self._sample(), self._count))
+        """Words, or clusters fitted over all slides."""
+        words = self.words
+        return words.clusters if words else self.fitted(self._count or CLUSTERS)
+
+    def fitted(self, count: int) -> Clusters:
+        """Clusters fitted to tiles of all slides.
+
+        Args:
+            count: Their number.
+        """
+        return self._once(f"{count} clusters", lambda: Clusters.fit(self._sample(), count))
+
+    def labels(self) -> list[Label]:
+        """Name and colour of each cluster: words as they are named now, and the same colour for the same name.
+
+        Raises:
+            DataError: If the names cannot be read.
+        """
+        words = self.words
+        names = words.names() if words else [f"Cluster {number}" for number in range(1, len(self.clusters) + 1)]
+        colours: dict[str, tuple[int, int, int]] = {}
+        for name, colour in zip(names, self.clusters.colours, strict=True):
+            colours.setdefault(name, colour)
+        return [Label(name, colours[name]) for name in names]
+
+    def unit_blocks(self) -> Iterator[np.ndarray]:
+        """The unit-length features of all slides, ``(n, D)`` float32, some of one slide at a time."""
+        for slide_id in self._paths:
+            yield from self.slide(slide_id).unit_blocks()
+
+    def patient(self, slide_id: str) -> str | None:
+        """The patient of a slide, None where it is not recorded."""
+        return self._catalogue.slides.status[slide_id].patient_id or None
+
+    def probe(self, slide_id: str) -> Probe | None:
+        """The first tile of a slide that is listed, None where there is none."""
+        listed = np.flatnonzero(self.slide(slide_id).tile_of_row >= 0)[:1]
+        if not len(listed):
+            return None
+        x, y = self._catalogue.tiles[slide_id].coords[self.slide(slide_id).tile_of_row[listed[0]]].tolist()
+        return Probe(slide_id, x, y, self.slide(slide_id).unit(listed)[0])
+
+    def _probed(self, probe: Probe) -> np.ndarray | None:
+        """The features now of the tile of a probe."""
+        if probe.slide_id not in self._paths:
+            return None
+        place = (self._catalogue.tiles[probe.slide_id].coords == (probe.x, probe.y)).all(1)
+        features = self.slide(probe.slide_id)
+        rows = np.flatnonzero(np.isin(features.tile_of_row, np.flatnonzero(place)))[:1]
+        return features.unit(rows)[0] if len(rows) else None
 
     def rgb(self, slide_id: str) -> np.ndarray:
         """Colours of the tiles of a slide, int64 ``(N, 3)``; -1 for tiles without features."""
         features = self.slide(slide_id)
-        return self._by_tile(slide_id, self.basis.rgb(features.unit()).astype(np.int64), -1)
+        rgb = np.concatenate([self.basis.rgb(rows) for rows in features.unit_blocks()])
+        return self._by_tile(slide_id, rgb.astype(np.int64), -1)
 
     def cluster(self, slide_id: str) -> np.ndarray:
         """Cluster of the tiles of a slide, int64 ``(N,)``; -1 for tiles without features."""
-        return self._by_tile(slide_id, self.clusters.assign(self.slide(slide_id).unit()), -1)
+        features = self.slide(slide_id)
+        found = np.concatenate([self.clusters.assign(rows) for rows in features.unit_blocks()])
+        return self._by_tile(slide_id, found, -1)
 
     def similarity(self, slide_id: str, query: np.ndarray) -> np.ndarray:
         """Cosine similarity of the tiles of a slide to a unit-length vector, float32 ``(N,)``; NaN without features."""
@@ -173,22 +261,25 @@ class EncoderFeatures:
         return [one for one in found if np.isfinite(one.similarity)]
 
     def examples(self) -> list[list[tuple[str, int]]]:
-        """Typical tiles of each cluster, near its centre, as ``(slide, tile)``; of different slides where possible."""
+        """Typical tiles of each cluster, near its centre, as ``(slide, tile)``.
+
+        They are of different patients where possible, and of different slides where patients are not recorded.
+        """
         return self._once("examples", self._examples)
 
     def _examples(self) -> list[list[tuple[str, int]]]:
-        by_slide: list[dict[str, list[tuple[float, int]]]] = [{} for _ in range(len(self.clusters))]
+        found: list[dict[str, list[tuple[float, str, int]]]] = [defaultdict(list) for _ in range(len(self.clusters))]
         for slide_id in self._paths:
             features = self.slide(slide_id)
-            distances = self.clusters.distances(features.unit())
+            distances = np.concatenate([self.clusters.distances(rows) for rows in features.unit_blocks()])
             nearest = distances.argmin(1)
             for cluster in np.unique(nearest):
                 rows = np.flatnonzero((nearest == cluster) & (features.tile_of_row >= 0))
                 rows = rows[np.argsort(distances[rows, cluster])][:EXAMPLES]
-                by_slide[cluster][slide_id] = [
-                    (float(distances[row, cluster]), int(features.tile_of_row[row])) for row in rows
+                found[cluster][self._catalogue.patient(slide_id)] += [
+                    (float(distances[row, cluster]), slide_id, int(features.tile_of_row[row])) for row in rows
                 ]
-        return [_in_turn(found) for found in by_slide]
+        return [_in_turn(by_patient) for by_patient in found]
 
     def _by_tile(self, slide_id: str, values: np.ndarray, absent: float) -> np.ndarray:
         return self.slide(slide_id).by_tile(values, len(self._catalogue.tiles[slide_id].coords), absent)
@@ -230,11 +321,11 @@ def _match(listed: np.ndarray, coords: np.ndarray) -> np.ndarray:
     return np.array([known.get((x, y), -1) for x, y in coords.tolist()], np.int64)
 
 
-def _in_turn(by_slide: dict[str, list[tuple[float, int]]]) -> list[tuple[str, int]]:
-    """The nearest tile of each slide, then the second of each, and so on."""
+def _in_turn(by_patient: dict[str, list[tuple[float, str, int]]]) -> list[tuple[str, int]]:
+    """The nearest tile of each patient, then the second of each, and so on."""
     ranked = [
         (rank, distance, slide, tile)
-        for slide, tiles in by_slide.items()
-        for rank, (distance, tile) in enumerate(tiles)
+        for tiles in by_patient.values()
+        for rank, (distance, slide, tile) in enumerate(sorted(tiles)[:EXAMPLES])
     ]
     return [(slide, tile) for _, _, slide, tile in sorted(ranked)[:EXAMPLES]]

@@ -6,6 +6,7 @@
 ``region_features_<encoder>/``              level 2: every region of a slide in one ``.h5``
 ``slide_features_<encoder>/``               level 2: one vector per slide
 ``slide_features/``                         level 2 without a name: regions and their mean in one ``.h5``
+``words_<encoder>/``                        words of the tiles of all slides, see :mod:`dino.extraction.words`
 ==========================================  ===================================================================
 """
 
@@ -57,6 +58,11 @@ def checked(encoder: str) -> str:
 def tile_folder(root: Path, encoder: str) -> Path:
     """Folder of the tiles' features."""
     return root / f"features_{encoder}"
+
+
+def words_folder(root: Path, encoder: str) -> Path:
+    """Folder of the words of the tiles' features."""
+    return root / f"words_{encoder}"
 
 
 def grid_folder(root: Path, encoder: str | None) -> Path:

@@ -1,11 +1,14 @@
 """The projection head of DINO, with a weight-normalised last layer that never stores its normalised weight."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dino.models.checkpoint import read_checkpoint, readable
 
 SMALLEST_NORM = 1e-12
 ROWS = 4096  # rows of the weight that the backward pass works on at a time: what it needs for them stays in cache
@@ -84,6 +87,20 @@ def head_of(state: Mapping[str, Tensor], prefix: str) -> DINOHead | None:
     head = DINOHead(in_dim, out_dim, hidden_dim, bottleneck_dim, use_bn="mlp.1.weight" in own)
     head.load_state_dict(own)
     return head.eval()
+
+
+def load_head(path: Path) -> DINOHead | None:
+    """The teacher's head in a checkpoint, in eval mode; None where there is none, as in exports and timm's models.
+
+    Raises:
+        CheckpointError: If the file cannot be read.
+    """
+    if not path.is_file():
+        return None
+    content = read_checkpoint(path)
+    state = content.get("teacher", content)
+    with readable(str(path)):
+        return head_of(state, "head.")
 
 
 class WeightNormLinear(nn.Module):

@@ -18,8 +18,8 @@ from dino.config.schema import DistillConfig, ModelConfig
 from dino.crops.parameters import GLOBAL_VIEWS
 from dino.errors import ConfigError
 from dino.models.backbone import Tokens
-from dino.models.checkpoint import fingerprint, read_checkpoint, readable
-from dino.models.head import DINOHead, head_of, init_linear
+from dino.models.checkpoint import fingerprint
+from dino.models.head import DINOHead, init_linear, load_head
 from dino.models.transforms import Transform
 from dino.models.weights import LoadedBackbone, expect_level, load_backbone_file
 from dino.objectives import Condition, FrozenNetwork, Masked, Objective, Outputs, Terms
@@ -90,7 +90,7 @@ class FrozenBackbone(FrozenNetwork):
             student: Settings of the student.
         """
         loaded = load_backbone_file(source, settings.arch, settings.transform)
-        head = _load_head(Path(loaded.source)) if settings.dino > 0 else None
+        head = load_head(Path(loaded.source)) if settings.dino > 0 else None
         return cls(loaded, settings, transform, student, head)
 
     def forward(self, x: Tensor, cls_only: bool = False) -> Tokens:
@@ -299,16 +299,6 @@ def _resampled(patches: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) 
     maps = patches.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
     maps = F.interpolate(maps, wanted, mode="bilinear", antialias=True, align_corners=False)
     return maps.flatten(2).transpose(1, 2)  # (B, h' w', D)
-
-
-def _load_head(path: Path) -> DINOHead | None:
-    """The head beside the backbone in a checkpoint; None where there is none, as in exports and timm's models."""
-    if not path.is_file():
-        return None
-    content = read_checkpoint(path)
-    state = content.get("teacher", content)
-    with readable(str(path)):
-        return head_of(state, "head.")
 
 
 def _check(settings: DistillConfig, loaded: LoadedBackbone, head: DINOHead | None) -> None:

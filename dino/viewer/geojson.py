@@ -30,7 +30,8 @@ def feature_collection(
         catalogue: The ROOT.
         slide_id: The slide.
         contents: ``tiles`` (one object each, classified by cluster if there are features), ``clusters`` (one annotation
-            each, the union of its tiles), ``regions`` (one annotation each).
+            each, the union of its tiles; words with the names that people gave them), ``regions`` (one annotation
+            each).
         encoder: Features for the clusters; None for tiles without classes.
 
     Returns:
@@ -50,12 +51,13 @@ def feature_collection(
         if CLUSTERS in contents and clusters is not None:
             features += _cluster_outlines(tiles, clusters, classes)
         if TILES in contents:
-            features += _tiles(tiles, clusters, classes)
+            kind = "Word" if encoder is not None and encoder.words is not None else "Cluster"
+            features += _tiles(tiles, clusters, classes, kind)
     return {"type": "FeatureCollection", "features": features}
 
 
 def _classes(encoder: EncoderFeatures) -> Mapping[int, dict[str, Any]]:
-    return {i: _classification(f"Cluster {i + 1}", rgb) for i, rgb in enumerate(encoder.clusters.colours)}
+    return {i: _classification(label.name, label.colour) for i, label in enumerate(encoder.labels())}
 
 
 def _region(record: RegionRecord) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def _region(record: RegionRecord) -> dict[str, Any]:
 
 
 def _tiles(
-    tiles: SlideTiles, clusters: np.ndarray | None, classes: Mapping[int, dict[str, Any]]
+    tiles: SlideTiles, clusters: np.ndarray | None, classes: Mapping[int, dict[str, Any]], kind: str
 ) -> Iterator[dict[str, Any]]:
     plain = _classification(TILE_CLASS, TILE_COLOUR)
     for i, (x, y) in enumerate(tiles.coords.tolist()):
@@ -83,17 +85,20 @@ def _tiles(
             kind="tile",
             classification=classes.get(cluster, plain),
             name=f"{x}, {y}",
-            measurements=measurements | ({"Cluster": cluster + 1} if cluster >= 0 else {}),
+            measurements=measurements | ({kind: cluster + 1} if cluster >= 0 else {}),
         )
 
 
 def _cluster_outlines(
     tiles: SlideTiles, clusters: np.ndarray, classes: Mapping[int, dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
+    same: dict[str, list[int]] = {}  # words of one name are one class
     for cluster, classification in classes.items():
-        chosen = np.flatnonzero(clusters == cluster)
+        same.setdefault(classification["name"], []).append(cluster)
+    for members in same.values():
+        chosen = np.flatnonzero(np.isin(clusters, members))
         if len(chosen):
-            yield _outline(tiles, chosen, classification, f"cluster/{cluster}")
+            yield _outline(tiles, chosen, classes[members[0]], f"cluster/{members[0]}")
 
 
 def outline_feature(

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
 
@@ -135,10 +135,10 @@ class Viewer:
         return _json(self.encoder(request).cluster(self.slide_id(request)).tolist())
 
     def legend(self, request: Request) -> Response:
-        """Colour and typical tiles of each cluster."""
+        """Name, colour and typical tiles of each cluster or word."""
         features = self.encoder(request)
-        pairs = zip(features.clusters.colours, features.examples(), strict=True)
-        return _json([{"colour": colour, "examples": [list(tile) for tile in tiles]} for colour, tiles in pairs])
+        pairs = zip(features.labels(), features.examples(), strict=True)
+        return _json([asdict(label) | {"examples": [list(tile) for tile in tiles]} for label, tiles in pairs])
 
     def similarity(self, request: Request) -> Response:
         """Cosine similarity of the tiles of a slide to a tile, of the same or of another slide."""

@@ -1,0 +1,218 @@
+"""``words``: clusters of the tiles of all slides, which a pathologist can name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dino import progress
+from dino.config.schema import WordsConfig
+from dino.environment import versions
+from dino.errors import ConfigError, DataError
+from dino.extraction.catalogue import Catalogue, read_catalogue
+from dino.extraction.colours import SEED, Clusters
+from dino.extraction.encoder_features import BLOCK_ROWS, EncoderFeatures
+from dino.extraction.folders import encoder_name, tile_folder, words_folder
+from dino.extraction.record import COMPARED, EARLIER, RECORD, read_record
+from dino.extraction.words import TABLE, Count, Words, write_assigned, write_table, write_words
+from dino.files import oserror_to_data_error, tidy
+from dino.models.checkpoint import resolve_run
+from dino.models.head import DINOHead, load_head
+from dino.models.weights import load_backbone_file
+
+KMEANS, PROTOTYPES = METHODS = ("kmeans", "prototypes")
+COUNT, FEWEST, MOST = 16, 2, 64
+PROBES = 8  # slides of which one tile is recorded
+HEAD_ROWS = 1024  # tiles whose logits are computed at a time
+
+
+@dataclass(frozen=True)
+class WordsSummary:
+    """Result of :func:`find_words`.
+
+    Attributes:
+        words: The words.
+        counts: How often each occurs.
+        names: What each is called.
+    """
+
+    words: Words
+    counts: list[Count]
+    names: list[str]
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles."""
+        return sum(count.tiles for count in self.counts)
+
+
+def find_words(model: str, root: Path, config: WordsConfig | None = None) -> WordsSummary:
+    """Find the words of the tiles of all slides; count them again where they have been found before.
+
+    Words that exist are kept, so that their names stay true: the tiles of slides that were added get the nearest one.
+
+    Args:
+        model: Run or checkpoint whose features are in ROOT, or the name of their encoder.
+        root: ROOT of ``dino tile``, with the features of tiles that ``dino extract`` wrote.
+        config: Number and method.
+
+    Raises:
+        ConfigError: If a setting is out of range, or the words that exist were found with another one.
+        DataError: If there are no features of ``model``, or those of another model of that name; if words are of other
+            features; if a file cannot be read or written.
+        CheckpointError: If ``model`` cannot be loaded.
+    """
+    config = config or WordsConfig()
+    if config.method not in (None, *METHODS):
+        raise ConfigError(f"expected method {' or '.join(METHODS)}, found '{config.method}'")
+    if config.count is not None and not FEWEST <= config.count <= MOST:
+        raise ConfigError(f"expected count from {FEWEST} to {MOST}, found {config.count}")
+    catalogue = read_catalogue(root)
+    name = encoder_of(catalogue, model)
+    folder = words_folder(root, name)
+    with oserror_to_data_error(folder):
+        words = EncoderFeatures(catalogue, name).words
+        if words is None:
+            words = _find(model, catalogue, name, config)
+            folder.mkdir(exist_ok=True)
+            tidy(folder)
+            write_words(words)
+        else:
+            _check_same(words, config)
+        features = EncoderFeatures(catalogue, name)  # with these words
+        assigned = ((slide, catalogue.tiles[slide].coords, features.cluster(slide)) for slide in features.slide_ids)
+        write_assigned(words, assigned)
+        counts = count_words(features)
+        write_table(words, counts)
+    return WordsSummary(words, counts, words.names())
+
+
+def encoder_of(catalogue: Catalogue, model: str) -> str:
+    """The encoder that is meant: the one of that name, or that of a run, checkpoint or export.
+
+    Raises:
+        DataError: If ROOT has no features of it, or those of another model of the same name.
+        CheckpointError: If the model cannot be loaded.
+    """
+    name = encoder_name(model)
+    (name, *_) = catalogue.chosen_encoders([model if model in catalogue.encoders else name])
+    if name == model and not Path(model).exists():
+        return name
+    recorded = read_record(tile_folder(catalogue.root, name) / RECORD).get("fingerprint")
+    if recorded and load_backbone_file(model).fingerprint != recorded:
+        folder = tile_folder(catalogue.root, name)
+        raise DataError(
+            f"expected features of {model} in {folder}, found those of another model of that name; run `dino extract "
+            f"{model} {catalogue.root} what=tiles encoder=NAME` with another name, and pass that name"
+        )
+    return name
+
+
+def count_words(features: EncoderFeatures) -> list[Count]:
+    """How often each word occurs."""
+    size = len(features.clusters)
+    tiles, slides = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    patients: list[set[str]] = [set() for _ in range(size)]
+    for slide_id in features.slide_ids:
+        found = features.cluster(slide_id)
+        counts = np.bincount(found[found >= 0], minlength=size)
+        tiles += counts
+        slides += counts > 0
+        for word in np.flatnonzero(counts):
+            patients[word].add(features.patient(slide_id) or slide_id)
+    recorded = all(features.patient(slide_id) for slide_id in features.slide_ids)
+    return [Count(int(tiles[i]), int(slides[i]), len(patients[i]) if recorded else None) for i in range(size)]
+
+
+# ---------------------------------------------------------------------------------------------- finding words
+
+
+def _find(model: str, catalogue: Catalogue, name: str, config: WordsConfig) -> Words:
+    folder = words_folder(catalogue.root, name)
+    if (folder / TABLE).exists():
+        raise DataError(
+            f"expected the words of {folder / TABLE} beside it, found none; move that table away to find new words"
+        )
+    count, method = config.count or COUNT, config.method or KMEANS
+    features = EncoderFeatures(catalogue, name, count)
+    progress.say(f"{count} words ({method}) of the tiles of {len(features.slide_ids)} slides, features of {name}")
+    if method == PROTOTYPES:
+        clusters = _of_prototypes(_head(model, catalogue, name), features, count)
+    else:
+        clusters = features.fitted(count).refined(features.unit_blocks)
+    sizes = sum(np.bincount(clusters.assign(rows), minlength=len(clusters)) for rows in features.unit_blocks())
+    clusters = clusters.ordered(np.asarray(sizes))
+    probed = features.slide_ids[:: max(1, len(features.slide_ids) // PROBES)][:PROBES]
+    record = EARLIER | read_record(tile_folder(catalogue.root, name) / RECORD)
+    details = {
+        "encoder": name,
+        "method": method,
+        "count": count,
+        "seed": SEED,
+        "slides": len(features.slide_ids),
+        "features": {key: record.get(key) for key in (*COMPARED, "model")},
+        "versions": versions(),
+    }
+    return Words(folder, clusters, [one for slide in probed if (one := features.probe(slide))], details)
+
+
+def _check_same(words: Words, config: WordsConfig) -> None:
+    """Raise ConfigError if words were found with other settings than those that are asked for."""
+    for setting in ("count", "method"):
+        asked, found = getattr(config, setting), words.details.get(setting)
+        if asked is not None and asked != found:
+            raise ConfigError(
+                f"expected {setting}={found}, with which the words in {words.folder} were found, found {asked}; move "
+                f"that folder away (its {TABLE} has the names) to find new words"
+            )
+
+
+def _head(model: str, catalogue: Catalogue, name: str) -> DINOHead:
+    """The DINO head of the model whose features there are.
+
+    Raises:
+        ConfigError: If there is none, or the features are not what it takes.
+    """
+    path = Path(model)
+    head = load_head(resolve_run(path) if path.is_dir() else path)
+    if head is None:
+        raise ConfigError(
+            f"expected a run or a checkpoint with a DINO head for method={PROTOTYPES}, found none in {model}; use "
+            f"method={KMEANS}"
+        )
+    kind = (EARLIER | read_record(tile_folder(catalogue.root, name) / RECORD))["features"]
+    if kind != "cls":
+        raise ConfigError(
+            f"expected features of the cls token for method={PROTOTYPES}, found features={kind}; use method={KMEANS}"
+        )
+    return head
+
+
+def _of_prototypes(head: DINOHead, features: EncoderFeatures, count: int) -> Clusters:
+    """The mean features of the tiles whose largest logit is that of one of the most used prototypes.
+
+    Args:
+        head: The head.
+        features: The features.
+        count: Number of prototypes.
+    """
+    size = len(head.last_layer.weight_v)
+    chosen = [
+        np.concatenate([_prototypes(head, rows) for rows in features.slide(slide).blocks()])
+        for slide in features.slide_ids
+    ]
+    used = np.bincount(np.concatenate(chosen), minlength=size)
+    most = np.argsort(-used, kind="stable")[:count]
+    most = most[used[most] > 0]
+    sums = np.zeros((len(most), features.slide(features.slide_ids[0]).rows.shape[1]))
+    for slide, found in zip(features.slide_ids, chosen, strict=True):
+        for start, rows in zip(range(0, len(found), BLOCK_ROWS), features.slide(slide).unit_blocks(), strict=True):
+            sums += np.equal.outer(most, found[start : start + BLOCK_ROWS]).astype(np.float32) @ rows
+    return Clusters((sums / used[most, None]).astype(np.float32))
+
+
+def _prototypes(head: DINOHead, rows: np.ndarray) -> np.ndarray:
+    """The prototype with the largest logit of each row, ``(n,)`` int64."""
+    with torch.inference_mode():
+        return np.concatenate([head(part).argmax(1).numpy() for part in torch.tensor(rows).split(HEAD_ROWS)])
