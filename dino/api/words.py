@@ -4,27 +4,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from dino import progress
 from dino.config.schema import WordsConfig
 from dino.environment import versions
 from dino.errors import ConfigError, DataError
 from dino.extraction.catalogue import Catalogue, read_catalogue
-from dino.extraction.colours import SEED, Clusters
-from dino.extraction.encoder_features import BLOCK_ROWS, EncoderFeatures
+from dino.extraction.encoder_features import EncoderFeatures
 from dino.extraction.folders import encoder_name, tile_folder, words_folder
+from dino.extraction.prototypes import head_of_features, mean_of_prototypes
 from dino.extraction.record import COMPARED, EARLIER, RECORD, read_record
 from dino.extraction.words import TABLE, Count, Words, write_assigned, write_table, write_words
 from dino.files import oserror_to_data_error, tidy
-from dino.models.checkpoint import resolve_run
-from dino.models.head import DINOHead, load_head
 from dino.models.weights import load_backbone_file
 
-KMEANS, PROTOTYPES = METHODS = ("kmeans", "prototypes")
+METHODS = KMEANS, PROTOTYPES = "kmeans", "prototypes"
 COUNT, FEWEST, MOST = 16, 2, 64
 PROBES = 8  # slides of which one tile is recorded
-HEAD_ROWS = 1024  # tiles whose logits are computed at a time
 
 
 @dataclass(frozen=True)
@@ -138,7 +134,7 @@ def _find(model: str, catalogue: Catalogue, name: str, config: WordsConfig) -> W
     features = EncoderFeatures(catalogue, name, count)
     progress.say(f"{count} words ({method}) of the tiles of {len(features.slide_ids)} slides, features of {name}")
     if method == PROTOTYPES:
-        clusters = _of_prototypes(_head(model, catalogue, name), features, count)
+        clusters = mean_of_prototypes(head_of_features(model, catalogue.root, name), features, count)
     else:
         clusters = features.fitted(count).refined(features.unit_blocks)
     sizes = sum(np.bincount(clusters.assign(rows), minlength=len(clusters)) for rows in features.unit_blocks())
@@ -149,7 +145,6 @@ def _find(model: str, catalogue: Catalogue, name: str, config: WordsConfig) -> W
         "encoder": name,
         "method": method,
         "count": count,
-        "seed": SEED,
         "slides": len(features.slide_ids),
         "features": {key: record.get(key) for key in (*COMPARED, "model")},
         "versions": versions(),
@@ -166,53 +161,3 @@ def _check_same(words: Words, config: WordsConfig) -> None:
                 f"expected {setting}={found}, with which the words in {words.folder} were found, found {asked}; move "
                 f"that folder away (its {TABLE} has the names) to find new words"
             )
-
-
-def _head(model: str, catalogue: Catalogue, name: str) -> DINOHead:
-    """The DINO head of the model whose features there are.
-
-    Raises:
-        ConfigError: If there is none, or the features are not what it takes.
-    """
-    path = Path(model)
-    head = load_head(resolve_run(path) if path.is_dir() else path)
-    if head is None:
-        raise ConfigError(
-            f"expected a run or a checkpoint with a DINO head for method={PROTOTYPES}, found none in {model}; use "
-            f"method={KMEANS}"
-        )
-    kind = (EARLIER | read_record(tile_folder(catalogue.root, name) / RECORD))["features"]
-    if kind != "cls":
-        raise ConfigError(
-            f"expected features of the cls token for method={PROTOTYPES}, found features={kind}; use method={KMEANS}"
-        )
-    return head
-
-
-def _of_prototypes(head: DINOHead, features: EncoderFeatures, count: int) -> Clusters:
-    """The mean features of the tiles whose largest logit is that of one of the most used prototypes.
-
-    Args:
-        head: The head.
-        features: The features.
-        count: Number of prototypes.
-    """
-    size = len(head.last_layer.weight_v)
-    chosen = [
-        np.concatenate([_prototypes(head, rows) for rows in features.slide(slide).blocks()])
-        for slide in features.slide_ids
-    ]
-    used = np.bincount(np.concatenate(chosen), minlength=size)
-    most = np.argsort(-used, kind="stable")[:count]
-    most = most[used[most] > 0]
-    sums = np.zeros((len(most), features.slide(features.slide_ids[0]).rows.shape[1]))
-    for slide, found in zip(features.slide_ids, chosen, strict=True):
-        for start, rows in zip(range(0, len(found), BLOCK_ROWS), features.slide(slide).unit_blocks(), strict=True):
-            sums += np.equal.outer(most, found[start : start + BLOCK_ROWS]).astype(np.float32) @ rows
-    return Clusters((sums / used[most, None]).astype(np.float32))
-
-
-def _prototypes(head: DINOHead, rows: np.ndarray) -> np.ndarray:
-    """The prototype with the largest logit of each row, ``(n,)`` int64."""
-    with torch.inference_mode():
-        return np.concatenate([head(part).argmax(1).numpy() for part in torch.tensor(rows).split(HEAD_ROWS)])

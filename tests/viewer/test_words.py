@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from dino import api
-from dino.api.words import _of_prototypes, _prototypes
 from dino.config.load import load_config
 from dino.config.schema import GeojsonConfig, WordsConfig
 from dino.errors import ConfigError, DataError
 from dino.extraction.catalogue import read_catalogue
 from dino.extraction.colours import Clusters
 from dino.extraction.encoder_features import EncoderFeatures
+from dino.extraction.prototypes import chosen_prototypes, mean_of_prototypes
 from dino.models.head import DINOHead
 from tests.viewer.conftest import HOSTILE, PATIENTS, write_features
 
@@ -226,7 +226,7 @@ def test_words_of_prototypes_are_the_means_of_the_tiles_that_choose_them(root, f
     chosen = logits.argmax(1)
     used = np.bincount(chosen, minlength=12)
     most = np.argsort(-used, kind="stable")[:3]
-    found = _of_prototypes(head.float(), encoder, 3)
+    found = mean_of_prototypes(head.float(), encoder, 3)
     expected = np.stack([_unit(rows)[chosen == one].mean(0) for one in most])
     np.testing.assert_allclose(found.centres, expected, atol=1e-5)
-    np.testing.assert_array_equal(_prototypes(head, rows), chosen)
+    np.testing.assert_array_equal(chosen_prototypes(head, rows), chosen)
