@@ -2,11 +2,12 @@
 
     DINO_TEST_DATA=… python -m benchmarks.learning OUTPUT costs [--recipes dino,ibot]
     DINO_TEST_DATA=… python -m benchmarks.learning OUTPUT run [--recipes dino,ibot] [--seeds 0,1] [--budget 1.0]
-    python -m benchmarks.learning OUTPUT table
+    python -m benchmarks.learning OUTPUT table [--earlier RESULTS.json]
 
 ``costs`` times a step of each recipe in turn; ``run`` trains each recipe for as many steps as take the time of
 ``budget`` x 312 steps of DINO, and appends a line to OUTPUT/learning.jsonl for each finished run, so that several calls
-add up; ``table`` compares what is there with DINO, seed by seed.
+add up; ``table`` compares what is there with DINO, seed by seed. ``--earlier`` adds the runs of recorded results, which
+are not repeated; without costs in OUTPUT, theirs are taken.
 
 The test tiles are split into two halves: recipes are chosen on the validation half and reported on the other half. The
 score is the mean of the accuracies of 20-NN and of a ridge probe on the training tiles, after each quarter of the run.
@@ -52,8 +53,11 @@ SQUARES = {  # the masks of nanopath (MedARC)
 RECIPES: dict[str, dict[str, Any]] = {
     "dino": {},
     "kde": {"objective.kde": 0.01},
+    "kde 0.001": {"objective.kde": 0.001},
     "koleo": {"objective.koleo": 0.1},
+    "koleo 0.01": {"objective.koleo": 0.01},
     "ibot": {"objective.ibot": 1.0},
+    "ibot 0.3": {"objective.ibot": 0.3},
     "ibot+kde": {"objective.ibot": 1.0, "objective.kde": 0.01},
     "ibot+kde+sinkhorn": {"objective.ibot": 1.0, "objective.kde": 0.01, "objective.targets": "sinkhorn"},
     "sinkhorn": {"objective.targets": "sinkhorn"},
@@ -84,9 +88,13 @@ def measure_costs(data: Path, output: Path, recipes: Sequence[str]) -> None:
     print(json.dumps({name: round(cost, 3) for name, cost in costs.items()}))
 
 
-def train_and_score(data: Path, output: Path, recipe: str, seed: int, budget: float) -> dict[str, Any]:
+def cost_of(recipe: str, costs: Mapping[str, float]) -> float:
+    """Relative seconds per step of a recipe, or of one with the same parts and other weights."""
+    return costs.get(recipe) or next(cost for name, cost in costs.items() if {*RECIPES[name]} == {*RECIPES[recipe]})
+
+
+def train_and_score(data: Path, output: Path, recipe: str, seed: int, budget: float, cost: float) -> dict[str, Any]:
     """One run, scored after each quarter; a finished run is not repeated."""
-    cost = read_json(output / "costs.json")[recipe]
     steps = round(DINO_STEPS * budget / cost / QUARTERS) * QUARTERS
     run = output / recipe / f"seed_{seed}"
     every = {
@@ -190,11 +198,16 @@ def main() -> None:
     parser.add_argument("--recipes", type=lambda text: text.split(","), default=list(RECIPES))
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("--budget", type=float, default=1.0)
+    parser.add_argument("--earlier", type=Path, help="recorded results, such as benchmarks/results/*-learning.json")
     arguments = parser.parse_args()
-    log = arguments.output / "learning.jsonl"
+    log, earlier = arguments.output / "learning.jsonl", read_json(arguments.earlier) if arguments.earlier else {}
+
+    def done() -> list[dict[str, Any]]:
+        return [*earlier.get("runs", []), *read(log)]
+
     if arguments.action == "table":
         for half in ("validation", "report"):
-            print_table(read(log), half)
+            print_table(done(), half)
         return
     data = Path(os.environ.get("DINO_TEST_DATA", "."), "crc5")
     if not data.is_dir():
@@ -202,11 +215,14 @@ def main() -> None:
     if arguments.action == "costs":
         measure_costs(data, arguments.output, arguments.recipes)
         return
+    own = arguments.output / "costs.json"
+    costs = read_json(own) if own.exists() else earlier["relative_seconds_per_step"]
     for seed in arguments.seeds:
         for recipe in arguments.recipes:
-            if not any(run["recipe"] == recipe and run["seed"] == seed for run in read(log)):
-                append(log, train_and_score(data, arguments.output, recipe, seed, arguments.budget))
-                print_table(read(log), "validation")
+            if not any(run["recipe"] == recipe and run["seed"] == seed for run in done()):
+                cost = cost_of(recipe, costs)
+                append(log, train_and_score(data, arguments.output, recipe, seed, arguments.budget, cost))
+                print_table(done(), "validation")
 
 
 if __name__ == "__main__":
