@@ -12,6 +12,7 @@ from dino.config.schema import AttentionConfig
 from dino.errors import ConfigError, DataError
 from dino.extraction.attention import AttentionModels, Cell
 from dino.extraction.embed import check_settings
+from dino.extraction.folders import attention_folder, encoder_name
 from dino.extraction.pyramid import write_pyramid
 from dino.files import oserror_to_data_error
 from dino.models.weights import LoadedBackbone, load_backbone_file
@@ -37,13 +38,13 @@ class AttentionSummary:
         return 2 if self.failures else 0
 
 
-def attention(models: Sequence[str], root: Path, output: Path, config: AttentionConfig) -> AttentionSummary:
+def attention(models: Sequence[str], root: Path, output: Path | None, config: AttentionConfig) -> AttentionSummary:
     """Write the attention over slides as OME-TIFF pyramids, see :mod:`dino.extraction.attention`.
 
     Args:
         models: A level-1 model, and a level-2 model if its attention and the product are wanted.
         root: ROOT that ``dino tile`` wrote; for level 2 with the grids that its level 1 extracted.
-        output: Folder of the files.
+        output: Folder of the files; None for ``ROOT/attention_<encoder>``, where `dino view` finds them.
         config: Settings.
 
     Returns:
@@ -60,6 +61,7 @@ def attention(models: Sequence[str], root: Path, output: Path, config: Attention
     device = distributed.choose_device(config.device)
     distributed.check_precision(config.precision, device)
     tile, region = _by_level([load_backbone_file(model, config.arch, config.transform) for model in models])
+    output = output or attention_folder(root, encoder_name(tile.source))
     found, summary = Root(root, config.grids), AttentionSummary()
     slides, work = found.tiled_slides(config.slides), _work(found, region, config)
     networks = AttentionModels(tile, region, config, device)

@@ -15,7 +15,9 @@ from dino.extraction.catalogue import Catalogue, read_catalogue
 from dino.extraction.encoder_features import EncoderFeatures
 from dino.extraction.folders import encoder_name
 from dino.files import oserror_to_data_error, write_text
+from dino.viewer.attention import AttentionFiles, find_attention
 from dino.viewer.geojson import CLUSTERS, CONTENTS, feature_collection
+from dino.viewer.models import RunModels
 
 EVERYWHERE = ("0.0.0.0", "::")
 OWN = ("127.0.0.1", "localhost", "::1")  # addresses that no other computer can connect to
@@ -31,31 +33,35 @@ def view(root: Path, runs: Sequence[str], config: ViewConfig) -> None:
         config: Settings.
 
     Raises:
-        DataError: If ROOT cannot be read, none of its slides is there, or it has no features of one of the runs.
+        CheckpointError: If a run cannot be loaded.
+        DataError: If ROOT cannot be read, none of its slides is there, it has no features of one of the runs, or
+            features of that name that another model made.
         ConfigError: If a setting is out of range, the address cannot be used, or a package is not installed.
     """
-    uvicorn = import_extra("uvicorn", "the viewer", "viewer")
-    import_extra("starlette", "the viewer", "viewer")
+    for package in ("uvicorn", "starlette"):
+        import_extra(package, "the viewer", "viewer")
+    from dino.viewer.serving import serve
+
     _check(config)
     catalogue = read_catalogue(root, config.slides)
     catalogue.check_slides()
-    names = catalogue.chosen_encoders([_encoder(catalogue, run) for run in runs])
+    wanted = {_encoder(catalogue, run): run for run in runs}
+    names = catalogue.chosen_encoders(list(wanted))
     encoders = {name: EncoderFeatures(catalogue, name, config.clusters) for name in names}
+    folders = find_attention(catalogue, names, config.attention)
+    attention = {name: AttentionFiles(catalogue, folder) for name, folder in folders.items()}
     if not encoders:
         progress.say(f"no features of tiles in {root}: only slides, tiles and regions are shown (`dino extract`)")
     listening = _listen(config.host, config.port)
     token = config.token or secrets.token_urlsafe(24)
-    app = _guarded(catalogue, encoders, config, token)
+    models = RunModels(catalogue, {name: run for name, run in wanted.items() if name != run})
     with listening:
         progress.say(f"viewer: {_address(config.host, listening)}/?token={token}  (Ctrl-C ends it)")
         if config.host not in OWN:
             progress.warn(
                 f"host={config.host}: other computers can connect, and whoever has the address sees all slides"
             )
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=2, ws="none")
-        )
-        server.run(sockets=[listening])
+        serve(listening, token, catalogue, encoders, attention, models, config, config.host in OWN)
 
 
 def export_geojson(root: Path, output: Path, config: GeojsonConfig) -> list[Path]:
@@ -122,16 +128,6 @@ def _check(config: ViewConfig) -> None:
 def _check_clusters(count: int | None) -> None:
     if count is not None and not 2 <= count <= MAX_CLUSTERS:
         raise ConfigError(f"expected 2 to {MAX_CLUSTERS} clusters, found {count}")
-
-
-def _guarded(catalogue: Catalogue, encoders: dict[str, EncoderFeatures], config: ViewConfig, token: str) -> object:
-    from dino.viewer.guard import LOCAL_HOSTS, Guard
-    from dino.viewer.pixels import SlidePixels
-    from dino.viewer.server import Viewer, build_app
-
-    pixels = SlidePixels(catalogue.slides, config.open_slides, config.cache_mb)
-    viewer = Viewer(catalogue, encoders, pixels, config.annotate, config.num_workers)
-    return Guard(build_app(viewer), token, LOCAL_HOSTS if config.host in OWN else None, config.annotate)
 
 
 def _listen(host: str, port: int) -> socket.socket:

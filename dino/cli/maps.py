@@ -11,7 +11,7 @@ from dino.config.load import load_config
 from dino.config.schema import AttentionConfig
 
 AttentionArguments = Annotated[
-    list[str] | None, typer.Argument(metavar="MODEL [REGION_MODEL] ROOT OUT [KEY=VALUE]...", hidden=True)
+    list[str] | None, typer.Argument(metavar="MODEL [REGION_MODEL] ROOT [OUT] [KEY=VALUE]...", hidden=True)
 ]
 
 
@@ -21,23 +21,28 @@ def attention(arguments: AttentionArguments = None, config: ConfigFile = None) -
     MODEL is a level-1 model (a run folder, a checkpoint, an export or timm:NAME), REGION_MODEL a level-2 model that was
     trained on its features. ROOT is a folder that `dino tile` wrote and, for level 2, `dino extract` filled. A file
     OUT/SLIDE.ome.tif is written for each slide: a pyramidal OME-TIFF with its spacing in µm, which QuPath and napari
-    open. Its channels are the attention of the cls token of level 1 over the tokens of the tiles, that of level 2
-    over the tiles of the regions, each as the mean over heads and by head, and their product as in HIPT. All are
-    relative to uniform attention, which is 1; where tiles or regions overlap, they are averaged in place.
+    open. Without OUT it is ROOT/attention_MODEL, where `dino view ROOT` finds it. Its channels are the attention of the
+    cls token of level 1 over the tokens of the tiles, that of level 2 over the tiles of the regions, each as the mean
+    over heads and by head, and their product as in HIPT. All are relative to uniform attention, which is 1; where
+    tiles or regions overlap, they are averaged in place.
 
     For example:
 
-        dino attention runs/patch data maps
+        dino attention runs/patch data
         dino attention runs/patch runs/region data maps slide=a1 offsets=4
     """
     positional, overrides = split(arguments or [])
-    if len(positional) not in (3, 4):
-        raise UsageError(f"expected MODEL [REGION_MODEL] ROOT OUT, found {' '.join(positional) or 'no arguments'}")
-    *models, root, output = positional
-    settings = load_config(AttentionConfig, file=config, overrides=overrides)
+    if len(positional) not in (2, 3, 4):
+        raise UsageError(f"expected MODEL [REGION_MODEL] ROOT [OUT], found {' '.join(positional) or 'no arguments'}")
     from dino import api
+    from dino.slides.tables import TILING_FILE
 
-    end(api.attention(models, Path(root), Path(output), settings).exit_code)
+    # Of three words, the last one is ROOT if it was tiled.
+    with_output = len(positional) == 4 or (len(positional) == 3 and not (Path(positional[-1]) / TILING_FILE).exists())
+    *models, root = positional[:-1] if with_output else positional
+    output = Path(positional[-1]) if with_output else None
+    settings = load_config(AttentionConfig, file=config, overrides=overrides)
+    end(api.attention(models, Path(root), output, settings).exit_code)
 
 
 attention_command = with_settings(AttentionConfig)

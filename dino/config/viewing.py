@@ -13,6 +13,7 @@ class ViewConfig:
     port: int = runtime(8765, "port; 0 for any free one")
     token: str | None = runtime(None, "secret in the address that opens the viewer (null: a random one)")
     slides: str | None = runtime(None, "folder or slides.csv of the slides, if they were moved after tiling")
+    attention: str | None = runtime(None, "folder of files of `dino attention` (null: ROOT/attention_ENCODER)")
     clusters: int | None = runtime(
         None, "number of clusters of the tiles' features, over all slides (null: the words of `dino words`, else 10)"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from dino import progress
 from dino.errors import DataError
 from dino.extraction.folders import tile_folder
+from dino.extraction.pyramid import SUFFIX
 from dino.slides.tables import (
     COORDINATES_FOLDER,
     REGIONS_TABLE,
@@ -21,7 +22,7 @@ from dino.slides.tables import (
 )
 from dino.slides.tiled import TiledSlides, slide_paths
 
-ENCODER_PREFIX = "features_"
+ENCODER_PREFIX, ATTENTION_PREFIX = "features_", "attention_"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ class Catalogue:
         """Names of the encoders with features of tiles, sorted."""
         folders = (path for path in self.root.glob(f"{ENCODER_PREFIX}*") if path.is_dir() and any(path.glob("*.h5")))
         return sorted(path.name.removeprefix(ENCODER_PREFIX) for path in folders)
+
+    @property
+    def attention_folders(self) -> dict[str, Path]:
+        """Folders of attention maps by the name of their encoder, sorted."""
+        folders = (path for path in self.root.glob(f"{ATTENTION_PREFIX}*") if path.is_dir())
+        found = (path for path in folders if any(path.glob(f"[!.]*{SUFFIX}")))
+        return {path.name.removeprefix(ATTENTION_PREFIX): path for path in sorted(found)}
 
     def patient(self, slide_id: str) -> str:
         """The patient of a slide; the slide itself where none is recorded."""

@@ -5,6 +5,7 @@
 ``region_4096_pretraining[_<encoder>]/``    level 1: one grid (``.pt``) per region
 ``region_features_<encoder>/``              level 2: every region of a slide in one ``.h5``
 ``slide_features_<encoder>/``               level 2: one vector per slide
+``attention_<encoder>/``                    a map of each slide (``dino attention``)
 ``slide_features/``                         level 2 without a name: regions and their mean in one ``.h5``
 ``words_<encoder>/``                        words of the tiles of all slides, see :mod:`dino.extraction.words`
 ==========================================  ===================================================================
@@ -63,6 +64,11 @@ def tile_folder(root: Path, encoder: str) -> Path:
 def words_folder(root: Path, encoder: str) -> Path:
     """Folder of the words of the tiles' features."""
     return root / f"words_{encoder}"
+
+
+def attention_folder(root: Path, encoder: str) -> Path:
+    """Folder of the attention maps of slides."""
+    return root / f"attention_{encoder}"
 
 
 def grid_folder(root: Path, encoder: str | None) -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 from dino.environment import import_extra
 from dino.files import atomic_path
 
+SUFFIX = ".ome.tif"
 TILE = 256  # side of the tiles of the file
 SMALLEST = 512  # the last level is at most this large
 

@@ -36,6 +36,38 @@ class OpenSlide:
     zoom: Any
 
 
+class Kept:
+    """Encoded pictures that were made last, up to a number of bytes; may be used from several threads.
+
+    Args:
+        max_mb: That number in MB.
+    """
+
+    def __init__(self, max_mb: float) -> None:
+        self._max_bytes, self._lock = max_mb * MB, threading.Lock()
+        self._pictures: OrderedDict[tuple[Any, ...], bytes] = OrderedDict()
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def get(self, key: tuple[Any, ...], make: Callable[[], bytes]) -> bytes:
+        """The picture of a key, made if it is not kept."""
+        with self._lock:
+            if key in self._pictures:
+                self._pictures.move_to_end(key)
+                return self._pictures[key]
+        content = make()  # two threads may make the same picture, which is cheaper than to let others wait
+        with self._lock:
+            if key not in self._pictures:
+                self._pictures[key] = content
+                self.bytes += len(content)
+            while self.bytes > self._max_bytes:
+                _, dropped = self._pictures.popitem(last=False)
+                self.bytes -= len(dropped)
+        return content
+
+
 class SlidePixels:
     """Encoded pictures of the slides of a ROOT.
 
@@ -48,12 +80,10 @@ class SlidePixels:
     def __init__(self, slides: TiledSlides, open_slides: int = 16, cache_mb: int = 128) -> None:
         import openslide
 
-        self._slides, self._open_slides, self._cache_bytes = slides, open_slides, cache_mb * MB
+        self._slides, self._open_slides = slides, open_slides
         self._decoded = openslide.OpenSlideCache(cache_mb * MB)
-        self._lock = threading.Lock()
+        self._lock, self.pictures = threading.Lock(), Kept(cache_mb)
         self._open: OrderedDict[str, OpenSlide] = OrderedDict()
-        self._encoded: OrderedDict[tuple[Any, ...], bytes] = OrderedDict()
-        self.encoded_bytes = 0
 
     def tile(self, slide_id: str, level: int, column: int, row: int) -> bytes:
         """A deep-zoom tile as JPEG.
@@ -67,7 +97,9 @@ class SlidePixels:
         Raises:
             DataError: If there is no such tile, or the slide cannot be read.
         """
-        return self._kept(("tile", slide_id, level, column, row), lambda: self._tile(slide_id, level, column, row))
+        return self.pictures.get(
+            ("tile", slide_id, level, column, row), lambda: self._tile(slide_id, level, column, row)
+        )
 
     def cell(self, slide_id: str, x: int, y: int, side_lv0: int, size_px: int) -> bytes:
         """The square at level-0 ``(x, y)`` of ``side_lv0`` level-0 px, as a JPEG of ``size_px`` px.
@@ -75,7 +107,9 @@ class SlidePixels:
         Raises:
             DataError: If the slide cannot be read.
         """
-        return self._kept(("cell", slide_id, x, y, size_px), lambda: self._cell(slide_id, x, y, side_lv0, size_px))
+        return self.pictures.get(
+            ("cell", slide_id, x, y, size_px), lambda: self._cell(slide_id, x, y, side_lv0, size_px)
+        )
 
     def thumbnail(self, slide_id: str, max_side_px: int) -> bytes:
         """The whole slide as JPEG, its longer side at most ``max_side_px``.
@@ -83,22 +117,7 @@ class SlidePixels:
         Raises:
             DataError: If the slide cannot be read.
         """
-        return self._kept(("thumbnail", slide_id, max_side_px), lambda: self._thumbnail(slide_id, max_side_px))
-
-    def _kept(self, key: tuple[Any, ...], make: Callable[[], bytes]) -> bytes:
-        with self._lock:
-            if key in self._encoded:
-                self._encoded.move_to_end(key)
-                return self._encoded[key]
-        content = make()  # two threads may make the same picture, which is cheaper than to let others wait
-        with self._lock:
-            if key not in self._encoded:
-                self._encoded[key] = content
-                self.encoded_bytes += len(content)
-            while self.encoded_bytes > self._cache_bytes:
-                _, dropped = self._encoded.popitem(last=False)
-                self.encoded_bytes -= len(dropped)
-        return content
+        return self.pictures.get(("thumbnail", slide_id, max_side_px), lambda: self._thumbnail(slide_id, max_side_px))
 
     def _tile(self, slide_id: str, level: int, column: int, row: int) -> bytes:
         zoom = self._opened(slide_id).zoom

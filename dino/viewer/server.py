@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -19,6 +19,7 @@ from dino.errors import DataError, DinoError
 from dino.extraction.catalogue import Catalogue
 from dino.extraction.encoder_features import EncoderFeatures
 from dino.slides.tables import STATUS_COLUMNS
+from dino.viewer.attention import AttentionFiles, TileAttention
 from dino.viewer.geojson import CONTENTS, feature_collection
 from dino.viewer.pixels import OVERLAP_PX, TILE_PX, SlidePixels
 from dino.viewer.selections import save_selection
@@ -26,9 +27,10 @@ from dino.viewer.selections import save_selection
 THUMBNAIL_PX, CELL_PX = 256, 128
 MAX_NEIGHBOURS = 60
 HIDDEN = ("image_path", "mask_path")  # columns of slides_status.csv that are paths of this computer
+COMPARED = ("centre", "scanner", "stain")  # columns that features should not be alike by
 MEDIA = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "txt": "text/plain"}
 PICTURE = {"cache-control": "private, max-age=3600"}
-ASSETS = ("index.html", "viewer.js", "overlay.js", "state.js", "style.css", "vendor/openseadragon.min.js")
+ASSETS = ("index.html", "viewer.js", "overlay.js", "maps.js", "state.js", "style.css", "vendor/openseadragon.min.js")
 
 log = logging.getLogger("dino.viewer")
 
@@ -47,6 +49,8 @@ class Viewer:
         pixels: The slides.
         writable: Let the page save selections.
         workers: Number of threads that read slides and features.
+        attention: Maps of ``dino attention`` by encoder.
+        models: Models by encoder, whose attention over a tile is computed on demand; None while one is being loaded.
     """
 
     catalogue: Catalogue
@@ -54,6 +58,8 @@ class Viewer:
     pixels: SlidePixels
     writable: bool = False
     workers: int = 8
+    attention: Mapping[str, AttentionFiles] = field(default_factory=dict)
+    models: Mapping[str, TileAttention | None] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------ what is asked for
 
@@ -71,6 +77,13 @@ class Viewer:
             raise NotFound("expected the name of an encoder with features in this ROOT, found another one")
         return self.encoders[name]
 
+    def maps(self, request: Request) -> AttentionFiles:
+        """The attention maps of the encoder of a request."""
+        name = request.query_params.get("encoder", "")
+        if name not in self.attention:
+            raise NotFound("expected the name of an encoder with attention maps, found another one")
+        return self.attention[name]
+
     def tile(self, slide_id: str, text: str) -> int:
         """The index of a tile of a slide."""
         count = len(self.catalogue.tiles[slide_id].coords) if slide_id in self.catalogue.tiles else 0
@@ -83,17 +96,22 @@ class Viewer:
 
     def root(self, request: Request) -> Response:
         """Slides with the columns of their table, encoders, geometry."""
-        columns = [name for name in STATUS_COLUMNS if name not in HIDDEN]
+        own = [name for name in STATUS_COLUMNS if name not in HIDDEN]
+        further = list(dict.fromkeys(n for one in self.catalogue.slides.status.values() for n in one.further))
         slides = []
         for slide_id, status in self.catalogue.slides.status.items():
-            cells = {name: getattr(status, name) for name in columns}
+            cells = {name: getattr(status, name) for name in own} | {n: status.further.get(n, "") for n in further}
             slides.append(cells | {"readable": self.catalogue.slides.path(slide_id) is not None})
         return _json(
             {
                 "name": self.catalogue.root.resolve().name,
-                "columns": columns,
+                "columns": [*own, *further],
+                "compared": [*(name for name in COMPARED if name in own), *further],
                 "slides": slides,
-                "encoders": list(self.encoders),
+                "encoders": list(dict.fromkeys([*self.encoders, *self.attention])),
+                "features": list(self.encoders),
+                "attention": list(self.attention),
+                "models": list(self.models),
                 "deep_zoom": {"tile_px": TILE_PX, "overlap_px": OVERLAP_PX},
                 "writable": self.writable,
             }
@@ -162,9 +180,37 @@ class Viewer:
         return _json([self._described(one.slide_id, one.tile) | {"similarity": one.similarity} for one in found])
 
     def _described(self, slide_id: str, tile: int) -> dict[str, Any]:
-        x, y = self.catalogue.tiles[slide_id].coords[tile].tolist()
+        tiles = self.catalogue.tiles[slide_id]
+        x, y = tiles.coords[tile].tolist()
         status = self.catalogue.slides.status[slide_id]
-        return {"slide_id": slide_id, "patient_id": status.patient_id, "tile": tile, "x": x, "y": y}
+        return {
+            "slide_id": slide_id,
+            "patient_id": status.patient_id,
+            "tile": tile,
+            "x": x,
+            "y": y,
+            "annotation": tiles.annotations[tile] if tiles.annotations else "",
+        }
+
+    def attention_maps(self, request: Request) -> Response:
+        """Channels, levels and places of the attention maps of a slide."""
+        return _json(self.maps(request).describe(self.slide_id(request)))
+
+    def attention_tile(self, request: Request) -> Response:
+        """A tile of an attention map."""
+        names = ("channel", "level", "column", "row")
+        channel, level, column, row = (_number(request.path_params[name]) for name in names)
+        content = self.maps(request).picture(self.slide_id(request), channel, level, column, row)
+        return Response(content, media_type="image/png", headers=PICTURE)
+
+    def tile_attention(self, request: Request) -> Response:
+        """Attention of a model over a tile, row-major: the mean over heads, then each head. Null without a model."""
+        slide_id, model = self.slide_id(request), self.models.get(request.query_params.get("encoder", ""))
+        tile = self.tile(slide_id, request.path_params["tile"])
+        if model is None:
+            return _json(None)
+        maps = model.maps(slide_id, tile)
+        return _json({"side": maps.shape[1], "maps": np.round(maps, 4).reshape(len(maps), -1).tolist()})
 
     def deep_zoom(self, request: Request) -> Response:
         """A deep-zoom tile."""
@@ -213,9 +259,12 @@ def build_app(viewer: Viewer) -> Starlette:
         Route("/api/slides/{slide}/clusters", slow(viewer.clusters)),
         Route("/api/slides/{slide}/similarity", slow(viewer.similarity)),
         Route("/api/slides/{slide}/neighbours/{tile}", slow(viewer.neighbours)),
+        Route("/api/slides/{slide}/attention", slow(viewer.attention_maps)),
+        Route("/api/slides/{slide}/attention/{tile}", slow(viewer.tile_attention)),
         Route("/api/slides/{slide}/geojson", slow(viewer.geojson)),
         Route("/slides/{slide}/thumbnail.jpg", slow(viewer.thumbnail)),
         Route("/slides/{slide}/tiles/{tile}.jpg", slow(viewer.cell)),
+        Route("/slides/{slide}/attention/{channel}/{level}/{column}_{row}.png", slow(viewer.attention_tile)),
         Route("/slides/{slide}/zoom/{level}/{column}_{row}.jpg", slow(viewer.deep_zoom)),
     ]
     if viewer.writable:

@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_refused(root: Path) -> None:
         attention([patch], root, out, AttentionConfig(**{**vars(CONFIG), "offsets": 3}))
     with pytest.raises(ConfigError, match="offsets and stride of at least 1"):
         attention([patch], root, out, AttentionConfig(**{**vars(CONFIG), "stride": 0}))
-    done = CliRunner().invoke(app, ["attention", patch, str(root)])
-    assert done.exit_code == 2 and "expected MODEL [REGION_MODEL] ROOT OUT" in done.output
+    done = CliRunner().invoke(app, ["attention", patch])
+    assert done.exit_code == 2 and "expected MODEL [REGION_MODEL] ROOT [OUT]" in done.output
     (root.parent / "slides" / "one.tiff").write_bytes(b"gone")
     assert attention([patch], root, out, CONFIG).exit_code == 2

@@ -13,6 +13,7 @@ from tests import painted_slide
 
 HOSTILE = "<img src=x onerror=alert(1)>&\"'"  # a slide id can be this
 PATIENTS = {"one": "P1", "two": "P1", HOSTILE: "P2"}
+CENTRES = {"one": "A", "two": "B", HOSTILE: "A"}
 DIM = 8
 UNIT = 4  # px per step of red and green
 
@@ -33,19 +34,30 @@ def write_features(root: Path, encoder: str, seed: int = 0) -> dict[str, np.ndar
     return written
 
 
+def write_maps(catalogue, folder: Path) -> None:
+    """Attention maps of slide "one": 1 in the left half of its tiles, 3 in the right half, and three times that."""
+    from dino.extraction.pyramid import write_pyramid
+
+    status = catalogue.slides.status["one"]
+    values = np.ones((4 * (status.height // 64), 4 * (status.width // 64)), np.float32)  # 4 tokens a side
+    values[:, values.shape[1] // 2 :] = 3
+    names, spacing = ["tile", "tile x region"], 16 * status.spacing_um
+    write_pyramid(folder / "one.ome.tif", lambda: iter([values, 3 * values]), names, values.shape, spacing)
+
+
 @pytest.fixture(scope="session")
 def painted(tmp_path_factory) -> Path:
     """The ROOT, without features."""
     from dino import api
 
     folder = tmp_path_factory.mktemp("viewer")
-    lines = ["sample_id,image_path,patient_id"]
+    lines = ["sample_id,image_path,patient_id,centre"]
     for number, (slide_id, patient) in enumerate(PATIENTS.items()):
         pixels = painted_slide.coordinates(700 + 64 * number, 640, UNIT)
         levels = [pixels, pixels[::4, ::4]]
         painted_slide.write_slide(folder / "slides" / f"{number}.tif", levels)
         quoted = slide_id.replace('"', '""')
-        lines.append(f'"{quoted}",slides/{number}.tif,{patient}')
+        lines.append(f'"{quoted}",slides/{number}.tif,{patient},{CENTRES[slide_id]}')
     (folder / "slides.csv").write_text("\n".join(lines) + "\n")
     settings = load_config(
         TileConfig, overrides={"tile_size_px": 64, "region_size_px": 256, "storage": "none", "previews": False}

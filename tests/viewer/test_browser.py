@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.viewer.conftest import HOSTILE, UNIT, write_features
+from tests.tiny_models import save_checkpoint
+from tests.viewer.conftest import HOSTILE, UNIT, write_features, write_maps
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 uvicorn = pytest.importorskip("uvicorn")
@@ -23,10 +24,12 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 
 
 @pytest.fixture(scope="module")
-def address(painted, features):
+def address(painted, features, tmp_path_factory):
     """A running viewer of the painted slides, with two encoders."""
     from dino.extraction.catalogue import read_catalogue
     from dino.extraction.encoder_features import EncoderFeatures
+    from dino.models.weights import load_backbone_file
+    from dino.viewer.attention import AttentionFiles, TileAttention
     from dino.viewer.guard import LOCAL_HOSTS, Guard
     from dino.viewer.pixels import SlidePixels
     from dino.viewer.server import Viewer, build_app
@@ -35,7 +38,13 @@ def address(painted, features):
         write_features(painted, "second", seed=1)
     catalogue = read_catalogue(painted)
     encoders = {name: EncoderFeatures(catalogue, name, 4) for name in ("random", "second")}
-    app = Guard(build_app(Viewer(catalogue, encoders, SlidePixels(catalogue.slides))), TOKEN, LOCAL_HOSTS)
+    folder = tmp_path_factory.mktemp("maps")
+    write_maps(catalogue, folder)
+    maps = {"random": AttentionFiles(catalogue, folder)}
+    model = TileAttention(catalogue, load_backbone_file(save_checkpoint(folder / "model.pt")))
+    pixels = SlidePixels(catalogue.slides)
+    viewer = Viewer(catalogue, encoders, pixels, attention=maps, models={"random": model})
+    app = Guard(build_app(viewer), TOKEN, LOCAL_HOSTS)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
@@ -178,6 +187,35 @@ def test_select_tiles_in_a_rectangle(page, address):
     corners = {tuple(one["geometry"]["coordinates"][0][0]) for one in collection["features"]}
     assert corners == {(STEP * i, STEP * j) for i in (1, 2, 3) for j in (1, 2)}
     assert collection["features"][0]["properties"]["classification"]["name"] == "<b>mine</b>"
+
+
+def test_attention_of_a_slide_and_of_a_tile(page, address):
+    """A map whose left half is low and right half is high; the colours on the page are the ends of viridis."""
+    _open(page, address, "slide=one&overlay=attention&opacity=1&view=320,320,1", "attention")
+    assert page.locator("#legend select option").all_inner_texts() == ["level 1", "product of both levels"]
+    assert page.locator("#legend .ends").inner_text().split() == ["1.00", "3.00"]
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(500)
+    picture, (left, top) = _screenshot(page), _at(page, 0, 0)
+    box = page.locator("#zoom").bounding_box()
+    left, top = left - box["x"], top - box["y"]
+    for x, colour in ((300, (68, 1, 84)), (340, (253, 231, 37))):
+        assert np.abs(picture[round(top + 300), round(left + x)] - colour).max() <= 1
+    page.mouse.click(*_at(page, 300, 300))
+    page.wait_for_selector("#attention-maps canvas")
+    assert page.locator("#attention-maps figcaption").all_inner_texts() == ["mean", "1", "2"]
+    page.wait_for_selector("#shared button")
+    assert page.locator("#shared").inner_text().split() == ["centre", "16", "of", "16", "the", "same", "(A)"]
+    page.click("#shared button")
+    page.wait_for_function("() => document.querySelectorAll('#neighbours button.same').length === 16")
+
+
+def test_neighbours_of_another_centre_are_framed(page, address):
+    _open(page, address, "slide=two&tile=128%2C64&by=centre&view=320,320,1")  # the other patient is of centre A
+    page.wait_for_function("() => document.querySelectorAll('#neighbours button.other').length === 16")
+    assert "0 of 16 the same (B)" in page.locator("#shared").inner_text()
+    page.select_option("#others", "0")
+    page.wait_for_function("() => document.querySelectorAll('#neighbours button.same').length > 0")
 
 
 def _screenshot(page):

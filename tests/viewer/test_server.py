@@ -64,7 +64,7 @@ def test_every_answer_has_the_headers_that_protect_the_page(client, catalogue):
 
 def test_the_page_loads_nothing_from_elsewhere():
     folder = Path(__file__).parents[2] / "dino" / "viewer" / "static"
-    for name in ("index.html", "viewer.js", "overlay.js", "state.js", "style.css"):
+    for name in ("index.html", "viewer.js", "overlay.js", "maps.js", "state.js", "style.css"):
         text = (folder / name).read_text()
         assert "http://" not in text and "https://" not in text and "//cdn" not in text
         assert "innerHTML" not in text and "eval(" not in text  # names of slides are put in as text only
@@ -189,12 +189,13 @@ def test_a_slide_that_became_unreadable_is_one_line(catalogue, monkeypatch, clie
 
 def test_memory_is_bounded(catalogue):
     pixels = SlidePixels(catalogue.slides, open_slides=2, cache_mb=1)
-    pixels._cache_bytes = 20_000
+    pixels.pictures._max_bytes = 20_000
     for slide_id in ("one", "two", HOSTILE, "one"):
         for column in range(3):
             pixels.tile(slide_id, 10, column, 0)
         assert len(pixels._open) <= 2
-    assert pixels.encoded_bytes == sum(len(content) for content in pixels._encoded.values()) <= 20_000
+    kept = pixels.pictures
+    assert kept.bytes == sum(len(content) for content in kept._pictures.values()) <= 20_000
 
 
 def test_selections_are_saved_only_with_annotate(catalogue, client):

@@ -1,7 +1,9 @@
 """``dino view`` and ``dino geojson`` as commands: wrong input is one line and exit code 2; a viewer that serves."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +19,8 @@ from dino.cli.main import app
 from dino.config.load import load_config
 from dino.config.schema import ViewConfig
 from dino.errors import ConfigError, DataError
+from tests.tiny_models import save_checkpoint
+from tests.viewer.conftest import write_features
 
 
 def _view(root, *runs, **settings):
@@ -69,6 +73,18 @@ def test_features_of_other_slides(painted, features, tmp_path):
     finally:
         (folder / "elsewhere.h5").unlink()
         folder.rmdir()
+
+
+def test_features_of_another_model_than_the_run(painted, tmp_path):
+    """The model is loaded while the server runs already; the server ends, with one line."""
+    write_features(painted, "model")
+    folder = painted / "features_model"
+    (folder / "extract.json").write_text(json.dumps({"fingerprint": "0" * 64}))
+    try:
+        line = _fails("view", painted, save_checkpoint(tmp_path / "model.pt"), "port=0")
+    finally:
+        shutil.rmtree(folder)
+    assert "expected features of" in line and "found those of another model (000000000000, not " in line
 
 
 def test_moved_slides(catalogue):

@@ -12,6 +12,19 @@ export function viridis(t) {
 
 export const css = (rgb) => `rgb(${rgb.join(" ")})`;
 
+/** Values of a square, row by row, from their lowest to their highest one, one px each. */
+export function heatmap(values, side) {
+  const canvas = document.createElement("canvas");
+  canvas.width = side;
+  canvas.height = values.length / side;
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(canvas.width, canvas.height);
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  values.forEach((v, i) => image.data.set([...viridis((v - low) / (high - low || 1)), 255], 4 * i));
+  context.putImageData(image, 0, 0);
+  return canvas;
+}
+
 /** The distance between neighbouring tiles: their side, or less where they overlap. */
 export function strideOf(tiles) {
   const divisor = (a, b) => (b ? divisor(b, a % b) : a);
@@ -20,8 +33,15 @@ export function strideOf(tiles) {
   return stride;
 }
 
-/** A picture with one pixel per cell; `colours` has [r, g, b] or null per tile. */
+/** A picture with one pixel per cell, which draws itself; `colours` has [r, g, b] or null per tile. */
 export function raster(tiles, stride, width, height, colours) {
+  const picture = paint(tiles, stride, width, height, colours);
+  return {
+    draw: (context, [scale, left, top]) => context.drawImage(picture, left, top, picture.width * stride * scale, picture.height * stride * scale),
+  };
+}
+
+function paint(tiles, stride, width, height, colours) {
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.ceil(width / stride));
   canvas.height = Math.max(1, Math.ceil(height / stride));
@@ -88,7 +108,7 @@ export class Layer {
       context.clip();
       context.imageSmoothingEnabled = false;
       context.globalAlpha = shown.opacity;
-      context.drawImage(picture, left, top, picture.width * shown.stride * scale, picture.height * shown.stride * scale);
+      picture.draw(context, place, [width, height]);
       context.restore();
     });
     context.setTransform(ratio, 0, 0, ratio, 0, 0);

@@ -1,6 +1,6 @@
 // What is shown, kept in the address after the #, so that an address can be sent to a colleague.
 
-const DEFAULTS = { slide: "", overlay: "clusters", opacity: "0.55", regions: "0", grid: "0", a: "", b: "", split: "0.5", only: "", tile: "", others: "1", view: "", names: "" };
+const DEFAULTS = { slide: "", overlay: "clusters", opacity: "0.55", regions: "0", grid: "0", a: "", b: "", split: "0.5", map: "", only: "", tile: "", others: "1", by: "", view: "", names: "" };
 
 export const state = { ...DEFAULTS };
 const listeners = [];

@@ -1,5 +1,6 @@
 import { ask, change, forgetToken, onChange, read, slidePath, state, tilePicture } from "./state.js";
-import { Layer, css, inside, raster, strideOf, viridis } from "./overlay.js";
+import { TiledMap } from "./maps.js";
+import { Layer, css, heatmap, inside, raster, strideOf, viridis } from "./overlay.js";
 
 const OVERLAYS = [
   { name: "none", label: "none" },
@@ -8,6 +9,7 @@ const OVERLAYS = [
   { name: "clusters", label: "clusters", features: true },
   { name: "colours", label: "PCA colours", features: true },
   { name: "similarity", label: "similarity", features: true },
+  { name: "attention", label: "attention", maps: true },
 ];
 const CLASS_COLOURS = [[0, 114, 178], [230, 159, 0], [0, 158, 115], [240, 228, 66], [86, 180, 233], [213, 94, 0], [204, 121, 167]];
 
@@ -25,6 +27,7 @@ let values = []; // of the overlay, per encoder, in the order of tiles
 let legend = {}; // clusters by encoder
 let selected = new Set(); // tiles of the selection
 let selectionBoxes = [];
+let neighbours = []; // of the selected tile
 let drawn = []; // corners of the rectangle or lasso that is being drawn, level-0 px
 let tool = "";
 let viewer = null;
@@ -42,7 +45,7 @@ async function start() {
   fillControls();
   viewer = OpenSeadragon({
     id: "zoom", drawer: "canvas", showNavigationControl: false, showNavigator: true, navigatorPosition: "BOTTOM_RIGHT",
-    navigatorSizeRatio: 0.16, navigatorAutoFade: false, animationTime: 0.5, maxZoomPixelRatio: 8, visibilityRatio: 0.3, gestureSettingsMouse: { clickToZoom: false },
+    navigatorSizeRatio: 0.16, navigatorBackground: "transparent", navigatorBorderColor: "#8a8f99", navigatorDisplayRegionColor: "#0b63c5", navigatorAutoFade: false, animationTime: 0.5, maxZoomPixelRatio: 8, visibilityRatio: 0.3, gestureSettingsMouse: { clickToZoom: false },
     imageLoaderLimit: 6, timeout: 60000, keyboardNavEnabled: true,
   });
   layer = new Layer(viewer, overlayContent);
@@ -64,8 +67,9 @@ async function start() {
 function fillControls() {
   for (const column of root.columns) $("filter-column").append(element("option", { value: column, textContent: column.replace("_id", "") }));
   const has = root.encoders.length > 0;
-  for (const [i, { name, label, features }] of OVERLAYS.entries()) {
-    if (features && !has) continue;
+  const available = ({ features, maps }) => (!features || root.features.length > 0) && (!maps || root.attention.length > 0);
+  for (const [i, { name, label, ...needs }] of OVERLAYS.entries()) {
+    if (!available(needs)) continue;
     const button = element("button", { textContent: label, title: `${label} (${i + 1})` });
     Object.assign(button.dataset, { overlay: name });
     button.setAttribute("role", "radio");
@@ -81,7 +85,7 @@ function fillControls() {
   if (!root.encoders.includes(state.a)) state.a = root.encoders[0] || "";
   if (!root.encoders.includes(state.b)) state.b = "";
   const offered = OVERLAYS.find((one) => one.name === state.overlay);
-  if (!offered || (offered.features && !has)) state.overlay = "none";
+  if (!offered || !available(offered)) state.overlay = "none";
   $("selection-save").hidden = !root.writable;
   fillStates();
   $("filter").addEventListener("input", listSlides);
@@ -169,8 +173,9 @@ async function open(slideId) {
 function react(changed) {
   fillStates();
   if (changed.has("slide")) guarded(open(state.slide));
-  if (["overlay", "a", "b", "only"].some((name) => changed.has(name)) || (changed.has("tile") && state.overlay === "similarity")) guarded(loadOverlay());
+  if (["overlay", "a", "b", "only", "map"].some((name) => changed.has(name)) || (changed.has("tile") && state.overlay === "similarity")) guarded(loadOverlay());
   if (["tile", "a", "others"].some((name) => changed.has(name)) && !changed.has("slide")) guarded(showTile());
+  if (changed.has("by") && tileIndex() >= 0) showNeighbours();
   if (changed.has("names")) showLegend();
   if (changed.has("names") || changed.has("overlay")) showNumbers();
   if (["b", "split", "overlay"].some((name) => changed.has(name))) showSplit();
@@ -219,7 +224,7 @@ function showSplit() {
   $("split").setAttribute("aria-valuenow", Math.round(100 * state.split));
 }
 
-const isCompared = () => Boolean(state.b) && Boolean(OVERLAYS.find((one) => one.name === state.overlay && one.features));
+const isCompared = () => Boolean(state.b) && Boolean(OVERLAYS.find((one) => one.name === state.overlay && (one.features || one.maps)));
 
 // ----------------------------------------------------------------------------------------------- overlays
 
@@ -233,13 +238,14 @@ async function loadOverlay() {
   if (!slide.tiles || state.overlay === "none") found = [];
   else if (state.overlay === "tissue") found = [slide.tiles.tissue];
   else if (state.overlay === "annotations") found = [slide.tiles.annotations];
+  else if (state.overlay === "attention") found = await Promise.all(names.map(mapsOf));
   else if (state.overlay !== "similarity" || state.tile) found = await Promise.all(names.map(valuesOf));
   if (state.overlay === "clusters") {
     await Promise.all(names.map(async (name) => { legend[name] ??= await ask(`api/legend?encoder=${encodeURIComponent(name)}`); }));
   }
   if (ticket !== loadOverlay.ticket || shown !== slide) return;
   values = found;
-  rasters = found.map((one, i) => raster(slide.tiles, slide.stride, slide.width, slide.height, coloursOf(one, names[i])));
+  rasters = found.map((one, i) => state.overlay === "attention" ? tiledMap(one, names[i]) : raster(slide.tiles, slide.stride, slide.width, slide.height, coloursOf(one, names[i])));
   showLegend();
   showNumbers();
   if (layer) layer.draw();
@@ -252,6 +258,28 @@ function valuesOf(encoder) {
   const path = slidePath(slide.slide_id);
   return ask(state.overlay === "similarity" ? `${path}/similarity?${query}&tile=${tileIndex()}` : `${path}/${state.overlay}?${query}`);
 }
+
+const mapsOf = (encoder) => ask(`${slidePath(slide.slide_id)}/attention?encoder=${encodeURIComponent(encoder)}`);
+
+const channelOf = (about) => Math.max(0, about.channels.findIndex((one) => one.name === state.map));
+
+function tiledMap(about, encoder) {
+  const base = `slides/${encodeURIComponent(slide.slide_id)}/attention`;
+  const address = (channel, key) => `${base}/${channel}/${key}.png?encoder=${encodeURIComponent(encoder)}`;
+  return new TiledMap(about, channelOf(about), address, () => layer.draw());
+}
+
+function showMaps(box) {
+  const [{ channels }] = values;
+  const choice = element("select", {}, ...channels.map(({ name }) => element("option", { value: name, textContent: channelLabel(name) })));
+  choice.setAttribute("aria-label", "Map");
+  choice.value = channels[channelOf(values[0])].name;
+  choice.addEventListener("change", () => change({ map: choice.value }));
+  const { low, high } = channels[channelOf(values[0])];
+  box.append(choice, ...scaleBar(low.toFixed(2), high.toFixed(2)), note("times uniform attention"));
+}
+
+const channelLabel = (name) => name.replace(/^tile x region$/, "product of both levels").replace(/^tile/, "level 1").replace(/^region/, "level 2");
 
 function coloursOf(found, encoder) {
   if (state.overlay === "colours") return found;
@@ -288,13 +316,13 @@ function overlayContent() {
     const box = [tiles.x[tile], tiles.y[tile], tiles.step, tiles.step];
     outlines.push({ boxes: [box], colour: "#ffffff", line: 5 }, { boxes: [box], colour: "#111111", line: 2 });
   }
-  return { rasters, stride: slide.stride, opacity: Number(state.opacity), split: Number(state.split), outlines, drawn };
+  return { rasters, opacity: Number(state.opacity), split: Number(state.split), outlines, drawn };
 }
 
 function showLegend() {
   const box = $("legend");
   box.replaceChildren();
-  const title = { tissue: "Tissue of a tile", annotations: "Annotations", clusters: "Clusters", colours: "PCA colours", similarity: "Similarity to the selected tile" }[state.overlay];
+  const title = { tissue: "Tissue of a tile", annotations: "Annotations", clusters: "Clusters", colours: "PCA colours", similarity: "Similarity to the selected tile", attention: "Attention of the cls token" }[state.overlay];
   $("legend-section").hidden = !title;
   $("legend-title").textContent = title || "";
   if (state.overlay === "tissue") box.append(...scaleBar("0 %", "100 %"));
@@ -310,6 +338,7 @@ function showLegend() {
       box.append(classRow(CLASS_COLOURS[i % CLASS_COLOURS.length], name, values[0].filter((v) => v === name).length));
     }
   }
+  if (state.overlay === "attention" && values.length) showMaps(box);
   if (state.overlay === "clusters" && values.length) showClusters(box);
 }
 
@@ -409,21 +438,79 @@ async function showTile() {
   if (tile < 0) return;
   $("tile-picture").src = tilePicture(slide.slide_id, tile);
   showNumbers();
-  $("neighbours-part").hidden = !state.a;
-  if (!state.a) return;
+  const known = root.features.includes(state.a);
+  $("neighbours-part").hidden = !known;
   const ticket = ++showTile.ticket;
+  guarded(showTileAttention(tile, ticket));
+  if (!known) return;
   const found = await ask(`${slidePath(slide.slide_id)}/neighbours/${tile}?encoder=${encodeURIComponent(state.a)}&others=${state.others}&count=16`);
   if (ticket !== showTile.ticket) return;
-  $("neighbours").replaceChildren(...(found.length ? tileGrid(found).children : [note("No tiles of other patients.")]));
+  neighbours = found;
+  showNeighbours();
 }
 showTile.ticket = 0;
 
-function tileGrid(found) {
+function showNeighbours() {
+  const alike = (one) => (compared().includes(state.by) ? isShared(state.by, one) : null);
+  $("neighbours").replaceChildren(...(neighbours.length ? tileGrid(neighbours, alike).children : [note("No tiles of other patients.")]));
+  showShared();
+}
+
+const slideRow = (slideId) => root.slides.find((one) => one.slide_id === slideId);
+
+/** What a tile has in a column: of its slide, or its own annotation. */
+const cellOf = (column, slideId, annotation) => (column === "annotation" ? annotation : String(slideRow(slideId)[column] ?? ""));
+
+const ownCell = (column) => cellOf(column, slide.slide_id, slide.tiles.annotations[tileIndex()] ?? "");
+
+/** Columns in which the neighbours of the selected tile can agree with it: it has a value, and not all slides the same. */
+const compared = () => (tileIndex() < 0 ? [] : [...root.compared, "annotation"].filter((column) => ownCell(column)
+  && (column === "annotation" || new Set(root.slides.map((one) => String(one[column] ?? "")).filter(Boolean)).size > 1)));
+
+const isShared = (column, one) => cellOf(column, one.slide_id, one.annotation) === ownCell(column);
+
+/** How many neighbours share centre, scanner, … with the tile: features of a robust encoder are not alike by these. */
+function showShared() {
+  const rows = neighbours.length ? compared().map((column) => {
+    const count = neighbours.filter((one) => isShared(column, one)).length;
+    const button = element("button", { className: "class", title: `frames: same or other ${column}` }, element("span", { textContent: column.replace("_id", "") }), element("span", { className: "quiet", textContent: `${count} of ${neighbours.length} the same (${ownCell(column)})` }));
+    button.setAttribute("aria-pressed", state.by === column);
+    button.addEventListener("click", () => change({ by: state.by === column ? "" : column }));
+    return button;
+  }) : [];
+  if (compared().includes(state.by) && neighbours.length) rows.push(note(`Frames: orange has the same ${state.by.replace("_id", "")}, blue another one.`));
+  $("shared").replaceChildren(...rows);
+}
+
+/** The attention of the model itself over the tile, if the viewer was given the run. */
+async function showTileAttention(tile, ticket) {
+  $("attention-part").hidden = true;
+  if (!root.models.includes(state.a)) return;
+  const found = await ask(`${slidePath(slide.slide_id)}/attention/${tile}?encoder=${encodeURIComponent(state.a)}`);
+  if (ticket !== showTile.ticket) return;
+  $("attention-part").hidden = false;
+  if (!found) {
+    $("attention-maps").replaceChildren(note("The model is being loaded."));
+    setTimeout(() => { if (ticket === showTile.ticket) guarded(showTileAttention(tile, ticket)); }, 2000);
+    return;
+  }
+  $("attention-maps").replaceChildren(...found.maps.map((map, i) => {
+    const canvas = heatmap(map, found.side);
+    canvas.title = i ? `head ${i}` : "mean over heads";
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", `Attention, ${canvas.title}`);
+    return element("figure", {}, canvas, element("figcaption", { textContent: i ? i : "mean" }));
+  }));
+}
+
+function tileGrid(found, alike = () => null) {
   return element("div", { className: "tiles" }, ...found.map((one) => {
     const { slide_id: slideId, tile, similarity } = one;
     const button = element("button", { title: `${slideId}${one.patient_id ? `, patient ${one.patient_id}` : ""}` }, element("img", { src: tilePicture(slideId, tile), alt: `tile of ${slideId}`, loading: "lazy" }));
     if (similarity !== undefined) button.append(element("span", { className: "number", textContent: similarity.toFixed(2) }));
     button.addEventListener("click", () => guarded(visit(slideId, tile)));
+    const same = alike(one);
+    if (same !== null) button.classList.add(same ? "same" : "other");
     return button;
   }));
 }
@@ -528,7 +615,7 @@ async function saveSelection() {
 }
 
 function exportGeojson() {
-  const query = state.a ? `?encoder=${encodeURIComponent(state.a)}` : "";
+  const query = root.features.includes(state.a) ? `?encoder=${encodeURIComponent(state.a)}` : "";
   guarded(ask(`${slidePath(slide.slide_id)}/geojson${query}`).then((content) => {
     for (const { properties } of content.features) { // with the names of this page
       const [, number] = /^Cluster (\d+)$/.exec(properties.classification.name) || [];

@@ -1,0 +1,283 @@
+"""Attention over slides for the viewer: coloured tiles of the pyramids of ``dino attention``, and that of one tile.
+
+A map is shown as it was computed, one px for each token of level 1, so that the page places it by the size of a token
+alone. Its colours are drawn here, because a browser cannot decode float TIFF files.
+"""
+
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image
+
+from dino.environment import import_extra
+from dino.errors import DataError
+from dino.extraction.catalogue import Catalogue
+from dino.extraction.pyramid import SUFFIX
+from dino.viewer.pixels import Kept
+
+if TYPE_CHECKING:  # imports torch
+    from dino.models.weights import LoadedBackbone
+
+# viridis at eleven places (matplotlib), as in overlay.js.
+VIRIDIS = ((68, 1, 84), (72, 36, 117), (65, 68, 135), (53, 95, 141), (42, 120, 142), (33, 145, 140))
+VIRIDIS += ((34, 168, 132), (68, 191, 112), (122, 209, 81), (189, 223, 38), (253, 231, 37))
+RANGE = (1.0, 99.0)  # percentiles of a map that get the first and the last colour
+RANGE_SIDE = 2048  # the percentiles are those of the finest level of at most that side
+LEVELS = 255  # colours of a map; the first entry of the palette is transparent
+NS = "{http://www.openmicroscopy.org/Schemas/OME/2016-06}"
+
+
+@dataclass(frozen=True)
+class MapFile:
+    """One file of ``dino attention``.
+
+    Attributes:
+        path: The file.
+        names: Names of its channels.
+        sizes: ``(width, height)`` of each level, the finest first.
+        tile_px: Side of its tiles.
+        px_lv0: Side of a px of the finest level in level-0 px of the slide.
+        ranges: Values of each channel that get the first and the last colour.
+        file: tifffile's object, used by one thread at a time.
+        lock: For that.
+    """
+
+    path: Path
+    names: Sequence[str]
+    sizes: Sequence[tuple[int, int]]
+    tile_px: int
+    px_lv0: float
+    ranges: Sequence[tuple[float, float]]
+    file: Any
+    lock: threading.Lock
+
+    def values(self, channel: int, level: int, column: int, row: int) -> np.ndarray:
+        """A tile of a level, float32 ``(h, w)``; NaN where nothing is known."""
+        with self.lock:
+            page = self.file.series[0].levels[level].pages[channel]
+            number = row * -(-self.sizes[level][0] // self.tile_px) + column
+            self.file.filehandle.seek(page.dataoffsets[number])
+            content = self.file.filehandle.read(page.databytecounts[number])
+            found, _, shape = page.decode(content, number)
+        width, height = (
+            min(self.tile_px, side - self.tile_px * place)
+            for side, place in zip(self.sizes[level], (column, row), strict=True)
+        )
+        if found is None:  # tifffile writes nothing for a tile of zeros
+            return np.zeros((height, width), np.float32)
+        return np.asarray(found).reshape(shape)[0, :height, :width, 0]
+
+
+class AttentionFiles:
+    """The files of ``dino attention`` in one folder.
+
+    Args:
+        catalogue: The ROOT.
+        folder: Folder of ``SLIDE.ome.tif``.
+        open_files: Maximum number of open files.
+        cache_mb: Maximum size of the encoded pictures that are kept.
+
+    Raises:
+        ConfigError: If tifffile is not installed.
+        DataError: If there is no file of a slide of ROOT.
+    """
+
+    def __init__(self, catalogue: Catalogue, folder: Path, open_files: int = 16, cache_mb: int = 32) -> None:
+        import_extra("tifffile", "maps of slides", "maps")
+        self._catalogue, self._folder, self._open_files = catalogue, folder, open_files
+        self._open: OrderedDict[str, MapFile] = OrderedDict()
+        self._lock, self._pictures = threading.Lock(), Kept(cache_mb)
+        known = catalogue.slides.status
+        self._paths = {slide: path for slide in known if (path := folder / f"{slide}{SUFFIX}").is_file()}
+        if not self._paths:
+            raise DataError(
+                f"expected maps of the slides of {catalogue.root} in {folder}, as `dino attention` writes them "
+                f"(SLIDE{SUFFIX}), found none"
+            )
+
+    @property
+    def slide_ids(self) -> Sequence[str]:
+        """Slides with a map."""
+        return list(self._paths)
+
+    def describe(self, slide_id: str) -> dict[str, Any]:
+        """Channels with their ranges, levels and places of a slide's maps, for the page.
+
+        Raises:
+            DataError: If there is none, or its file is damaged or of another slide.
+        """
+        found = self._opened(slide_id)
+        channels = [
+            {"name": name, "low": low, "high": high}
+            for name, (low, high) in zip(found.names, found.ranges, strict=True)
+        ]
+        return {"channels": channels, "sizes": found.sizes, "tile_px": found.tile_px, "px_lv0": found.px_lv0}
+
+    def picture(self, slide_id: str, channel: int, level: int, column: int, row: int) -> bytes:
+        """A tile of a map as PNG in colours, transparent where nothing is known.
+
+        Args:
+            slide_id: The slide.
+            channel: Number of the channel.
+            level: Level of the pyramid, 0 for one px per token.
+            column: Column of the tile.
+            row: Row of the tile.
+
+        Raises:
+            DataError: If there is no such tile, or the file is damaged.
+        """
+        found = self._opened(slide_id)
+        if not (channel < len(found.names) and level < len(found.sizes)):
+            raise DataError(
+                f"expected one of {len(found.names)} channels and {len(found.sizes)} levels, found {channel}, {level}"
+            )
+        columns, rows = (-(-side // found.tile_px) for side in found.sizes[level])
+        if not (column < columns and row < rows):
+            raise DataError(f"expected a tile of {columns} x {rows}, found column {column}, row {row}")
+
+        def make() -> bytes:
+            try:
+                values = found.values(channel, level, column, row)
+            except Exception as error:  # of tifffile and of the decompression
+                raise DataError(f"expected the maps of slide '{slide_id}', could not read them: {error}") from None
+            return coloured(values, *found.ranges[channel])
+
+        return self._pictures.get((slide_id, channel, level, column, row), make)
+
+    def _opened(self, slide_id: str) -> MapFile:
+        if slide_id not in self._paths:
+            raise DataError(f"expected a map of slide '{slide_id}', found none; run `dino attention`")
+        with self._lock:
+            if slide_id in self._open:
+                self._open.move_to_end(slide_id)
+                return self._open[slide_id]
+        opened = self._read(slide_id)
+        with self._lock:
+            opened = self._open.setdefault(slide_id, opened)
+            while len(self._open) > self._open_files:
+                self._open.popitem(last=False)  # closed with its last reference: another thread may be reading
+        return opened
+
+    def _read(self, slide_id: str) -> MapFile:
+        import tifffile
+
+        path, status = self._paths[slide_id], self._catalogue.slides.status[slide_id]
+        try:
+            file: Any = tifffile.TiffFile(path)
+            series: Any = file.series[0]
+            pixels = ElementTree.fromstring(file.ome_metadata or "").find(f".//{NS}Pixels")
+            assert pixels is not None and series.axes == "CYX"
+            spacing = float(pixels.attrib["PhysicalSizeX"])
+            names = [str(one.get("Name", i)) for i, one in enumerate(pixels.findall(f"{NS}Channel"))]
+            sizes = [(level.shape[2], level.shape[1]) for level in series.levels]
+            assert len(names) == series.shape[0]
+            reduced = next((i for i, size in enumerate(sizes) if max(size) <= RANGE_SIDE), len(sizes) - 1)
+            ranges = [value_range(page.asarray()) for page in series.levels[reduced].pages]
+            tile_px = int(series.levels[0].pages[0].tilewidth)
+        except Exception as error:  # tifffile and the XML parser raise many types
+            raise DataError(
+                f"expected maps of `dino attention` in {path}, could not read them ({type(error).__name__}); write "
+                "them again"
+            ) from None
+        px_lv0 = self._px_lv0(slide_id, spacing / status.spacing_um if status.spacing_um else 0.0, sizes[0])
+        return MapFile(path, names, sizes, tile_px, px_lv0, ranges, file, threading.Lock())
+
+    def _px_lv0(self, slide_id: str, rounded: float, size: tuple[int, int]) -> float:
+        """Side of a px in level-0 px: an exact fraction of a tile, which the spacings give rounded only."""
+        tiles, status = self._catalogue.tiles.get(slide_id), self._catalogue.slides.status[slide_id]
+        step = tiles.step_lv0 if tiles is not None else 0
+        tokens = round(step / rounded) if rounded else 0
+        sides = (status.width, status.height)
+        if not tokens or any(px % tokens or px // tokens > side // step for px, side in zip(size, sides, strict=True)):
+            raise DataError(
+                f"expected maps of slide '{slide_id}' as it was tiled, found {size[0]} x {size[1]} values; write them "
+                "again with `dino attention`"
+            )
+        return step / tokens
+
+
+class TileAttention:
+    """Attention of a model over single tiles, computed when it is asked for.
+
+    Args:
+        catalogue: The ROOT.
+        loaded: A level-1 model.
+    """
+
+    def __init__(self, catalogue: Catalogue, loaded: "LoadedBackbone") -> None:
+        self._catalogue, self._loaded, self._lock = catalogue, loaded, threading.Lock()
+
+    def maps(self, slide_id: str, tile: int) -> np.ndarray:
+        """Attention of the cls token over the tokens of a tile, relative to uniform attention.
+
+        Args:
+            slide_id: The slide.
+            tile: Index of the tile.
+
+        Returns:
+            ``(1 + heads, h, w)`` float32: the mean over heads, then each head.
+
+        Raises:
+            DataError: If the slide cannot be read.
+        """
+        import torch
+
+        from dino.data.slide_tiles import cell_tensor
+        from dino.extraction.attention import relative
+        from dino.extraction.embed import ATTENTION, embed_batches, normaliser_of
+
+        tiles = self._catalogue.tiles[slide_id]
+        x, y = tiles.coords[tile].tolist()
+        with self._catalogue.slides.open(slide_id, tiles.step_lv0) as reader:
+            pixels = cell_tensor(reader, x, y)[None]
+        backbone = self._loaded.backbone
+        with self._lock:  # one at a time: the network is moved and cast while it computes
+            (weights,) = embed_batches(
+                backbone, [pixels], normaliser_of(self._loaded), torch.device("cpu"), "fp32", ATTENTION
+            )
+        side = round((weights.shape[1] / backbone.num_heads) ** 0.5)
+        return relative(weights, backbone.num_heads, (side, side))[0]
+
+
+def find_attention(catalogue: Catalogue, names: Sequence[str], folder: str | None) -> Mapping[str, Path]:
+    """Folders of attention maps by encoder: ``ROOT/attention_<encoder>``, or the given one for the first encoder."""
+    found = catalogue.attention_folders
+    if folder is not None:
+        found[names[0] if names else Path(folder).resolve().name] = Path(folder)
+    return found
+
+
+def value_range(values: np.ndarray) -> tuple[float, float]:
+    """Values that get the first and the last colour; (0, 1) where nothing is known."""
+    known = values[np.isfinite(values)]
+    if not known.size:
+        return 0.0, 1.0
+    low, high = np.percentile(known, RANGE)
+    return float(low), float(high)
+
+
+def coloured(values: np.ndarray, low: float, high: float) -> bytes:
+    """Values ``(h, w)`` as PNG in viridis, transparent where they are NaN."""
+    known = np.isfinite(values)
+    scaled = np.clip((np.where(known, values, low) - low) / (high - low or 1.0), 0.0, 1.0)
+    indices = np.where(known, 1 + np.round(scaled * (LEVELS - 1)), 0).astype(np.uint8)
+    picture = Image.fromarray(indices, "P")
+    picture.putpalette(_palette().tobytes())
+    content = io.BytesIO()
+    picture.save(content, "PNG", transparency=0, compress_level=1)
+    return content.getvalue()
+
+
+def _palette() -> np.ndarray:
+    """``(256, 3)`` uint8: black for what is transparent, then the colours."""
+    places = np.linspace(0, len(VIRIDIS) - 1, LEVELS)
+    stops = np.array(VIRIDIS, float)
+    colours = np.stack([np.interp(places, np.arange(len(VIRIDIS)), stops[:, i]) for i in range(3)], 1)
+    return np.concatenate([np.zeros((1, 3)), np.round(colours)]).astype(np.uint8)

@@ -1,0 +1,67 @@
+"""Models of the runs that the viewer was given: loaded while it serves, and compared with the features it shows."""
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from dino.errors import DataError, DinoError
+from dino.extraction.catalogue import Catalogue
+from dino.extraction.folders import tile_folder
+from dino.extraction.record import RECORD, read_record
+from dino.models.grid_source import SHOWN
+from dino.viewer.attention import TileAttention
+
+if TYPE_CHECKING:  # imports torch
+    from dino.models.weights import LoadedBackbone
+
+
+class RunModels:
+    """Loads the models of the runs beside the server, since importing torch takes longer than all else at the start.
+
+    Args:
+        catalogue: The ROOT.
+        runs: Runs by the encoder that their features are of.
+    """
+
+    def __init__(self, catalogue: Catalogue, runs: Mapping[str, str]) -> None:
+        self.loaded: dict[str, TileAttention | None] = dict.fromkeys(runs)
+        self._catalogue, self._runs = catalogue, runs
+        self._error: DinoError | None = None
+
+    def start(self, end: Callable[[], None]) -> None:
+        """Load them in a thread, which calls ``end`` if one cannot be loaded, or did not make the features."""
+
+        def load() -> None:
+            try:
+                for name, run in self._runs.items():
+                    self.loaded[name] = TileAttention(self._catalogue, _model(self._catalogue, name, run))
+            except DinoError as error:
+                self._error = error
+                end()
+
+        if self._runs:
+            threading.Thread(target=load, name="models", daemon=True).start()
+
+    def check(self) -> None:
+        """Raise the error that ended the server, if one did."""
+        if self._error is not None:
+            raise self._error
+
+
+def _model(catalogue: Catalogue, name: str, run: str) -> "LoadedBackbone":
+    """The level-1 model of a run, which must have made the features of that name.
+
+    Raises:
+        CheckpointError: If it cannot be loaded.
+        DataError: If the features are of another model.
+    """
+    from dino.models.weights import load_backbone_file
+
+    loaded, folder = load_backbone_file(run), tile_folder(catalogue.root, name)
+    made_by = read_record(folder / RECORD).get("fingerprint")
+    if made_by is not None and made_by != loaded.fingerprint:
+        raise DataError(
+            f"expected features of {loaded.source} in {folder}, found those of another model "
+            f"({made_by[:SHOWN]}, not {loaded.fingerprint[:SHOWN]}); extract with encoder=NAME, or view '{name}' alone"
+        )
+    return loaded

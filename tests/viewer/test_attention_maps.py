@@ -1,0 +1,143 @@
+"""Attention in the viewer: tiles of pyramids against colours of the values themselves, and a model's over one tile."""
+
+import io
+
+import numpy as np
+import pytest
+from matplotlib import colormaps
+from PIL import Image
+
+from dino.errors import DataError
+from dino.extraction.pyramid import write_pyramid
+from dino.viewer.attention import AttentionFiles, TileAttention, coloured, find_attention
+from tests.tiny_models import save_checkpoint
+
+STEP, TOKENS = 64, 4  # level-0 px of a tile, tokens of its side
+SPACING = 0.5
+
+
+def values_of(catalogue, slide_id, channels=2, seed=0):
+    """A map of random numbers over the tiles of a slide, NaN elsewhere: ``(channels, rows * 4, columns * 4)``."""
+    status = catalogue.slides.status[slide_id]
+    shape = tuple(TOKENS * (side // STEP) for side in (status.height, status.width))
+    return np.random.default_rng(seed).random((channels, *shape)).astype(np.float32)
+
+
+@pytest.fixture
+def folder(catalogue, tmp_path):
+    maps = values_of(catalogue, "one")
+    maps[0, :6, :6] = np.nan
+    spacing = catalogue.slides.status["one"].spacing_um
+    write_pyramid(
+        tmp_path / "one.ome.tif",
+        lambda: iter(maps),
+        ["tile", "tile head 1"],
+        maps.shape[1:],
+        spacing * STEP / TOKENS,
+    )
+    return tmp_path
+
+
+def test_a_tile_has_the_colours_of_its_values(catalogue, folder):
+    files = AttentionFiles(catalogue, folder)
+    about, maps = files.describe("one"), values_of(catalogue, "one")
+    assert about["px_lv0"] == STEP / TOKENS and about["sizes"] == [maps.shape[:0:-1]]
+    assert [one["name"] for one in about["channels"]] == ["tile", "tile head 1"]
+    low, high = np.percentile(maps[1], [1, 99])
+    assert about["channels"][1] | {"name": ""} == {
+        "name": "", "low": pytest.approx(low), "high": pytest.approx(high)
+    }  # fmt: skip
+    shown = np.asarray(Image.open(io.BytesIO(files.picture("one", 1, 0, 0, 0))).convert("RGBA"))
+    expected = 255 * colormaps["viridis"](np.clip((maps[1] - low) / (high - low), 0, 1))
+    assert shown.shape[:2] == maps.shape[1:]
+    assert np.abs(shown - expected).max() < 15  # eleven colours and what is between, instead of matplotlib's 256
+    transparent = np.asarray(Image.open(io.BytesIO(files.picture("one", 0, 0, 0, 0))).convert("RGBA"))[..., 3] == 0
+    assert transparent[:6, :6].all() and transparent.sum() == 36
+
+
+def test_tiles_of_a_pyramid_are_those_of_the_whole_level(catalogue, tmp_path):
+    """Read tile by tile, as tifffile reads whole levels; the last ones are narrower, and one is all zeros."""
+    import tifffile
+
+    maps = np.random.default_rng(0).random((2, 700, 1300)).astype(np.float32)
+    maps[1, 256:512, 256:512] = 0
+    write_pyramid(tmp_path / "one.ome.tif", lambda: iter(maps), ["a", "b"], (700, 1300), 1.0)
+    files = AttentionFiles(catalogue, tmp_path)
+    files._px_lv0 = lambda *ignored: 1.0  # type: ignore[method-assign] -- larger than the slide
+    opened = files._opened("one")
+    with tifffile.TiffFile(tmp_path / "one.ome.tif") as file:
+        for level, whole in enumerate(one.asarray() for one in file.series[0].levels):
+            for channel in (0, 1):
+                for row in range(-(-whole.shape[1] // 256)):
+                    for column in range(-(-whole.shape[2] // 256)):
+                        expected = whole[channel, 256 * row : 256 * row + 256, 256 * column : 256 * column + 256]
+                        np.testing.assert_array_equal(opened.values(channel, level, column, row), expected)
+
+
+def test_what_is_not_there_is_one_line(catalogue, folder):
+    files = AttentionFiles(catalogue, folder)
+    with pytest.raises(DataError, match="expected a map of slide 'two', found none; run `dino attention`"):
+        files.describe("two")
+    with pytest.raises(DataError, match="expected one of 2 channels and 1 levels, found 2, 0"):
+        files.picture("one", 2, 0, 0, 0)
+    with pytest.raises(DataError, match="expected a tile of 1 x 1, found column 1"):
+        files.picture("one", 0, 0, 1, 0)
+    with pytest.raises(DataError, match="expected maps of the slides of .*, as `dino attention` writes them"):
+        AttentionFiles(catalogue, folder.parent)
+    (folder / "one.ome.tif").write_bytes(b"II*\0damaged")
+    with pytest.raises(DataError, match="expected maps of `dino attention` in .*, could not read them"):
+        AttentionFiles(catalogue, folder).describe("one")
+
+
+def test_maps_of_another_tiling_are_refused(catalogue, tmp_path):
+    maps = np.ones((2, 2000, 2000), np.float32)
+    write_pyramid(
+        tmp_path / "one.ome.tif", lambda: iter(maps), ["tile", "tile head 1"], (2000, 2000), SPACING * STEP / TOKENS
+    )
+    with pytest.raises(DataError, match="expected maps of slide 'one' as it was tiled, found 2000 x 2000 values"):
+        AttentionFiles(catalogue, tmp_path).describe("one")
+
+
+def test_maps_are_found_by_their_encoder(catalogue, folder):
+    root = catalogue.root
+    (root / "attention_random").mkdir()
+    (root / "attention_empty").mkdir()
+    (root / "attention_random" / "one.ome.tif").write_bytes(b"")
+    try:
+        assert find_attention(catalogue, ["random"], None) == {"random": root / "attention_random"}
+        assert find_attention(catalogue, ["random"], str(folder)) == {"random": folder}
+        assert find_attention(catalogue, [], str(folder))[folder.name] == folder
+    finally:
+        (root / "attention_random" / "one.ome.tif").unlink()
+        for name in ("random", "empty"):
+            (root / f"attention_{name}").rmdir()
+
+
+def test_values_that_are_all_the_same_have_a_colour():
+    picture = np.asarray(Image.open(io.BytesIO(coloured(np.ones((2, 3), np.float32), 1.0, 1.0))).convert("RGBA"))
+    assert picture.shape == (2, 3, 4) and (picture[..., 3] == 255).all()
+
+
+def test_attention_over_one_tile_is_that_of_the_network(catalogue, tmp_path):
+    """From pixels read with openslide, through the last block written out in float64."""
+    import openslide
+    import torch
+
+    from dino.models.weights import load_backbone_file
+
+    loaded = load_backbone_file(save_checkpoint(tmp_path / "model.pt"))
+    tile = 5
+    found = TileAttention(catalogue, loaded).maps("one", tile)
+    x, y = catalogue.tiles["one"].coords[tile].tolist()
+    with openslide.OpenSlide(str(catalogue.slides.path("one"))) as slide:
+        pixels = np.asarray(slide.read_region((x, y), 0, (STEP, STEP)).convert("RGB"), np.float64)
+    inputs = torch.from_numpy((pixels / 255 - 0.5) / 0.5).permute(2, 0, 1)[None]
+    network = loaded.backbone.double()
+    with torch.no_grad():
+        tokens = network.vit.norm_pre(network.embed(inputs))
+        block = network.vit.blocks[0]
+        query, key, _ = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, 2, 8)).unbind(2)  # (1, N, heads, 8)
+        scores = torch.einsum("hd,nhd->hn", query[0, 0], key[0]) / 8**0.5
+        weights = scores.softmax(-1)[:, 1:].numpy()
+    heads = weights / weights.mean(1, keepdims=True)
+    np.testing.assert_allclose(found.reshape(3, -1), [heads.mean(0), *heads], rtol=1e-4)
