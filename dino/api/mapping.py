@@ -12,7 +12,6 @@ from dino.config.schema import AttentionConfig
 from dino.errors import ConfigError, DataError
 from dino.extraction.attention import AttentionModels, Cell
 from dino.extraction.embed import check_settings
-from dino.extraction.folders import attention_folder, encoder_name
 from dino.extraction.pyramid import write_pyramid
 from dino.files import oserror_to_data_error
 from dino.models.weights import LoadedBackbone, load_backbone_file
@@ -61,8 +60,8 @@ def attention(models: Sequence[str], root: Path, output: Path | None, config: At
     device = distributed.choose_device(config.device)
     distributed.check_precision(config.precision, device)
     tile, region = _by_level([load_backbone_file(model, config.arch, config.transform) for model in models])
-    output = output or attention_folder(root, encoder_name(tile.source))
     found, summary = Root(root, config.grids), AttentionSummary()
+    output = output or found.attention_folder(tile.source)
     slides, work = found.tiled_slides(config.slides), _work(found, region, config)
     networks = AttentionModels(tile, region, config, device)
     with oserror_to_data_error(output):

@@ -12,7 +12,7 @@ from dino import progress
 from dino.data import GridEntry, SlideInfo, list_names, place_of, read_grid, slide_of
 from dino.errors import DataError
 from dino.evaluate.contents import find_copies
-from dino.extraction.folders import find_grids, grid_path
+from dino.extraction.folders import attention_folder, encoder_name, find_grids, grid_path
 from dino.extraction.record import RECORD, grid_source
 from dino.models.grid_source import KEY, GridSource, check_same_source, recorded
 from dino.slides.filtering import Selection, select_tiles
@@ -142,6 +142,10 @@ class Root:
         if not kept:
             raise _only_held_out("tiles", folder, held_out)
         return kept, held_out
+
+    def attention_folder(self, model: str) -> Path:
+        """Folder of the attention maps of a model, unless another one is given."""
+        return attention_folder(self.path, encoder_name(model))
 
     def tiled_slides(self, moved: str | None) -> TiledSlides:
         """Its slides.
