@@ -25,7 +25,12 @@ help:
 
 install: $(STAMP)
 
-# Bytecode is compiled on first import instead of at installation: torch alone has thousands of files.
+# Bytecode is compiled on first import instead of at installation: torch alone has thousands of files. The first import is
+# made here, because with PYTHONDONTWRITEBYTECODE, as in many containers, every process would compile all of it again.
+FIRST_IMPORT := torch._dynamo, torch.distributed.run, torch.utils.tensorboard, torchvision, timm, hs2p, openslide, pandas, \
+  sklearn.linear_model, sklearn.cluster, scipy.stats, scipy.optimize, matplotlib.pyplot, h5py, typer, rich, jinja2, pytest, \
+  dino.api, dino.cli.main
+
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "expected Python 3.11 or newer, found `$(PYTHON) --version`; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
@@ -33,6 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (PyTorch is large: some minutes on a fresh machine)"
 	@$(PIP) setuptools==$(shell sed -n 's/^setuptools==//p' constraints.txt) -q
 	@$(PIP) --no-build-isolation -e '.[dev]' | sed -n -E 's/^ *(Downloading|Using cached) ([^ ]+) \(([0-9]{2,}\.[0-9] MB)\)$$/  \2 \3/p; s/^(Installing) .*/\1/p'
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import $(FIRST_IMPORT)'
 	@touch $@
 
 demo: $(STAMP)
