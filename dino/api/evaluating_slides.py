@@ -1,8 +1,7 @@
 """``evaluate slide``: predictions of slides or patients from folders of features."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,15 @@ from dino.api.features import (
     slides_of_patients,
 )
 from dino.api.results import write_result
-from dino.config.schema import SlideConfig
+from dino.config.schema import MilConfig, SlideConfig
 from dino.errors import ConfigError
-from dino.evaluate import abmil, pooling
+from dino.evaluate import abmil, hipt, pooling
 from dino.evaluate.results import CHANCE, MODEL, Entry, Result, collect
 from dino.evaluate.slides import CaseTable, check_folds, read_cases, split
 from dino.evaluate.task import Fold, read_folds
 
-MEAN, ABMIL = "mean", "abmil"
-METHODS = (MEAN, ABMIL)
+MEAN, ABMIL, HIPT = "mean", "abmil", "hipt"
+NETWORKS = {ABMIL: abmil.GatedAttention, HIPT: hipt.RegionTransformer}
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,9 @@ def evaluate_slide(features: Sequence[str | Path], labels: str | Path, config: S
     """Score features by how well slides or patients are predicted from them.
 
     Every folder of features is scored by mean pooling with a penalised linear model (logistic regression, ridge
-    regression, or Cox's model) and by attention-based multiple-instance learning
-    (:class:`dino.evaluate.abmil.GatedAttention`), on the same rows. Penalties and numbers of epochs are chosen on
+    regression, or Cox's model) and beside it by attention-based multiple-instance learning
+    (:class:`dino.evaluate.abmil.GatedAttention`) or HIPT's transformer over features of regions
+    (:class:`dino.evaluate.hipt.RegionTransformer`), on the same rows. Penalties and numbers of epochs are chosen on
     folds of the training rows. Intervals are percentiles of a bootstrap over patients (slides where those are unknown);
     differences are to the first row, of the same bootstrap samples.
 
@@ -68,8 +68,7 @@ def evaluate_slide(features: Sequence[str | Path], labels: str | Path, config: S
     methods = _methods(config)
     device = distributed.choose_device(config.device)
     table = read_cases(Path(labels), config.task, config.unit)
-    if MEAN in methods:
-        table.outcome().check_packages()  # before features are read
+    table.outcome().check_packages()  # before features are read
     found = find_features(features, config.encoder)
     table = table.with_slides(slides_of_patients(table, found, config.slides))
     for one in found:
@@ -79,10 +78,6 @@ def evaluate_slide(features: Sequence[str | Path], labels: str | Path, config: S
     study = _study(table, config, device)
     sets = [open_features(one, [slide for case in table.cases for slide in case.slides]) for one in found]
     entries = [entry for one in sets for entry in _scores(one, methods, study)]
-    if not entries:
-        raise ConfigError(
-            f"expected method=mean for features of one vector per {table.unit}, found {', '.join(methods)}"
-        )
     chance = pooling.cross_validate(table.outcome(), study.folds, study.inner, pooling.NoFeatures(table.outcome()))
     entries.append(Entry(CHANCE, CHANCE, chance))
     groups = [table.groups[int(row)] for row in chance.rows]
@@ -95,20 +90,29 @@ def evaluate_slide(features: Sequence[str | Path], labels: str | Path, config: S
 
 def _methods(config: SlideConfig) -> list[str]:
     """The methods, checked with the other settings."""
-    methods = [one.strip() for part in config.method for one in part.split(",")]
-    if not methods or not set(methods) <= set(METHODS):
-        raise ConfigError(f"expected {' or '.join(METHODS)} as method, found {', '.join(methods) or 'none'}")
-    limits = {"folds": 2, "inner_folds": 0, "max_missing": 0, "resamples": 0, "memory_gb": 0}
-    of_abmil = {"hidden": 1, "attention": 1, "epochs": 1, "batch_size": 1, "piece": 1, "lr": 0, "weight_decay": 0}
-    for group, least in ((config, limits), (config.abmil, of_abmil)):
-        for name, limit in least.items():
-            if not getattr(group, name) >= limit:
-                raise ConfigError(f"expected at least {limit} for {name}, found {getattr(group, name)}")
-    if config.abmil.tiles is not None and config.abmil.tiles < 1:
-        raise ConfigError(f"expected at least 1 for abmil.tiles, or null, found {config.abmil.tiles}")
-    if not 0 <= config.abmil.dropout < 1:
-        raise ConfigError(f"expected abmil.dropout in [0, 1), found {config.abmil.dropout}")
-    return methods
+    given = [one.strip() for part in config.method for one in part.split(",")]
+    if not given or not set(given) <= {MEAN, *NETWORKS}:
+        raise ConfigError(f"expected {', '.join([MEAN, *NETWORKS])} as method, found {', '.join(given) or 'none'}")
+    _check_limits(config, {"folds": 2, "inner_folds": 0, "max_missing": 0, "resamples": 0, "memory_gb": 0})
+    _check_limits(config.abmil, {"piece": 1})
+    _check_limits(config.hipt, {"layers": 1, "heads": 1})
+    for name, network in ((ABMIL, config.abmil), (HIPT, config.hipt)):
+        _check_limits(network, {"hidden": 1, "attention": 1, "epochs": 1, "batch_size": 1, "lr": 0, "weight_decay": 0})
+        if network.tiles is not None and network.tiles < 1:
+            raise ConfigError(f"expected at least 1 for {name}.tiles, or null, found {network.tiles}")
+        if not 0 <= network.dropout < 1:
+            raise ConfigError(f"expected {name}.dropout in [0, 1), found {network.dropout}")
+    if config.hipt.hidden % config.hipt.heads:
+        raise ConfigError(
+            f"expected hipt.heads that divides hipt.hidden, found {config.hipt.heads} and {config.hipt.hidden}"
+        )
+    return list(dict.fromkeys([MEAN, *given]))
+
+
+def _check_limits(group: SlideConfig | MilConfig, limits: Mapping[str, int]) -> None:
+    for name, limit in limits.items():
+        if not getattr(group, name) >= limit:
+            raise ConfigError(f"expected at least {limit} for {name}, found {getattr(group, name)}")
 
 
 def _study(table: CaseTable, config: SlideConfig, device: torch.device) -> Study:
@@ -128,7 +132,7 @@ def _study(table: CaseTable, config: SlideConfig, device: torch.device) -> Study
 def _scores(features: FeatureSet, methods: Sequence[str], study: Study) -> list[Entry]:
     """A row for each method."""
     config, outcome = study.config, study.table.outcome()
-    opened = in_memory(features.bags, config.memory_gb) if ABMIL in methods else features.bags
+    opened = in_memory(features.bags, config.memory_gb) if len(methods) > 1 else features.bags
     cases = [[opened[slide] for slide in case.slides] for case in study.table.cases]
     bags = [abmil.PiecewiseBag(slides, config.abmil.piece) for slides in cases]
     with progress.bar(f"{features.name}: read features", len(bags)) as bar:
@@ -138,16 +142,17 @@ def _scores(features: FeatureSet, methods: Sequence[str], study: Study) -> list[
     progress.say(f"{features.name}: compared with the pretraining: {leakage['compared']}")
     entries = []
     for method in methods:
-        if method == ABMIL and max(map(len, bags)) == 1:
+        if method in NETWORKS and max(map(len, bags)) == 1:
             progress.say(f"{features.name}: one vector for each {study.table.unit}, so there is no attention to learn")
             continue
         trainings = sum(1 + len(splits) for splits in study.inner)
         with progress.bar(f"{features.name}: {method}", trainings) as bar:
-            build = {
-                MEAN: partial(pooling.LinearModel, outcome, moments.means),
-                ABMIL: partial(abmil.AttentionPooling, outcome, bags, moments, config.abmil, study.device, config.seed),
-            }
-            scored = pooling.cross_validate(outcome, study.folds, study.inner, build[method](), bar.advance)
+            if method == MEAN:
+                built: pooling.Method = pooling.LinearModel(outcome, moments.means)
+            else:
+                how = getattr(config, method), study.device, config.seed, NETWORKS[method]
+                built = abmil.AttentionPooling(outcome, bags, moments, *how)
+            scored = pooling.cross_validate(outcome, study.folds, study.inner, built, bar.advance)
         details = {**scored.details, "method": method, "leakage": leakage}
         details |= {"dim": moments.means.shape[1], "vectors": sum(map(len, bags))}
         name = f"{features.name}: {method}" if len(methods) > 1 else features.name

@@ -101,10 +101,11 @@ def slide(arguments: FeatureArguments = None, config: ConfigFile = None) -> None
     censored). The slides of a patient are one bag.
 
     Each is scored by mean pooling with a linear model (logistic regression, ridge regression, or Cox's model by
-    lifelines) and by attention-based multiple-instance learning (ABMIL, gated; over vectors of regions this is HIPT's
-    attention over regions, without its transformer layers). A column partition (train, test, val) says how to split;
-    without it the rows are cross-validated, with no patient on both sides. Penalties and numbers of epochs are chosen
-    within the training rows, or on rows of partition val.
+    lifelines) and by attention-based multiple-instance learning (ABMIL, gated). With method=hipt it is scored by HIPT's
+    slide level, a transformer over all vectors and then gated attention: made for vectors of regions, of which a slide
+    has at most a few thousand. Mean pooling is always beside them. A column partition (train, test, val) says how to
+    split; without it the rows are cross-validated, with no patient on both sides. Penalties and numbers of epochs are
+    chosen within the training rows, or on rows of partition val.
 
     Each score has a 95 % interval from a bootstrap over patients. AUC, C-index and Pearson's correlation are means over
     folds. output=FILE.json writes the result, with a table (.csv), a figure (.png) and the folds beside it.
@@ -113,6 +114,7 @@ def slide(arguments: FeatureArguments = None, config: ConfigFile = None) -> None
 
         dino evaluate slide slides/features_ours slides/features_theirs labels.csv output=subtype.json
         dino evaluate slide slides/features_ours survival.csv unit=patient method=mean
+        dino evaluate slide slides/region_features_ours labels.csv method=abmil,hipt
     """
     positional, overrides = split(arguments or [])
     features, labels = expect_many(positional, "FEATURES", "LABELS")

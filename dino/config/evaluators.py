@@ -95,22 +95,39 @@ class CompareConfig:
 
 
 @dataclass
-class AbmilConfig:
-    """Attention-based multiple-instance learning."""
+class MilConfig:
+    """Networks that predict from bags of feature vectors."""
 
     hidden: int = runtime(256, "width of the embedding that each feature vector is mapped to")
     attention: int = runtime(128, "width of the gated attention")
     epochs: int = runtime(30, "maximum number of epochs; inner folds choose how many")
     lr: float = runtime(1e-3, "learning rate of AdamW")
     weight_decay: float = runtime(0.01, "weight decay of AdamW")
-    dropout: float = runtime(0.25, "dropout rate of the vector of a slide")
+    dropout: float = runtime(0.25, "dropout rate")
     batch_size: int = runtime(1, "slides or patients per optimizer step")
     tiles: int | None = runtime(
         None, "feature vectors of a slide or patient that a training step sees, drawn anew in each epoch; null: all"
     )
+
+
+@dataclass
+class AbmilConfig(MilConfig):
+    """Attention-based multiple-instance learning."""
+
     piece: int = runtime(
         8192, "feature vectors in memory at once; a larger bag is read in pieces, with equal gradients"
     )
+
+
+@dataclass
+class HiptConfig(MilConfig):
+    """HIPT's transformer over the features of regions."""
+
+    hidden: int = runtime(192, "width of the transformer")
+    attention: int = runtime(192, "width of the gated attention")
+    lr: float = runtime(2e-4, "learning rate of AdamW")
+    layers: int = runtime(2, "transformer layers")
+    heads: int = runtime(3, "attention heads of each layer, a divisor of hidden")
 
 
 @dataclass
@@ -127,7 +144,11 @@ class SlideConfig(ScoringConfig):
     slides: str | None = runtime(
         None, "CSV with slide_id and patient_id, for labels of patients alone (null: slides_status.csv of the ROOT)"
     )
-    method: list[str] = runtime(["mean", "abmil"], "mean (linear model of the mean feature vector), abmil, or both")
+    method: list[str] = runtime(
+        ["mean", "abmil"],
+        "mean (linear model of the mean feature vector), which is always scored, abmil (gated attention) and hipt (a "
+        "transformer over features of regions, then gated attention)",
+    )
     inner_folds: int = runtime(3, "folds of the training rows that choose penalties and epochs")
     max_missing: int = runtime(0, "accept this many labelled slides or patients without features, and leave them out")
     allow_leakage: bool = runtime(
@@ -136,6 +157,7 @@ class SlideConfig(ScoringConfig):
     )
     memory_gb: float = runtime(4.0, "GB of features kept in memory; others are read again in each epoch")
     abmil: AbmilConfig = group(AbmilConfig)
+    hipt: HiptConfig = group(HiptConfig)
 
 
 @dataclass

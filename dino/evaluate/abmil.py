@@ -4,7 +4,7 @@ The bag of a slide may be larger than the memory: it is read in pieces, and each
 gradients are those of the whole bag.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -15,12 +15,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dino import randomness
-from dino.config.schema import AbmilConfig
+from dino.config.schema import MilConfig
 from dino.evaluate.outcomes import Outcome
 from dino.evaluate.statistics import Values
 from dino.evaluate.task import Rows
 
 Piece = Callable[[], Tensor]
+Dropout = Callable[[Tensor], Tensor]
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """No dropout."""
+    return x
 
 
 class Instances(Protocol):
@@ -118,23 +124,23 @@ class GatedAttention(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, mean: Values, deviation: Values, outputs: int, config: AbmilConfig, seed: int) -> None:
+    def __init__(self, mean: Values, deviation: Values, outputs: int, config: MilConfig, seed: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.from_numpy(mean).float())
         self.register_buffer("deviation", torch.from_numpy(deviation).float())
-        generator = torch.Generator().manual_seed(int(randomness.generator(seed, 0, "abmil weights").integers(1 << 62)))
-        self.embed = _linear(len(mean), config.hidden, generator)
-        self.tanh = _linear(config.hidden, config.attention, generator)
-        self.gate = _linear(config.hidden, config.attention, generator)
-        self.score = _linear(config.attention, 1, generator)
-        self.head = _linear(config.hidden, outputs, generator)
+        generator = initial_weights(seed, "abmil weights")
+        self.embed = linear(len(mean), config.hidden, generator)
+        self.tanh = linear(config.hidden, config.attention, generator)
+        self.gate = linear(config.hidden, config.attention, generator)
+        self.score = linear(config.attention, 1, generator)
+        self.head = linear(config.hidden, outputs, generator)
 
-    def forward(self, pieces: Sequence[Piece], keep: Tensor | None = None) -> Tensor:
+    def forward(self, pieces: Sequence[Piece], dropout: Dropout = unchanged) -> Tensor:
         """Outputs ``(K,)`` for one bag.
 
         Args:
             pieces: Functions that give its instances, each ``(n, D)``.
-            keep: ``(hidden,)`` factors of the bag's vector z, for dropout.
+            dropout: Applied to the bag's vector z.
         """
         if len(pieces) == 1 or not torch.is_grad_enabled():
             pooled = [self._pool(piece) for piece in pieces]
@@ -142,28 +148,43 @@ class GatedAttention(nn.Module):
             pooled = [checkpoint(self._pool, p, use_reentrant=False, preserve_rng_state=False) for p in pieces]
         weights = torch.stack([total for total, _ in pooled]).softmax(0)  # (pieces,)
         bag = weights @ torch.stack([vector for _, vector in pooled])  # (hidden,)
-        return self.head(bag if keep is None else bag * keep)
+        return self.head(dropout(bag))
 
-    def attention(self, instances: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores ``(n,)`` before the softmax, and embedded instances ``(n, hidden)``."""
-        embedded = F.relu(self.embed((instances.to(self.mean) - self.mean) / self.deviation))
-        return self.score(self.tanh(embedded).tanh() * self.gate(embedded).sigmoid())[:, 0], embedded
+    def embedded(self, instances: Tensor) -> Tensor:
+        """Embedded instances ``(n, hidden)``."""
+        return F.relu(self.embed((instances.to(self.mean) - self.mean) / self.deviation))
+
+    def scores(self, embedded: Tensor) -> Tensor:
+        """Attention ``(n,)`` before the softmax."""
+        return self.score(self.tanh(embedded).tanh() * self.gate(embedded).sigmoid())[:, 0]
 
     def _pool(self, piece: Piece) -> tuple[Tensor, Tensor]:
         """Logarithm of the sum of exponentiated scores, and the weighted mean of the piece ``(hidden,)``."""
-        scores, embedded = self.attention(piece())
+        embedded = self.embedded(piece())
+        scores = self.scores(embedded)
         return scores.logsumexp(0), scores.softmax(0) @ embedded
 
 
-def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+def initial_weights(seed: int, purpose: str) -> torch.Generator:
+    """A generator of initial weights."""
+    return torch.Generator().manual_seed(int(randomness.generator(seed, 0, purpose).integers(1 << 62)))
+
+
+def linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+    """A linear layer with Xavier's initial weights from ``generator``, and no bias."""
     layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")  # draws nothing from the global generator
     nn.init.xavier_uniform_(layer.weight, generator=generator)
     nn.init.zeros_(layer.bias)
     return layer
 
 
+def _drop(generator: np.random.Generator, rate: float, x: Tensor) -> Tensor:
+    kept = generator.random(x.shape) >= rate
+    return x * torch.from_numpy(kept / (1 - rate)).to(x)
+
+
 class AttentionPooling:
-    """ABMIL as a method of :func:`dino.evaluate.pooling.cross_validate`; a candidate is a number of epochs.
+    """A network of bags as a method of :func:`dino.evaluate.pooling.cross_validate`; candidates are numbers of epochs.
 
     The learning rate is constant, so that training for fewer epochs is the beginning of training for more, and one
     training gives the errors of all candidates.
@@ -175,6 +196,7 @@ class AttentionPooling:
         config: Settings.
         device: Where to train.
         seed: Seed of weights, order and dropout.
+        network: Builds it of mean and deviation of instances, number of outputs, settings and seed.
     """
 
     def __init__(
@@ -182,13 +204,14 @@ class AttentionPooling:
         outcome: Outcome,
         bags: Sequence[PiecewiseBag],
         moments: Moments,
-        config: AbmilConfig,
+        config: MilConfig,
         device: torch.device,
         seed: int,
+        network: Callable[..., GatedAttention] = GatedAttention,
     ) -> None:
         self.outcome, self.bags, self.moments, self.config = outcome, bags, moments, config
-        self.device, self.seed = device, seed
-        self.candidates = [{"epochs": epoch + 1} for epoch in range(config.epochs)]
+        self.device, self.seed, self.network = device, seed, network
+        self.candidates: Sequence[Mapping[str, float]] = [{"epochs": epoch + 1} for epoch in range(config.epochs)]
 
     def errors(self, train: Rows, validation: Rows) -> Values:
         """Error of the validation rows after each epoch of training on others."""
@@ -207,18 +230,16 @@ class AttentionPooling:
     def _epochs(self, train: Rows) -> Iterator[tuple[GatedAttention, Callable[[Tensor], Values]]]:
         """The network after each epoch, and what makes predictions of its outputs."""
         config, head = self.config, self.outcome.head(train)
-        model = GatedAttention(*self.moments.of(train), head.outputs, config, self.seed).to(self.device)
+        model = self.network(*self.moments.of(train), head.outputs, config, self.seed).to(self.device)
         optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
         for epoch in range(config.epochs):
             order = randomness.generator(self.seed, epoch, "abmil order").permutation(train)
-            masks = randomness.generator(self.seed, epoch, "abmil dropout")
+            dropout = partial(_drop, randomness.generator(self.seed, epoch, "abmil dropout"), config.dropout)
             draws = randomness.generator(self.seed, epoch, "abmil instances")
             for start in range(0, len(order), config.batch_size):
                 rows = order[start : start + config.batch_size]
                 for row in rows:
-                    kept = masks.random(config.hidden) >= config.dropout
-                    keep = torch.from_numpy(kept / (1 - config.dropout)).float().to(self.device)
-                    outputs = model(list(self.bags[row].pieces(self._drawn(row, draws))), keep)
+                    outputs = model(list(self.bags[row].pieces(self._drawn(row, draws))), dropout)
                     (head.loss(outputs, int(row)) / len(rows)).backward()
                 optimizer.step()
                 optimizer.zero_grad()

@@ -34,7 +34,7 @@ class LinearModel:
 
     def __init__(self, outcome: Outcome, vectors: Values) -> None:
         self.outcome, self.vectors = outcome, vectors
-        self.candidates = [{"penalty": penalty} for penalty in outcome.penalties]
+        self.candidates: Sequence[Mapping[str, float]] = [{"penalty": penalty} for penalty in outcome.penalties]
 
     def errors(self, train: Rows, validation: Rows) -> Values:
         """See :class:`Method`."""

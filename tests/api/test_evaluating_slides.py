@@ -15,12 +15,13 @@ from painted_slide import write_slide as write_tiff
 from tiny_models import save_checkpoint
 
 from dino.api import evaluate_slide, extract, tile
-from dino.config.schema import AbmilConfig, ExtractConfig, SlideConfig, TileConfig
+from dino.config.schema import AbmilConfig, ExtractConfig, HiptConfig, SlideConfig, TileConfig
 from dino.errors import ConfigError, DataError
 from dino.models.weights import load_backbone_file
 
 ROOT = Path(__file__).parents[2]
 QUICK = AbmilConfig(hidden=8, attention=4, epochs=2)
+SMALL = HiptConfig(hidden=6, attention=4, epochs=2, heads=2)
 
 
 def config(**changes):
@@ -141,8 +142,12 @@ def test_vectors_of_slides_are_scored_without_attention(root, capsys):
     result = evaluate_slide([root / "slide_features_x"], root / "labels.csv", config())
     assert [row.name for row in result.rows] == ["slide_features_x: mean", "chance"]
     assert "no attention to learn" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="expected method=mean for features of one vector per slide, found abmil"):
-        evaluate_slide([root / "slide_features_x"], root / "labels.csv", config(method=["abmil"]))
+
+
+def test_the_mean_is_scored_beside_every_method(root):
+    result = evaluate_slide(folders(root)[:1], root / "labels.csv", config(method=["hipt"], hipt=SMALL))
+    assert [row.name for row in result.rows] == ["features_ours: mean", "features_ours: hipt", "chance"]
+    assert result.rows[1].details["method"] == "hipt" and result.rows[1].estimates["auc"].value is not None
 
 
 def test_a_root_needs_an_encoder(root):
@@ -225,6 +230,8 @@ def test_missing_slides_may_be_accepted(root):
         {"abmil": AbmilConfig(dropout=1.0)},
         {"abmil": AbmilConfig(piece=0)},
         {"abmil": AbmilConfig(tiles=0)},
+        {"hipt": HiptConfig(hidden=8, heads=3)},
+        {"hipt": HiptConfig(layers=0)},
     ],
 )
 def test_wrong_settings_are_refused(root, changes):
