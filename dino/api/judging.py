@@ -5,10 +5,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from torch import Tensor
 
+from dino import progress
 from dino.api.measuring import labelled_measure
 from dino.api.run import Run
+from dino.crops.parameters import GLOBAL_VIEWS
 from dino.evaluate.selection import recorded_selection
 from dino.evaluate.verdict import FROZEN, INITIAL, RANDOM
 from dino.models.backbone import Backbone, build_backbone
@@ -27,6 +30,8 @@ from dino.train.loop import Trainer
 VERDICT_SAMPLES = 256
 VERDICT_BATCH = 16
 EVALUATIONS = 10  # of a run without labels, at most, unless evaluate.every_steps says otherwise
+SHARE = 0.05  # of the time of training, that evaluations of labelled rows take at most
+FEWEST = 4  # evaluations of labelled rows in a run
 DECLINE_PATIENCE = 3  # default of evaluate.decline_patience with model.init and labels
 
 
@@ -45,7 +50,7 @@ def build_evaluator(run: Run, checkpoints: Checkpoints) -> Evaluator | None:
     if settings.labels is not None or settings.robustness is not None:
         folder = checkpoints.folder
         measure = labelled_measure(run, str(folder.path), resumed=folder.steps_done() > 0)
-        every = run.length.steps(1)
+        every = _interval(run, measure.tokens)
     elif init:
         measure, every = _label_free_measure(run), max(run.length.steps(1), math.ceil(run.length.total / EVALUATIONS))
     else:
@@ -61,6 +66,33 @@ def build_evaluator(run: Run, checkpoints: Checkpoints) -> Evaluator | None:
         decline_patience,
         checkpoints,
     )
+
+
+def _interval(run: Run, tokens: int) -> int:
+    """Steps between evaluations of labelled rows, and a line if they take much of the time.
+
+    One epoch; or as many steps as it takes until evaluating teacher and student needs at most :data:`SHARE` of the
+    operations of training, but at least :data:`FEWEST` evaluations in a run. It follows from sizes alone, so that a
+    resumed run evaluates at the same steps. Operations are counted as tokens times passes: of the student forward
+    and backward, which is three times forward, and of the teacher and of evaluations forward.
+
+    Args:
+        run: The run.
+        tokens: That one network embeds in an evaluation.
+    """
+    crops, length = run.level.crops, run.length
+    counts = [int(np.prod(np.broadcast_to(size, 2))) // run.level.spec.patch_size**2 for size in crops.sizes]
+    views = np.repeat(counts, crops.groups)
+    step = length.global_batch * int(3 * views.sum() + views[:GLOBAL_VIEWS].sum())
+    evaluation = 2 * tokens
+    affordable = min(math.ceil(evaluation / (SHARE * step)), length.total // FEWEST)
+    every = run.config.evaluate.every_steps or max(1, length.steps(1), affordable)
+    if (share := evaluation / (every * step)) > SHARE:
+        progress.say(
+            f"evaluations every {every} steps take about {share:.0%} of the time of training: fewer labelled rows, or "
+            "more evaluate.every_steps, take less"
+        )
+    return every
 
 
 def _label_free_measure(run: Run) -> Measure:

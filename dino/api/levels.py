@@ -43,6 +43,7 @@ from dino.data import (
     Sampler,
     decode,
     grid_dtype,
+    keep_decoded,
     open_grids,
     prepare_grids,
     read_grid,
@@ -207,6 +208,9 @@ class Level(ABC):
         """Features ``(B, d)`` of a batch of labelled items that need no network."""
 
 
+KEPT_BYTES = 10**9  # of decoded labelled tiles of a run, in memory that is used as they are read
+
+
 class PatchLevel(Level):
     """Level 1: tiles of a folder of images, or those that ``dino tile`` cut under a ROOT."""
 
@@ -272,11 +276,11 @@ class PatchLevel(Level):
         model: str,
         origin: Mapping[str, Any],
     ) -> Read:
-        """Decode images."""
+        """Decode images; while training, decoded ones are kept for the next evaluations."""
         grid = next((path for path in paths if path.suffix == ".pt"), None)
         if grid is not None:
             raise DataError(f"expected images for the level-1 model {model}, found the feature grid {grid}")
-        return decode
+        return keep_decoded(paths, KEPT_BYTES) if isinstance(config, PretrainConfig) else decode
 
     @classmethod
     def normaliser(cls, transform: Transform | None, patch_size: int) -> Normalise:
@@ -321,7 +325,7 @@ class RegionLevel(Level):
     def __init__(self, config: RegionConfig) -> None:
         root, model = Root(Path(config.data_dir), config.encoder), config.model
         check_held_out([root])
-        folder, entries, held_out = root.grids()
+        folder, entries, held_out = root.grids(config.region_cells)
         start = load_backbone_file(model.init, model.init_arch) if model.init else None
         source = source_of_grids(folder, start.grids if start else None, str(model.init))
         files = GridFiles(folder, entries, config.grid_order, grid_dtype(config.speed), source.key if source else "")

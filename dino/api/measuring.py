@@ -80,7 +80,9 @@ def labelled_measure(run: Run, name: str, resumed: bool) -> Measure:
         return scores
 
     salts = "+".join(str(record["salt"]) for record in records)
-    return Measure(score, tracked, words, min(part.queries for part in chosen), salts)
+    height, width = embedder.normalise(embedder.read(embedder.paths[0])[None]).shape[-2:]
+    tokens = len(embedder.paths) * (height * width // run.level.spec.patch_size**2)
+    return Measure(score, tracked, words, min(part.queries for part in chosen), salts, tokens)
 
 
 def _chosen(settings: EvaluateConfig, parts: Mapping[str, Part]) -> list[Part]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from dino import progress
 from dino.data import GridEntry, SlideInfo, list_names, place_of, read_grid, slide_of
-from dino.errors import DataError
+from dino.data.grids import SMALLEST_SIDE
+from dino.errors import ConfigError, DataError
 from dino.evaluate.contents import find_copies
 from dino.extraction.folders import attention_folder, encoder_name, find_grids, grid_path
 from dino.extraction.record import RECORD, grid_source
@@ -185,13 +186,20 @@ class Root:
         """Patient of each slide, where recorded."""
         return {slide: row.patient_id for slide, row in self.status.items() if row.patient_id}
 
-    def grids(self) -> tuple[Path, list[GridEntry], HeldOut]:
+    def grids(self, region_cells: int | None = None) -> tuple[Path, list[GridEntry], HeldOut]:
         """The folder of the feature grids, the grids in it without those of held-out slides, and counts of the latter.
+
+        Args:
+            region_cells: Tiles along a side of the regions that are cut from features of tiles; None to cut none, and
+                list all such files.
 
         Raises:
             DataError: If there are no grids that may be trained on.
         """
-        return self.grid_folder, *_grid_entries(self.path, self.grid_folder, self.regions(), self.partitions)
+        folder = self.grid_folder
+        if not any(folder.glob("*.pt")) and any(folder.glob("*.h5")):
+            return folder, *_cut_entries(folder, region_cells, self.partitions)
+        return folder, *_grid_entries(self.path, folder, self.regions(), self.partitions)
 
     def regions(self) -> list[RegionRecord]:
         """The regions that are recorded."""
@@ -334,6 +342,39 @@ def _grid_entries(
     if not entries:
         raise _only_held_out("grids", folder, held_out)
     return entries, held_out
+
+
+def _cut_entries(folder: Path, cells: int | None, partitions: Mapping[str, str]) -> tuple[list[GridEntry], HeldOut]:
+    """Files of features of tiles that have regions of which every tile is there; how many tiles are in none is said.
+
+    Args:
+        folder: Where the files are.
+        cells: Tiles along a side of a region; None for all files.
+        partitions: Partition of each slide.
+
+    Raises:
+        DataError: If there are no such regions of slides that may be trained on, or a file cannot be used.
+    """
+    from dino.data.region_grids import open_regions  # needs h5py
+
+    kept, held_out = split_files(sorted(folder.glob("*.h5")), lambda path: path.stem, partitions)
+    if not kept:
+        raise _only_held_out("features", folder, held_out)
+    if cells is None:
+        return [GridEntry(path, path.stem) for path in kept], held_out
+    if cells < SMALLEST_SIDE:
+        raise ConfigError(f"expected region_cells of at least {SMALLEST_SIDE}, found {cells}")
+    opened = {path: open_regions(path, cells) for path in kept}
+    tiles, regions = sum(len(one.bag) for one in opened.values()), sum(len(one) for one in opened.values())
+    without = sum(not len(one) for one in opened.values())
+    found = f"{regions} with {regions * cells**2} of {tiles} tiles, in {len(kept) - without} of {len(kept)} slides"
+    if not regions:
+        raise DataError(
+            f"expected regions of {cells} x {cells} tiles that are all in the features in {folder}, found {found}; "
+            "set a smaller region_cells, or extract regions, whose cells without tissue have features too"
+        )
+    progress.say(f"{folder}: complete regions of {cells} x {cells} tiles: {found}; other tiles are left out")
+    return [GridEntry(path, path.stem, (cells, cells)) for path, one in opened.items() if len(one)], held_out
 
 
 def _only_held_out(items: str, folder: Path, held_out: HeldOut) -> DataError:

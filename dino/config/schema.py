@@ -273,7 +273,9 @@ class EvaluateConfig:
         "score that selects best.pt: knn, linear (a linear probe of the same rows), robustness (the robustness index), "
         "or mean (of those that there are labels for)",
     )
-    every_steps: int = runtime(0, "steps between evaluations, 0 for one per epoch")
+    every_steps: int = runtime(
+        0, "steps between evaluations, 0 for one per epoch, or fewer if they took over 5 % of the time"
+    )
     k: list[int] = runtime(
         [20], "numbers of neighbours; the score for the first one selects best.pt, and robustness counts as many"
     )
@@ -350,9 +352,10 @@ class PatchConfig(PretrainConfig):
 class RegionConfig(PretrainConfig):
     """`dino pretrain region`."""
 
-    data_dir: str = runtime("", "ROOT that `dino extract` filled, or a folder of .pt grids")
+    data_dir: str = runtime("", "ROOT that `dino extract` filled, or a folder of .pt grids or of .h5 features of tiles")
     encoder: str | None = runtime(None, "encoder whose grids are read (null: grids without a name, or the only ones)")
     grid_order: str = identity("yx", "order of the rows in .pt files without regions.csv: yx (row-major) or xy")
+    region_cells: int = identity(16, "tiles along a side of a region, where regions are cut from .h5 files of tiles")
     speed: RegionSpeedConfig = group(RegionSpeedConfig)
     aug: RegionAugConfig = group(RegionAugConfig)
 

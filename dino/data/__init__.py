@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dino.data.loader import Batch, DrawnBatches, DropPath, Layout, load_batches
     from dino.data.packed import GridFiles, grid_dtype, prepare_grids
     from dino.data.samplers import GroupSampler, PermutationSampler, Sampler
+    from dino.data.tile_cache import keep_decoded
 
 __all__ = [
     "BadSample",
@@ -51,6 +52,7 @@ __all__ = [
     "decode",
     "decode_bytes",
     "grid_dtype",
+    "keep_decoded",
     "list_images",
     "list_names",
     "load_batches",
@@ -85,6 +87,7 @@ _MODULES = {
     "decode": "images",
     "decode_bytes": "images",
     "grid_dtype": "packed",
+    "keep_decoded": "tile_cache",
     "list_images": "images",
     "list_names": "images",
     "load_batches": "loader",

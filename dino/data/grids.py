@@ -1,7 +1,8 @@
 """Feature grids: ``.pt`` files of level-1 features to ``(D, h, w)`` tensors, and checks of whole folders of them.
 
 A file of this package (and of the original system) contains one region, ``[npatch x D]``; HIPT stores the regions of a
-slide as ``[M x 256 x D]`` and slide2vec as ``(R, T, D)``. Rows are row-major (y, then x) unless ``order="xy"``.
+slide as ``[M x 256 x D]`` and slide2vec as ``(R, T, D)``. Rows are row-major (y, then x) unless ``order="xy"``. From an
+``.h5`` of features of tiles (TRIDENT, CLAM, ``features_<encoder>/``) grids are cut, see :mod:`.region_grids`.
 """
 
 import math
@@ -9,6 +10,7 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,18 +23,36 @@ ORDERS = ("yx", "xy")
 SMALLEST_SIDE = 4
 
 
-def open_grids(path: Path) -> Tensor:
+class Grids(Protocol):
+    """The regions of a file: a memory-mapped tensor, or what reads each of them."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """``(M, T, D)``: M regions of T cells."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, region: int, /) -> Tensor: ...
+
+
+def open_grids(path: Path, shape: tuple[int, int] | None = None) -> Grids:
     """Memory-map a ``.pt`` file and check its rank and type, without reading its values.
 
     Args:
-        path: File that contains one tensor.
+        path: File that contains one tensor; or an ``.h5`` of features of tiles, from which regions are cut.
+        shape: ``(n, n)`` cells of the regions that are cut.
 
     Returns:
-        ``(M, T, D)`` memory-mapped tensor: M regions of T cells.
+        ``(M, T, D)``: M regions of T cells, not read yet.
 
     Raises:
         DataError: If the file is damaged, contains anything but one floating-point tensor, or has another rank.
     """
+    if path.suffix == ".h5" and shape:
+        from dino.data.region_grids import open_regions  # needs h5py
+
+        return open_regions(path, shape[0])
     tensor = open_tensor(path, {2: "[cells x D]", 3: "[regions x cells x D]"})
     return tensor if tensor.ndim == 3 else tensor[None]
 
@@ -111,7 +131,7 @@ def read_cells(path: Path, order: str = "yx", shape: tuple[int, int] | None = No
     """
     if order not in ORDERS:
         raise ConfigError(f"expected grid_order yx or xy, found '{order}'")
-    grids = open_grids(path)
+    grids = open_grids(path, shape)
     if region >= len(grids):
         raise DataError(f"expected region {region} in {printable(path)}, found only {len(grids)}; was it replaced?")
     rows = grids[region]  # (T, D)
@@ -194,7 +214,7 @@ def survey(
 
 def _kind(entry: GridEntry) -> tuple[int, int, tuple[int, int]]:
     """Regions, D, and (h, w) of a file."""
-    regions, cells, dim = open_grids(entry.path).shape
+    regions, cells, dim = open_grids(entry.path, entry.shape).shape
     return regions, dim, grid_shape(entry.path, cells, entry.shape)
 
 

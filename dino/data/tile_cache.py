@@ -3,6 +3,7 @@
 import mmap
 import multiprocessing
 import os
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,18 @@ def tile_cache(count: int, gb: float) -> TileCache | None:
             "lower it (0 turns the cache off)"
         )
     return TileCache(count, int(gb * 1e9)) if gb * 1e9 >= 1 else None
+
+
+def keep_decoded(paths: Sequence[Path], budget: int) -> Callable[[Path], Tensor]:
+    """A function that decodes tiles as :func:`dino.data.images.decode`, and keeps them for when they are read again.
+
+    Args:
+        paths: The files.
+        budget: Largest number of bytes of pixels to keep; at most a quarter of the free memory is used.
+    """
+    cache = TileCache(len(paths), max(1, min(budget, free_memory() // 4)))
+    index = {path: i for i, path in enumerate(paths)}
+    return lambda path: cache(index[path], path)
 
 
 def free_memory() -> int:

@@ -32,6 +32,7 @@ class Measure:
         name: The same in words.
         queries: Number of samples that it is a mean over.
         rows: Identifies the samples: scores over others are not compared.
+        tokens: Patch tokens of all the images (or grids) that a backbone embeds for a score.
         labelled: Whether it measures what the features are for, so that the highest score is the best. Self-retrieval
             does not; it only excludes checkpoints that are significantly worse than the initial weights.
     """
@@ -41,6 +42,7 @@ class Measure:
     name: str
     queries: int
     rows: str
+    tokens: int = 0
     labelled: bool = True
 
 

@@ -15,7 +15,7 @@ from dino.data.datasets import FolderTiles, TileDataset
 from dino.data.images import decode
 from dino.data.loader import DrawnBatches, Layout, load_batches
 from dino.data.samplers import PermutationSampler
-from dino.data.tile_cache import TileCache, free_memory, tile_cache
+from dino.data.tile_cache import TileCache, free_memory, keep_decoded, tile_cache
 from dino.errors import ConfigError, DataError
 
 SIZES = [(8, 8), (5, 9), (1, 7), (8, 8)]
@@ -49,6 +49,13 @@ def test_pixels_are_the_same_and_decoded_once(tiles: list[Path], decoded: Path) 
     cache = TileCache(len(tiles), 10_000)
     for _ in range(3):
         assert all(torch.equal(cache(i, path), decode(path)) for i, path in enumerate(tiles))
+    assert Counter(decoded.read_text().split()) == Counter(path.name for path in tiles)
+
+
+def test_tiles_are_kept_by_path(tiles: list[Path], decoded: Path) -> None:
+    read = keep_decoded(tiles, 10_000)
+    for path in [*tiles, *reversed(tiles)]:
+        assert torch.equal(read(path), decode(path))
     assert Counter(decoded.read_text().split()) == Counter(path.name for path in tiles)
 
 
