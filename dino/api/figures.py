@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dino.api.figure_source import FigureSource
+from dino.api.word_figures import words_figure
 from dino.config.schema import FigureConfig
 from dino.environment import import_extra
 from dino.errors import ConfigError, DataError
@@ -18,6 +19,7 @@ from dino.report.projection import farthest_points, pca_rgb, unit_rows
 from dino.report.robustness import VALUE_COLOURS, scatter
 
 SIZE = 5.0  # inches of a map of features
+WORDS = "words"
 NOT_RECORDED = "not recorded"
 
 
@@ -25,8 +27,9 @@ def figure(kind: str, model: str, root: Path, output: Path, config: FigureConfig
     """Write one figure.
 
     Args:
-        kind: ``attention``, ``heatmap``, ``neighbours``, ``pca`` or ``umap``.
-        model: Run folder, checkpoint, export or ``timm:NAME``.
+        kind: ``attention``, ``heatmap``, ``neighbours``, ``pca``, ``umap`` or ``words``.
+        model: Run folder, checkpoint, export or ``timm:NAME``; for words also the name of an encoder with features in
+            ROOT.
         root: ROOT of `dino tile`, or a folder of images (attention, neighbours and umap of a level-1 model).
         output: A .png, .pdf or .svg file.
         config: Which slide, tiles and heads.
@@ -40,17 +43,20 @@ def figure(kind: str, model: str, root: Path, output: Path, config: FigureConfig
         CheckpointError: If the model cannot be loaded.
     """
     config, form = config or FigureConfig(), output.suffix.lower().removeprefix(".")
-    if kind not in FIGURES:
-        raise ConfigError(f"expected a figure {', '.join(FIGURES)}, found '{kind}'")
+    if kind not in (*FIGURES, WORDS):
+        raise ConfigError(f"expected a figure {', '.join((*FIGURES, WORDS))}, found '{kind}'")
     if form not in style.FORMATS:
         raise ConfigError(f"expected a figure ending in .{', .'.join(style.FORMATS)}, found {output}")
     for name in ("dpi", "rows", "k", "tiles"):
         if getattr(config, name) < 1:
             raise ConfigError(f"expected {name} of at least 1, found {getattr(config, name)}")
     import_extra("matplotlib", "figures")
-    with ExitStack() as stack:
-        source = FigureSource(model, root, config, stack)
-        content = FIGURES[kind](source, style.encoder(form, config.dpi))
+    encode = style.encoder(form, config.dpi)
+    if kind == WORDS:
+        content = words_figure(model, root, config, encode)
+    else:
+        with ExitStack() as stack:
+            content = FIGURES[kind](FigureSource(model, root, config, stack), encode)
     with oserror_to_data_error(output.parent):
         write_bytes(output, content)
     return output

@@ -108,16 +108,18 @@ def figure(arguments: FigureArguments = None, config: ConfigFile = None) -> None
     """Write one figure of the report for a publication, with scale bars in µm.
 
     KIND is attention (of the cls token over tiles or, by a level-2 model, over regions), heatmap (the same in place on
-    a whole slide), neighbours (nearest tiles from other patients), pca (tiles of a slide coloured by their features) or
-    umap (tiles as points, needs umap-learn). MODEL is a run folder, a checkpoint, an export or timm:NAME. ROOT is a
-    folder that `dino tile` wrote, or for attention, neighbours and umap any folder of images. OUT is a .png, .pdf or
-    .svg file; in the last two, text and lines are vectors.
+    a whole slide), neighbours (nearest tiles from other patients), pca (tiles of a slide coloured by their features),
+    umap (tiles as points, needs umap-learn) or words (typical tiles of each word of `dino words`; with word=N one word
+    over its slides, with slide=ID all words over one slide). MODEL is a run folder, a checkpoint, an export or
+    timm:NAME. ROOT is a folder that `dino tile` wrote, or for attention, neighbours and umap any folder of images. OUT
+    is a .png, .pdf or .svg file; in the last two, text and lines are vectors.
 
     For example:
 
         dino figure attention runs/patch data attention.pdf slide=a1 tile=8192,4096 heads=[1,4]
         dino figure heatmap runs/region data heatmap.png slide=a1
         dino figure neighbours runs/patch data neighbours.svg rows=3 k=6 untrained=true
+        dino figure words runs/patch data words.pdf
         dino figure umap runs/patch data umap.pdf by=centre tiles=5000
     """
     positional, overrides = split(arguments or [])

@@ -22,7 +22,10 @@ class ReportConfig:
 class FigureConfig:
     """`dino figure`."""
 
-    slide: str | None = runtime(None, "id of the slide to show (null: the one with the most regions, then tiles)")
+    slide: str | None = runtime(
+        None, "id of the slide to show (null: the one with the most regions, then tiles; words: typical tiles of all)"
+    )
+    word: int | None = runtime(None, "words: the only word to show, with its slides, from 1 (null: all)")
     tile: str | None = runtime(
         None, "tile (level 2: region) to show: X,Y in level-0 px on the slide, or an image file (null: dissimilar ones)"
     )

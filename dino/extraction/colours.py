@@ -10,11 +10,11 @@ SEED = 0  # of k-means
 PASSES = 20  # of k-means over all rows
 SETTLED = 1e-4  # distance that a centre moves in the last pass; features have length 1
 
-# Distinct on pink tissue, and for most people with a colour vision deficiency (Okabe & Ito 2008, then Tol's "bright").
+# Distinct on pink tissue; the first seven also for most people with a colour vision deficiency (Okabe & Ito 2008).
 PALETTE = (
     *((0, 114, 178), (230, 159, 0), (0, 158, 115), (240, 228, 66), (86, 180, 233), (213, 94, 0), (204, 121, 167)),
-    *((102, 204, 238), (34, 136, 51), (204, 187, 68), (170, 51, 119), (68, 119, 170), (187, 187, 187), (102, 37, 6)),
-    *((0, 68, 27), (63, 0, 125)),
+    *((102, 37, 6), (128, 205, 60), (110, 64, 170), (187, 187, 187), (0, 68, 27), (170, 30, 80), (130, 235, 210)),
+    *((30, 20, 90), (150, 140, 60)),
 )
 
 
@@ -23,8 +23,8 @@ class ColourBasis:
     """Principal components of unit-length features, and the range of each.
 
     Attributes:
-        mean: ``(D,)`` float32.
-        components: ``(D, 3)`` float32.
+        mean: ``(D,)``.
+        components: ``(D, 3)``.
         low: ``(3,)``, becomes 0.
         high: ``(3,)``, becomes 255.
     """
@@ -50,14 +50,18 @@ class ColourBasis:
         scores = centred @ components  # (n, 3)
         components *= np.where((scores**3).sum(0) < 0, -1.0, 1.0)
         low, high = np.percentile(centred @ components, [LOW, HIGH], axis=0)
-        return cls(mean.astype(np.float32), components.astype(np.float32), low, high)
+        return cls(mean, components.astype(unit.dtype), low, high)
 
     def rgb(self, unit: np.ndarray) -> np.ndarray:
         """Colours of unit-length rows: uint8 ``(n, 3)``; 128 in a component without variance."""
+        return np.round(255 * self.scaled(unit)).astype(np.uint8)
+
+    def scaled(self, unit: np.ndarray) -> np.ndarray:
+        """Colours of unit-length rows: float64 ``(n, 3)`` in [0, 1]; 0.5 in a component without variance."""
         scores = (unit - self.mean) @ self.components
         constant = self.high - self.low < 1e-9
         scaled = np.clip((scores - self.low) / np.where(constant, 1.0, self.high - self.low), 0.0, 1.0)
-        return np.round(255 * np.where(constant, 0.5, scaled)).astype(np.uint8)
+        return np.where(constant, 0.5, scaled)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-LOW, HIGH = 2.0, 98.0  # percentiles that map to 0 and 1, so that outliers do not determine the range
+from dino.extraction.colours import ColourBasis
 
 
 def pca_rgb(features: np.ndarray) -> np.ndarray:
     """The first three principal components of unit-length features as red, green and blue.
 
-    Each component is scaled from its 2nd and 98th percentile to [0, 1].
+    Each component is scaled from its 2nd and 98th percentile to [0, 1], see :class:`ColourBasis`.
 
     Args:
         features: Float, (N, D).
@@ -16,11 +16,8 @@ def pca_rgb(features: np.ndarray) -> np.ndarray:
     Returns:
         float64, (N, 3) in [0, 1]; 0.5 in a component without variance.
     """
-    scores, _ = pca(features, 3)
-    low, high = np.percentile(scores, [LOW, HIGH], axis=0)
-    constant = high - low < 1e-9
-    scaled = np.clip((scores - low) / np.where(constant, 1.0, high - low), 0.0, 1.0)
-    return np.where(constant, 0.5, scaled)
+    unit = unit_rows(features)
+    return ColourBasis.fit(unit).scaled(unit)
 
 
 def pca(features: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

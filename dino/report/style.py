@@ -180,7 +180,8 @@ def scale_bar(axes: "Axes", um_per_px: float, extent_px: float) -> None:
     axes.plot([left, left + length], [base, base], color="white", linewidth=5, solid_capstyle="butt")
     axes.plot([left, left + length], [base, base], color=TEXT, linewidth=2.5, solid_capstyle="butt")
     label = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
-    text = axes.text(left, base - 0.03 * height, label, fontsize=7.5, color=TEXT, va="bottom")
+    place = {"xytext": (0, 3), "textcoords": "offset points"}  # clear of the bar, however small the picture is
+    text = axes.annotate(label, (left, base), **place, fontsize=7.5, color=TEXT, va="bottom")
     text.set_path_effects([_halo()])
 
 
