@@ -6,21 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
+from dino.api.feature_figures import pca, umap
 from dino.api.figure_source import FigureSource
 from dino.api.word_figures import words_figure
 from dino.config.schema import FigureConfig
 from dino.environment import import_extra
 from dino.errors import ConfigError, DataError
 from dino.files import oserror_to_data_error, write_bytes
-from dino.report import figures, montages, style
+from dino.report import montages, style
 from dino.report.features import neighbour_images, query_image
 from dino.report.heatmap import heatmap, place
-from dino.report.projection import farthest_points, pca_rgb, unit_rows
-from dino.report.robustness import VALUE_COLOURS, scatter
+from dino.report.projection import farthest_points
 
-SIZE = 5.0  # inches of a map of features
 WORDS = "words"
-NOT_RECORDED = "not recorded"
 
 
 def figure(kind: str, model: str, root: Path, output: Path, config: FigureConfig | None = None) -> Path:
@@ -123,35 +121,6 @@ def _neighbours(source: FigureSource, encode: style.Encode) -> bytes:
     return montages.neighbour_montage(images, sides["trained"], sides.get("untrained", []), encode)
 
 
-def _pca(source: FigureSource, encode: style.Encode) -> bytes:
-    """Tiles of a slide, coloured by the principal components of their features."""
-    source.expect_images("pca")
-    mapped = source.slide.read_map(source.config.tiles)
-    panels = [
-        (f"{name.capitalize()}: principal components", pca_rgb(source.features(network, mapped.pixels)))
-        for name, network in reversed(source.networks.items())
-    ]
-    return figures.feature_maps(source.slide.thumbnail(), panels, mapped.corners, mapped.square, encode)
-
-
-def _umap(source: FigureSource, encode: style.Encode) -> bytes:
-    """Tiles as points, near one another where their features are similar."""
-    source.expect_images("umap")
-    umap = import_extra("umap", "the figure 'umap'", "umap")
-    tiles, by = source.tiles, source.config.by
-    labels = _labels(source, by)
-    features = unit_rows(source.features(source.model, tiles.pixels))
-    points = umap.UMAP(random_state=0, n_jobs=1, n_neighbors=min(15, len(features) - 1)).fit_transform(features)
-    words = sorted({*labels})
-    numbers = np.array([words.index(label) for label in labels])
-    with style.figure(SIZE, SIZE + 0.6) as drawn:
-        axes = drawn.subplots()
-        scatter(axes, points, numbers, words, VALUE_COLOURS)
-        axes.set_title(f"UMAP of {len(points):,} tiles, by {by}")
-        drawn.subplots_adjust(left=0.02, right=0.98, top=0.94, bottom=0.18)
-        return encode(drawn)
-
-
 def _queries(source: FigureSource) -> list[int]:
     """The tile that the settings name; else dissimilar ones."""
     if source.config.tile is not None:
@@ -159,28 +128,10 @@ def _queries(source: FigureSource) -> list[int]:
     return farthest_points(source.features(source.model, source.tiles.pixels), source.config.rows)
 
 
-def _labels(source: FigureSource, by: str) -> list[str]:
-    """What each tile is coloured by.
-
-    Raises:
-        ConfigError: If there is no such column.
-        DataError: If it is a column of a ROOT, and `dino tile` did not write the folder.
-    """
-    tiles = source.tiles
-    known = {"slide": tiles.slides, "patient": tiles.owners}
-    if by in known:
-        return [value or NOT_RECORDED for value in known[by]]
-    columns = ("centre", "scanner", "stain", "partition")
-    if by not in columns:
-        raise ConfigError(f"expected by to be {', '.join((*known, *columns))}, found '{by}'")
-    status = source.tables.slides.status
-    return [getattr(status.get(slide or ""), by, "") or NOT_RECORDED for slide in tiles.slides]
-
-
 FIGURES: Mapping[str, Callable[[FigureSource, style.Encode], bytes]] = {
     "attention": _attention,
     "heatmap": _heatmap,
     "neighbours": _neighbours,
-    "pca": _pca,
-    "umap": _umap,
+    "pca": pca,
+    "umap": umap,
 }

@@ -13,7 +13,7 @@ from dino.extraction.catalogue import Catalogue, read_catalogue
 from dino.extraction.encoder_features import EncoderFeatures
 from dino.extraction.folders import encoder_name, tile_folder, words_folder
 from dino.extraction.prototypes import head_of_features, mean_of_prototypes
-from dino.extraction.record import COMPARED, EARLIER, RECORD, read_record
+from dino.extraction.record import COMPARED, EARLIER, RECORD, check_made_by, read_record
 from dino.extraction.words import TABLE, Count, Words, write_assigned, write_table, write_words
 from dino.files import oserror_to_data_error, tidy
 from dino.models.weights import load_backbone_file
@@ -95,13 +95,7 @@ def encoder_of(catalogue: Catalogue, model: str) -> str:
     (name, *_) = catalogue.chosen_encoders([model if model in catalogue.encoders else name])
     if name == model and not Path(model).exists():
         return name
-    recorded = read_record(tile_folder(catalogue.root, name) / RECORD).get("fingerprint")
-    if recorded and load_backbone_file(model).fingerprint != recorded:
-        folder = tile_folder(catalogue.root, name)
-        raise DataError(
-            f"expected features of {model} in {folder}, found those of another model of that name; run `dino extract "
-            f"{model} {catalogue.root} what=tiles encoder=NAME` with another name, and pass that name"
-        )
+    check_made_by(tile_folder(catalogue.root, name), load_backbone_file(model), f"name the encoder '{name}' alone")
     return name
 
 

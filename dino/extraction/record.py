@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dino import files
 from dino.environment import versions
 from dino.errors import DataError
-from dino.models.grid_source import GridSource
+from dino.models.grid_source import SHOWN, GridSource
 from dino.slides.tables import REGIONS_FOLDER
 
 if TYPE_CHECKING:  # imports torch, which readers of records do not need
@@ -67,6 +67,25 @@ def check_folder(path: Path, record: Mapping[str, Any], folder: Path, suffix: st
             f"settings: {'; '.join(found)}; {ANOTHER_NAME}, or delete {folder} to compute them again"
         )
     return before
+
+
+def check_made_by(folder: Path, loaded: "LoadedBackbone", otherwise: str) -> None:
+    """Check that the features in a folder are of a model, where that is recorded.
+
+    Args:
+        folder: The folder.
+        loaded: The model.
+        otherwise: What to do if they are not.
+
+    Raises:
+        DataError: If they are of another model.
+    """
+    made_by = read_record(folder / RECORD).get("fingerprint")
+    if made_by is not None and made_by != loaded.fingerprint:
+        raise DataError(
+            f"expected features of {loaded.source} in {folder}, found those of another model "
+            f"({made_by[:SHOWN]}, not {loaded.fingerprint[:SHOWN]}); extract with encoder=NAME, or {otherwise}"
+        )
 
 
 def differences(before: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:

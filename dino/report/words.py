@@ -22,7 +22,7 @@ CAPTION = 0.2  # above a map
 EDGE = 0.01  # so that the frame of a map is not cut
 MAP_COLUMNS, MAP_HEIGHT = 3, 4.2
 LEGEND_WIDTH, LEGEND_LINE = 2.1, 0.19
-OUTLINE = 320  # outlines fit side by side in a thumbnail
+OUTLINE = 240  # outlines fit side by side in a thumbnail
 TILE_PX = 192  # side of a tile in a strip: more than its inches have dots
 LETTERS, LETTERS_LEGEND = 24, 22  # of a name
 
@@ -279,7 +279,7 @@ def _eroded(mask: np.ndarray, count: int) -> np.ndarray:
     for axis in (0, 1):
         padded = np.pad(mask, [(count, count) if axis == this else (0, 0) for this in (0, 1)], mode="edge")
         windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * count + 1, axis)
-        mask = windows.all(-1)
+        mask = np.asarray(windows.all(-1))
     return mask
 
 

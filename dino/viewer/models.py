@@ -4,11 +4,10 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from dino.errors import DataError, DinoError
+from dino.errors import DinoError
 from dino.extraction.catalogue import Catalogue
 from dino.extraction.folders import tile_folder
-from dino.extraction.record import RECORD, read_record
-from dino.models.grid_source import SHOWN
+from dino.extraction.record import check_made_by
 from dino.viewer.attention import TileAttention
 
 if TYPE_CHECKING:  # imports torch
@@ -58,10 +57,5 @@ def _model(catalogue: Catalogue, name: str, run: str) -> "LoadedBackbone":
     from dino.models.weights import load_backbone_file
 
     loaded, folder = load_backbone_file(run), tile_folder(catalogue.root, name)
-    made_by = read_record(folder / RECORD).get("fingerprint")
-    if made_by is not None and made_by != loaded.fingerprint:
-        raise DataError(
-            f"expected features of {loaded.source} in {folder}, found those of another model "
-            f"({made_by[:SHOWN]}, not {loaded.fingerprint[:SHOWN]}); extract with encoder=NAME, or view '{name}' alone"
-        )
+    check_made_by(folder, loaded, f"view '{name}' alone")
     return loaded

@@ -12,11 +12,15 @@ from dino import api
 from dino.cli.main import app
 from dino.config.schema import FigureConfig
 from dino.data import SlideRanges
-from dino.report import montages, style
+from dino.extraction.catalogue import read_catalogue
+from dino.extraction.encoder_features import EncoderFeatures, Label
+from dino.extraction.words import Count
+from dino.report import figures, montages, style
 from dino.report.features import neighbour_images
 from dino.report.figures import Thumbnail
 from dino.report.heatmap import heatmap, place
 from dino.report.tiles import TileSet, spread
+from dino.report.words import WordData, WordMap, one_word, slide_map
 
 QUICK = FigureConfig(dpi=40, tiles=40, rows=2, device="cpu")
 
@@ -109,6 +113,8 @@ def test_long_names_are_shortened_in_their_middle():
         ("heatmap", "region", "a.png"),
         ("neighbours", "patch", "a.pdf"),
         ("pca", "patch", "a.png"),
+        ("words", "patch", "a.svg"),
+        ("words", "patch", "a.png"),
     ],
 )
 def test_each_kind_is_written(chain, tmp_path, kind, level, name):
@@ -134,11 +140,56 @@ def test_the_same_figure_has_the_same_bytes(chain, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_colours_over_all_slides_are_those_of_the_viewer(chain, tmp_path, monkeypatch):
+    """Tiles whose features are stored are not embedded again, and have the colours of one basis for all slides."""
+    shown = {}
+    monkeypatch.setattr(
+        figures, "feature_maps", lambda _, panels, *rest: shown.update(panels=panels, rest=rest) or b"x"
+    )
+    api.figure("pca", str(chain.patch), chain.root, tmp_path / "a.png", QUICK)
+    catalogue = read_catalogue(chain.root)
+    features = EncoderFeatures(catalogue, "patch")
+    ((title, rgb),) = shown["panels"]
+    assert title == "Principal components over 1 slide"
+    np.testing.assert_array_equal(np.rint(rgb * 255), features.rgb("CMU-1-Small-Region"))
+    corners, square, _ = shown["rest"]
+    tiles = catalogue.tiles["CMU-1-Small-Region"]
+    assert square == tiles.step_lv0 / 2  # they overlap by half
+    np.testing.assert_array_equal(corners, tiles.coords + square / 2)
+
+
+def _picture(content):
+    with Image.open(io.BytesIO(content)) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def test_a_word_is_where_its_tiles_are():
+    """On a map of all words, the squares have the colours of the legend; on that of one, only its own are shown."""
+    labels = [Label("keratin", (0, 0, 255)), Label("fat", (0, 255, 0))]
+    corners = np.array([(x, y) for y in range(0, 800, 100) for x in range(0, 800, 100)])
+    words = (corners[:, 0] >= 400).astype(int)  # keratin on the left, fat on the right
+    where = WordMap("a", Thumbnail(np.full((400, 400, 3), 90, np.uint8), 2.0, 1.0), corners, 100.0, words)
+    tile = np.full((8, 8, 3), 90, np.uint8)
+    data = WordData("e", labels, [Count(32, 1, 1)] * 2, [[tile], [tile]], 1, 128.0)
+    blue, green = ((pixels := _picture(slide_map(data, where, style.encoder("png", 100))))[..., c] for c in (2, 1))
+    is_blue = (blue > 250) & (pixels[..., 0] < 5) & (green < 5)
+    is_green = (green > 250) & (pixels[..., 0] < 5) & (blue < 5)
+    left, right = (np.flatnonzero(one.sum(0) > pixels.shape[0] / 2) for one in (is_blue, is_green))  # whole columns
+    assert len(left) == pytest.approx(len(right), abs=2) and len(left) > 100
+    assert left[-1] - left[0] == len(left) - 1 and right[0] - left[-1] in (1, 2)
+    pixels = _picture(one_word(data, 1, [where], style.encoder("png", 100)))
+    assert not ((pixels[..., 2] > 200) & (pixels[..., 1] < 60)).any()  # no keratin
+    assert ((pixels[..., 1] > 200) & (pixels[..., 2] < 60)).any()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("attention PATCH ROOT", "expected KIND MODEL ROOT OUT"),
-        ("portrait PATCH ROOT a.png", "expected a figure attention, heatmap, neighbours, pca, umap, found 'portrait'"),
+        (
+            "portrait PATCH ROOT a.png",
+            "expected a figure attention, heatmap, neighbours, pca, umap, words, found 'portrait'",
+        ),
         ("pca PATCH ROOT a.gif", "expected a figure ending in .png, .pdf, .svg"),
         ("pca REGION ROOT a.png", "expected a level-1 model for the figure 'pca'"),
         ("pca PATCH nowhere a.png", "expected a data folder at nowhere, found nothing"),
@@ -148,6 +199,9 @@ def test_the_same_figure_has_the_same_bytes(chain, tmp_path):
         ("attention PATCH ROOT a.png tile=90000,0", "expected tile=X,Y inside slide"),
         ("attention REGION ROOT a.png tile=1,1", "expected tile=X,Y of a region of slide"),
         ("neighbours EXPORT ROOT a.png untrained=true", "expected a run as MODEL for untrained=true"),
+        ("words PATCH ROOT a.png word=99", "expected word from 1 to"),
+        ("words REGION ROOT a.png", "expected features of"),
+        ("words PATCH ROOT a.png slide=b", "expected slide=b among the slides with features of patch"),
         ("neighbours PATCH ROOT a.png k=0", "expected k of at least 1, found 0"),
         ("attention PATCH PATCH a.png", "expected"),
     ],

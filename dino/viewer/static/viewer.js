@@ -241,7 +241,7 @@ async function loadOverlay() {
   else if (state.overlay === "attention") found = await Promise.all(names.map(mapsOf));
   else if (state.overlay !== "similarity" || state.tile) found = await Promise.all(names.map(valuesOf));
   if (state.overlay === "clusters") {
-    await Promise.all(names.map(async (name) => { legend[name] ??= await ask(`api/legend?encoder=${encodeURIComponent(name)}`); }));
+    await Promise.all(names.map(legendOf));
   }
   if (ticket !== loadOverlay.ticket || shown !== slide) return;
   values = found;
@@ -370,7 +370,13 @@ function allNames() {
 }
 
 const namesOf = (encoder) => allNames()[encoder] || {};
-const clusterName = (i) => namesOf(state.a)[i] || `Cluster ${i + 1}`;
+const clusterName = (i) => namesOf(state.a)[i] || legend[state.a]?.[i]?.name || `Cluster ${i + 1}`; // of this page, or of words.csv
+
+// Name, colour and typical tiles of the clusters of an encoder.
+async function legendOf(encoder) {
+  legend[encoder] ??= await ask(`api/legend?encoder=${encodeURIComponent(encoder)}`);
+  return legend[encoder];
+}
 
 function nameCluster(i, name) {
   const names = { ...namesOf(state.a), [i]: name };
@@ -615,16 +621,20 @@ async function saveSelection() {
 }
 
 function exportGeojson() {
-  const query = root.features.includes(state.a) ? `?encoder=${encodeURIComponent(state.a)}` : "";
-  guarded(ask(`${slidePath(slide.slide_id)}/geojson${query}`).then((content) => {
-    for (const { properties } of content.features) { // with the names of this page
-      const [, number] = /^Cluster (\d+)$/.exec(properties.classification.name) || [];
-      if (!number) continue;
-      if (properties.name === properties.classification.name) properties.name = clusterName(number - 1);
-      properties.classification = { ...properties.classification, name: clusterName(number - 1) };
-    }
-    download(content, `${slide.slide_id}.geojson`);
-  }));
+  guarded(writeGeojson());
+}
+
+async function writeGeojson() {
+  const hasFeatures = root.features.includes(state.a);
+  const labels = hasFeatures ? (await legendOf(state.a)).map(({ name }) => name) : [];
+  const content = await ask(`${slidePath(slide.slide_id)}/geojson${hasFeatures ? `?encoder=${encodeURIComponent(state.a)}` : ""}`);
+  for (const { properties } of content.features) { // with the names of this page
+    const number = labels.indexOf(properties.classification.name);
+    if (number < 0) continue;
+    if (properties.name === properties.classification.name) properties.name = clusterName(number);
+    properties.classification = { ...properties.classification, name: clusterName(number) };
+  }
+  download(content, `${slide.slide_id}.geojson`);
 }
 
 guarded(start());
