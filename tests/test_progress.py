@@ -158,3 +158,21 @@ def _until(condition: Callable[[], bool]) -> float:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return 0.01
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 200])
+def test_wide_tables_are_split_so_that_no_number_is_broken(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    header = ["model", *(f"knn {k} balanced accuracy" for k in (10, 20, 100, 200))]
+    rows = [
+        [name, *(f"0.{row}{k:03} [0.1, 0.9]" for k in (10, 20, 100, 200))] for row, name in enumerate(("one", "other"))
+    ]
+    progress.tables(rows, header)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= width for line in lines)
+    for row in rows:
+        shown = [line for line in lines if line.split()[:1] == row[:1]]
+        assert len(shown) == {30: 4, 60: 2, 80: 2, 200: 1}[width]
+        assert [cell for cell in row[1:] if any(cell in line for line in shown)] == row[1:]

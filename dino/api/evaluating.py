@@ -108,8 +108,8 @@ def _evaluate(
 ) -> Result:
     table = read_labels(labels, partition_is_optional=True, label=config.label)
     task = distributed.run_on_main(lambda: _task(table, config))
-    columns, facts = columns_of(table, labels, models, config, device)
     output = output_path(evaluation, models[0], labels, config.output)
+    columns, facts = columns_of(table, labels, models, config, device)
     about = {
         **{"classes": len(table.classes), "folds": len(task.folds), "references": len(task.folds[0].train)},
         **{"queries": len(task.tested), "grouped_by": table.groups()[1], "settings": asdict(config)},

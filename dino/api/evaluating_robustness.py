@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dino import distributed, files, progress
 from dino.api.evaluating import on_all_processes
 from dino.api.features import Column, columns_of
-from dino.api.results import output_path, write_result
+from dino.api.results import check_output, output_path, write_result
 from dino.config.schema import RobustnessConfig
 from dino.evaluate import LabelTable, join_slides, read_labels
 from dino.evaluate.confounders import Design, check_neighbours, design, import_croma
@@ -51,8 +51,10 @@ def _evaluate(models: Sequence[str], labels: Path, config: RobustnessConfig, dev
         table = join_slides(table, Path(config.slides), config.by)
     rows = np.array(table.rows("test") if table.is_split else range(len(table.paths)), np.int64)
     found = _design(table, rows, config)
-    columns, facts = columns_of(table, labels, models, config, device)
     output = output_path("robustness", models[0], labels, config.output)
+    if output is not None:
+        check_output(output, [config.slides])
+    columns, facts = columns_of(table, labels, models, config, device)
     names = [str(table.paths[row]) for row in rows]
     folds = distributed.run_on_main(lambda: _folds(names, found, config))
     about = {

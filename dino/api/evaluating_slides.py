@@ -17,7 +17,7 @@ from dino.api.features import (
     open_features,
     slides_of_patients,
 )
-from dino.api.results import write_result
+from dino.api.results import check_output, write_result
 from dino.config.schema import MilConfig, SlideConfig
 from dino.errors import ConfigError
 from dino.evaluate import abmil, hipt, pooling
@@ -66,6 +66,8 @@ def evaluate_slide(features: Sequence[str | Path], labels: str | Path, config: S
         ConfigError: If a setting is invalid, or lifelines is needed and not installed.
     """
     methods = _methods(config)
+    if config.output:
+        check_output(Path(config.output), [labels, config.slides])
     device = distributed.choose_device(config.device)
     table = read_cases(Path(labels), config.task, config.unit)
     table.outcome().check_packages()  # before features are read

@@ -12,6 +12,8 @@ from dino.evaluate.results import CHANCE, MODEL, Result, read_result
 from dino.evaluate.task import Fold, write_folds
 from dino.train.run_folder import result_file
 
+BESIDE = (".csv", ".png")  # of a result's JSON file
+
 
 def output_path(evaluation: str, first: str, labels: Path, output: str | None) -> Path | None:
     """Where the JSON file of a result goes: ``output``, else into the folder of the first model if that is a run.
@@ -21,10 +23,41 @@ def output_path(evaluation: str, first: str, labels: Path, output: str | None) -
         first: The first model.
         labels: The table.
         output: Setting ``output``.
+
+    Raises:
+        ConfigError: See :func:`check_output`.
     """
-    if output:
-        return Path(output)
-    return Path(first) / result_file(evaluation, labels.stem) if (Path(first) / "checkpoints").is_dir() else None
+    path = Path(first) / result_file(evaluation, labels.stem) if (Path(first) / "checkpoints").is_dir() else None
+    path = Path(output) if output else path
+    if path is not None:
+        check_output(path, [labels])
+    return path
+
+
+def check_output(output: Path, inputs: Sequence[str | Path | None]) -> None:
+    """Check that what is written for a result replaces nothing that was read for it.
+
+    Args:
+        output: The JSON file of the result.
+        inputs: Tables that are read, as far as they are given.
+
+    Raises:
+        ConfigError: If the name is that of one of the files beside it, or one of them is an input.
+    """
+    if output.suffix in BESIDE:
+        raise ConfigError(f"expected output=FILE.json, with {' and '.join(BESIDE)} beside it, found {output}")
+    written = [output, *(output.with_suffix(suffix) for suffix in BESIDE), _folds_path(output)]
+    known = {path.resolve() for path in map(Path, filter(None, inputs))}
+    replaced = next((path for path in written if path.resolve() in known), None)
+    if replaced is not None:
+        raise ConfigError(
+            f"expected an output that replaces no table that is read, found output={output}, which writes {replaced}; "
+            "give it another name"
+        )
+
+
+def _folds_path(output: Path) -> Path:
+    return output.with_name(f"{output.stem}_folds.csv")
 
 
 def knn_record(result: Result) -> dict[str, Any]:
@@ -59,7 +92,7 @@ def write_result(result: Result, output: Path, names: Sequence[str] = (), folds:
         files.write_bytes(output.with_suffix(".png"), forest_plot([result]))
     progress.say(f"result: {output}, and beside it .csv and .png")
     if folds:
-        path = output.with_name(f"{output.stem}_folds.csv")
+        path = _folds_path(output)
         with files.oserror_to_data_error(path.parent):
             write_folds(path, names, folds)
         progress.say(f"folds: {path}; splits={path} uses them again")

@@ -119,12 +119,15 @@ def patch(arguments: PatchArguments = None, config: ConfigFile = None, recipe: P
 def region(arguments: RegionArguments = None, config: ConfigFile = None, recipe: RegionRecipe = "region") -> None:
     """Level 2: pretrain a small vision transformer on the feature grids of regions with DINO.
 
-    ROOT is a folder with the features that `dino extract` wrote, or any folder of .pt grids. RUN is the output folder.
-    Running the same command again resumes the run; a finished run is not changed.
+    ROOT is a folder with the features that `dino extract` wrote, or any folder of .pt grids, or of .h5 features of
+    tiles (of TRIDENT or CLAM, or features_ENCODER): from these, regions of region_cells x region_cells tiles are cut of
+    which every tile is there, and what is left out is counted. RUN is the output folder. Running the same command
+    again resumes the run; a finished run is not changed.
 
     For example:
 
         dino pretrain region data runs/region training.nepochs=100
+        dino pretrain region trident/features_uni_v1 runs/region region_cells=8
     """
     pretrain_level("region", arguments or [], config, recipe)
 

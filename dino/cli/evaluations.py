@@ -170,7 +170,7 @@ def compare(arguments: ResultArguments = None, config: ConfigFile = None) -> Non
     settings = load_config(EVALUATION_CONFIGS["compare"], file=config, overrides=overrides)
     from dino import api, progress
 
-    progress.table(*api.compare([Path(path) for path in positional], settings))
+    progress.tables(*api.compare([Path(path) for path in positional], settings))
 
 
 def _evaluate(name: str, arguments: list[str] | None, config: Path | None) -> None:
@@ -186,7 +186,7 @@ def _show(result: "Result") -> None:
     from dino import progress
     from dino.evaluate.scores import marks
 
-    progress.table(*result.table())
+    progress.tables(*result.table())
     for line in marks(result):
         progress.warn(line)
 

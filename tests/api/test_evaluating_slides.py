@@ -239,6 +239,13 @@ def test_wrong_settings_are_refused(root, changes):
         evaluate_slide(folders(root), root / "labels.csv", config(**changes))
 
 
+def test_a_result_does_not_replace_the_labels(root):
+    before = (root / "labels.csv").read_bytes()
+    with pytest.raises(ConfigError, match="replaces no table that is read"):
+        evaluate_slide(folders(root), root / "labels.csv", config(output=str(root / "labels.json")))
+    assert (root / "labels.csv").read_bytes() == before
+
+
 def test_without_lifelines_the_extra_is_named(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "lifelines", None)
     with pytest.raises(ConfigError, match=r"pip install 'histodino\[evaluate\]'"):

@@ -143,3 +143,22 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(table: Path, models: list
     with pytest.raises(DataError, match="could not read it"):
         api.evaluate("linear", models, table, LinearConfig(**SETTINGS, splits=str(tmp_path / "none.csv")))
     assert sorted(tmp_path.rglob("*")) == sorted([*before, Path(region)])
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("labels.json", "replaces no table that is read, found output=.*labels.json, which writes .*labels.csv"),
+        ("labels.csv", r"expected output=FILE.json, with .csv and .png beside it, found .*labels.csv"),
+        ("sub/../labels", "which writes .*labels.csv"),
+    ],
+)
+def test_a_result_does_not_replace_the_labels(table: Path, models: list[str], output: str, words: str) -> None:
+    (table.parent / "sub").mkdir()
+    before = table.read_bytes()
+    with pytest.raises(ConfigError, match=words):
+        api.evaluate("linear", models, table, LinearConfig(**SETTINGS, output=str(table.parent / output)))
+    assert table.read_bytes() == before
+    folds = table.rename(table.parent / "labels_folds.csv")
+    with pytest.raises(ConfigError, match="which writes .*labels_folds.csv"):
+        api.evaluate("linear", models, folds, LinearConfig(**SETTINGS, output=str(table.with_suffix(".json"))))
