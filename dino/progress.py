@@ -136,24 +136,25 @@ def warn(message: str) -> None:
         console.print(f"warning: {message}", style="yellow", markup=False)
 
 
-def tables(rows: Sequence[Sequence[str]], header: Sequence[str]) -> None:
+def tables(rows: Sequence[Sequence[str]], header: Sequence[str], names: int = 1) -> None:
     """:func:`table`, in several one below the other where not all columns of numbers fit side by side.
 
     Args:
-        rows: Names in the first column, which is repeated.
+        rows: Names in the first columns, which are repeated.
         header: Of each column; its words may be wrapped.
+        names: Number of columns of names.
     """
     parts: list[list[int]] = []
     columns = [[*header[i].split(), *(row[i] for row in rows)] for i in range(len(header))]
     widths = [2 + max(map(len, column), default=0) for column in columns]
-    for i in range(1, len(header)):
-        if not parts or sum(widths[j] for j in (0, *parts[-1], i)) > Console().width + 2:
-            parts.append([])
+    for i in range(names, len(header)):
+        if not parts or sum(widths[j] for j in (*parts[-1], i)) > Console().width + 2:
+            parts.append([*range(names)])
         parts[-1].append(i)
     for number, part in enumerate(parts):
         if number:
             say("")
-        table([[row[0], *(row[i] for i in part)] for row in rows], [header[0], *(header[i] for i in part)])
+        table([[row[i] for i in part] for row in rows], [header[i] for i in part])
 
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:

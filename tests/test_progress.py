@@ -176,3 +176,13 @@ def test_wide_tables_are_split_so_that_no_number_is_broken(
         shown = [line for line in lines if line.split()[:1] == row[:1]]
         assert len(shown) == {30: 4, 60: 2, 80: 2, 200: 1}[width]
         assert [cell for cell in row[1:] if any(cell in line for line in shown)] == row[1:]
+
+
+def test_all_columns_of_names_are_repeated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = [["linear", f"model {i}", f"score {i} [0.1, 0.9]", f"change {i} [0.1, 0.9]"] for i in range(2)]
+    progress.tables(rows, ["evaluation", "model", "score", "difference"], names=2)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    for i in range(2):
+        named = [line for line in lines if line.startswith(f"linear      model {i}")]
+        assert [line.split("  ")[-1] for line in named] == rows[i][2:]

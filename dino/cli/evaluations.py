@@ -170,7 +170,7 @@ def compare(arguments: ResultArguments = None, config: ConfigFile = None) -> Non
     settings = load_config(EVALUATION_CONFIGS["compare"], file=config, overrides=overrides)
     from dino import api, progress
 
-    progress.tables(*api.compare([Path(path) for path in positional], settings))
+    progress.tables(*api.compare([Path(path) for path in positional], settings), names=3)
 
 
 def _evaluate(name: str, arguments: list[str] | None, config: Path | None) -> None:
