@@ -1,7 +1,6 @@
 """Balanced sampling of runs: groups from tables, errors, equal draws for any workers and ranks, resuming, records."""
 
 import json
-import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -9,8 +8,6 @@ import pytest
 from tiny_runs import (
     Crash,
     assert_same_bits,
-    assert_same_numbers,
-    command,
     config,
     crash_after,
     last,
@@ -145,16 +142,6 @@ def test_a_balanced_run_resumes_with_the_same_bits_and_counts(
     assert [one["realised"] for one in record["shares"]] == (counts / 32).tolist()
     shares = [line["shares"] for line in metrics(tmp_path / "parts") if "shares" in line]
     assert len(shares) == 8 and shares[-1]["A / slide0"] == counts[0].item() / 32
-
-
-def test_two_processes_train_as_one(root: Path, tmp_path: Path) -> None:
-    settings = {"sampling.balance": "slide", "speed.precision": "fp64"}
-    pretrain(config(root, tmp_path / "one", **settings))
-    shared = config(root, tmp_path / "two", **settings, **{"training.batch_size_per_gpu": 2})
-    subprocess.run(command(shared, tmp_path, processes=2), check=True, timeout=240)
-    assert_same_numbers(tmp_path / "one", tmp_path / "two")
-    one, two = (last(tmp_path / run)["state"]["callbacks"]["SharesLog"]["counts"] for run in ("one", "two"))
-    assert one.tolist() == two.tolist()
 
 
 def test_other_groups_are_another_run(root: Path, tmp_path: Path) -> None:

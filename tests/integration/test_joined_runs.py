@@ -1,6 +1,5 @@
 """Runs on the tiles of several data folders, of different sources and spacings."""
 
-import csv
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,28 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import exit_codes, fork_group
-from painted_slide import halved, noise, write_slide
 from shard_files import as_tars
-from test_shard_runs import interrupted, quarantine, tiled
-from tiny_runs import TINY_PATCH, assert_same_bits, assert_same_numbers, config, last, make_tiles
+from source_files import tiled, write_list
+from test_shard_runs import quarantine
+from tiny_runs import TINY_PATCH, assert_same_bits, config, make_tiles
 
 from dino.api import pretrain
 from dino.api.levels import PatchLevel, build_level
 from dino.config.load import load_config
 from dino.config.schema import PatchConfig
 from dino.errors import DataError
-
-
-def write_list(folder: Path, slides: dict[str, str], **columns: str) -> Path:
-    """Slides and a list of them: their partition by name; ``columns`` are values of all."""
-    for seed, name in enumerate(slides):
-        pixels = noise(200, 140, seed + 100 * len(folder.name))
-        write_slide(folder / f"{name}.tiff", [pixels, halved(pixels)])
-    rows = [(name, f"{name}.tiff", partition, *columns.values()) for name, partition in slides.items()]
-    with (folder / "slides.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("sample_id", "image_path", "partition", *columns), *rows])
-    return folder / "slides.csv"
 
 
 @pytest.fixture
@@ -75,25 +62,6 @@ def test_all_tiles_are_trained_on_and_recorded(
     assert ranges.starts[-1] == len(level.dataset)
     fingerprints = {one.dataset.fingerprint for one in (*alone, level, build_level(joined(roots[:2], tmp_path / "r")))}
     assert len(fingerprints) == 5
-
-
-def test_interrupted_moved_and_with_other_workers_it_ends_with_the_same_bits(
-    roots: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pretrain(joined(roots, tmp_path / "whole"))
-    interrupted(monkeypatch, 5, lambda: pretrain(joined(roots, tmp_path / "cut")))
-    moved = [root.rename(root.with_name(f"{root.name}_moved")) for root in roots]
-    pretrain(joined(moved, tmp_path / "cut", **{"speed.num_workers": 3}))
-    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
-    assert last(tmp_path / "cut")["geometry"]["spacings_um"] == [0.5, 1.0]
-
-
-def test_two_processes_train_as_one(roots: list[Path], tmp_path: Path) -> None:
-    double = {"speed.precision": "fp64", "sampling.balance": "centre"}
-    pretrain(joined(roots, tmp_path / "one", **double))
-    halves = joined(roots, tmp_path / "two", **double, **{"training.batch_size_per_gpu": 2})
-    assert exit_codes(fork_group(lambda: pretrain(halves), 2)) == [0, 0]
-    assert_same_numbers(tmp_path / "one", tmp_path / "two")
 
 
 def test_bad_tiles_are_named_with_the_number_of_their_folder(roots: list[Path], tmp_path: Path) -> None:

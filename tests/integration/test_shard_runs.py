@@ -2,20 +2,18 @@
 
 import csv
 import os
-import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import exit_codes, fork, fork_group, kill_at_random
 from painted_slide import halved, noise, write_slide
 from shard_files import PACKERS, pack_tar
+from source_files import tiled
 from tiny_runs import (
     Crash,
     add_bad_files,
     assert_same_bits,
-    assert_same_numbers,
     command,
     config,
     crash_after,
@@ -24,8 +22,6 @@ from tiny_runs import (
 )
 
 from dino.api import pretrain
-from dino.api.tiling import tile
-from dino.config.schema import TileConfig
 from dino.data.shards import TarTiles
 from dino.errors import ConfigError, DataError
 
@@ -53,43 +49,6 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, step: int, run: Callable[[], ob
     with monkeypatch.context() as patch, pytest.raises(Crash):
         crash_after(patch, step)
         run()
-
-
-@pytest.mark.parametrize("step", [2, 5])
-def test_a_run_started_on_files_goes_on_from_shards_with_the_same_bits(
-    tiles: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    pretrain(config(tiles, tmp_path / "files"))
-    interrupted(monkeypatch, step, lambda: pretrain(config(tiles, tmp_path / "cut")))
-    pretrain(config(shards, tmp_path / "cut", **{"speed.num_workers": 1}))
-    assert_same_bits(tmp_path / "files", tmp_path / "cut")
-    assert last(tmp_path / "cut")["training_slides"] == last(tmp_path / "files")["training_slides"]
-
-
-def test_killed_at_random_moments_it_ends_with_the_same_bits(tiles: Path, shards: Path, tmp_path: Path) -> None:
-    long = {"training.max_steps": 40, "speed.num_workers": 1}
-    pretrain(config(tiles, tmp_path / "whole", **long))
-    cut, moments = config(shards, tmp_path / "cut", **long), random.Random(0)
-    for _ in range(3):
-        assert kill_at_random([fork(lambda: pretrain(cut))], tmp_path / "cut" / "metrics.jsonl", moments)
-    assert pretrain(cut).state == "finished"
-    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
-
-
-def test_workers_do_not_change_the_bits(shards: Path, tmp_path: Path) -> None:
-    for workers in (0, 1, 3):
-        pretrain(config(shards, tmp_path / str(workers), **{"speed.num_workers": workers, "training.max_steps": 5}))
-    assert_same_bits(tmp_path / "0", tmp_path / "1")
-    assert_same_bits(tmp_path / "0", tmp_path / "3")
-
-
-def test_two_processes_train_as_one(shards: Path, tmp_path: Path) -> None:
-    """Both need the index, which one of them makes."""
-    double = {"speed.precision": "fp64"}
-    halves = config(shards, tmp_path / "two", **double, **{"training.batch_size_per_gpu": 2})
-    assert exit_codes(fork_group(lambda: pretrain(halves), 2)) == [0, 0]
-    pretrain(config(shards, tmp_path / "one", **double))
-    assert_same_numbers(tmp_path / "one", tmp_path / "two")
 
 
 def test_bad_tiles_are_replaced_listed_and_the_same_after_a_crash(
@@ -192,12 +151,6 @@ def slide_list(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "slides.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("sample_id", "image_path", "patient_id", "partition"), *rows])
     return folder / "slides.csv"
-
-
-def tiled(slide_list: Path, root: Path, storage: str, **settings: object) -> Path:
-    small = {"tile_size_px": 32, "region_size_px": 64, "num_workers": 1, "previews": False}
-    assert tile([slide_list], root, TileConfig(**{**small, **settings}, storage=storage)).exit_code == 0
-    return root
 
 
 def test_a_root_of_shards_is_the_root_of_files(slide_list: Path, tmp_path: Path, kind: str) -> None:
