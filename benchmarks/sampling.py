@@ -4,6 +4,8 @@
 
 ``sampler``: 100,000 slides of 20 centres with 10^6 to 10^9 tiles between them, balanced over centre, patient and slide;
 the tiles exist as ranges only. ``table``: ``tiles.csv`` and ``tiles.parquet`` of up to 10^7 rows, read as for training.
+``root``: a data folder with 10^8 listed tiles, opened as for training. ``dataset``: the dataset of as many and of 10^9
+tiles on slides, and a worker that draws from it and looks up the places; no pixels are read.
 Each measurement is a process of its own; its memory is the growth of its peak resident size after the imports.
 """
 
@@ -15,6 +17,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +25,34 @@ import numpy as np
 import torch
 
 from benchmarks.results import environment
-from dino.data import Balance, Groups, GroupSampler, SlideRanges
+from dino.api.sources import open_tiles
+from dino.config.load import load_config
+from dino.config.schema import PatchConfig, SamplingConfig, TileConfig
+from dino.data import Balance, Groups, GroupSampler, PermutationSampler, Sampler, SlideRanges
+from dino.data.slide_tiles import Placement, SlideTileDataset
 from dino.files import write_json
 from dino.slides import parts
+from dino.slides.lattice import Geometry
 from dino.slides.parts import merge, save_part
-from dino.slides.tables import SlideStatus, read_slide_tiles, read_tiles
+from dino.slides.places import PlacedTiles, Places
+from dino.slides.tables import (
+    STATUS_COLUMNS,
+    TILE_NUMBERS,
+    SlideStatus,
+    csv_line,
+    read_slide_tiles,
+    read_tiles,
+    status_cells,
+    write_tiling,
+)
 from dino.slides.tables import TileRecord as Tile
+from dino.slides.tiled import TiledSlides
 
 SLIDES, CENTRES, SLIDES_PER_PATIENT = 100_000, 20, 3
 DRAWS = 20_000
 PER_SLIDE = 10_000
+DICTIONARY: Any = ["slide_id"]  # columns with few values
+NAMES = ("sampler", "table", "root", "dataset")
 
 
 def measure_sampler(slides: int, tiles: int) -> dict[str, Any]:
@@ -116,16 +137,116 @@ def measure_rows(root: Path) -> dict[str, Any]:
     }
 
 
+def tissue(side: int, share: float = 0.35) -> np.ndarray:
+    """(N, 2) places of a smooth shape that covers a share of a lattice of ``side`` x ``side`` cells."""
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:side, :side] / side
+    waves = sum(np.sin(2 * np.pi * (a * x + b * y) + c) for a, b, c in rng.uniform(0, 3, (6, 3)))
+    row, column = np.nonzero(waves >= np.quantile(waves, 1 - share))
+    return np.stack([column, row], axis=1).astype(np.int64) * 512
+
+
+def write_root(root: Path, slides: int, per_slide: int) -> None:
+    """A data folder whose table is written piece by piece; every slide is the same file."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    write_tiling(root, TileConfig(storage="none"))
+    coords = tissue(round((per_slide / 0.35) ** 0.5))[:per_slide]
+    (root / "slide.svs").touch()
+    status = [
+        SlideStatus(f"slide_{i:06}", "ok", "", len(coords), 0, root / "slide.svs", None, f"patient_{i // 3}", "", 0.25)
+        for i in range(slides)
+    ]
+    lines = [csv_line(STATUS_COLUMNS), *(csv_line(status_cells(one).values()) for one in status)]
+    (root / "slides_status.csv").write_text("".join(lines))
+    types = {name: pa.from_numpy_dtype(kind) for name, kind in TILE_NUMBERS.items()}
+    schema = pa.schema([("slide_id", pa.string()), *types.items()])
+    with parquet.ParquetWriter(root / "tiles.parquet", schema, compression="zstd", use_dictionary=DICTIONARY) as file:
+        for start in range(0, slides, 100):
+            some = [one.slide_id for one in status[start : start + 100]]
+            count, x, y = len(some) * len(coords), *np.tile(coords, (len(some), 1)).T
+            fixed = {"step_lv0": 512, "spacing_requested_um": 0.5, "spacing_um": 0.499, "tissue": 0.7}
+            columns = {"slide_id": np.repeat(some, len(coords)), "x": x, "y": y}
+            columns |= {name: np.full(count, value) for name, value in fixed.items()}
+            file.write_table(pa.table(columns, schema))
+
+
+def measure_root(root: Path) -> dict[str, Any]:
+    """Time and memory to open a data folder for training, and a worker's."""
+    config = load_config(PatchConfig, overrides={"data_dir": str(root), "sampling.jitter_px": 64})
+    before, clock = peak_mb(), Clock()
+    dataset = open_tiles(config).dataset
+    opened = clock.lap("open")
+    assert dataset.fingerprint
+    found = {"tiles": len(dataset), "slides": len(dataset.ranges.slide_ids), **opened, **clock.lap("fingerprint")}
+    found["memory_mb"] = round(peak_mb() - before)
+    return {**found, **worker(dataset, PermutationSampler(len(dataset), 0))}
+
+
+def measure_dataset(slides: int, per_slide: int) -> dict[str, Any]:
+    """The same without a table: the dataset of so many slides, and a balanced sampler."""
+    side = round((per_slide / 0.35) ** 0.5)
+    coords = tissue(side)
+    before, clock = peak_mb(), Clock()
+    names = [f"slide_{number:06}" for number in range(slides)]
+    size = 512 * side
+    status = {one: SlideStatus(one, "ok", width=size, height=size, spacing_um=0.25) for one in names}
+    tiles = [PlacedTiles(one, Places.of(coords), 512, 0.499) for one in names]
+    placement = Placement.of(SamplingConfig(jitter_px=64), 0.5, 256, 0)
+    dataset = SlideTileDataset(tiles, TiledSlides(Geometry(), status), {}, placement)
+    found = {"tiles": len(dataset), "slides": slides, **clock.lap("dataset")}
+    groups = Groups.of(dataset.ranges, lambda slide, _: str(slide), Balance(["slide_id"]))
+    found |= clock.lap("groups")
+    assert dataset.fingerprint
+    found |= {**clock.lap("fingerprint"), "memory_mb": round(peak_mb() - before)}
+    return {**found, **worker(dataset, GroupSampler(groups, 0))}
+
+
+class Clock:
+    """Seconds, and seconds of processor time, in which other programs do not count."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter(), time.process_time()
+
+    def lap(self, name: str) -> dict[str, float]:
+        """Those since the last call."""
+        now, last = (time.perf_counter(), time.process_time()), self.last
+        self.last = now
+        return {f"{name}_seconds": round(now[0] - last[0], 1), f"{name}_cpu_seconds": round(now[1] - last[1], 1)}
+
+
+def worker(dataset: Any, sampler: Sampler) -> dict[str, Any]:
+    """Draws per second of a forked worker, with their places, and the memory that it has for itself."""
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=_draw, args=(dataset, sampler, queue))
+    process.start()
+    found = queue.get()
+    process.join()
+    return found
+
+
+def _draw(dataset: Any, sampler: Sampler, queue: Any) -> None:
+    sampler(0)
+    start = time.process_time()
+    for draw in range(DRAWS):
+        dataset.drawn_place(sampler(draw), draw)
+    seconds = time.process_time() - start
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    own = sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+    queue.put({"draws_per_cpu_second": round(DRAWS / seconds), "worker_mb": round(own)})
+
+
 def peak_mb() -> float:
     """Peak resident memory of this process; getrusage would count that of the process it was started from."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
-def in_a_process(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+def in_a_process(work: Callable[..., Any], *arguments: Any) -> Any:
     """The result of a function that has a process to itself."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def tables(rows: list[int], folder: Path) -> list[dict[str, Any]]:
@@ -149,19 +270,44 @@ def _merge_with(root: Path, limit: int) -> dict[str, Any]:
     return measure_merge(root)
 
 
+def roots(quick: bool, folder: Path) -> list[dict[str, Any]]:
+    """A data folder with many tiles."""
+    in_a_process(write_root, folder, *((30, 400) if quick else (10_000, PER_SLIDE)))
+    return [in_a_process(measure_root, folder)]
+
+
+def datasets(quick: bool) -> list[dict[str, Any]]:
+    """Datasets without a table."""
+    sizes = [(30, 400)] if quick else [(10_000, PER_SLIDE), (SLIDES, PER_SLIDE)]
+    return [in_a_process(measure_dataset, *size) for size in sizes]
+
+
+def samplers(quick: bool) -> list[dict[str, Any]]:
+    """Samplers of ever more tiles."""
+    slides, powers = (300, (3, 4)) if quick else (SLIDES, (6, 7, 8, 9))
+    return [in_a_process(measure_sampler, slides, 10**power) for power in powers]
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("output", type=Path)
+    parser.add_argument("--only", nargs="*", choices=NAMES, default=NAMES, help="what to measure (all)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: checks that everything runs")
     asked = parser.parse_args()
-    slides, powers = (300, (3, 4)) if asked.quick else (SLIDES, (6, 7, 8, 9))
-    samplers = [in_a_process(measure_sampler, slides, 10**power) for power in powers]
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [PER_SLIDE] if asked.quick else [10**6, 10**7]
-        found = {"sampler": samplers, "table": tables(rows, Path(folder))}
-    for line in (*found["sampler"], *found["table"]):
-        print(json.dumps(line))
+    with tempfile.TemporaryDirectory() as name:
+        folder, rows = Path(name), [PER_SLIDE] if asked.quick else [10**6, 10**7]
+        measures: dict[str, Callable[[], list[dict[str, Any]]]] = {
+            "sampler": lambda: samplers(asked.quick),
+            "table": lambda: tables(rows, folder),
+            "root": lambda: roots(asked.quick, folder),
+            "dataset": lambda: datasets(asked.quick),
+        }
+        found = {}
+        for part in asked.only:
+            found[part] = measures[part]()
+            for line in found[part]:
+                print(json.dumps(line), flush=True)
     write_json(asked.output, {"benchmark": "sampling", **environment(torch.device("cpu")), **found})
 
 

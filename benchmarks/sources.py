@@ -29,7 +29,8 @@ from dino.data import Dataset, EncodedTiles, FolderTiles, PermutationSampler, Ti
 from dino.data.shards import ParquetTiles, TarTiles, open_parquet, open_tars
 from dino.data.slide_tiles import Placement, SlideTileDataset
 from dino.slides import sample_slide
-from dino.slides.tables import read_slide_tiles, read_tiles
+from dino.slides.places import read_places
+from dino.slides.tables import read_tiles
 
 TITLE = "sources of tiles"
 SHARD = 512  # tiles
@@ -184,7 +185,7 @@ def _many_slides(root: Path, count: int, setting: Setting) -> Row:
     Ours keeps some slides open. The other one opens the slide of each tile.
     """
     plain = PlainSlideTiles(sample_slide(), [(one.x, one.y) for one in read_tiles(root)], 256)
-    listed, source = next(iter(read_slide_tiles(root).values())), Root(root).tiled_slides(None)
+    listed, source = next(iter(read_places(root).values())), Root(root).tiled_slides(None)
     names = [f"slide_{number:04}" for number in range(count)]
     slides = replace(source, status=dict.fromkeys(names, source.status[listed.slide_id]))
     placement = Placement.of(SamplingConfig(), source.geometry.spacing_um, source.geometry.tile_size_px, 0)

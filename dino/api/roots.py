@@ -16,7 +16,7 @@ from dino.evaluate.contents import find_copies
 from dino.extraction.folders import attention_folder, encoder_name, find_grids, grid_path
 from dino.extraction.record import RECORD, grid_source
 from dino.models.grid_source import KEY, GridSource, check_same_source, recorded
-from dino.slides.filtering import Selection, select_tiles
+from dino.slides.filtering import PlacedTiles, Selection, read_places, select_tiles
 from dino.slides.partitions import PRETRAIN, Split, split_files, unknown_values
 from dino.slides.tables import (
     COORDINATES_FOLDER,
@@ -28,10 +28,8 @@ from dino.slides.tables import (
     TILING_FILE,
     RegionRecord,
     SlideStatus,
-    SlideTiles,
     Tiling,
     read_regions,
-    read_slide_tiles,
     read_status,
     read_tile_spacings,
     read_tiling,
@@ -109,16 +107,16 @@ class Root:
             raise _only_held_out("tiles", folder, held_out)
         return folder, names, held_out
 
-    def listed_tiles(self) -> tuple[list[SlideTiles], HeldOut]:
+    def listed_tiles(self) -> tuple[list[PlacedTiles], HeldOut]:
         """The listed tiles of the slides that may be trained on, and the numbers of slides and tiles held out.
 
         Raises:
             DataError: If there are none, or no table of tiles.
         """
-        listed, table = read_slide_tiles(self.path), tile_table(self.path)
+        listed, table = read_places(self.path), tile_table(self.path)
         if not listed:
             raise DataError(f"expected tiles in {table}, found none; tile the slides again")
-        kept, held_out = self.split_slides({slide: len(one.coords) for slide, one in listed.items()}, table)
+        kept, held_out = self.split_slides({slide: len(one.places) for slide, one in listed.items()}, table)
         tiles = [listed[slide] for slide in kept if slide]
         return self.selection.of_listed(tiles) if self.selection else tiles, held_out
 

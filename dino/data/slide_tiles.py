@@ -19,8 +19,9 @@ from dino.data.datasets import UNKNOWN, BadSample, Dataset, Sample, SlideInfo, S
 from dino.errors import ConfigError, DataError
 from dino.files import printable
 from dino.slides.lattice import Lattice
+from dino.slides.places import PlacedTiles
 from dino.slides.reader import BACKEND, SlideReader
-from dino.slides.tables import SlideTiles, tile_path
+from dino.slides.tables import tile_path
 from dino.slides.tiled import TiledSlides
 
 CACHE_MB = 64.0  # of a process, for decoded parts of its open slides
@@ -141,7 +142,7 @@ class OpenSlides:
 
     Args:
         slides: The slides of a ROOT.
-        limit: Largest number of slides to keep open.
+        limit: Largest number of slides to keep open; a slide that is read at two spacings counts twice.
     """
 
     def __init__(self, slides: TiledSlides, limit: int) -> None:
@@ -193,7 +194,7 @@ class SlideTileDataset(Dataset):
     """The tiles of a ROOT, read from its slides (level 1).
 
     At the listed places and the spacing of tiling the pixels are those that ``dino tile`` cuts, before they are
-    compressed. A tile costs 8 bytes of memory.
+    compressed. A tile costs less than a byte of memory.
 
     Args:
         tiles: The listed tiles of each slide.
@@ -208,7 +209,7 @@ class SlideTileDataset(Dataset):
 
     def __init__(
         self,
-        tiles: Sequence[SlideTiles],
+        tiles: Sequence[PlacedTiles],
         slides: TiledSlides,
         infos: Mapping[str, SlideInfo],
         placement: Placement,
@@ -217,15 +218,14 @@ class SlideTileDataset(Dataset):
         self._geometry, self._placement, self._infos = slides.geometry, placement, infos
         self._ids = [one.slide_id for one in tiles]
         self._steps = [one.step_lv0 for one in tiles]
-        self._starts = np.cumsum([0, *(len(one.coords) for one in tiles)], dtype=np.int64)
-        # Row-major within a slide: y above x, which are less than 2^31.
-        self._places = np.concatenate([np.sort((one.coords[:, 1] << 32) | one.coords[:, 0]) for one in tiles])
+        self._places = [one.places for one in tiles]
+        self._starts = np.cumsum([0, *map(len, self._places)], dtype=np.int64)
         _check_spacings(self._ids, slides, sorted({one for each in placement.spacings_um for one in each}))
-        self._readers = OpenSlides(slides, open_slides)
+        self._readers = OpenSlides(slides, open_slides * max(map(len, placement.spacings_um)))  # one for each picture
 
     def __len__(self) -> int:
         """Number of listed tiles."""
-        return len(self._places)
+        return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Sample:
         """Read a listed tile at the spacing of tiling.
@@ -245,14 +245,23 @@ class SlideTileDataset(Dataset):
         """
         return self._read(index, *self._placement.draw(draw))
 
-    def _read(self, index: int, spacings_um: Sequence[float], shift: tuple[float, float]) -> Sample:
+    def drawn_place(self, index: int, draw: int) -> tuple[str, tuple[int, int]]:
+        """Slide and level-0 corner of the tile that a draw takes, at the spacing of tiling."""
+        number, place = self._listed(index)
+        return self._ids[number], self._shifted(number, place, self._placement.draw(draw)[1])
+
+    def _listed(self, index: int) -> tuple[int, tuple[int, int]]:
+        """Number of the slide of a listed tile, and its place."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return number, self._places[number][index - int(self._starts[number])]
+
+    def _read(self, index: int, spacings_um: Sequence[float], shift: tuple[float, float]) -> Sample:
+        number, listed = self._listed(index)
         slide_id, step, size = self._ids[number], self._steps[number], self._geometry.tile_size_px
-        y, x = divmod(int(self._places[index]), 1 << 32)
-        name = str(Path(*tile_path(slide_id, x, y).parts[-2:]).with_suffix(""))
+        name = str(Path(*tile_path(slide_id, *listed).parts[-2:]).with_suffix(""))
         try:
             readers = [self._readers(slide_id, step, spacing) for spacing in spacings_um]
-            place = self._shifted(number, (x, y), (round(shift[0] * step / size), round(shift[1] * step / size)))
+            place = self._shifted(number, listed, shift)
             if any(shift) or any(spacing != self._geometry.spacing_um for spacing in spacings_um):
                 place = centred(place, step, [reader.lattice for reader in readers])
             pictures = [cell_tensor(reader, *corner_of(place, step, reader.lattice)) for reader in readers]
@@ -265,31 +274,25 @@ class SlideTileDataset(Dataset):
         pixels = pictures[0] if len(pictures) == 1 else torch.stack(pictures)  # (3, S, S) or (P, 3, S, S)
         return Sample(pixels, name, (size, size), slide_id, info)
 
-    def _shifted(self, number: int, place: tuple[int, int], shift: tuple[int, int]) -> tuple[int, int]:
+    def _shifted(self, number: int, place: tuple[int, int], shift: tuple[float, float]) -> tuple[int, int]:
         """A place shifted, if the tiles that it then overlaps are listed; else along x or y only, or not at all."""
-        (x, y), (dx, dy), step = place, shift, self._steps[number]
+        (x, y), step = place, self._steps[number]
+        dx, dy = (round(px * step / self._geometry.tile_size_px) for px in shift)
         for across, down in ((dx, dy), (dx, 0), (0, dy)):
             columns = {x, x + step * int(np.sign(across))}
             rows = {y, y + step * int(np.sign(down))}
-            if all(self._listed(number, column, row) for column in columns for row in rows):
+            if all((column, row) in self._places[number] for column in columns for row in rows):
                 return x + across, y + down
         return place
-
-    def _listed(self, number: int, x: int, y: int) -> bool:
-        first, last = self._starts[number], self._starts[number + 1]
-        if min(x, y) < 0:
-            return False
-        key = (y << 32) | x
-        found = int(first + np.searchsorted(self._places[first:last], key))
-        return found < last and int(self._places[found]) == key
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the slides, the places and the geometry of the tiles."""
         digest = hashlib.sha256(f"slides {self._geometry}".encode())
-        for slide_id, step, start, end in zip(self._ids, self._steps, self._starts, self._starts[1:], strict=False):
+        for slide_id, step, places in zip(self._ids, self._steps, self._places, strict=True):
             digest.update(os.fsencode(f"\0{slide_id}\0{step}\0"))
-            digest.update(self._places[start:end].tobytes())
+            x, y = places.coords.T
+            digest.update((y << 32 | x).tobytes())
         return digest.hexdigest()
 
     @property

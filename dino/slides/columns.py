@@ -79,11 +79,11 @@ def _parquet_pieces(path: Path, texts: Sequence[str], numbers: Mapping[str, type
         for batch in file.iter_batches(rows, columns=[*texts, *numbers]):
             found: Columns = {}
             for name, kind in numbers.items():
-                found[name] = batch.column(name).to_numpy(zero_copy_only=False).astype(kind)
+                found[name] = batch.column(name).to_numpy(zero_copy_only=False).astype(kind, copy=False)
             for name in texts:
                 column = batch.column(name)
                 column = column if hasattr(column, "dictionary") else column.dictionary_encode()
-                found[name] = column.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+                found[name] = column.indices.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
                 found[f"{name}/values"] = np.array(column.dictionary.to_pylist(), object)
             yield found
 

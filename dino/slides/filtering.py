@@ -16,12 +16,12 @@ import numpy as np
 
 from dino.errors import ConfigError, DataError
 from dino.files import printable
+from dino.slides.places import PlacedTiles, read_places  # noqa: F401 -- of roots, before a filter
 from dino.slides.tables import (
     ANNOTATION_COLUMNS,
     TILE_COLUMNS,
     TILES_TABLE,
     SlideStatus,
-    SlideTiles,
     tile_chunks,
     tile_header,
 )
@@ -83,7 +83,7 @@ class Selection:
         """Plain values for ``status.json``."""
         return {"expression": self.expression, "tiles": self.tiles, "left_out": dict(self.left_out)}
 
-    def of_listed(self, tiles: Sequence[SlideTiles]) -> list[SlideTiles]:
+    def of_listed(self, tiles: Sequence[PlacedTiles]) -> list[PlacedTiles]:
         """The tiles of some slides that are kept; slides without any are left out."""
         kept = [(one, self.places[one.slide_id]) for one in tiles if len(self.places.get(one.slide_id, ()))]
         return [one.some(np.isin(one.coords[:, 1] << 32 | one.coords[:, 0], places)) for one, places in kept]

@@ -197,12 +197,15 @@ def tile_header(root: Path) -> list[str]:
         return read_header(path)
 
 
-def tile_chunks(root: Path, further: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+def tile_chunks(
+    root: Path, further: Sequence[str] = (), numbers: Mapping[str, type] = TILE_NUMBERS
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """The table of tiles in pieces of consecutive tiles of one slide, without an object of any tile.
 
     Args:
         root: The data folder.
         further: Columns beside :data:`TILE_COLUMNS` to read.
+        numbers: Those of :data:`TILE_NUMBERS` to read, with positions and steps among them.
 
     Yields:
         The slide, and the columns: numbers (int64, float64), or objects for those of ``further``.
@@ -213,14 +216,14 @@ def tile_chunks(root: Path, further: Sequence[str] = ()) -> Iterator[tuple[str, 
     path = tile_table(root)
     texts = ["slide_id", *(name for name in further if name not in TILE_COLUMNS)]
     with _readable(path):
-        for piece in read_columns(path, texts, TILE_NUMBERS):
+        for piece in read_columns(path, texts, numbers):
             _check_positions(piece)
             slides = [_slide_id(slide) for slide in piece["slide_id/values"]]
             cuts = [0, *(np.flatnonzero(np.diff(piece["slide_id"])) + 1), len(piece["slide_id"])]
             for start, end in pairwise(cuts):
                 if start == end:  # of an empty table
                     continue
-                columns = {name: piece[name][start:end] for name in TILE_NUMBERS}
+                columns = {name: piece[name][start:end] for name in numbers}
                 columns |= {name: piece[f"{name}/values"][piece[name][start:end]] for name in texts[1:]}
                 yield slides[piece["slide_id"][start]], columns
 
@@ -262,7 +265,8 @@ def read_tile_spacings(root: Path) -> dict[str, float]:
         DataError: If the table of tiles is absent or damaged.
     """
     first: dict[str, float] = {}  # the tiles of a slide have the same spacing
-    for slide, columns in tile_chunks(root):
+    read = {name: TILE_NUMBERS[name] for name in ("x", "y", "step_lv0", "spacing_um")}
+    for slide, columns in tile_chunks(root, numbers=read):
         first.setdefault(slide, float(columns["spacing_um"][0]))
     return first
 
