@@ -5,18 +5,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from dino import distributed, progress
 from dino.api.roots import Root
 from dino.config.schema import AttentionConfig
 from dino.errors import ConfigError, DataError
 from dino.extraction.attention import AttentionModels, Cell
-from dino.extraction.embed import check_settings
+from dino.extraction.embed import ROLLOUT, check_settings
 from dino.extraction.pyramid import write_pyramid
 from dino.files import oserror_to_data_error
 from dino.models.weights import LoadedBackbone, load_backbone_file
 from dino.slides.tables import RegionRecord, SlideTiles, read_slide_tiles
 from dino.slides.tiled import TiledSlides
+
+METHODS = ("last", ROLLOUT)
+TIMEOUT_MINUTES = 7 * 24 * 60.0  # the process that ends first waits for the others
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class AttentionSummary:
 def attention(models: Sequence[str], root: Path, output: Path | None, config: AttentionConfig) -> AttentionSummary:
     """Write the attention over slides as OME-TIFF pyramids, see :mod:`dino.extraction.attention`.
 
+    Under ``torchrun`` the slides are distributed over the processes.
+
     Args:
         models: A level-1 model, and a level-2 model if its attention and the product are wanted.
         root: ROOT that ``dino tile`` wrote; for level 2 with the grids that its level 1 extracted.
@@ -57,23 +63,41 @@ def attention(models: Sequence[str], root: Path, output: Path | None, config: At
     check_settings(config.precision, config.batch_size, config.num_workers)
     if config.offsets < 1 or config.stride < 1:
         raise ConfigError(f"expected offsets and stride of at least 1, found {config.offsets} and {config.stride}")
+    if config.method not in METHODS:
+        raise ConfigError(f"expected method {' or '.join(METHODS)}, found '{config.method}'")
     device = distributed.choose_device(config.device)
     distributed.check_precision(config.precision, device)
+    with distributed.process_group(device, TIMEOUT_MINUTES):
+        return _attention(models, root, output, config, device)
+
+
+def _attention(
+    models: Sequence[str], root: Path, output: Path | None, config: AttentionConfig, device: torch.device
+) -> AttentionSummary:
+    """:func:`attention` with checked settings; the slides are distributed over the processes."""
     tile, region = _by_level([load_backbone_file(model, config.arch, config.transform) for model in models])
     found, summary = Root(root, config.grids), AttentionSummary()
     output = output or found.attention_folder(tile.source)
     slides, work = found.tiled_slides(config.slides), _work(found, region, config)
-    networks = AttentionModels(tile, region, config, device)
+    networks = AttentionModels(tile, region, config, device, output)
+    sizes = [len(tiles.coords) for tiles, _ in work.values()]
+    own = set(distributed.assign(sizes, distributed.world_size())[distributed.rank()])
     with oserror_to_data_error(output):
         output.mkdir(parents=True, exist_ok=True)
-        for slide_id, (tiles, regions) in work.items():
+        for number, (slide_id, (tiles, regions)) in enumerate(work.items()):
+            if number not in own:
+                continue
             try:
                 summary.written[slide_id] = _map(networks, slides, tiles, regions, found, output)
             except DataError as error:
                 summary.failures[slide_id] = str(error)
-                progress.warn(f"{slide_id}: {error}")
-    progress.say(f"{len(summary.written)} of {len(work)} slides: {output}")
-    return summary
+    parts = distributed.gather(summary)
+    written = {slide: path for part in parts for slide, path in part.written.items()}
+    failures = {slide: reason for part in parts for slide, reason in part.failures.items()}
+    for slide_id, reason in failures.items():
+        progress.warn(f"{slide_id}: {reason}")
+    progress.say(f"{len(written)} of {len(work)} slides: {output}")
+    return AttentionSummary({slide: written[slide] for slide in work if slide in written}, failures)
 
 
 def _by_level(loaded: Sequence[LoadedBackbone]) -> tuple[LoadedBackbone, LoadedBackbone | None]:

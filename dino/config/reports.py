@@ -49,6 +49,9 @@ class AttentionConfig:
     slide: str | None = runtime(None, "id of the only slide to map (null: all)")
     slides: str | None = runtime(None, "folder or slides.csv of the slides, if they were moved after tiling")
     grids: str | None = runtime(None, "encoder whose grids level 2 reads (null: the one that it was trained on)")
+    method: str = runtime(
+        "last", "last: attention of the cls token in the last block, by head; rollout: through all blocks"
+    )
     offsets: int = runtime(1, "places per tile along each axis at which level 1 looks; overlaps are averaged in place")
     stride: int = runtime(1, "distance in cells of the regions that level 2 looks at; overlaps are averaged in place")
     arch: str | None = runtime(None, "architecture of an external checkpoint, if its number of heads is not dim/64")

@@ -5,8 +5,11 @@ the tokens of a tile, that of level 2 over the tiles of a region, and their prod
 attention, which is 1. Where tiles or regions overlap, every value is averaged at the place on the slide it belongs to.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,43 +18,100 @@ from torch import Tensor
 from dino.config.schema import AttentionConfig
 from dino.data.slide_tiles import cell_tensor
 from dino.errors import ConfigError, DataError
-from dino.extraction.embed import ATTENTION, batches, embed_batches, identity, normaliser_of, read_ahead
+from dino.extraction.embed import ATTENTION, ROLLOUT, batches, embed_batches, identity, normaliser_of, read_ahead
+from dino.models.backbone import Backbone
 from dino.models.weights import LoadedBackbone
 from dino.slides.reader import SlideReader
 
 Cell = tuple[int, int]  # (row, column) of the lattice
 
 
+class StoredMaps:
+    """Maps in a file without a name, written by rows and read by channels: those of a large slide are gigabytes.
+
+    Args:
+        channels: Number of maps, C.
+        size: ``(H, W)``.
+        folder: Folder of the file; None for that of temporary files.
+    """
+
+    def __init__(self, channels: int, size: tuple[int, int], folder: Path | None = None) -> None:
+        self.shape = (channels, *size)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 -- open as long as the maps are
+
+    def write(self, row: int, values: np.ndarray) -> None:
+        """Write rows ``(C, h, W)`` float32, the first of which is ``row``."""
+        _, height, width = self.shape
+        for channel, part in enumerate(values):
+            self._file.seek(4 * width * (channel * height + row))
+            self._file.write(np.ascontiguousarray(part, np.float32).data)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, channel: int) -> np.ndarray:
+        """A map ``(H, W)`` float32, read each time."""
+        channels, height, width = self.shape
+        if not 0 <= channel < channels:
+            raise IndexError(channel)
+        values = np.empty((height, width), np.float32)
+        self._file.seek(4 * width * height * channel)
+        self._file.readinto(values.data)  # type: ignore[attr-defined]
+        return values
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All maps, ``(C, H, W)``."""
+        return np.stack(list(self)).astype(dtype or np.float32)
+
+
 class Canvas:
-    """Values on a grid of squares, averaged where parts overlap.
+    """Values on a grid of squares, averaged where parts overlap. Only the rows that may still change are in memory.
 
     Args:
         channels: Number of values of each square, C.
         size: ``(H, W)`` squares.
+        folder: Folder of the file of the others, see :class:`StoredMaps`.
     """
 
-    def __init__(self, channels: int, size: tuple[int, int]) -> None:
-        self._sum = np.zeros((channels, *size), np.float32)
-        self._count = np.zeros(size, np.float32)
+    def __init__(self, channels: int, size: tuple[int, int], folder: Path | None = None) -> None:
+        self._maps, self._first = StoredMaps(channels, size, folder), 0
+        self._sum = np.zeros((channels, 0, size[1]), np.float32)
+        self._count = np.zeros((0, size[1]), np.float32)
 
     def add(self, row: int, column: int, values: np.ndarray) -> None:
-        """Add a part whose first square is ``(row, column)``.
+        """Add a part whose first square is ``(row, column)``; no row of it may be finished.
 
         Args:
             row: Its row.
             column: Its column.
             values: ``(C, h, w)``.
         """
-        rows, columns = slice(row, row + values.shape[1]), slice(column, column + values.shape[2])
-        self._sum[:, rows, columns] += values
-        self._count[rows, columns] += 1
+        top, bottom = row - self._first, row - self._first + values.shape[1]
+        missing = bottom - len(self._count)
+        if missing > 0:
+            self._sum = np.pad(self._sum, ((0, 0), (0, missing), (0, 0)))
+            self._count = np.pad(self._count, ((0, missing), (0, 0)))
+        columns = slice(column, column + values.shape[2])
+        self._sum[:, top:bottom, columns] += values
+        self._count[top:bottom, columns] += 1
 
-    def mean(self) -> np.ndarray:
-        """``(C, H, W)`` float32 means, NaN where there is no part; nothing can be added afterwards."""
-        self._count[self._count == 0] = np.nan
-        for channel in self._sum:  # one by one, and in place: a slide of 100,000 px has gigabytes of them
-            np.divide(channel, self._count, out=channel)
-        return self._sum
+    def finish(self, row: int) -> None:
+        """Say that nothing is added above ``row`` any more."""
+        done = row - self._first
+        if done <= 0:
+            return
+        known = min(done, len(self._count))
+        channels, _, width = self._maps.shape
+        means = np.full((channels, done, width), np.nan, np.float32)
+        count = self._count[:known]
+        np.divide(self._sum[:, :known], count, out=means[:, :known], where=count > 0)
+        self._maps.write(self._first, means)
+        self._sum, self._count, self._first = self._sum[:, known:].copy(), self._count[known:].copy(), row
+
+    def mean(self) -> StoredMaps:
+        """The means, ``(C, H, W)`` float32, NaN where there is no part; nothing can be added afterwards."""
+        self.finish(self._maps.shape[1])
+        return self._maps
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,15 +124,20 @@ class AttentionMaps:
         region: ``(1 + heads, rows, columns)`` of level 2, a value per cell of the lattice; None without it.
         tokens: Tokens along the side of a cell: ``H = rows * tokens``.
         token_lv0: Side of a token in level-0 px.
+        kind: Added to the names: "" for the attention of the last block, which has heads, or " rollout".
     """
 
-    tile: np.ndarray
+    tile: StoredMaps
     region: np.ndarray | None
     tokens: int
     token_lv0: float
+    kind: str = ""
 
     def names(self) -> list[str]:
         """Names of the channels that :meth:`channels` yields."""
+        return [f"{name}{self.kind}" for name in self._names()]
+
+    def _names(self) -> list[str]:
         names = ["tile", *(f"tile head {head}" for head in range(1, len(self.tile)))]
         if self.region is not None:
             names += ["region", *(f"region head {head}" for head in range(1, len(self.region))), "tile x region"]
@@ -83,7 +148,9 @@ class AttentionMaps:
         yield from self.tile
         if self.region is not None:
             yield from (self._enlarged(one) for one in self.region)
-            yield self.tile[0] * self._enlarged(self.region[0])
+            product = self._enlarged(self.region[0])
+            product *= self.tile[0]
+            yield product
 
     def _enlarged(self, cells: np.ndarray) -> np.ndarray:
         return cells.repeat(self.tokens, 0).repeat(self.tokens, 1)
@@ -114,12 +181,27 @@ class AttentionModels:
         region: Level 2, if any.
         config: Settings of the computation.
         device: Where to compute.
+        folder: Folder of temporary files; None for the system's.
     """
 
     tile: LoadedBackbone
     region: LoadedBackbone | None
     config: AttentionConfig
     device: torch.device
+    folder: Path | None = None
+
+    def _relative(self, weights: Tensor, backbone: Backbone, size: tuple[int, int]) -> np.ndarray:
+        """:func:`relative` of what :func:`embed_batches` yields; of rollout, which has no heads, one map."""
+        if self.config.method == ROLLOUT:
+            return relative(weights, 1, size)[:, :1]
+        return relative(weights, backbone.num_heads, size)
+
+    def _channels(self, backbone: Backbone) -> int:
+        return 1 if self.config.method == ROLLOUT else 1 + backbone.num_heads
+
+    @property
+    def _features(self) -> str:
+        return ROLLOUT if self.config.method == ROLLOUT else ATTENTION
 
     def maps(
         self,
@@ -144,11 +226,12 @@ class AttentionModels:
         size = (lattice.rows, lattice.columns)
         region = self._regions(features, size) if self.region is not None else None
         tile, tokens = self._tiles(reader, cells, size, advance)
-        return AttentionMaps(tile, region, tokens, lattice.step_lv0 / tokens)
+        kind = f" {ROLLOUT}" if self.config.method == ROLLOUT else ""
+        return AttentionMaps(tile, region, tokens, lattice.step_lv0 / tokens, kind)
 
     def _tiles(
         self, reader: SlideReader, cells: Sequence[Cell], size: tuple[int, int], advance: Callable[[int], None]
-    ) -> tuple[np.ndarray, int]:
+    ) -> tuple[StoredMaps, int]:
         """Level 1: ``(1 + heads, H, W)``, and the tokens along the side of a tile."""
         step, offsets = reader.lattice.step_lv0, self.config.offsets
         places = list(shifted_cells(cells, offsets))  # in units of step / offsets
@@ -163,17 +246,19 @@ class AttentionModels:
             normaliser_of(self.tile),
             self.device,
             self.config.precision,
-            ATTENTION,
+            self._features,
         )
-        canvas, tokens, heads, done = None, 0, self.tile.backbone.num_heads, 0
+        channels, canvas, tokens, done = self._channels(self.tile.backbone), None, 0, 0
         for weights in found:
             if canvas is None:
-                tokens = round((weights.shape[1] / heads) ** 0.5)
+                tokens = round((weights.shape[1] / max(1, channels - 1)) ** 0.5)
                 if tokens % offsets:
                     raise ConfigError(f"expected offsets to divide the {tokens} tokens of a tile, found {offsets}")
-                canvas = Canvas(1 + heads, (size[0] * tokens, size[1] * tokens))
-            for place, values in zip(places[done:], relative(weights, heads, (tokens, tokens)), strict=False):
+                canvas = Canvas(channels, (size[0] * tokens, size[1] * tokens), self.folder)
+            found_maps = self._relative(weights, self.tile.backbone, (tokens, tokens))
+            for place, values in zip(places[done:], found_maps, strict=False):
                 row, column = (one * tokens // offsets for one in place)
+                canvas.finish(place[0] // offsets * tokens)  # places are sorted by the row of their cell
                 canvas.add(row, column, values)
             done += len(weights)
             advance(len(weights))
@@ -200,16 +285,21 @@ class AttentionModels:
             for row, column in corners
         )
         found = embed_batches(
-            backbone, batches(grids, self.config.batch_size), identity, self.device, self.config.precision, ATTENTION
+            backbone,
+            batches(grids, self.config.batch_size),
+            identity,
+            self.device,
+            self.config.precision,
+            self._features,
         )
-        canvas, done = Canvas(1 + backbone.num_heads, size), 0
+        canvas, done = Canvas(self._channels(backbone), size), 0
         for weights in found:
             for (row, column), values in zip(
-                corners[done:], relative(weights, backbone.num_heads, (height, width)), strict=False
+                corners[done:], self._relative(weights, backbone, (height, width)), strict=False
             ):
                 canvas.add(row, column, values)
             done += len(weights)
-        return canvas.mean()
+        return np.asarray(canvas.mean())
 
     def _region_cells(self) -> tuple[int, int]:
         assert self.region is not None

@@ -25,6 +25,7 @@ PRECISIONS = ("bf16", "fp32", "fp64")
 CLS, CLS_MEAN, PATCHES = "cls", "cls+mean", "patches"
 FEATURES = (CLS, CLS_MEAN, PATCHES)
 ATTENTION = "attention"  # of the cls token in the last block
+ROLLOUT = "rollout"  # of its attention through all blocks
 CACHED_VALUES = 2**19  # token values that a CPU core processes at a time: they fit into its cache
 
 Normalise = Callable[[Tensor], Tensor]
@@ -159,12 +160,13 @@ def embed_batches(
         device: See there.
         precision: See there.
         features: One of :data:`FEATURES`: the cls token; with the mean of the patch tokens concatenated to it (Virchow,
-            Vorontsov et al. 2024, arXiv 2309.07778); or with all patch tokens. Or ``attention``.
+            Vorontsov et al. 2024, arXiv 2309.07778); or with all patch tokens. Or ``attention`` or ``rollout``.
 
     Yields:
         Float32 on the CPU for each batch: ``(B, D)``, for ``cls+mean`` ``(B, 2 D)``, for ``patches``
         ``(B, 1 + N, D)`` with the cls token first, then the patch tokens row-major. All are after the final norm. For
-        ``attention``, ``(B, heads * N)``: that of the cls token over the patch tokens in the last block.
+        ``attention``, ``(B, heads * N)``: that of the cls token over the patch tokens in the last block; for
+        ``rollout``, ``(B, N)``: that through all blocks.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"expected precision bf16, fp32 or fp64, found '{precision}'")
@@ -189,6 +191,8 @@ def _features(backbone: Backbone, inputs: Tensor, features: str) -> Tensor:
         return backbone(inputs, cls_only=True).cls  # (B, D)
     if features == ATTENTION:
         return backbone.last_attention(inputs).flatten(1)  # (B, heads * N)
+    if features == ROLLOUT:
+        return backbone.attention_rollout(inputs)  # (B, N)
     tokens = backbone(inputs)
     assert tokens.patches is not None
     if features == PATCHES:

@@ -146,6 +146,31 @@ class Backbone(nn.Module):
         weights = last.attn.weights(last.norm1(tokens), first=1, rope=ropes[-1])  # (B, heads, 1, 1 + R + N)
         return weights[:, :, 0, self.vit.num_prefix_tokens :]
 
+    def attention_rollout(self, x: Tensor) -> Tensor:
+        """Attention of the cls token over the patch tokens through all blocks (Abnar & Zuidema 2020, arXiv 2005.00928).
+
+        With the mean A over heads of a block's attention and the residual connection, eq. 1: the product of
+        ``(A + I) / 2`` over all blocks, whose row of the cls token is returned.
+
+        Args:
+            x: As in ``forward``.
+
+        Returns:
+            (B, N) float32 or float64.
+        """
+        tokens, ropes = self.embed(x), self._rotary(x)
+        dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+        product: Tensor | None = None
+        for block, rope in zip(self.vit.blocks, ropes, strict=True):
+            weights = block.attn.weights(block.norm1(tokens), first=None, rope=rope)  # (B, heads, 1 + R + N, same)
+            tokens = block(tokens, rope=rope)
+            with torch.autocast(tokens.device.type, enabled=False):
+                mixed = weights.mean(1, dtype=dtype) / 2
+                mixed.diagonal(dim1=1, dim2=2).add_(0.5)
+                product = mixed if product is None else mixed @ product
+        assert product is not None
+        return product[:, 0, self.vit.num_prefix_tokens :]
+
     def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens (B, 1 + R + N, D) that enter the first block; arguments as in ``forward``."""
         input_kind(self.spec.level).check_input(x, self.spec)

@@ -60,7 +60,7 @@ class Attention(nn.Module):
         mixed = attend(query, key, value, self.scale, fused=tokens.device.type != "cpu")
         return self.proj(self.norm(mixed.transpose(1, 2).flatten(2)))  # (B, M, D)
 
-    def weights(self, tokens: Tensor, first: int, rope: Tensor | None = None) -> Tensor:
+    def weights(self, tokens: Tensor, first: int | None, rope: Tensor | None = None) -> Tensor:
         """Softmax weights (B, heads, first, N) of the leading tokens over all; arguments as in ``forward``."""
         query, key, _ = self.project(tokens, first, rope)
         return (query * self.scale @ key.transpose(-2, -1)).softmax(dim=-1)

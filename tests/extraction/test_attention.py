@@ -1,5 +1,7 @@
 """Attention over slides: every value at its place, overlaps averaged, against direct sums over the pixels."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from dino.extraction.attention import AttentionModels, Canvas, relative, shifted
 from dino.extraction.embed import ATTENTION, embed_batches, normaliser_of
 from dino.extraction.pyramid import halved as half
 from dino.extraction.pyramid import write_pyramid
-from dino.models.backbone import BackboneSpec
+from dino.models.backbone import BackboneSpec, build_backbone
 from dino.models.transforms import Transform
 from dino.models.weights import LoadedBackbone, LoadReport, load_backbone_file
 from dino.slides.lattice import Geometry
@@ -68,10 +70,28 @@ def test_a_constant_stays_constant_and_a_hot_square_stays_in_its_place() -> None
         if row <= 7 < row + 4 and column <= 6 < column + 5:
             part[0, 7 - row, 6 - column] = 2.0
         hot.add(row, column, part)
-    assert np.all(canvas.mean() == np.float32(3.5))
+    assert np.all(np.asarray(canvas.mean()) == np.float32(3.5))
     expected = np.zeros((12, 15), np.float32)
     expected[7, 6] = 2.0
     np.testing.assert_allclose(hot.mean()[0], expected, rtol=1e-6)
+
+
+def test_finished_rows_are_those_that_were_not_finished_before_the_end() -> None:
+    """Row by row as a slide is mapped, with rows that no part covers, against one canvas that keeps everything."""
+    rng = np.random.default_rng(0)
+    whole, banded = Canvas(2, (40, 9)), Canvas(2, (40, 9))
+    for row in (3, 3, 4, 7, 20, 22):
+        for column in (0, 2, 5):
+            part = rng.random((2, 4, 4)).astype(np.float32)
+            banded.finish(row)
+            assert len(banded._count) <= 5  # rows in memory
+            banded.add(row, column, part)
+            whole.add(row, column, part)
+    banded.finish(33)
+    maps = banded.mean()
+    np.testing.assert_array_equal(np.asarray(maps), np.asarray(whole.mean()))
+    np.testing.assert_array_equal(maps[1], np.asarray(maps)[1])
+    assert np.isnan(maps[0][:3]).all() and np.isnan(maps[0][26:]).all() and np.isfinite(maps[0][3:7]).all()
 
 
 @pytest.mark.parametrize("offsets", [1, 2, 4])
@@ -154,6 +174,63 @@ def test_the_attention_of_a_network_is_that_of_its_last_block(tmp_path: Path) ->
     with torch.no_grad():
         expected = network.backbone.last_attention(normaliser_of(network)(tiles))
     torch.testing.assert_close(found, expected.flatten(1))
+
+
+@pytest.mark.parametrize("arch", ["vit:dim=16,depth=3,heads=2", "vit_tiny"])
+def test_rollout_is_the_product_over_all_blocks(arch: str) -> None:
+    """Written out in double precision with the weights of each block, and multiplied matrix by matrix."""
+    network = build_backbone(BackboneSpec(arch, "patch", 3, (32, 32), 16 if arch == "vit_tiny" else 8), 0).double()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        found = network.attention_rollout(pixels)
+        tokens = network.vit.norm_pre(network.embed(pixels))
+        products = []
+        for block in network.vit.blocks:
+            heads = block.attn.num_heads
+            query, key, _ = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, heads, -1)).unbind(2)
+            scores = torch.einsum("bnhd,bmhd->bhnm", query, key) / query.shape[-1] ** 0.5
+            products.append(((scores.softmax(-1).mean(1) + torch.eye(tokens.shape[1])) / 2).numpy())
+            tokens = block(tokens)
+    for i in range(2):
+        expected = np.linalg.multi_dot([one[i] for one in products[::-1]])[0, 1:]
+        np.testing.assert_allclose(found[i].numpy(), expected, rtol=1e-10)
+        assert expected.sum() < 1
+
+
+def test_rollout_of_a_whole_slide(root: Path) -> None:
+    config = AttentionConfig(**{**vars(CONFIG), "method": "rollout"})
+    models = [str(root.parent / "patch.pt"), str(root.parent / "region.pt")]
+    done = attention(models, root, None, config)
+    assert done.written == {"one": root / "attention_patch" / "one.ome.tif"}
+    with tifffile.TiffFile(done.written["one"]) as file:
+        maps, description = file.series[0].asarray(), file.ome_metadata
+    assert description is not None
+    assert [name in description for name in ('"tile rollout"', '"region rollout"', '"tile x region rollout"')] == [
+        True
+    ] * 3
+    assert maps.shape == (3, 8 * 2, 10 * 2) and np.nanmean(maps[0]) == pytest.approx(1, abs=1e-3)
+    np.testing.assert_allclose(maps[2], maps[0] * maps[1], rtol=1e-6)
+    with pytest.raises(ConfigError, match="expected method last or rollout, found 'mean'"):
+        attention(models, root, None, AttentionConfig(**{**vars(CONFIG), "method": "mean"}))
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(root: Path) -> None:
+    slides = root.parent / "slides"
+    for name in ("two", "three"):
+        pixels = noise(200, 200, seed=len(name))
+        write_slide(slides / f"{name}.tiff", [pixels, halved(pixels)], mpp=0.5)
+    settings = TileConfig(tile_size_px=SIDE, region_size_px=4 * SIDE, num_workers=1, storage="none", previews=False)
+    assert tile([slides], root, settings).exit_code == 0
+    model, together = str(root.parent / "patch.pt"), root.parent / "together"
+    alone = attention([model], root, root.parent / "alone", CONFIG)
+    assert sorted(alone.written) == ["one", "three", "two"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dino"]
+    words = ["attention", model, str(root), str(together), "device=cpu", "precision=fp32", "num_workers=0"]
+    subprocess.run([*launch, *words], check=True)
+    for name, path in alone.written.items():
+        with tifffile.TiffFile(path) as first, tifffile.TiffFile(together / f"{name}.ome.tif") as second:
+            np.testing.assert_allclose(second.series[0].asarray(), first.series[0].asarray(), rtol=1e-5)
 
 
 def test_a_file_holds_the_maps_at_every_level(tmp_path: Path) -> None:
