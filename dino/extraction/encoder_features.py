@@ -14,10 +14,12 @@ from dino.errors import DataError
 from dino.extraction.catalogue import Catalogue
 from dino.extraction.colours import Clusters, ColourBasis
 from dino.extraction.folders import tile_folder
+from dino.extraction.neighbours import Bounds
 from dino.extraction.words import Probe, Words, read_words
 
 FITTED_ROWS = 20_000  # tiles that colours and clusters are fitted to, evenly from all slides
 BLOCK_ROWS = 65_536  # rows that are converted to float32 at a time
+BOUNDED_ROWS = 100_000  # tiles from which on bounds of similarities pay
 EXAMPLES = 16  # tiles that show a cluster
 CLUSTERS = 10  # where there are no words
 
@@ -247,10 +249,14 @@ class EncoderFeatures:
             The most similar first.
         """
         query, patient = self.vector(slide_id, tile), self._catalogue.patient(slide_id)
-        found: list[Neighbour] = []
-        for other in self._paths:
-            if others and self._catalogue.patient(other) == patient:
-                continue
+        searched = [one for one in self._paths if not others or self._catalogue.patient(one) != patient]
+        bounds = self._bounds()
+        if bounds is not None:
+            found = self._bounded(bounds, query, count, searched, (slide_id, tile))
+            if found is not None:
+                return found
+        found = []
+        for other in searched:
             features = self.slide(other)
             similarity = np.where(features.tile_of_row < 0, -np.inf, features.similarity(query))
             if other == slide_id:
@@ -259,6 +265,42 @@ class EncoderFeatures:
             found += [Neighbour(other, int(features.tile_of_row[i]), float(similarity[i])) for i in best]
             found = sorted(found, key=lambda one: -one.similarity)[:count]
         return [one for one in found if np.isfinite(one.similarity)]
+
+    def _bounded(
+        self, bounds: Bounds, query: np.ndarray, count: int, searched: Sequence[str], itself: tuple[str, int]
+    ) -> list[Neighbour] | None:
+        """:meth:`neighbours` with the help of bounds; None where they do not help."""
+        slides = list(self._paths)
+        tiles = np.concatenate([self.slide(one).tile_of_row for one in slides])
+        excluded, known = tiles < 0, set(searched)
+        for slide_id, start, end in zip(slides, bounds.starts, bounds.starts[1:], strict=False):
+            if slide_id not in known:
+                excluded[start:end] = True
+            elif slide_id == itself[0]:
+                excluded[start:end] |= tiles[start:end] == itself[1]
+        found = bounds.nearest(query, count, excluded)
+        if found is None:
+            return None
+        of_row = np.searchsorted(bounds.starts, found[0], side="right") - 1
+        return [
+            Neighbour(slides[number], int(tiles[row]), float(similarity))
+            for number, row, similarity in zip(of_row, *found, strict=True)
+        ]
+
+    def _bounds(self) -> Bounds | None:
+        """Bounds of similarities, made beside the first search of many tiles; None until then, and for few tiles."""
+        with self._lock:
+            if "bounds" not in self._made:
+                self._made["bounds"] = None
+                slides = [self.slide(one) for one in self._paths]
+                if sum(len(one.rows) for one in slides) >= BOUNDED_ROWS:
+                    threading.Thread(target=self._make_bounds, args=[slides], daemon=True).start()
+            return self._made["bounds"]  # type: ignore[return-value]
+
+    def _make_bounds(self, slides: Sequence[SlideFeatures]) -> None:
+        bounds = Bounds(slides, self._sample())
+        with self._lock:
+            self._made["bounds"] = bounds
 
     def examples(self) -> list[list[tuple[str, int]]]:
         """Typical tiles of each cluster, near its centre, as ``(slide, tile)``.

@@ -1,9 +1,12 @@
 """Colours, clusters and neighbours of the features of a ROOT against float64 formulas and brute force."""
 
+import time
+
 import numpy as np
 import pytest
 
 from dino.errors import DataError
+from dino.extraction import encoder_features
 from dino.extraction.colours import Clusters, ColourBasis
 from dino.extraction.encoder_features import EncoderFeatures
 from tests.viewer.conftest import HOSTILE, PATIENTS
@@ -31,6 +34,21 @@ def test_neighbours_are_those_of_brute_force_over_other_patients(encoder, featur
         found = encoder.neighbours(slide_id, tile, 9)
         assert [(one.slide_id, one.tile) for one in found] == [(slide, i) for _, slide, i in expected]
         np.testing.assert_allclose([-one.similarity for one in found], [value for value, *_ in expected], atol=1e-6)
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_neighbours_of_many_tiles_are_the_same(catalogue, encoder, monkeypatch, others):
+    """With the bounds that searches through many tiles use, which are made while the first search goes on."""
+    monkeypatch.setattr(encoder_features, "BOUNDED_ROWS", 10)
+    many = EncoderFeatures(catalogue, "random", 4)
+    many.neighbours("one", 0, 5)
+    until = time.monotonic() + 60
+    while many._bounds() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    assert many._bounds() is not None
+    for slide_id, tile in (("one", 0), ("two", 17), (HOSTILE, 5)):
+        found, expected = many.neighbours(slide_id, tile, 9, others), encoder.neighbours(slide_id, tile, 9, others)
+        assert [(one.slide_id, one.tile) for one in found] == [(one.slide_id, one.tile) for one in expected]
 
 
 def test_neighbours_of_all_slides_leave_out_the_tile_itself(encoder, features):
