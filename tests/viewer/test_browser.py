@@ -2,17 +2,22 @@
 
 import io
 import json
+import math
+import re
 import shutil
 import socket
 import threading
 import time
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dino.extraction.encoder_features import EncoderFeatures
+from dino.viewer.pixels import TILE_PX
 from tests.tiny_models import save_checkpoint
-from tests.viewer.conftest import HOSTILE, UNIT, write_features, write_maps
+from tests.viewer.conftest import HOSTILE, write_features, write_maps
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 uvicorn = pytest.importorskip("uvicorn")
@@ -27,7 +32,6 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 def address(painted, features, tmp_path_factory):
     """A running viewer of the painted slides, with two encoders."""
     from dino.extraction.catalogue import read_catalogue
-    from dino.extraction.encoder_features import EncoderFeatures
     from dino.models.weights import load_backbone_file
     from dino.viewer.attention import AttentionFiles, TileAttention
     from dino.viewer.guard import LOCAL_HOSTS, Guard
@@ -229,39 +233,72 @@ def _loaded(page):
     page.wait_for_timeout(1200)  # new tiles fade in
 
 
-@pytest.mark.parametrize("zoom", [0.6, 1.0, 2.3])
-@pytest.mark.parametrize("axis", [0, 1], ids=["x", "y"])
-def test_overlays_land_on_their_cells(page, address, zoom, axis):
-    """The slide is painted with its coordinates, so a screenshot says where each px of the page is on the slide.
+def _checkerboard(width, height, levels, names):
+    """A deep-zoom tile of a slide whose cells are black and white, as a lossless picture."""
+    level, column, row = names
+    scale = 2 ** (levels - 1 - level)
+    places = []
+    for number, side in ((column, width), (row, height)):
+        first, whole = number * TILE_PX - bool(number), -(-side // scale)
+        places.append((np.arange(first, min((number + 1) * TILE_PX + 1, whole)) + 0.5) * scale // STEP)
+    cells = (places[0][None] + places[1][:, None]) % 2
+    content = io.BytesIO()
+    Image.fromarray((255 * cells).astype(np.uint8)).convert("RGB").save(content, "PNG")
+    return content.getvalue()
 
-    A line is fitted to these positions, and borders of colours in the overlay must be at borders of tiles on it.
+
+@pytest.mark.parametrize(("zoom", "ratio"), [(0.1, 1), (0.6, 1), (1.37, 1), (4.1, 1), (0.6, 1.5)])
+def test_slide_and_overlay_are_in_their_place_to_the_pixel(browser, address, catalogue, zoom, ratio):
+    """Both against pictures computed from the view in the address, on screens with one or more px per px of the page.
+
+    The slide's tiles are replaced by those of a chequerboard: the slide's own colours, compressed, say to a few px only
+    where it is. A cell of it is a tile.
     """
-    state = f"slide=two&overlay=colours&view=330,300,{zoom}"
-    _open(page, address, f"{state}&opacity=0", "colours")
+    tiles, status = catalogue.tiles[HOSTILE], catalogue.slides.status[HOSTILE]
+    width, height = status.width, status.height
+    levels = math.ceil(math.log2(max(width, height))) + 1
+    page = browser.new_page(viewport={"width": 1200, "height": 800}, device_scale_factor=ratio)
+
+    def replace_tile(route):
+        names = re.search(r"/zoom/(\d+)/(\d+)_(\d+)\.jpg", route.request.url)
+        assert names is not None
+        content = _checkerboard(width, height, levels, [int(name) for name in names.groups()])
+        route.fulfill(body=content, content_type="image/png")
+
+    page.route("**/zoom/**", replace_tile)
+    centre = (width - 200 / zoom, height - 150 / zoom) if zoom > 1 else (width / 2 + 0.3, height / 2 + 0.3)
+    view = [round(centre[0]) + 0.3 * (zoom > 1), round(centre[1]) + 0.3, zoom]
+    _open(page, address, f"slide={quote(HOSTILE)}&overlay=colours&opacity=0&view={','.join(map(str, view))}", "colours")
     _loaded(page)
-    slide = _screenshot(page)
+    shown = {"slide": _screenshot(page)}
     page.evaluate(
         "const slider = document.querySelector('#opacity'); slider.value = 1; slider.dispatchEvent(new Event('input'))"
     )
     page.wait_for_timeout(300)
-    overlay = _screenshot(page)
-    height, width = slide.shape[:2]
-    middle = (
-        slide[height // 2 - 20 : height // 2 + 20].mean(0)
-        if axis == 0
-        else slide[:, width // 2 - 20 : width // 2 + 20].mean(1)
-    )
-    covered = (640, 512)[axis] / UNIT  # without the last tiles, beyond which the slide itself is seen
-    inner = np.flatnonzero((middle[:, 2] > 250) & (middle[:, axis] < covered))[6:]  # blue is 255 on the slide only
-    position = (middle[inner, axis] + 0.5) * UNIT
-    scale, origin = np.polyfit(inner + 0.5, position, 1)
-    assert 1 / scale == pytest.approx(zoom, rel=0.01)
-    line = overlay[height // 2] if axis == 0 else overlay[:, width // 2]
-    borders = inner[1:][np.abs(np.diff(line[inner], axis=0)).max(1) > 0]  # a border is at the left edge of this px
-    on_slide = scale * borders + origin
-    error = on_slide - STEP * np.round(on_slide / STEP)
-    assert len(borders) >= 3
-    assert np.abs(error).max() <= 1.5 * scale + 0.3 * UNIT  # level-0 px: of the page, and the rounding of JPEG colours
+    shown["overlay"] = _screenshot(page)
+    box = page.locator("#zoom").bounding_box()
+    page.close()
+
+    x, y = (
+        view[axis] + ((np.arange(shown["slide"].shape[1 - axis] - 1) + 0.5) / ratio - box[side] / 2) / zoom
+        for axis, side in enumerate(("width", "height"))
+    )  # on the slide, of each px of the screenshot but the last ones, of which a screen may have a part only
+    on_slide = ((y > 0) & (y < height))[:, None] & ((x > 0) & (x < width))[None]
+    cells = (x // STEP)[None] + 1j * (y // STEP)[:, None]
+    apart = [np.abs(one - STEP * np.round(one / STEP)) * zoom * ratio for one in (x, y)]
+    to_border = np.minimum(apart[0][None], apart[1][:, None])  # px of the screen
+    colours = EncoderFeatures(catalogue, "random", 4).rgb(HOSTILE)
+    of_cell = {a // STEP + 1j * (b // STEP): rgb for (a, b), rgb in zip(tiles.coords.tolist(), colours, strict=True)}
+    covered = np.isin(cells, list(of_cell)) & on_slide
+    expected = np.zeros((*cells.shape, 3))
+    for cell, rgb in of_cell.items():
+        expected[cells == cell] = rgb
+    found = shown["overlay"][:-1, :-1]
+    wrong = covered & (np.abs(found - expected).max(2) > 0)
+    assert covered.sum() > 1_000 and to_border[wrong].max(initial=0) <= 0.05  # a border may be at the middle of a px
+    white = (cells.real + cells.imag) % 2 == 1
+    wrong = on_slide & ((shown["slide"][:-1, :-1, 0] > 127) != white)
+    assert to_border[wrong].max(initial=0) <= (0.25 if zoom < 2 else 1.0)  # enlarged px are smoothed
 
 
 def test_compare_two_encoders(page, address):
