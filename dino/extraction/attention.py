@@ -49,6 +49,9 @@ class StoredMaps:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[channel] for channel in range(len(self)))
+
     def __getitem__(self, channel: int) -> np.ndarray:
         """A map ``(H, W)`` float32, read each time."""
         channels, height, width = self.shape
@@ -61,7 +64,7 @@ class StoredMaps:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """All maps, ``(C, H, W)``."""
-        return np.stack(list(self)).astype(dtype or np.float32)
+        return np.stack([*self]).astype(dtype or np.float32)
 
 
 class Canvas:
