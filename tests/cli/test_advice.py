@@ -290,6 +290,8 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "api/sources.py": RUN,
     "api/roots.py": (*RUN, schema.TileConfig, schema.ExtractConfig),
     "api/rehearsal.py": RUN,
+    "extraction/prototypes.py": (schema.WordsConfig, schema.ExtractConfig),
+    "extraction/words.py": (schema.WordsConfig,),
 }
 # Of another command, which the message names: `dino tile`, or tiling in words.
 OF_OTHERS = {
