@@ -67,6 +67,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def local_world_size() -> int:
+    """Number of processes of the job on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 @contextmanager
 def process_group(device: torch.device, timeout_minutes: float = 30.0) -> Iterator[None]:
     """Join the process group during the block, if launched by ``torchrun``.

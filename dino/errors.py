@@ -23,6 +23,10 @@ class DataError(DinoError):
     """An input file or folder is missing, damaged, or of the wrong kind."""
 
 
+class CacheError(DataError):
+    """The folder that keeps remote slides is full of slides in use, or cannot be written: no slide is at fault."""
+
+
 class CheckpointError(DinoError):
     """A checkpoint is damaged, unsafe, of another level, or does not match the model."""
 

@@ -12,6 +12,7 @@ from dino.data import Dataset
 from dino.errors import DataError
 from dino.evaluate.contents import find_copies
 from dino.files import printable
+from dino.slides.remote import Location
 from dino.slides.tables import SlideStatus
 
 NAMED = 3  # examples in messages
@@ -53,13 +54,14 @@ def check_slide_ids(roots: Sequence[Root], datasets: Sequence[Dataset]) -> list[
     return [f"{len(unknown)} slide ids are in several data folders, such as {_some(unknown)}: taken as one slide each"]
 
 
-def _one_file(paths: Sequence[Path]) -> bool:
+def _one_file(paths: Sequence[Location]) -> bool:
     """Whether files are one, or copies of one; of files that are not there, the names are compared."""
-    different = list({os.path.realpath(path): path for path in paths}.values())
+    different = list({Path(os.path.realpath(path)) if isinstance(path, Path) else path for path in paths})
     if len(different) < 2:
         return True
-    if all(path.is_file() for path in different):
-        return len(find_copies(different)) == len(different) - 1
+    local = [path for path in different if isinstance(path, Path) and path.is_file()]
+    if len(local) == len(different):
+        return len(find_copies(local)) == len(local) - 1
     return len({path.name for path in different}) == 1
 
 

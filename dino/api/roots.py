@@ -245,19 +245,23 @@ class Root:
 def check_held_out(roots: Sequence[Root]) -> None:
     """Raise DataError if the file of a held-out slide, or a copy of it, is also one of a slide that is trained on.
 
-    Slides whose files are not there are not compared.
+    Slides whose files are not there are not compared; those of object stores are compared by their addresses.
 
     Args:
         roots: The data folders.
     """
-    rows = [row for root in roots for row in root.status.values() if row.status == OK and row.image_path.is_file()]
-    by_path: dict[str, list[SlideStatus]] = {}
-    for row in rows:
-        by_path.setdefault(os.path.realpath(row.image_path), []).append(row)
-    files = list(by_path.values())
-    for same in files:
+    by_file: dict[Any, list[SlideStatus]] = {}
+    for row in (row for root in roots for row in root.status.values() if row.status == OK):
+        path = row.image_path
+        if not isinstance(path, Path):
+            by_file.setdefault(path, []).append(row)
+        elif path.is_file():
+            by_file.setdefault(Path(os.path.realpath(path)), []).append(row)
+    for same in by_file.values():
         _check_partitions(same)
-    for first, second in find_copies([same[0].image_path for same in files]):
+    local = {path: rows for path, rows in by_file.items() if isinstance(path, Path)}
+    files = list(local.values())
+    for first, second in find_copies(list(local)):
         _check_partitions([*files[first], *files[second]])
 
 

@@ -1,10 +1,10 @@
 """Where the tiles of a run come from: tile files, tar or parquet shards, or the slides themselves."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dino.api.balancing import build_groups, describe
 from dino.api.joining import check_slide_ids, joined_filter, joined_geometry, joined_held_out, joined_status
@@ -28,11 +28,19 @@ from dino.data.shards import (
 )
 from dino.data.slide_tiles import Placement, SlideTileDataset
 from dino.errors import ConfigError
+from dino.slides.remote_cache import SlideCache
 
 AUTO, FILES, SLIDES = "auto", "files", "slides"
 SOURCE_OF_STORAGE = {"jpeg": FILES, "tar": TAR, "parquet": PARQUET, "none": SLIDES}  # of a ROOT by its tiling
 
-Found = tuple[Dataset, HeldOut, list[str]]  # the tiles, how many are held out, and warnings
+
+class Found(NamedTuple):
+    """The tiles of a data folder, how many are held out, and what to warn of and to say."""
+
+    dataset: Dataset
+    held_out: HeldOut
+    warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -76,18 +84,19 @@ def open_tiles(config: PatchConfig) -> TileSource:
         root.select(config.filter)
     sources = [source_of(root, config) for root in roots]
     opened = [SOURCES[source](root, config) for source, root in zip(sources, roots, strict=True)]
-    datasets = [dataset for dataset, _, _ in opened]
+    datasets = [one.dataset for one in opened]
     dataset, status = datasets[0] if len(roots) == 1 else JoinedDataset(datasets), joined_status(roots)
     geometry = joined_geometry(roots, [_geometry(root, config) for root in roots])
     slides = slides_of(dataset.slide_ids, status)
     groups = build_groups(config.sampling, dataset.ranges, status, config.seed)
     samples = groups.samples if groups is not None else len(dataset)
-    split = Split("tiles", samples, len(slides["slide_ids"]), joined_held_out([held_out for _, held_out, _ in opened]))
+    split = Split("tiles", samples, len(slides["slide_ids"]), joined_held_out([one.held_out for one in opened]))
     warnings = check_slide_ids(roots, datasets)
-    for root, (_, _, found) in zip(roots, opened, strict=True):
-        warnings += [*found, *root.unknown_partitions()]
+    for root, found in zip(roots, opened, strict=True):
+        warnings += [*found.warnings, *root.unknown_partitions()]
     reading = [_reading(source, root, config) for source, root in zip(sources, roots, strict=True)]
     notes = [line for line in dict.fromkeys(reading) if line]
+    notes += [line for found in opened for line in found.notes]
     notes += [*(str(root.selection) for root in roots if root.selection), *describe(groups)]
     return TileSource(dataset, split, geometry, slides, warnings, groups, joined_filter(roots), notes)
 
@@ -137,7 +146,7 @@ def _files(root: Root, config: PatchConfig) -> Found:
     _check_stored(config)
     folder, names, held_out = root.tiles()
     files = FolderTiles(folder, [names[i] for i in root.kept(names)], config.speed.ram_cache)
-    return TileDataset(files, root.slide_infos(root.tile_spacings())), held_out, []
+    return Found(TileDataset(files, root.slide_infos(root.tile_spacings())), held_out)
 
 
 def _tar(root: Root, config: PatchConfig) -> Found:
@@ -164,20 +173,25 @@ def _shards(
     stored: EncodedTiles = tiles(shards, index)
     if root.selection:
         stored = SomeTiles(stored, root.kept(stored.names))
-    return TileDataset(stored, root.slide_infos(root.tile_spacings())), held_out, warnings
+    return Found(TileDataset(stored, root.slide_infos(root.tile_spacings())), held_out, warnings)
 
 
 def _slides(root: Root, config: PatchConfig) -> Found:
     """The slides that were tiled."""
     _check_no_ram_cache(config, "slides")
-    slides = root.tiled_slides(config.slides)
+    speed = config.speed
+    cache = SlideCache(speed.slide_cache, speed.slide_cache_gb)
+    slides = replace(root.tiled_slides(config.slides), cache=cache)
     tiles, held_out = root.listed_tiles()
     slides.check_present(one.slide_id for one in tiles)
+    at_once = (speed.open_slides + 1) * max(1, speed.num_workers)  # one is opened before another is closed
+    settings = "speed.slide_cache_gb", "speed.open_slides or speed.num_workers"
+    notes, warnings = slides.check_cache((one.slide_id for one in tiles), at_once, *settings)
     geometry = slides.geometry
     spacing, size = geometry.spacing_um, geometry.tile_size_px
     placement = Placement.of(config.sampling, spacing, size, config.seed, _pictures(root, config))
     infos = root.slide_infos({one.slide_id: one.spacing_um for one in tiles})
-    return SlideTileDataset(tiles, slides, infos, placement, config.speed.open_slides), held_out, []
+    return Found(SlideTileDataset(tiles, slides, infos, placement, speed.open_slides), held_out, warnings, notes)
 
 
 def _check_no_ram_cache(config: PatchConfig, source: str) -> None:

@@ -1,6 +1,7 @@
 """``tile``: cut slides into tiles and regions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -9,14 +10,15 @@ from dino.config.schema import TileConfig
 from dino.errors import ConfigError, DataError
 from dino.slides.annotations import has_roi, unmatched
 from dino.slides.parts import progress_line
-from dino.slides.slide import check_settings
+from dino.slides.remote import Location, StoreError
+from dino.slides.slide import check_settings, slide_cache
 from dino.slides.slide_list import SlideRecord, read_slide_list
 from dino.slides.tiling import TilingSummary, measure_slides, tile_slides
 
 TIMEOUT_MINUTES = 7 * 24 * 60  # processes synchronise only at the end, and one may take hours longer than another
 
 
-def tile(inputs: Sequence[Path], root: Path, config: TileConfig | None = None) -> TilingSummary:
+def tile(inputs: Sequence[str | Path], root: Path, config: TileConfig | None = None) -> TilingSummary:
     """Find tissue on every slide, cut its tiles, list its regions, and write tables and previews under ``root``.
 
     Slides that an earlier call with the same settings finished are skipped. A slide that cannot be tiled does not stop
@@ -73,6 +75,13 @@ def _check_roi(records: Sequence[SlideRecord], config: TileConfig) -> None:
             "expected slides with annotations for roi_include and roi_exclude, found none; name their files in the "
             "column annotation_path of a slides.csv"
         )
-    warning = unmatched(paths, config)
+    warning = unmatched(_local(paths, config), config)
     if warning:
         progress.warn(warning)
+
+
+def _local(paths: Sequence[Location], config: TileConfig) -> Iterator[Path]:
+    """The local files of those that can be read; the others are reported when their slides are tiled."""
+    for path in paths:
+        with suppress(StoreError), slide_cache(config).local_path(path, check=True) as file:
+            yield file

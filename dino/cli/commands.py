@@ -38,6 +38,7 @@ from dino.config.schema import (
     ViewConfig,
     WordsConfig,
 )
+from dino.slides.remote import is_uri, redacted
 
 # ----------------------------------------------------------------------------------------------------- tile
 
@@ -63,7 +64,7 @@ def tile(arguments: TileArguments = None, config: ConfigFile = None) -> None:
     end(api.tile(inputs, root, settings).exit_code)
 
 
-def tile_arguments(arguments: list[str], file: Path | None) -> tuple[list[Path], Path, TileConfig]:
+def tile_arguments(arguments: list[str], file: Path | None) -> tuple[list[str | Path], Path, TileConfig]:
     """Parse SLIDE..., ROOT and the settings.
 
     Args:
@@ -75,7 +76,7 @@ def tile_arguments(arguments: list[str], file: Path | None) -> tuple[list[Path],
     """
     positional, overrides = split(arguments)
     inputs, root = expect_many(positional, "SLIDE", "ROOT")
-    return [Path(path) for path in inputs], Path(root), load_config(TileConfig, file=file, overrides=overrides)
+    return list(inputs), Path(root), load_config(TileConfig, file=file, overrides=overrides)
 
 
 tile_command = with_settings(TileConfig)
@@ -337,7 +338,9 @@ def slurm(
 
     if name == ("tile",):
         inputs, root, work_config = tile_arguments(rest, config)
-        work = partial(api.tile, [path.absolute() for path in inputs], root.absolute(), work_config)
+        work = partial(
+            api.tile, [path if is_uri(path) else Path(path).absolute() for path in inputs], root.absolute(), work_config
+        )
         output = root.resolve()
     elif name == ("extract",):
         model, root, work_config = extract_arguments(rest, config)
@@ -350,7 +353,7 @@ def slurm(
     folder = settings.folder or output.parent / f"{output.name}_slurm"
     submission = api.launch_slurm(work, settings, folder, dry_run=work_config.dry_run)
     rows = [(key, str(value)) for key, value in submission.parameters.items() if value is not None]
-    command = ["dino", *name, *(word for word in rest if not word.startswith("dry_run="))]
+    command = ["dino", *name, *(redacted(word) for word in rest if not word.startswith("dry_run="))]
     progress.table([("command", shlex.join(command)), ("output", str(submission.folder)), *rows])
     typer.echo(f"submitted as job {submission.job}" if submission.job else "dry run: nothing was submitted")
 

@@ -36,6 +36,13 @@ class TileConfig:
     spacing_at_level_0: float | None = identity(None, "µm per px of level 0, for slides whose metadata has no spacing")
     previews: bool = runtime(True, "write preview images of tissue, tiles and regions")
     num_workers: int = runtime(2, "slides processed in parallel")
+    slide_cache: str | None = runtime(
+        None, "local folder that keeps slides of object stores (null: histodino/slides in the user's cache folder)"
+    )
+    slide_cache_gb: float | None = runtime(
+        None,
+        "its largest size in GB; slides that were not used for longest are removed (null: as last given, else 100)",
+    )
     dry_run: bool = runtime(False, "print the expected number of tiles and files, GB and hours, and stop")
 
 
@@ -68,6 +75,13 @@ class ExtractConfig:
     batch_size: int = runtime(64, "tiles (level 2: regions) per forward pass")
     num_workers: int = runtime(2, "threads that read and decode pixels")
     device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
+    slide_cache: str | None = runtime(
+        None, "local folder that keeps slides of object stores (null: histodino/slides in the user's cache folder)"
+    )
+    slide_cache_gb: float | None = runtime(
+        None,
+        "its largest size in GB; slides that were not used for longest are removed (null: as last given, else 100)",
+    )
     dry_run: bool = runtime(False, "print what would be done, and stop")
 
 

@@ -244,6 +244,13 @@ class PatchSpeedConfig(SpeedConfig):
 
     ram_cache: float = runtime(0.0, "GB of memory for decoded tiles, shared by the workers of a process; 0 for none")
     open_slides: int = runtime(64, "slides that each worker keeps open where tiles are read from slides")
+    slide_cache: str | None = runtime(
+        None, "local folder that keeps slides of object stores (null: histodino/slides in the user's cache folder)"
+    )
+    slide_cache_gb: float | None = runtime(
+        None,
+        "its largest size in GB; slides that were not used for longest are removed (null: as last given, else 100)",
+    )
     cache_dir: str = runtime("auto", "where the index of shards is kept: auto (beside them), a folder, or none")
 
 

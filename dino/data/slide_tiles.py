@@ -16,7 +16,7 @@ from torch import Tensor
 from dino import randomness
 from dino.config.schema import SamplingConfig
 from dino.data.datasets import UNKNOWN, BadSample, Dataset, Sample, SlideInfo, SlideRanges
-from dino.errors import ConfigError, DataError
+from dino.errors import CacheError, ConfigError, DataError
 from dino.files import printable
 from dino.slides.lattice import Lattice
 from dino.slides.places import PlacedTiles
@@ -265,6 +265,8 @@ class SlideTileDataset(Dataset):
             if any(shift) or any(spacing != self._geometry.spacing_um for spacing in spacings_um):
                 place = centred(place, step, [reader.lattice for reader in readers])
             pictures = [cell_tensor(reader, *corner_of(place, step, reader.lattice)) for reader in readers]
+        except CacheError:
+            raise  # of the disk, not of the slide
         except DataError as error:
             self._readers.close(slide_id)
             raise BadSample(printable(name), f"slide {printable(slide_id)}: {error}") from None

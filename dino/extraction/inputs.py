@@ -13,6 +13,8 @@ from dino.extraction.pixels import REGIONS, SLIDES, TILES, RegionImage, list_reg
 from dino.extraction.tile_files import STORAGE, tile_attributes
 from dino.models.weights import LoadedBackbone
 from dino.slides.reader import BACKEND, RESAMPLER
+from dino.slides.remote import Location
+from dino.slides.remote_cache import SlideCache
 from dino.slides.tables import (
     REGIONS_TABLE,
     STATUS_TABLE,
@@ -63,8 +65,8 @@ class PixelSource:
     tile_size_px: int
     slides: TiledSlides | None = None
 
-    def slide_path(self, slide_id: str) -> Path | None:
-        """The slide's file, None if it does not exist."""
+    def slide_path(self, slide_id: str) -> Location | None:
+        """The slide's file, or where it is stored; None if a local one does not exist."""
         return self.slides.path(slide_id) if self.slides else None
 
     def record(self) -> dict[str, Any]:
@@ -157,5 +159,6 @@ def _tiled(root: Path, config: ExtractConfig, loaded: LoadedBackbone) -> PixelSo
             f"{geometry.tile_size_px} px"
         )
     status = read_status(root) if (root / STATUS_TABLE).exists() else {}
-    slides = TiledSlides(geometry, status, slide_paths(config.slides), tiling.reader)
+    cache = SlideCache(config.slide_cache, config.slide_cache_gb)
+    slides = TiledSlides(geometry, status, slide_paths(config.slides), tiling.reader, cache=cache)
     return PixelSource(root, geometry.tile_size_px, slides)

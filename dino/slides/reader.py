@@ -13,6 +13,8 @@ from PIL import Image
 from dino.environment import import_extra
 from dino.errors import DataError
 from dino.slides.lattice import Geometry, Lattice, Pyramid, plan_lattice
+from dino.slides.remote import Location
+from dino.slides.remote_cache import SlideCache
 
 BACKEND = "openslide"
 READERS = ("openslide", "fastslide")
@@ -28,7 +30,8 @@ class SlideReader:
     be read from several threads.
 
     Attributes:
-        path: The slide's file.
+        path: The slide's file, or where it is stored.
+        local: The local file that is read, the same one unless it is stored elsewhere; it stays until this is closed.
         lattice: Positions of its cells.
         spacing_um: Spacing of level 0 in µm per px.
         spacing_source: Source of that value: ``metadata``, ``objective power`` or ``user``.
@@ -37,36 +40,44 @@ class SlideReader:
 
     def __init__(
         self,
-        path: Path,
+        path: Location,
         geometry: Geometry,
         spacing_at_level_0: float | None = None,
         spacing_if_missing: float | None = None,
         *,
         reader: str = BACKEND,
         cache_mb: float | None = None,
+        cache: SlideCache | None = None,
+        check: bool = False,
     ) -> None:
         """Open a slide.
 
         Args:
-            path: The slide's file.
+            path: The slide's file, or where it is stored.
             geometry: Requested lattice.
             spacing_at_level_0: Spacing in µm per px that overrides the slide's metadata.
             spacing_if_missing: Spacing for a slide whose metadata has none.
             reader: What decodes cells: ``openslide`` or ``fastslide``.
             cache_mb: Memory for decoded parts of the slide in MB; None for the library's default (openslide: 32).
+            cache: Where slides of object stores are kept; None for the default.
+            check: Ask the store whether such a slide has changed since it was downloaded.
 
         Raises:
-            DataError: If the file is not a slide, has no spacing, or is coarser than the requested spacing.
+            DataError: If the file is not a slide, has no spacing, is coarser than the requested spacing, or cannot be
+                downloaded.
             ConfigError: If ``reader`` is not installed.
         """
         self.path = path
-        properties = _properties(path)
-        self.spacing_um, self.spacing_source = spacing_of(
-            properties, path.name, given=spacing_at_level_0, fallback=spacing_if_missing
-        )
-        self.slide = _open(path, self.spacing_um)
+        self._lease = (cache or SlideCache()).local_path(path, check)
+        self.local = self._lease.path
+        self.slide: Any = None
         self._cells: Any = None  # fastslide's handle, where it reads the cells
         try:
+            properties = _properties(self.local, path)
+            self.spacing_um, self.spacing_source = spacing_of(
+                properties, path.name, given=spacing_at_level_0, fallback=spacing_if_missing
+            )
+            self.slide = _open(self.local, self.spacing_um)
             pyramid = Pyramid(
                 spacing_um=self.spacing_um,
                 dimensions=self.slide.level_dimensions,
@@ -75,7 +86,7 @@ class SlideReader:
             self.lattice = plan_lattice(pyramid, geometry, path.name)
             if cache_mb is not None:
                 _limit_cache(self.slide, cache_mb)
-            self._cells = None if reader == BACKEND else _open_fastslide(path, self.lattice, cache_mb)
+            self._cells = None if reader == BACKEND else _open_fastslide(self.local, self.lattice, cache_mb)
         except BaseException:
             self.close()
             raise
@@ -115,9 +126,10 @@ class SlideReader:
 
     def close(self) -> None:
         """Close the file."""
-        self.slide.close()
-        if self._cells is not None:
-            self._cells.close()
+        for handle in (self.slide, self._cells):
+            if handle is not None:
+                handle.close()
+        self._lease.close()
 
     def __enter__(self) -> "SlideReader":
         """The reader itself."""
@@ -174,7 +186,7 @@ def _positive(text: str | None) -> float | None:
     return value if math.isfinite(value) and value > 0 else None
 
 
-def _properties(path: Path) -> dict[str, str]:
+def _properties(path: Path, source: Location) -> dict[str, str]:
     import openslide
 
     if not path.is_file():
@@ -185,7 +197,7 @@ def _properties(path: Path) -> dict[str, str]:
             return dict(slide.properties)
     except Exception as error:  # openslide has different types for unreadable, unsupported and damaged files
         reason = str(error).strip() or type(error).__name__
-        raise DataError(f"expected a slide that openslide can read, found {path}: {reason}") from None
+        raise DataError(f"expected a slide that openslide can read, found {source}: {reason}") from None
 
 
 def _open(path: Path, spacing_um: float) -> Any:

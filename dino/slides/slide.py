@@ -1,8 +1,8 @@
 """Tiles one slide: from its file to tiles, regions and table rows. Runs in a separate process."""
 
 import errno
-import hashlib
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ import numpy as np
 
 from dino import randomness
 from dino.config.schema import TileConfig
-from dino.errors import ConfigError, DinoError
+from dino.errors import CacheError, ConfigError, DinoError
 from dino.slides import parts, storage, tables
 from dino.slides.annotations import Annotations, check_roi_settings, has_roi, read_annotations
 from dino.slides.lattice import Geometry
 from dino.slides.reader import BACKEND, READERS, SlideReader
-from dino.slides.slide_list import SlideRecord
+from dino.slides.remote_cache import SlideCache
+from dino.slides.slide_list import SlideRecord, inputs_of
 from dino.slides.tables import RegionRecord, SlideStatus, TileRecord
 from dino.slides.tissue import check_tissue_settings, find_tissue, passes_qc, tissue_fractions
 
@@ -95,6 +96,7 @@ def tile_slide(record: SlideRecord, root: Path, config: TileConfig) -> SlideStat
 
     Raises:
         OSError: If writing to ROOT fails, which is not an error of the slide.
+        CacheError: If there is no room for a slide of an object store.
     """
     parts.drop_part(root, record.slide_id)
     made_from = inputs_of(record)
@@ -106,8 +108,8 @@ def tile_slide(record: SlideRecord, root: Path, config: TileConfig) -> SlideStat
             expect_root(root)
             parts.save_part(root, status, made_from, _tiles(reader, record, survey), _regions(reader, record, survey))
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:  # errors of slides have no errno
-            raise
+        if isinstance(error, CacheError) or (isinstance(error, OSError) and error.errno is not None):
+            raise  # errors of slides have no errno
         status = failed(record, error)
         expect_root(root)
         parts.save_status(root, status, made_from)
@@ -146,10 +148,13 @@ def survey_slide(reader: SlideReader, record: SlideRecord, config: TileConfig) -
     Raises:
         DataError: If the mask or the annotations do not fit, or the slide cannot be read.
     """
-    annotations = None
+    cache, annotations = slide_cache(config), None
     if record.annotation_path:
-        annotations = read_annotations(record.annotation_path, reader.lattice.slide_size, reader.spacing_um)
-    tissue = find_tissue(reader, record.mask_path, config)
+        with cache.local_path(record.annotation_path, check=True) as path:
+            annotations = read_annotations(path, reader.lattice.slide_size, reader.spacing_um)
+    with ExitStack() as leases:
+        mask = record.mask_path and leases.enter_context(cache.local_path(record.mask_path, check=True))
+        tissue = find_tissue(reader, mask, config)
     tiles = reader.lattice.tile_origins()  # (N, 2)
     fractions = tissue_fractions(tissue.tissue_mask, tiles, reader)  # (N,)
     kept = np.flatnonzero(fractions >= config.min_tissue)
@@ -166,15 +171,9 @@ def survey_slide(reader: SlideReader, record: SlideRecord, config: TileConfig) -
     return Survey(tissue, tiles[kept], fractions[kept], regions, cells, remark, annotations)
 
 
-def inputs_of(record: SlideRecord) -> dict[str, Any]:
-    """Properties of the input files that a slide's tiles depend on; moving the files does not change them."""
-    inputs = {
-        "image_bytes": _size(record.image_path),
-        "mask_bytes": _size(record.mask_path) if record.mask_path else None,
-        "spacing_at_level_0": record.spacing_at_level_0,
-    }
-    # Annotations are small, and editing them may not change their size.
-    return inputs | ({"annotation_sha256": _sha256(record.annotation_path)} if record.annotation_path else {})
+def slide_cache(config: TileConfig) -> SlideCache:
+    """Where slides of object stores are kept."""
+    return SlideCache(config.slide_cache, config.slide_cache_gb)
 
 
 def columns_of(record: SlideRecord) -> dict[str, Any]:
@@ -239,7 +238,7 @@ def _remarks(
 
 def _write_tiles(reader: SlideReader, record: SlideRecord, root: Path, config: TileConfig, survey: Survey) -> None:
     result = storage.tiling_result(reader, record.slide_id, config, survey.tissue, survey.tiles, survey.tile_tissue)
-    storage.save_result(root, result)
+    storage.save_result(root, result, record.image_path, record.mask_path)
     if config.previews:
         storage.save_previews(root, record.slide_id, reader, survey.tissue.tissue_mask, survey.tiles, survey.regions)
         outlines = survey.annotations.outlines if survey.annotations else []
@@ -300,19 +299,5 @@ def _regions(reader: SlideReader, record: SlideRecord, survey: Survey) -> list[R
 
 def _open(record: SlideRecord, config: TileConfig) -> SlideReader:
     spacings = record.spacing_at_level_0, config.spacing_at_level_0
-    return SlideReader(record.image_path, Geometry.of(config), *spacings, reader=config.reader)
-
-
-def _sha256(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
+    cache = slide_cache(config)
+    return SlideReader(record.image_path, Geometry.of(config), *spacings, reader=config.reader, cache=cache, check=True)

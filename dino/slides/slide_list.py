@@ -2,13 +2,24 @@
 
 import csv
 import difflib
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dino.errors import DataError
 from dino.slides.partitions import unknown_values
+from dino.slides.remote import (
+    Location,
+    RemoteFile,
+    StoreError,
+    find_remote,
+    look_up,
+    parse_location,
+    with_attempts,
+)
 from dino.slides.tables import ANNOTATION_COLUMNS, STATUS_COLUMNS, TILE_COLUMNS
 
 SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".czi"}
@@ -28,8 +39,8 @@ class SlideRecord:
 
     Attributes:
         slide_id: Unique name; also the name of its folder of tiles.
-        image_path: The slide's file, absolute.
-        mask_path: Binary tissue mask, absolute, if there is one.
+        image_path: The slide's file, absolute, or where it is stored.
+        mask_path: Binary tissue mask, likewise, if there is one.
         spacing_at_level_0: µm per px that overrides the slide's metadata.
         patient_id: The patient.
         centre: The centre that scanned the slide.
@@ -37,13 +48,13 @@ class SlideRecord:
         stain: The stain.
         partition: ``pretrain`` or blank for pretraining; any other value holds it out, see :mod:`.partitions`.
         exclude_reason: Reason for excluding the slide; blank if it is not excluded.
-        annotation_path: Annotations, see :mod:`.annotations`, absolute, if there are any.
+        annotation_path: Annotations, see :mod:`.annotations`, likewise, if there are any.
         further: Cells of all other columns, where they are not blank: groups of sampling, and conditions of filters.
     """
 
     slide_id: str
-    image_path: Path
-    mask_path: Path | None = None
+    image_path: Location
+    mask_path: Location | None = None
     spacing_at_level_0: float | None = None
     patient_id: str = ""
     centre: str = ""
@@ -51,15 +62,16 @@ class SlideRecord:
     stain: str = ""
     partition: str = ""
     exclude_reason: str = ""
-    annotation_path: Path | None = None
+    annotation_path: Location | None = None
     further: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
-def read_slide_list(inputs: Sequence[Path], note: Callable[[str], None] = lambda line: None) -> list[SlideRecord]:
+def read_slide_list(inputs: Sequence[str | Path], note: Callable[[str], None] = lambda line: None) -> list[SlideRecord]:
     """Slides given as any mix of slide files, folders (searched recursively), patterns and CSV lists.
 
     Args:
-        inputs: Paths and patterns. A ``.csv`` is a slide list; its relative paths are relative to its folder.
+        inputs: Paths and patterns, also of object stores (``s3://bucket/folder/`` with the final ``/``, or a pattern
+            such as ``s3://bucket/*.svs``). A ``.csv`` is a slide list; its relative paths are relative to its folder.
         note: Called with a one-line warning for a column that is ignored or misspelt, and an unknown partition.
 
     Returns:
@@ -70,7 +82,12 @@ def read_slide_list(inputs: Sequence[Path], note: Callable[[str], None] = lambda
     """
     records: list[SlideRecord] = []
     for given in inputs:
-        path = Path(given).expanduser().absolute()
+        location = parse_location(given)
+        if isinstance(location, RemoteFile):
+            found = find_remote(str(given), SUFFIXES)
+            records += [SlideRecord(_safe_id(one.stem, str(one)), one) for one in found]
+            continue
+        path = location.expanduser().absolute()
         if path.suffix.lower() == ".csv" and path.is_file():
             records += _read_csv(path, note)
         else:
@@ -79,6 +96,42 @@ def read_slide_list(inputs: Sequence[Path], note: Callable[[str], None] = lambda
         raise DataError("expected at least one slide, folder of slides or slides.csv, found none")
     _check_unique_ids(records)
     return records
+
+
+def inputs_of(record: SlideRecord) -> dict[str, Any]:
+    """Properties of the input files that a slide's tiles depend on; moving the files does not change them.
+
+    A size is None where there is no file, or its store does not tell.
+    """
+    inputs = {
+        "image_bytes": _size(record.image_path),
+        "mask_bytes": _size(record.mask_path) if record.mask_path else None,
+        "spacing_at_level_0": record.spacing_at_level_0,
+    }
+    # Annotations are small, and editing them may not change their size.
+    annotation = record.annotation_path
+    if isinstance(annotation, RemoteFile):
+        return inputs | {"annotation_version": _version(annotation)}
+    return inputs | ({"annotation_sha256": _sha256(annotation)} if annotation else {})
+
+
+def is_unchanged(before: Mapping[str, Any], record: SlideRecord) -> bool:
+    """Whether the input files are those that a slide was tiled from, as far as that can be found out.
+
+    Args:
+        before: :func:`inputs_of` it then.
+        record: The slide now.
+    """
+    now = inputs_of(record)
+    files = {
+        "image_bytes": record.image_path,
+        "mask_bytes": record.mask_path,
+        "annotation_version": record.annotation_path,
+    }
+    for name, file in files.items():
+        if now.get(name) is None and isinstance(file, RemoteFile):
+            now[name] = before.get(name)  # a store that does not answer is no reason to tile again
+    return before == now
 
 
 def _find(path: Path) -> list[Path]:
@@ -195,8 +248,14 @@ def _record(row: dict[str, str], folder: Path, where: str) -> SlideRecord:
     )
 
 
-def _file(text: str, folder: Path, column: str, where: str, may_be_missing: bool) -> Path:
-    path = Path(text).expanduser()
+def _file(text: str, folder: Path, column: str, where: str, may_be_missing: bool) -> Location:
+    try:
+        location = parse_location(text)
+    except DataError as error:
+        raise DataError(f"{where}, {column}: {error}") from None
+    if not isinstance(location, Path):
+        return location  # whether it exists is found out when it is downloaded
+    path = location.expanduser()
     path = path if path.is_absolute() else folder / path
     if not may_be_missing and not path.is_file():
         raise DataError(f"{where}: expected a file as {column}, found none at {path}")
@@ -213,3 +272,28 @@ def _spacing(text: str, where: str) -> float | None:
     if not (math.isfinite(value) and value > 0):
         raise DataError(f"{where}: expected spacing_at_level_0 as a positive number of µm per px, found '{text}'")
     return value
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _size(file: Location) -> int | None:
+    try:
+        if isinstance(file, RemoteFile):
+            return with_attempts(file, lambda: look_up(file)).size
+        return file.stat().st_size
+    except (OSError, StoreError):
+        return None
+
+
+def _version(file: RemoteFile) -> list[Any] | None:
+    try:
+        found = with_attempts(file, lambda: look_up(file))
+    except StoreError:
+        return None
+    return [found.size, found.version]

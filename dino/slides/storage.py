@@ -25,6 +25,7 @@ from dino.config.schema import TileConfig
 from dino.environment import import_extra
 from dino.slides.annotation_files import Outline
 from dino.slides.reader import BACKEND, SlideReader
+from dino.slides.remote import Location, RemoteFile
 from dino.slides.tables import COORDINATES_FOLDER, TILES_FOLDER, tile_name
 from dino.slides.tissue import MAX_LEVEL_PX, filter_config, segmentation_config
 
@@ -241,7 +242,7 @@ def tiling_result(
             **_reading(reader),
         ),
         sample_id=slide_id,
-        image_path=reader.path,
+        image_path=reader.local,
         backend=BACKEND,
         requested_backend=BACKEND,
         tolerance=reader.lattice.geometry.tolerance,
@@ -280,14 +281,26 @@ _FROM_FILTERS += ("filter_grayspace", "grayspace_saturation_threshold", "grayspa
 _FROM_FILTERS += ("filter_blur", "blur_threshold", "qc_spacing_um", "a_t", "a_h")
 
 
-def save_result(root: Path, result: Any) -> None:
-    """Write hs2p's ``<slide>.coordinates.npz`` and ``.coordinates.meta.json`` to ROOT/coordinates."""
+def save_result(root: Path, result: Any, image_path: Location, mask_path: Location | None) -> None:
+    """Write hs2p's ``<slide>.coordinates.npz`` and ``.coordinates.meta.json`` to ROOT/coordinates.
+
+    Args:
+        root: ROOT.
+        result: hs2p's ``TilingResult``.
+        image_path: Where the slide is; ``result`` has the local files that were read.
+        mask_path: Where its mask is, if it has one.
+    """
     from hs2p.artifacts import save_tiling_result
 
     meta = _meta_path(root, result.sample_id)
     points = meta.with_name(f"{result.sample_id}.coordinates.npz")
     with temporary_folder(root) as partial:
         save_tiling_result(result, partial, tiles_dir=partial)
+        places = {"image_path": image_path, "mask_path": mask_path}
+        if remote := {name: str(place) for name, place in places.items() if isinstance(place, RemoteFile)}:
+            content = files.read_json(partial / meta.name)
+            content["provenance"] |= remote
+            files.write_json(partial / meta.name, content)
         if (partial / points.name).is_file():
             move(partial / points.name, points)
         else:  # hs2p writes none if there are no tiles
@@ -320,7 +333,7 @@ def save_previews(
     level = _preview_level(reader)
     thickness = max(1, round(max(reader.slide.level_dimensions[level]) / 1500))  # lines are visible at screen size
     slide = {
-        "wsi_path": reader.path,
+        "wsi_path": reader.local,
         "backend": BACKEND,
         "spacing_at_level_0": reader.spacing_um,
         "downsample": reader.slide.level_downsamples[level][0],

@@ -19,6 +19,7 @@ from dino.errors import DataError
 from dino.slides.columns import PARQUET, read_columns, read_header
 from dino.slides.lattice import Geometry
 from dino.slides.reader import BACKEND, RESAMPLER
+from dino.slides.remote import Location, parse_location
 from dino.slides.tissue import filter_config, segmentation_config
 
 TILES_FOLDER = "patch_256_pretraining"
@@ -97,8 +98,8 @@ class SlideStatus:
     reason: str = ""
     tiles: int = 0
     regions: int = 0
-    image_path: Path = Path()
-    mask_path: Path | None = None
+    image_path: Location = Path()
+    mask_path: Location | None = None
     patient_id: str = ""
     partition: str = ""
     spacing_um: float | None = None
@@ -444,8 +445,11 @@ def parse_status(row: dict[str, str]) -> SlideStatus:
     converted["slide_id"] = _slide_id(row["slide_id"])
     for name in ("tiles", "regions", "width", "height"):
         converted[name] = int(row[name])
-    converted["image_path"] = Path(row["image_path"])
-    converted["mask_path"] = Path(row["mask_path"]) if row["mask_path"] else None
+    try:
+        converted["image_path"] = parse_location(row["image_path"])
+        converted["mask_path"] = parse_location(row["mask_path"]) if row["mask_path"] else None
+    except DataError as error:
+        raise ValueError(str(error)) from None
     converted["spacing_um"] = float(row["spacing_um"]) if row["spacing_um"] else None
     if row["status"] not in (OK, FAILED, NO_TISSUE, EXCLUDED):
         raise ValueError(f"'{row['status']}' is not a status")

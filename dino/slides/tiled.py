@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from dino import progress
+from dino import distributed, progress
 from dino.errors import DataError
 from dino.slides.lattice import Geometry
 from dino.slides.reader import BACKEND, SlideReader
+from dino.slides.remote import Location, RemoteFile, sizes_of
+from dino.slides.remote_cache import Lease, SlideCache
 from dino.slides.slide_list import read_slide_list
 from dino.slides.tables import SlideStatus
 
@@ -22,19 +23,50 @@ class TiledSlides:
         moved: Current paths of slides that were moved.
         reader: What decoded their tiles, and decodes them again.
         cache_mb: Memory of each open slide for decoded parts of it; None for the library's default.
+        cache: Where slides of object stores are kept.
     """
 
     geometry: Geometry
     status: Mapping[str, SlideStatus] = field(default_factory=dict)
-    moved: Mapping[str, Path] = field(default_factory=dict)
+    moved: Mapping[str, Location] = field(default_factory=dict)
     reader: str = BACKEND
     cache_mb: float | None = None
+    cache: SlideCache = field(default_factory=SlideCache)
 
-    def path(self, slide_id: str) -> Path | None:
-        """A slide's file, None if it does not exist."""
+    def path(self, slide_id: str) -> Location | None:
+        """A slide's file, or where it is stored; None if a local one does not exist."""
         status = self.status.get(slide_id)
         path = self.moved.get(slide_id, status.image_path if status else None)
-        return path if path is not None and path.is_file() else None
+        return path if isinstance(path, RemoteFile) or (path is not None and path.is_file()) else None
+
+    def local_path(self, slide_id: str) -> Lease | None:
+        """The local file of a slide, downloaded if it is stored elsewhere; None if it does not exist.
+
+        Raises:
+            DataError: If it cannot be downloaded.
+        """
+        path = self.path(slide_id)
+        return None if path is None else self.cache.local_path(path)
+
+    def check_cache(
+        self, slide_ids: Iterable[str], at_once: int, setting: str, fewer: str
+    ) -> tuple[list[str], list[str]]:
+        """What to say of the slides of object stores (how much is downloaded), and to warn of (a small cache).
+
+        Args:
+            slide_ids: Slides that will be read.
+            at_once: Number of slides that a process of a job and its workers have open at the same time.
+            setting: Name of the setting of the cache's size.
+            fewer: Settings that lower ``at_once``.
+
+        Raises:
+            ConfigError: If the slides that are open at once do not fit.
+        """
+        found = [path for path in map(self.path, slide_ids) if isinstance(path, RemoteFile)]
+        if not found:
+            return [], []
+        at_once *= distributed.local_world_size()
+        return self.cache.check_room(self.cache.need(sizes_of(found), found, at_once), setting, fewer)
 
     def check_present(self, slide_ids: Iterable[str]) -> None:
         """Raise DataError if the file of a slide does not exist."""
@@ -78,11 +110,13 @@ class TiledSlides:
         reader.close()
         return self._opened(path, replace(self.geometry, spacing_um=spacing_um), status.spacing_um)
 
-    def _opened(self, path: Path, geometry: Geometry, spacing_at_level_0: float | None) -> SlideReader:
-        return SlideReader(path, geometry, spacing_at_level_0, reader=self.reader, cache_mb=self.cache_mb)
+    def _opened(self, path: Location, geometry: Geometry, spacing_at_level_0: float | None) -> SlideReader:
+        return SlideReader(
+            path, geometry, spacing_at_level_0, reader=self.reader, cache_mb=self.cache_mb, cache=self.cache
+        )
 
 
-def slide_paths(moved: str | None) -> dict[str, Path]:
+def slide_paths(moved: str | None) -> dict[str, Location]:
     """Paths of slides by id, for :attr:`TiledSlides.moved`.
 
     Args:
@@ -91,5 +125,5 @@ def slide_paths(moved: str | None) -> dict[str, Path]:
     Raises:
         DataError: If there are no slides.
     """
-    found = read_slide_list([Path(moved)], progress.warn) if moved else []
+    found = read_slide_list([moved], progress.warn) if moved else []
     return {record.slide_id: record.image_path for record in found}

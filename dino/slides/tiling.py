@@ -24,11 +24,10 @@ from dino.slides.slide import (
     columns_of,
     expect_root,
     failed,
-    inputs_of,
     measure_slide,
     tile_slide,
 )
-from dino.slides.slide_list import SlideRecord
+from dino.slides.slide_list import SlideRecord, inputs_of, is_unchanged
 from dino.slides.tables import SlideStatus
 
 LOCK = "tiling.lock.json"
@@ -255,7 +254,7 @@ def _finished(records: Sequence[SlideRecord], root: Path, config: TileConfig) ->
             finished[record.slide_id] = SlideStatus(record.slide_id, tables.EXCLUDED, reason, **columns_of(record))
             continue
         part = parts.load_part(root, record.slide_id)
-        if part and part.made_from == inputs_of(record) and _is_complete(root, part.status, config):
+        if part and is_unchanged(part.made_from, record) and _is_complete(root, part.status, config):
             finished[record.slide_id] = replace(part.status, **columns_of(record))
     return finished
 

@@ -8,13 +8,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from dino.errors import DataError
+from dino.slides.remote_cache import Lease
 from dino.slides.storage import encode
 from dino.slides.tiled import TiledSlides
 
@@ -30,10 +30,12 @@ class OpenSlide:
     Attributes:
         slide: openslide's object.
         zoom: openslide's ``DeepZoomGenerator`` of it.
+        file: Its local file, which stays as long as this.
     """
 
     slide: Any
     zoom: Any
+    file: Lease
 
 
 class Kept:
@@ -167,11 +169,11 @@ class SlidePixels:
         import openslide
         from openslide.deepzoom import DeepZoomGenerator
 
-        path: Path | None = self._slides.path(slide_id)
-        if path is None:
+        file = self._slides.local_path(slide_id)
+        if file is None:
             raise DataError(f"expected the file of slide '{slide_id}', found none")
         try:
-            slide = openslide.OpenSlide(str(path))
+            slide = openslide.OpenSlide(str(file.path))
         except Exception as error:  # openslide has different types for unreadable, unsupported and damaged files
             raise DataError(f"expected a slide that openslide can read as '{slide_id}', found: {error}") from None
         status = self._slides.status[slide_id]
@@ -182,7 +184,7 @@ class SlidePixels:
             )
         slide.set_cache(self._decoded)
         # Bounds are not limited to the scanned area: positions are level-0 px, as in the tables.
-        return OpenSlide(slide, DeepZoomGenerator(slide, TILE_PX, OVERLAP_PX, limit_bounds=False))
+        return OpenSlide(slide, DeepZoomGenerator(slide, TILE_PX, OVERLAP_PX, limit_bounds=False), file)
 
 
 def _on_white(pixels: Image.Image) -> Image.Image:

@@ -93,7 +93,7 @@ def test_a_slide_without_spacing_among_others(tmp_path: Path) -> None:
 
 def test_a_slide_with_pixels_that_are_not_square(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd, read = slide(tmp_path / "odd.tiff"), reader._properties
-    monkeypatch.setattr(reader, "_properties", lambda path: {**read(path), "openslide.mpp-y": "0.7"})
+    monkeypatch.setattr(reader, "_properties", lambda *paths: {**read(*paths), "openslide.mpp-y": "0.7"})
     said = refused("tile", odd, tmp_path / "root", *TILE)
     assert "set spacing_at_level_0 in the column of that name of the slide list" in said
     listed = write_list(tmp_path / "slides.csv", sample_id="odd", image_path=odd, spacing_at_level_0=0.5)
