@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,15 +46,43 @@ def stored_colours(model: LoadedBackbone, root: Path, slide_id: str) -> StoredCo
         DataError: If the features cannot be read.
     """
     catalogue = read_catalogue(root)
-    made_by = {name: read_record(tile_folder(root, name) / RECORD).get("fingerprint") for name in catalogue.encoders}
-    name = next((name for name, made in made_by.items() if made == model.fingerprint), None)
-    features = EncoderFeatures(catalogue, name) if name is not None else None
+    features = _features_of(catalogue, model)
     if features is None or slide_id not in features.slide_ids:
         return None
     rgb = features.rgb(slide_id)
     known = rgb[:, 0] >= 0
     corners, square = _squares(catalogue, slide_id)
     return StoredColours(corners[known], square, rgb[known] / 255, plural(len(features.slide_ids), "slide"))
+
+
+def _features_of(catalogue: Catalogue, model: LoadedBackbone) -> EncoderFeatures | None:
+    """The features that a model made, None if there are none."""
+    for name in catalogue.encoders:
+        if read_record(tile_folder(catalogue.root, name) / RECORD).get("fingerprint") == model.fingerprint:
+            return EncoderFeatures(catalogue, name)
+    return None
+
+
+def stored_words(model: LoadedBackbone, root: Path, slides: str | None, slide_id: str | None) -> WordData | None:
+    """The words of the features of a model, with a map of a slide; None where they have not been looked for.
+
+    Args:
+        model: The model.
+        root: ROOT.
+        slides: Folder or slides.csv of slides that were moved.
+        slide_id: The slide to map; None for no map.
+
+    Raises:
+        DataError: If features, words or slides cannot be read.
+    """
+    catalogue = read_catalogue(root, slides)
+    features = _features_of(catalogue, model)
+    if features is None or features.words is None:
+        return None
+    shown = None
+    if slide_id is not None and slide_id in features.slide_ids:
+        shown = word_map(catalogue, features, slide_id)
+    return replace(word_data(catalogue, features), map=shown)
 
 
 def word_data(

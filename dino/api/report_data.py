@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from dino import distributed, progress
+from dino.api.feature_data import stored_words
 from dino.api.levels import Level, build_level
 from dino.api.roots import check_grids
 from dino.config.schema import PretrainConfig, ReportConfig
@@ -63,7 +64,8 @@ class Gathering:
         Args:
             words: Further fields of the data.
         """
-        slide, features = self.slide, self._features()
+        slide, features, tables, moved = self.slide, self._features(), self.tables, self.config.slides
+        shown = slide.slide_id if slide else None
         first = next(iter(self.networks.values()), None)
         spacings = [slide.spacing_um] if slide else [one.tiles.um_per_px for one in features]
         spacings += [(first and first.trained.spacing_um) or 0.0]
@@ -74,6 +76,9 @@ class Gathering:
             crops=self._crops(),
             features=features,
             region_attention=self._region_attention(),
+            words=self._of_patch_runs("words", lambda run: stored_words(run.trained, tables.path, moved, shown))
+            if tables
+            else [],
             um_per_px=next(filter(None, spacings), 0.0),
             left_out=self.left_out,
             device=_hardware(next(iter(self.configs.values()), None)),
@@ -156,6 +161,12 @@ class Gathering:
         if not tiles.names:
             raise DataError(f"expected tiles in {self.root} that can be read, found none")
         return tiles
+
+    def _of_patch_runs(self, what: str, read: Callable[[gather.LoadedRun], Result | None]) -> list[Result]:
+        """What is read of each patch-level run, where there is any."""
+        runs = self._of_kind(images=True)
+        found = [self._part(f"{what} of {name}", lambda run=run: read(run)) for name, run in runs.items()]
+        return [one for one in found if one is not None]
 
     def _region_attention(self) -> dict[str, AttentionData]:
         slide, found = self.slide, {}

@@ -11,6 +11,7 @@ from dino.models.inputs import INPUTS
 from dino.report import methods
 from dino.report.figures import Thumbnail
 from dino.report.tiles import TileSet
+from dino.report.words import WordData
 from dino.slides.partitions import PRETRAIN
 from dino.slides.tables import OK, SlideStatus
 
@@ -181,6 +182,7 @@ class ReportData:
         features: Tile features by each patch-level run.
         self_retrieval: Accuracies ``teacher``, ``untrained`` and ``pixels``, and the number of ``tiles``.
         region_attention: Attention by the name of each region-level run.
+        words: The words of each patch-level run that has any.
         um_per_px: µm per px of the tiles; 0 where it is not known.
         left_out: What the page lacks, and why, in sentences.
         notice: A paragraph at the top of the page.
@@ -195,6 +197,7 @@ class ReportData:
     features: Sequence[FeatureData] = ()
     self_retrieval: Mapping[str, Any] | None = None
     region_attention: Mapping[str, AttentionData] = field(default_factory=dict)
+    words: Sequence[WordData] = ()
     um_per_px: float = 0.0
     left_out: Sequence[str] = ()
     notice: str = ""

@@ -1,4 +1,4 @@
-"""What networks make of tiles and regions: maps, nearest neighbours, attention."""
+"""What networks are given and what they make of it: crops, maps, nearest neighbours, attention."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from dino.evaluate.verdict import FROZEN, INITIAL, RANDOM, TEACHER, in_words
 from dino.files import printable
 from dino.report import figures, montages
-from dino.report.data import AttentionData, FeatureData, ReportData, RunData, SlideData
+from dino.report.data import AttentionData, CropData, FeatureData, ReportData, RunData, SlideData
 from dino.report.montages import MontageImage
 from dino.report.page import Figure, Section, Table
 from dino.report.projection import farthest_points, nearest_neighbours, pca_rgb
@@ -136,6 +136,17 @@ def self_retrieval_table(accuracies: Mapping[str, Any]) -> Table:
         "90° and with jittered stain. The accuracy is the fraction of these views whose nearest neighbour among the "
         "original tiles, by cosine similarity, is the same tile. It needs no labels, and measures only how invariant "
         "the features are to these changes.",
+    )
+
+
+def crops_figure(crops: CropData, um_per_px: float) -> Figure:
+    """Crops of a few tiles."""
+    return Figure(
+        montages.crop_montage(crops.tiles, crops.crops, um_per_px),
+        f"{len(crops.tiles)} tiles, each followed by its {len(crops.crops[0])} augmented crops.",
+        "Each row is one tile and its crops after all augmentations (normalization undone). The teacher sees the two "
+        "global crops, the student all of them. The crops should still look like tissue: weaken the augmentations if "
+        "colours are unlike any stain, or if local crops show no structure.",
     )
 
 

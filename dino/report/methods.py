@@ -100,7 +100,7 @@ def methods(facts: Facts) -> str:
         *(_region(facts.region) if facts.region else ()),
         _software(facts),
     ]
-    return " ".join(sentences)
+    return " ".join(sentence[:1].upper() + sentence[1:] for sentence in sentences)
 
 
 def _tiling(tiling: Tiling, versions: Mapping[str, str]) -> list[str]:
@@ -178,13 +178,17 @@ def _training(run: Run) -> str:
     return (
         f"for {run.steps:,} steps at a global batch of {run.global_batch} (seed {run.config.get('seed', 0)}): "
         f"{prototypes}teacher momentum {model['momentum_teacher']:g} to 1 by a cosine, {_optimizer(optim['name'])} "
-        f"with a peak learning rate of {peak:.3g} ({training['warmup_epochs']:g} epochs of linear warm-up, cosine to "
+        f"with a peak learning rate of {peak:.3g} ({_epochs(training['warmup_epochs'])} of linear warm-up, cosine to "
         f"{schedule['min_lr']:g}{_layers(optim)}), "
         f"weight decay {_from_to(schedule['weight_decay'], schedule['weight_decay_end'])}, gradient clipping at "
         f"{training['clip_grad']:g}, drop-path rate {model['drop_path_rate']:g}, "
         f"{run.config.get('speed', {}).get('precision', 'fp32')} precision."
         f"{''.join(map(_segment, run.segments))}"
     )
+
+
+def _epochs(count: float) -> str:
+    return f"{count:g} epoch{'' if count == 1 else 's'}"
 
 
 def _layers(optim: Settings) -> str:
@@ -275,4 +279,4 @@ def _range(pair: Any) -> str:
 
 
 def _count(number: int, noun: str) -> str:
-    return f"One {noun}" if number == 1 else f"{number:,} {noun}s"
+    return f"one {noun}" if number == 1 else f"{number:,} {noun}s"

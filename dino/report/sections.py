@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dino.evaluate.verdict import Verdict
-from dino.report import curves, figures, methods, montages
+from dino.report import curves, figures, methods
 from dino.report.compared import comparison_sections, series
-from dino.report.data import CropData, ReportData, RootData, RunData, SlideData
-from dino.report.features import features_section, region_attention_figure, tile_attention_figure
+from dino.report.data import ReportData, RootData, RunData, SlideData
+from dino.report.features import crops_figure, features_section, region_attention_figure, tile_attention_figure
 from dino.report.page import Figure, Page, Section, Table
 from dino.report.sampling import sampling_sections
 from dino.report.scores import scores_section
 from dino.report.study import quarantine_table, study_section
+from dino.report.words import words_section
 
 
 def make_page(data: ReportData) -> Page:
@@ -69,6 +70,7 @@ def make_sections(data: ReportData) -> tuple[list[Section], list[str]]:
     found += [scores] if scores else []
     if data.features or data.self_retrieval:
         found.append(features_section(data))
+    found += [words_section(data.words)] if data.words else []
     attention = [
         *(tile_attention_figure(one.name, one.attention) for one in data.features if one.attention),
         *(region_attention_figure(name, one) for name, one in data.region_attention.items()),
@@ -106,17 +108,6 @@ def tiling_figure(slide: SlideData) -> Figure:
         f"{len(slide.regions)} regions outlined.",
         "Middle: everything outside the tiles is faded. Faded tissue was missed by the tissue detection; glass that is "
         f"not faded was mistaken for tissue. Right: regions consist of tiles of the same lattice.{bold}",
-    )
-
-
-def crops_figure(crops: CropData, um_per_px: float) -> Figure:
-    """Crops of a few tiles."""
-    return Figure(
-        montages.crop_montage(crops.tiles, crops.crops, um_per_px),
-        f"{len(crops.tiles)} tiles, each followed by its {len(crops.crops[0])} augmented crops.",
-        "Each row is one tile and its crops after all augmentations (normalization undone). The teacher sees the two "
-        "global crops, the student all of them. The crops should still look like tissue: weaken the augmentations if "
-        "colours are unlike any stain, or if local crops show no structure.",
     )
 
 

@@ -12,9 +12,10 @@ from dino.extraction.words import Count
 from dino.report import style
 from dino.report.figures import PANEL_HEIGHT, Thumbnail, fill_squares, tile_mask
 from dino.report.montages import WIDTH, shorten
+from dino.report.page import Figure, Section, Table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
 
 # In inches.
 TEXT_WIDTH, SWATCH, GAP, TITLE = 1.75, 0.14, 0.05, 0.3
@@ -25,32 +26,6 @@ LEGEND_WIDTH, LEGEND_LINE = 2.1, 0.19
 OUTLINE = 240  # outlines fit side by side in a thumbnail
 TILE_PX = 192  # side of a tile in a strip: more than its inches have dots
 LETTERS, LETTERS_LEGEND = 24, 22  # of a name
-
-
-@dataclass(frozen=True)
-class WordData:
-    """The words of an encoder.
-
-    Attributes:
-        encoder: Its name.
-        labels: Name and colour of each word.
-        counts: How often each occurs.
-        examples: Typical tiles of each, uint8 (H, W, 3), of different patients where possible.
-        slides: Number of slides with features.
-        tile_um: Width of a tile in µm; 0 where it is not known.
-    """
-
-    encoder: str
-    labels: Sequence[Label]
-    counts: Sequence[Count]
-    examples: Sequence[Sequence[np.ndarray]]
-    slides: int
-    tile_um: float
-
-    @property
-    def tiles(self) -> int:
-        """Number of tiles."""
-        return sum(count.tiles for count in self.counts)
 
 
 @dataclass(frozen=True)
@@ -72,6 +47,34 @@ class WordMap:
     words: np.ndarray
 
 
+@dataclass(frozen=True)
+class WordData:
+    """The words of an encoder.
+
+    Attributes:
+        encoder: Its name.
+        labels: Name and colour of each word.
+        counts: How often each occurs.
+        examples: Typical tiles of each, uint8 (H, W, 3), of different patients where possible.
+        slides: Number of slides with features.
+        tile_um: Width of a tile in µm; 0 where it is not known.
+        map: The words of one slide, if shown.
+    """
+
+    encoder: str
+    labels: Sequence[Label]
+    counts: Sequence[Count]
+    examples: Sequence[Sequence[np.ndarray]]
+    slides: int
+    tile_um: float
+    map: WordMap | None = None
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles."""
+        return sum(count.tiles for count in self.counts)
+
+
 def plural(number: int, noun: str) -> str:
     """A number and a noun."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
@@ -83,6 +86,35 @@ def counted(count: Count, total: int) -> list[str]:
     if count.patients is not None:
         where += f", {plural(count.patients, 'patient')}"
     return [f"{count.tiles / max(1, total):.1%} · {plural(count.tiles, 'tile')}", where]
+
+
+def words_section(words: Sequence[WordData]) -> Section:
+    """The words of each encoder, with a map of the shown slide."""
+    items: list[Figure | Table] = []
+    for data in words:
+        names = [label.name for label in data.labels]
+        items.append(
+            Figure(
+                overview(data),
+                f"{len(names)} words, each with typical tiles: {', '.join(names)}.",
+                f"Features of {data.encoder}. Each row is a word: how many tiles it has, and the tiles nearest to its "
+                "centre, of different patients where possible. A good word shows one kind of tissue, from many "
+                "patients; one that only few slides have may be an artefact or a stain.",
+            )
+        )
+        if data.map is not None:
+            items.append(
+                Figure(
+                    slide_map(data, data.map),
+                    f"Slide {data.map.slide_id}, and its tiles in the colours of their words.",
+                    f"Features of {data.encoder}. The words on slide {data.map.slide_id}, and their shares of it.",
+                )
+            )
+    introduction = (
+        "Groups of similar tiles of all slides, found by the command dino words, with the names that were written into "
+        f"{', '.join(f'words_{data.encoder}/words.csv' for data in words)}."
+    )
+    return Section("Words", introduction, items)
 
 
 def overview(data: WordData, encode: style.Encode = style.figure_to_jpeg) -> bytes:
@@ -208,7 +240,12 @@ def _numbered(name: str, word: int) -> str:
 
 
 def _entry(
-    figure: "Figure", corner: tuple[float, float], label: Label, word: int, lines: Sequence[str], letters: int = LETTERS
+    figure: "Drawing",
+    corner: tuple[float, float],
+    label: Label,
+    word: int,
+    lines: Sequence[str],
+    letters: int = LETTERS,
 ) -> None:
     """Name, colour and numbers of a word; ``corner`` is the upper left one, in inches."""
     width, height = figure.get_size_inches()
@@ -220,7 +257,7 @@ def _entry(
     figure.text(left, (y - 0.17) / height, text, fontsize=7.5, color=style.MUTED, va="top", linespacing=1.2)
 
 
-def _swatch(figure: "Figure", x: float, y: float, colour: tuple[int, int, int]) -> None:
+def _swatch(figure: "Drawing", x: float, y: float, colour: tuple[int, int, int]) -> None:
     from matplotlib.patches import Rectangle
 
     width, height = figure.get_size_inches()
@@ -248,7 +285,7 @@ def _strip(tiles: Sequence[np.ndarray], side: int = TILE_PX) -> np.ndarray:
 
 
 def _map(
-    figure: "Figure",
+    figure: "Drawing",
     box: tuple[float, float, float, float],
     one: WordMap,
     shown: np.ndarray,

@@ -56,3 +56,12 @@ def test_all_parts_of_the_objective_and_the_scaled_learning_rate_are_named():
     ):  # fmt: skip
         assert piece in text
     assert "KoLeo" not in text
+
+
+def test_numbers_of_one_are_singular_and_sentences_start_with_a_capital():
+    config = to_dict(PatchConfig(seed=41))
+    config["training"]["warmup_epochs"] = 1
+    text = methods(facts(patch=Run(config, 240, 64, 192, 12, 3), region=None))
+    assert "(1 epoch of linear warm-up" in text
+    assert text.startswith("One whole-slide image was read")
+    assert " of One " not in text and all(part[0].isupper() for part in text.split(". ") if part[0].isalpha())

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from dino import api
 from dino.api.levels import build_level
 from dino.api.reporting import report
+from dino.config.schema import WordsConfig
 from dino.errors import ConfigError
 from dino.report.gather import feature_data, first_crops, load_run, region_attention
 from dino.report.self_retrieval import measure_self_retrieval
@@ -70,6 +72,19 @@ def test_scores_are_shown_with_their_marks(chain, tmp_path):
     assert "initial weights" in html and "random initialization" in html and "Baseline: untrained" not in html
     assert "optimistic: test rows that chose the checkpoint" in html and "4 of 9" in html
     assert "These scores are optimistic" in html
+
+
+def test_words_are_shown_with_their_names(chain, tmp_path):
+    root = shutil.copytree(chain.root, tmp_path / "root")
+    api.find_words(str(chain.patch), root, WordsConfig(count=3))
+    (root / "words_patch" / "words.csv").write_text("word,name\n2,<b>keratin</b>\n")
+    html = report([chain.patch], root, tmp_path / "r.html").read_text()
+    assert "Words" in headings(html)
+    assert "3 words, each with typical tiles: Word 1, &lt;b&gt;keratin&lt;/b&gt;, Word 3." in html
+    assert "<b>keratin" not in html
+    (root / "words_patch" / "words.csv").write_text("no table")
+    html = report([chain.patch], root, tmp_path / "r.html").read_text()
+    assert "Words" not in headings(html) and "expected columns word and name" in html
 
 
 def test_report_without_a_region_run(chain, tmp_path):
