@@ -60,6 +60,27 @@ class FigureSource:
         self.reads_images = self.model.transform is not None
 
     @cached_property
+    def level_1(self) -> LoadedBackbone | None:
+        """The level-1 model that the settings name beside a level-2 model; None without one.
+
+        Raises:
+            CheckpointError: If it cannot be loaded.
+            ConfigError: If it is not one.
+            DataError: If the level-2 model was trained on features of another one.
+        """
+        if self.config.level_1 is None:
+            return None
+        found, grids = load_backbone_file(self.config.level_1, None, self.config.transform), self.model.grids
+        if found.transform is None:
+            raise ConfigError(f"expected a level-1 model as level_1, found the level-2 model {found.source}")
+        if grids and grids.fingerprint != found.fingerprint:
+            raise DataError(
+                f"expected level_1 to be {grids.name}, whose features {self.model.source} was trained on, found "
+                f"{found.source}, which is another model"
+            )
+        return found
+
+    @cached_property
     def tables(self) -> TiledRoot:
         """Tables of ROOT.
 

@@ -89,22 +89,27 @@ def _attention(source: FigureSource, encode: style.Encode) -> bytes:
 
 
 def _heatmap(source: FigureSource, encode: style.Encode) -> bytes:
-    """Attention of the cls token of every tile or region, in place on the slide."""
-    slide, model = source.slide, source.model
-    if source.reads_images:
+    """Attention of the cls token of every tile or region, in place on the slide; of both levels also the product."""
+    slide, tile = source.slide, source.model if source.reads_images else source.level_1
+    thumbnail, maps = slide.thumbnail(), []
+    if tile is not None:
         shown, _, _ = slide.map_tiles(source.config.tiles)
-        boxes = np.array([(tile.x, tile.y, tile.step_lv0, tile.step_lv0) for tile in shown], dtype=np.float64)
-        maps = source.attention(model, slide.read(shown))
-        label = "Attention over each tile"
-    else:
+        boxes = np.array([(one.x, one.y, one.step_lv0, one.step_lv0) for one in shown], dtype=np.float64)
+        relative = _relative(source.attention(tile, slide.read(shown)))
+        maps.append(("Attention over tiles", place(thumbnail, boxes, relative)))
+    if not source.reads_images:
         regions, grids = source.regions(every=True)
-        boxes, maps = slide.boxes(regions), source.attention(model, grids)
-        label = "Attention over each region, averaged"
+        relative = _relative(source.attention(source.model, grids))
+        maps.append(("Attention over regions", place(thumbnail, slide.boxes(regions), relative)))
+    if len(maps) > 1:
+        maps.append(("Product", maps[0][1] * maps[1][1]))
+    return heatmap(thumbnail, maps, encode)
+
+
+def _relative(maps: np.ndarray) -> list[np.ndarray]:
+    """The mean over heads (h, w) of each of ``maps`` (n, heads, h, w), relative to its mean over the tokens."""
     means = maps.mean(1)  # (n, h, w)
-    relative = means / means.mean((1, 2), keepdims=True)
-    thumbnail = slide.thumbnail()
-    values = place(thumbnail, boxes, list(relative))
-    return heatmap(thumbnail, values, label, encode)
+    return list(means / means.mean((1, 2), keepdims=True))
 
 
 def _neighbours(source: FigureSource, encode: style.Encode) -> bytes:

@@ -117,7 +117,7 @@ def figure(arguments: FigureArguments = None, config: ConfigFile = None) -> None
     For example:
 
         dino figure attention runs/patch data attention.pdf slide=a1 tile=8192,4096 heads=[1,4]
-        dino figure heatmap runs/region data heatmap.png slide=a1
+        dino figure heatmap runs/region data heatmap.png slide=a1 level_1=runs/patch
         dino figure neighbours runs/patch data neighbours.svg rows=3 k=6 untrained=true
         dino figure words runs/patch data words.pdf
         dino figure umap runs/patch data umap.pdf by=centre tiles=5000

@@ -34,6 +34,9 @@ class FigureConfig:
     rows: int = runtime(4, "attention, neighbours: number of tiles or regions, one per row")
     k: int = runtime(5, "neighbours: number of neighbours of each tile")
     heads: list[int] = runtime([], "attention: heads that are shown beside their mean, from 1 (empty: the first three)")
+    level_1: str | None = runtime(
+        None, "heatmap of a level-2 model: its level-1 model, whose attention and the product of both are shown as well"
+    )
     by: str = runtime("slide", "umap: what colours mean: slide, patient, centre, scanner, stain or partition")
     untrained: bool = runtime(False, "also show the untrained network; MODEL has to be a run")
     dpi: int = runtime(300, "px per inch")

@@ -10,6 +10,7 @@ from dino.report.figures import PANEL_HEIGHT, Thumbnail
 from dino.report.montages import COLOURS, FOCUSED, MAX_OPACITY
 
 WIDTH = 11.0  # inches at most, with the colour bar
+GAP = 0.12  # between panels
 BAR = 1.0  # inches for the colour bar and its text
 
 
@@ -42,14 +43,13 @@ def _covered(start: float, length: float, limit: int) -> np.ndarray:
     return np.arange(first, max(first, last))
 
 
-def heatmap(thumbnail: Thumbnail, values: np.ndarray, label: str, encode: style.Encode) -> bytes:
-    """The slide, and values relative to their uniform value in red over the slide in grey.
+def heatmap(thumbnail: Thumbnail, maps: Sequence[tuple[str, np.ndarray]], encode: style.Encode) -> bytes:
+    """The slide, and maps of values relative to their uniform value in red over the slide in grey.
 
     Args:
         thumbnail: The slide.
-        values: As :func:`place` returns them; 1 is uniform and not coloured, the 99th percentile (at least 2) is the
-            deepest red.
-        label: What the values are, for the colour bar.
+        maps: What each is, and values as :func:`place` returns them; 1 is uniform and not coloured, the 99th percentile
+            of all maps (at least 2) is the deepest red.
         encode: How the figure is encoded.
 
     Returns:
@@ -59,20 +59,24 @@ def heatmap(thumbnail: Thumbnail, values: np.ndarray, label: str, encode: style.
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
-    known = values[np.isfinite(values)]
-    deepest = max(FOCUSED, float(np.percentile(known, 99))) if len(known) else FOCUSED
-    weight = np.nan_to_num(np.clip((values - 1) / (deepest - 1), 0.0, 1.0))[..., None]
+    known = [values[np.isfinite(values)] for _, values in maps]
+    deepest = max([FOCUSED, *(float(np.percentile(one, 99)) for one in known if len(one))])
     grey = np.asarray(Image.fromarray(thumbnail.pixels).convert("L"), dtype=np.float64)[..., None]
     pale = 255 - (255 - grey) * 0.75
-    colours = colormaps[COLOURS](0.25 + 0.7 * weight[..., 0])[..., :3] * 255
-    drawn = np.rint(pale * (1 - MAX_OPACITY * weight) + colours * MAX_OPACITY * weight).astype(np.uint8)
+
+    def drawn(values: np.ndarray) -> np.ndarray:
+        weight = np.nan_to_num(np.clip((values - 1) / (deepest - 1), 0.0, 1.0))[..., None]
+        colours = colormaps[COLOURS](0.25 + 0.7 * weight[..., 0])[..., :3] * 255
+        return np.rint(pale * (1 - MAX_OPACITY * weight) + colours * MAX_OPACITY * weight).astype(np.uint8)
 
     height, width = thumbnail.pixels.shape[:2]
-    panel = min((WIDTH - BAR) / 2, PANEL_HEIGHT * width / height)
-    size = 2 * panel + BAR, panel * height / width + 0.3
+    count = 1 + len(maps)
+    panel = min((WIDTH - BAR - GAP * (count - 1)) / count, PANEL_HEIGHT * width / height)
+    size = count * panel + GAP * (count - 1) + BAR, panel * height / width + 0.3
+    panels = [("The slide", thumbnail.pixels), *((label, drawn(values)) for label, values in maps)]
     with style.figure(*size) as figure:
-        for number, (title, pixels) in enumerate((("The slide", thumbnail.pixels), (label, drawn))):
-            left = number * (panel + 0.12) / size[0]
+        for number, (title, pixels) in enumerate(panels):
+            left = number * (panel + GAP) / size[0]
             axes = figure.add_axes((left, 0.003, panel / size[0], (size[1] - 0.3) / size[1]))
             style.hide_axes(axes, title)
             axes.imshow(pixels, interpolation="antialiased")
@@ -81,6 +85,6 @@ def heatmap(thumbnail: Thumbnail, values: np.ndarray, label: str, encode: style.
         ramp = np.linspace(0, 1, 256)[:, None]
         shown = 1 - MAX_OPACITY * ramp * (1 - colormaps[COLOURS](0.25 + 0.7 * ramp[:, 0])[:, :3])
         mappable = ScalarMappable(Normalize(1, deepest), ListedColormap(shown.tolist()))
-        bar = figure.add_axes(((2 * panel + 0.24) / size[0], 0.15, 0.14 / size[0], 0.6))
+        bar = figure.add_axes(((count * (panel + GAP)) / size[0], 0.15, 0.14 / size[0], 0.6))
         figure.colorbar(mappable, cax=bar, label="relative to uniform")
         return encode(figure)

@@ -13,6 +13,7 @@ from dino import api
 from dino.cli.main import app
 from dino.config.schema import FigureConfig
 from dino.data import SlideRanges
+from dino.errors import ConfigError
 from dino.extraction.catalogue import read_catalogue
 from dino.extraction.encoder_features import EncoderFeatures, Label
 from dino.extraction.words import Count
@@ -60,7 +61,7 @@ def test_parts_that_overlap_are_averaged_in_place(thumbnail):
 def test_a_heatmap_is_red_where_the_values_are_high(thumbnail):
     values = np.full((60, 80), np.nan)
     values[:30], values[30:] = 0.5, 4.0
-    content = heatmap(thumbnail, values, "attention", style.encoder("png", 50))
+    content = heatmap(thumbnail, [("attention", values)], style.encoder("png", 50))
     with Image.open(io.BytesIO(content)) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     redness = (pixels[..., 0] - pixels[..., 2]) > 60
@@ -158,6 +159,27 @@ def test_colours_over_all_slides_are_those_of_the_viewer(chain, tmp_path, monkey
     tiles = catalogue.tiles["CMU-1-Small-Region"]
     assert square == tiles.step_lv0 / 2  # they overlap by half
     np.testing.assert_array_equal(corners, tiles.coords + square / 2)
+
+
+def test_the_product_is_that_of_both_levels_in_place(chain, tmp_path, monkeypatch):
+    shown = {}
+
+    def drawn(thumbnail, maps, encode):
+        shown.update(maps)
+        return b"x"
+
+    monkeypatch.setattr("dino.api.figures.heatmap", drawn)
+    config = FigureConfig(dpi=40, tiles=400, level_1=str(chain.patch), device="cpu")
+    api.figure("heatmap", str(chain.region), chain.root, tmp_path / "a.png", config)
+    tiles, regions, product = shown.values()
+    assert list(shown) == ["Attention over tiles", "Attention over regions", "Product"]
+    both = np.isfinite(tiles) & np.isfinite(regions)
+    assert both.any() and (np.isfinite(product) == both).all()
+    np.testing.assert_allclose(product[both], tiles[both] * regions[both])
+    assert np.nanmean(tiles) == pytest.approx(1, abs=0.1)  # relative to uniform attention
+    other = FigureConfig(dpi=40, tiles=40, level_1=str(chain.region), device="cpu")
+    with pytest.raises(ConfigError, match="expected a level-1 model as level_1, found the level-2 model"):
+        api.figure("heatmap", str(chain.region), chain.root, tmp_path / "b.png", other)
 
 
 def _picture(content):
