@@ -65,7 +65,9 @@ class Batch:
 def _to_arrays(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _to_arrays(one) for name, one in value.items()}
-    return value.numpy() if isinstance(value, Tensor) and value.nbytes <= IN_MESSAGE else value
+    if not isinstance(value, Tensor) or value.nbytes > IN_MESSAGE or value.dtype == torch.bfloat16:  # NumPy has none
+        return value
+    return value.numpy()
 
 
 def _to_tensors(value: Any) -> Any:

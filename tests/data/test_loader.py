@@ -66,6 +66,14 @@ def test_pickled_batches_are_equal_and_contain_small_tensors_as_arrays() -> None
         assert all(sent.parameters[name].dtype == value.dtype for name, value in batch.parameters.items())
 
 
+def test_small_batches_in_bf16_are_sent() -> None:
+    """Cells of grids for a bf16 run; NumPy has no such type."""
+    batch = drawn(Numbers(8), None, 2, seed=0)[0]
+    batch.inputs = torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for sent in (pickle.loads(ForkingPickler.dumps(batch)), pickle.loads(pickle.dumps(batch)), copy.copy(batch)):
+        assert sent.inputs.dtype == torch.bfloat16 and torch.equal(sent.inputs, batch.inputs)
+
+
 def test_unequal_samples_are_padded_at_the_end() -> None:
     stacked = stack_padded([torch.ones(1, 2, 3), torch.ones(1, 3, 1)])
     assert stacked.tolist() == [[[[1, 1, 1], [1, 1, 1], [0, 0, 0]]], [[[1, 0, 0], [1, 0, 0], [1, 0, 0]]]]
