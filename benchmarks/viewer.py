@@ -71,7 +71,9 @@ def measure(address: str, pid: int) -> dict[str, Any]:
         jobs = [pool.submit(Client(address).seconds, _drawn(slides, TILES, seed=1 + i)) for i in range(CLIENTS)]
         together = [seconds for job in jobs for seconds in job.result()]
     duration = time.perf_counter() - started
-    again = client.seconds(_drawn(slides, ALONE, seed=0))
+    again = Client(address).seconds(  # the first connection may have been closed meanwhile
+        _drawn(slides, ALONE, seed=0)
+    )
     return {
         "computer": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "load_average": os.getloadavg()[0],
