@@ -20,9 +20,10 @@ def view(arguments: ViewArguments = None, config: ConfigFile = None) -> None:
 
     Opens a local web page (its address is printed): slides as deep zoom, and over them tissue, annotations, and from
     the features that `dino extract` wrote: principal components as colours and clusters, fitted over all slides so
-    that they compare; similarity to the tile that is clicked, and the most similar tiles of other patients. With two
-    encoders, a slider compares them. Selected tiles can be named and downloaded as GeoJSON. RUN (a run, a checkpoint
-    or the name of an encoder) is offered first; its features must be in ROOT.
+    that they compare; similarity to the tile that is clicked, and the most similar tiles of other patients, with how
+    many share its centre or scanner; the maps that `dino attention` wrote. With two encoders, a slider compares them.
+    Selected tiles can be named and downloaded as GeoJSON. RUN (a run, a checkpoint or the name of an encoder) is
+    offered first; its features must be in ROOT. Of a run or checkpoint, the attention over a clicked tile is shown.
 
     Only this computer can connect, and only with the token in the address. On a remote computer, forward the port:
     ssh -L 8765:localhost:8765 HOST. Nothing is written unless annotate=true. Requires `pip install
