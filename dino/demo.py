@@ -18,6 +18,8 @@ from dino.api.reporting import report
 from dino.config.load import load_config, to_dict
 from dino.config.schema import DemoConfig, ExtractConfig, PatchConfig, RegionConfig, ReportConfig, TileConfig
 from dino.environment import versions
+from dino.extraction.folders import words_folder
+from dino.extraction.words import TABLE
 from dino.files import read_json, write_json
 from dino.report.gather import load_run
 from dino.report.self_retrieval import measure_self_retrieval
@@ -98,6 +100,9 @@ def run_demo(directory: Path, config: DemoConfig) -> DemoSummary:
 
     _stage(summary, "extract tiles", lambda: api.extract(str(patch), root, extraction))
     summary.results["extract tiles"] = f"{tiling.tiles} tiles, {tiling.regions} feature grids"
+
+    words = _stage(summary, "words", lambda: api.find_words(str(patch), root))
+    summary.results["words"] = f"{len(words.counts)} groups of similar tiles, to be named in {words.words.table.name}"
 
     _stage(summary, "pretrain region", lambda: api.pretrain(region_config(root, region, config)))
     _add_run(summary, "region", region)
@@ -236,5 +241,7 @@ def _print(summary: DemoSummary) -> None:
     patch, region, root, page = (
         shlex.quote(str(summary.directory / name)) for name in ("patch", "region", "slides", "report.html")
     )
-    progress.say(f"\nto look at it: dino view {root} {patch}")
+    progress.say(f'\nto look at it: dino view {root} {patch}  (overlay "clusters": click a word to see its tiles)')
+    table = shlex.quote(str(words_folder(summary.directory / "slides", "patch") / TABLE))
+    progress.say(f"to name the words, for example one of them keratin: {table}")
     progress.say(f"the report again: dino report {patch} {region} {root} {page}")

@@ -12,7 +12,16 @@ from dino.errors import ConfigError
 pytestmark = pytest.mark.slow  # tests/report tests the same parts at a smaller size
 
 CONFIG = DemoConfig(patch_steps=1, region_steps=2, device="cpu", num_workers=0)
-STAGES = ["tile", "pretrain patch", "extract tiles", "pretrain region", "extract regions", "evaluate", "report"]
+STAGES = [
+    "tile",
+    "pretrain patch",
+    "extract tiles",
+    "words",
+    "pretrain region",
+    "extract regions",
+    "evaluate",
+    "report",
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +53,11 @@ def test_summary_has_the_results_of_every_stage(demo):
 def test_report_has_every_section_and_loads_nothing(demo):
     _, summary = demo
     html = summary.report.read_text()
-    for heading in ("Slide and tiles", "Training crops", "Training", "Tile features", "Attention", "Methods",
+    for heading in ("Slide and tiles", "Training crops", "Training", "Tile features", "Words", "Attention", "Methods",
                     "Settings"):  # fmt: skip
         assert f"<h2>{heading}</h2>" in html
     assert "does not evaluate the method" in html
-    assert len(re.findall(r'src="data:image/(?:jpeg|png|svg)', html)) == 9
+    assert len(re.findall(r'src="data:image/(?:jpeg|png|svg)', html)) == 11
     assert all(source.startswith(("data:", "#")) for source in sources(html))
     assert len(html) < 4_000_000
 

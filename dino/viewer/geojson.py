@@ -118,10 +118,12 @@ def outline_feature(
 
 def _outline(tiles: SlideTiles, chosen: np.ndarray, classification: dict[str, Any], key: str) -> dict[str, Any]:
     import shapely
+    from shapely.geometry.polygon import orient
 
     x, y = tiles.coords[chosen].T
     union = shapely.unary_union(shapely.box(x, y, x + tiles.step_lv0, y + tiles.step_lv0))
-    parts = getattr(union, "geoms", [union])
+    # Outer rings counterclockwise and holes clockwise, as RFC 7946, section 3.1.6, demands.
+    parts = [orient(part) for part in getattr(union, "geoms", [union])]
     return _feature(
         [[_ring(part.exterior.coords), *(_ring(hole.coords) for hole in part.interiors)] for part in parts],
         key=f"{tiles.slide_id}/{key}",

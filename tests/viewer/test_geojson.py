@@ -11,6 +11,8 @@ from dino import api
 from dino.config.load import load_config
 from dino.config.schema import GeojsonConfig
 from dino.errors import ConfigError, DataError
+from dino.slides.tables import SlideTiles
+from dino.viewer.geojson import outline_feature
 from tests.viewer.conftest import PATIENTS
 
 
@@ -44,6 +46,7 @@ def test_structure_is_that_of_rfc_7946_and_of_qupath(exported):
             assert one["geometry"]["type"] in ("Polygon", "MultiPolygon")
             polygons = one["geometry"]["coordinates"]
             for polygon in [polygons] if one["geometry"]["type"] == "Polygon" else polygons:
+                assert [shapely.LinearRing(ring).is_ccw for ring in polygon] == [True, *[False] * (len(polygon) - 1)]
                 for ring in polygon:
                     assert len(ring) >= 4 and ring[0] == ring[-1]
                     assert all(len(position) == 2 for position in ring)
@@ -92,6 +95,17 @@ def test_regions_are_those_of_the_table(catalogue, exported):
     for slide_id, collection in exported.items():
         found = {tuple(np.ravel(one["geometry"]["coordinates"])[:2]) for one in _by_kind(collection, "Region")}
         assert found == {(one.x, one.y) for one in catalogue.regions.get(slide_id, [])}
+
+
+def test_outer_rings_and_holes_are_turned_as_rfc_7946_demands():
+    """Section 3.1.6: the outer ring counterclockwise, holes clockwise; and the area is that of the tiles."""
+    coords = np.array([(x, y) for y in range(5) for x in range(5) if (x, y) not in ((1, 1), (3, 3))]) * 100
+    tiles = SlideTiles("a", coords, 100, 0.5, np.ones(len(coords), np.float32))
+    one = outline_feature(tiles, range(len(coords)), "keratin", (1, 2, 3), "k")
+    outer, *holes = one["geometry"]["coordinates"]
+    assert shapely.LinearRing(outer).is_ccw and [shapely.LinearRing(hole).is_ccw for hole in holes] == [False, False]
+    assert shapely.from_geojson(json.dumps(one["geometry"])).area == len(coords) * 100**2
+    assert one["properties"]["measurements"] == {"Tiles": len(coords), "Area px^2": len(coords) * 100.0**2}
 
 
 def test_exporting_again_gives_the_same_bytes(painted, features, exported, tmp_path):
