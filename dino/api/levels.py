@@ -11,11 +11,12 @@ class in :data:`LEVELS`. There are three ways to get one:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from dino.api.roots import (
@@ -29,7 +30,7 @@ from dino.api.roots import (
     slides_of,
     source_of_grids,
 )
-from dino.api.sources import open_tiles
+from dino.api.sources import open_tiles, stored_tars
 from dino.config.schema import EvaluationConfig, PatchConfig, PretrainConfig, RegionConfig
 from dino.crops.grids import GridCrops
 from dino.crops.images import ImageCrops
@@ -133,7 +134,7 @@ class Level(ABC):
         slides = slides or {}
         ids = {*(slides.get("slide_ids") or []), None}
         patients: dict[str, str] = {}
-        files = []
+        files, stored = [], []
         for root in (Root(folder, config.get("encoder")) for folder in data_folders(config)):
             patients |= root.patients
             with suppress(DataError):  # the files are not there any more
@@ -141,7 +142,25 @@ class Level(ABC):
                 if len(ids) > 1:  # slides may have been added since
                     names = [name for name in names if slide_of(name) in ids]
                 files.append((folder, names))
-        return Pretraining(slides, patients, files)
+            with suppress(DataError):
+                stored += cls.stored_files(root, config, ids)
+        return Pretraining(slides, patients, files, stored)
+
+    @classmethod
+    def stored_files(
+        cls, root: Root, config: Mapping[str, Any], slides: Collection[str | None]
+    ) -> list[tuple[np.ndarray, Callable[[int], bytes]]]:
+        """Sizes and bytes of the files in shards of a data folder that may be trained on.
+
+        Args:
+            root: The data folder.
+            config: Settings of the run.
+            slides: Those that were trained on, and None for files of unknown slides; None alone if they are not known.
+
+        Raises:
+            DataError: If they cannot be used.
+        """
+        return []
 
     @staticmethod
     def recommended_recipe(config: Any, samples: int) -> str | None:
@@ -241,6 +260,16 @@ class PatchLevel(Level):
         """Tiles."""
         folder, names, _ = root.tiles()
         return folder, names
+
+    @classmethod
+    def stored_files(
+        cls, root: Root, config: Mapping[str, Any], slides: Collection[str | None]
+    ) -> list[tuple[np.ndarray, Callable[[int], bytes]]]:
+        """Tiles in tar files; sizes of those in parquet files are not known without reading all of them."""
+        speed = config.get("speed") or {}
+        cache_dir = speed.get("cache_dir", "auto") if isinstance(speed, Mapping) else speed.cache_dir
+        tars = stored_tars(root, cache_dir, slides)
+        return [(tars.sizes, tars.content)] if tars else []
 
     @staticmethod
     def recommended_recipe(config: PatchConfig, samples: int) -> str | None:

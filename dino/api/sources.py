@@ -1,6 +1,6 @@
 """Where the tiles of a run come from: tile files, tar or parquet shards, or the slides themselves."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -192,6 +192,27 @@ def _slides(root: Root, config: PatchConfig) -> Found:
     placement = Placement.of(config.sampling, spacing, size, config.seed, _pictures(root, config))
     infos = root.slide_infos({one.slide_id: one.spacing_um for one in tiles})
     return Found(SlideTileDataset(tiles, slides, infos, placement, speed.open_slides), held_out, warnings, notes)
+
+
+def stored_tars(root: Root, cache_dir: str, slides: Collection[str | None]) -> TarTiles | None:
+    """The tiles of a data folder that are in tar files; None if it has none.
+
+    Args:
+        root: The data folder.
+        cache_dir: Where the index of shards is kept.
+        slides: Slides whose tiles are meant, and None for tiles of unknown slides; None alone for all.
+
+    Raises:
+        DataError: If they cannot be used.
+    """
+    kind = root.tiling.storage if root.tiling else shard_kind(root.path)
+    if kind != TAR:
+        return None
+    folder = shard_folder(root.path, tiled=root.tiling is not None, kind=TAR)
+    shards, index = open_tars(folder, cache_dir, of_slides=root.tiling is not None, may_write=False)
+    trained, _ = root.split_slides(index.ranges.counts, folder)
+    kept = {slide for slide in trained if len(slides) == 1 or slide in slides}
+    return TarTiles(shards, index.without({*index.ranges.counts} - kept))
 
 
 def _check_no_ram_cache(config: PatchConfig, source: str) -> None:

@@ -5,6 +5,7 @@ Each tile is read where it lies; nothing is unpacked or copied. Where that is, i
 
 import csv
 import os
+import re
 import tarfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from dino.data.datasets import ChangedData, EncodedTiles, SlideRanges
@@ -31,6 +33,9 @@ OF_SLIDE, MANIFEST = ".tiles.tar", ".tiles.manifest.csv"  # as hs2p names them
 DAMAGED = "it is cut off or damaged after"
 IMAGE_COLUMNS = ("jpeg", "image")
 PLACE_COLUMNS = ("slide_id", "x", "y")
+OF_LEVEL = re.compile(
+    r"(?P<folder>(?:.*/)?)(?P<slide>[^/]+)/(?P<x>\d+)_(?P<y>\d+)_(?P<level>\d{1,2})(?P<suffix>\.\w+)", re.DOTALL
+)
 
 
 def shard_folder(root: Path, *, tiled: bool, kind: str) -> Path:
@@ -102,13 +107,17 @@ class ShardTiles(EncodedTiles):
             raise DataError(f"cannot read {printable(name)}: {printable(error)[:200]}") from None
         return decode_bytes(content, name)
 
-    def _content(self, shard: int, first: int, second: int) -> bytes:
-        """The bytes of a tile.
+    def content(self, index: int) -> bytes:
+        """The bytes of the image file of a tile.
 
         Raises:
             OSError: If they cannot be read.
             DataError: If they are not as they were indexed.
         """
+        return self._content(*self._index.places[index].tolist())
+
+    def _content(self, shard: int, first: int, second: int) -> bytes:
+        """The bytes of a tile in a shard; raises as :meth:`content`."""
         raise NotImplementedError
 
     def _check(self, shard: int, status: os.stat_result) -> None:
@@ -129,6 +138,11 @@ class TarTiles(ShardTiles):
     """Tiles in uncompressed tar files. A tile is read with one call at its offset, which processes share safely."""
 
     kind = TAR
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Size of the image file of each tile in bytes, ``(N,)`` int32; 0 for those that are not in their shard."""
+        return self._index.places["second"]
 
     def _content(self, shard: int, first: int, second: int) -> bytes:
         file = self._file(shard)
@@ -388,7 +402,22 @@ def _rows(path: Path) -> Found:
             rows = file.read_row_group(group, columns=columns, use_threads=False).to_pydict()
             for row, values in enumerate(zip(*(rows[column] for column in columns), strict=True)):
                 found.add(_name(values, named=named, path=path), group, row)
+    found.names = _named_after_slides(found.names)
     return found
+
+
+def _named_after_slides(names: list[str]) -> list[str]:
+    """Names ``<slide>/<x>_<y>_<level>.jpg``, as nanopath has them, in the form ``<slide>/<level>/<slide>_<x>_<y>.jpg``.
+
+    A name ``7_512_1024`` alone may be either; the names of a file are taken so if all are in folders of other names,
+    and end with the number of a level.
+    """
+    matches = [OF_LEVEL.fullmatch(name) for name in names]
+    if not all(match and match["slide"] != match["x"] for match in matches):
+        return names
+    return [
+        match.expand(r"\g<folder>\g<slide>/\g<level>/\g<slide>_\g<x>_\g<y>\g<suffix>") for match in matches if match
+    ]
 
 
 def _name(values: Sequence[Any], *, named: bool, path: Path) -> str:

@@ -2,9 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 from dino.errors import DataError
 from dino.files import printable
@@ -87,6 +90,29 @@ def find_in_folder(paths: Sequence[Path], folder: Path, names: Iterable[str]) ->
     others = [path for path in paths if os.path.realpath(path) not in same] if contents else []
     copied = {path for path, content in zip(others, content_hashes(others), strict=True) if content in contents}
     return [path for path in paths if os.path.realpath(path) in same or path in copied]
+
+
+def find_in_stored(paths: Sequence[Path], sizes: np.ndarray, content: Callable[[int], bytes]) -> list[Path]:
+    """Those of the paths that are copies of stored files, of which only those of the size of a path are read.
+
+    Args:
+        paths: Existing files.
+        sizes: ``(N,)`` sizes of the stored files in bytes.
+        content: Returns the bytes of one of them; OSError or DataError if it cannot be read, which leaves it out.
+
+    Raises:
+        DataError: If one of the paths cannot be read.
+    """
+    own = {path: _size(path) for path in paths}
+    candidates = np.flatnonzero(np.isin(sizes, list({*own.values()})))
+    contents: set[str] = set()
+    for index in candidates.tolist():
+        with suppress(OSError, DataError):
+            contents.add(hashlib.sha256(content(index)).hexdigest())
+    found = {int(size) for size in np.unique(sizes[candidates])}
+    others = [path for path in paths if own[path] in found]
+    copied = {path for path, one in zip(others, content_hashes(others), strict=True) if one in contents}
+    return [path for path in paths if path in copied]
 
 
 def _size(path: Path) -> int:

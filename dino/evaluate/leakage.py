@@ -1,12 +1,14 @@
 """Whether a model was pretrained on the files, slides or patients that it is tested on."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dino.errors import DataError
-from dino.evaluate.contents import find_in_folder
+from dino.evaluate.contents import find_in_folder, find_in_stored
 from dino.evaluate.labels import LabelTable, slide_of_name
 from dino.files import printable
 from dino.privacy import count, known
@@ -24,11 +26,14 @@ class Pretraining:
             :func:`dino.privacy.hash_record` returns; empty if it records none.
         patients: Patient of each slide of the data folder, also of slides that were held out.
         files: Folders of the files that were trained on and names of the files in each, as far as they are there.
+        stored: Sizes in bytes of the files in shards that were trained on, and a function that returns the bytes of
+            one of them.
     """
 
     slides: Mapping[str, Any] = field(default_factory=dict)
     patients: Mapping[str, str] = field(default_factory=dict)
     files: Sequence[tuple[Path, Sequence[str]]] = ()
+    stored: Sequence[tuple[np.ndarray, Callable[[int], bytes]]] = ()
 
 
 def check_leakage(
@@ -64,7 +69,10 @@ def check_leakage(
     patients = [given[i] or trained.patients.get(slides[i], "") for i in test]
     paths = [table.paths[i] for i in test]
     folders = trained.files if table.stored else []
-    files = list(dict.fromkeys(path for folder, names in folders for path in find_in_folder(paths, folder, names)))
+    found = [path for folder, names in folders for path in find_in_folder(paths, folder, names)]
+    for sizes, content in trained.stored if table.stored else ():
+        found += find_in_stored(paths, sizes, content)
+    files = list(dict.fromkeys(found))
     seen = {
         "slides": sorted(known(slides.values(), trained.slides, "slide")),
         "patients": sorted(known(patients, trained.slides, "patient")),
@@ -87,15 +95,16 @@ def check_leakage(
 def _compared(table: LabelTable, trained: Pretraining, patients: bool) -> str:
     slides = count(trained.slides, "slide") > 0
     known_patients = count(trained.slides, "patient") > 0
-    if not slides and not known_patients and not (trained.files and table.stored):
+    compared = table.stored and (trained.files or trained.stored)
+    if not slides and not known_patients and not compared:
         return "nothing: the model has no record of the slides it was pretrained on"
     what = []
     if slides:
         what.append("slides by slide_id" if table.slide_ids else "slides by file name")
     if known_patients and patients:
         what.append("patients by patient_id" if table.patient_ids else "patients of the slides")
-    if trained.files and table.stored:
-        what.append("files by path and content")
+    if compared:
+        what.append("files by path and content" if trained.files else "files by content")
     return " and ".join(what) or "nothing: the labels have no patient_id"
 
 

@@ -321,3 +321,23 @@ def test_an_index_of_other_shards_is_not_read(tiles: Path, tmp_path: Path) -> No
     assert isinstance(read_index(tmp_path / "two" / ".histodino", Shards("tar", tmp_path / "two", names)), ShardIndex)
     os.utime(tmp_path / "two" / names[0], (1, 1))
     assert read_index(tmp_path / "two" / ".histodino", Shards("tar", tmp_path / "two", names)) is None
+
+
+def test_names_of_nanopath_give_the_slides_of_their_folders(tmp_path: Path) -> None:
+    image = contents(make_tiles(tmp_path / "tiles"))[0][1]
+
+    def names(folder: str, paths: list[str]) -> list[tuple[str, str | None]]:
+        pack_parquet(tmp_path / folder / "a.parquet", {"path": paths, "jpeg": [image] * len(paths)})
+        stored = open_folder(tmp_path / folder, "parquet", "none")
+        slides = TileDataset(stored, {})
+        return [(stored.names[i], slides[i].slide_id) for i in range(len(stored.names))]
+
+    found = names("nanopath", ["TCGA-1/512_1024_0.jpeg", "TCGA-1/512_1024_1.jpeg", "x/7/0_256_0.jpeg"])
+    assert found == [
+        ("TCGA-1/0/TCGA-1_512_1024.jpeg", "TCGA-1"),
+        ("TCGA-1/1/TCGA-1_512_1024.jpeg", "TCGA-1"),
+        ("x/7/0/7_0_256.jpeg", "7"),
+    ]
+    own = ["7/7_512_0.jpg", "7/7_512_1024.jpg"]  # as `dino tile` names a slide 7
+    assert names("own", own) == [(name, "7") for name in own]
+    assert names("other", ["train/7_512_0.jpg", "train/7_512_1024.jpg"])[0][1] == "7"  # 1024 is no level

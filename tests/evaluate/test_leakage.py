@@ -4,10 +4,11 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dino.errors import DataError
-from dino.evaluate.contents import find_copies, find_in_folder
+from dino.evaluate.contents import find_copies, find_in_folder, find_in_stored
 from dino.evaluate.labels import LabelTable, read_labels
 from dino.evaluate.leakage import Pretraining, check_leakage
 
@@ -58,6 +59,25 @@ def test_test_files_that_were_trained_on_are_refused_although_no_id_tells(how: s
     assert facts["compared"] == "files by path and content"
     unseen = Pretraining({}, {}, [(tile.parent, [])])  # the tile's slide is held out
     assert check_leakage(table, unseen, allow=False)["seen_files"] == []
+
+
+def test_test_files_that_lie_in_shards_are_found_by_content(tmp_path: Path) -> None:
+    tested = write(tmp_path / "test", copy="two", same_size="six", new="something else")
+    stored = [b"one", b"two", b"threes", b"lost"]
+    read: list[int] = []
+
+    def content(index: int) -> bytes:
+        read.append(index)
+        return stored[index]
+
+    sizes = np.array([len(one) for one in stored], np.int32)
+    assert find_in_stored(tested, sizes, content) == [tested[0]]
+    assert read == [0, 1]  # the others have the size of no tested file
+    trained = Pretraining({}, {}, stored=[(sizes, content)])
+    with pytest.raises(DataError, match="test files that the model has not .*copy"):
+        check_leakage(table_of([tmp_path / "reference.png", tested[0]]), trained, allow=False)
+    facts = check_leakage(table_of([tmp_path / "reference.png", tested[2]]), trained, allow=False)
+    assert facts["seen_files"] == [] and facts["compared"] == "files by content"
 
 
 def test_a_patient_is_that_of_the_slide_where_the_labels_do_not_name_one(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from shard_files import as_tars
@@ -17,6 +18,7 @@ from dino.api.levels import PatchLevel, build_level
 from dino.config.load import load_config
 from dino.config.schema import PatchConfig
 from dino.errors import DataError
+from dino.evaluate.contents import find_in_stored
 
 
 @pytest.fixture
@@ -135,3 +137,41 @@ def test_leakage_is_looked_for_in_all_folders(roots: list[Path], tmp_path: Path)
 def test_a_folder_that_is_not_there(roots: list[Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected a data folder at .*nowhere"):
         build_level(joined([*roots, tmp_path / "nowhere"], tmp_path / "run"))
+
+
+def test_a_filter_applies_to_each_folder_and_to_parquet(tmp_path: Path) -> None:
+    """Of files, parquet and slides together, the tiles that meet it are those that pandas selects from the tables."""
+    pytest.importorskip("pyarrow")
+    first = write_list(tmp_path / "basel", {"b1": "", "b2": "test"}, centre="Basel")
+    second = write_list(tmp_path / "zurich", {"z1": "", "z2": ""}, centre="Zurich")
+    parts = [
+        tiled(first, tmp_path / "root1", "jpeg"),
+        tiled(second, tmp_path / "root2", "parquet"),
+    ]
+    tables = [pd.read_csv(root / "tiles.csv").query("slide_id != 'b2'") for root in parts]
+    limit = float(pd.concat(tables)["x"].median())
+    level = build_level(joined(parts, tmp_path / "run", filter=f"x > {limit} or centre == 'Zurich' and y > 0"))
+    wanted = {
+        f"{row.slide_id}_{row.x}_{row.y}"
+        for table, centre in zip(tables, ("Basel", "Zurich"), strict=True)
+        for row in table.itertuples()
+        if row.x > limit or (centre == "Zurich" and row.y > 0)
+    }
+    found = [Path(level.dataset[i].name).stem for i in range(len(level.dataset))]
+    assert len(found) == len(wanted) and {*found} == wanted and 0 < len(wanted) < sum(map(len, tables))
+    assert level.filtered is not None and sum(level.filtered["left_out"].values()) == sum(map(len, tables)) - len(found)
+    with pytest.raises(DataError, match="expected tiles"):
+        build_level(joined(parts, tmp_path / "run", filter="centre == 'Basel'"))
+
+
+def test_copies_of_tiles_in_tars_are_refused_as_test_files(roots: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "labelled"
+    folder.mkdir()
+    image = next(path for path in sorted((tmp_path / "images").rglob("*")) if path.is_file())
+    (folder / "copy.jpg").write_bytes(image.read_bytes())
+    (folder / "new.jpg").write_bytes(image.read_bytes() + b"\0")  # of another size
+    settings = joined(roots[1:], tmp_path / "run")
+    trained = PatchLevel.pretraining(build_level(settings).slides, vars(settings))
+    assert len(trained.stored) == 2 and not trained.files
+    found = [one for sizes, content in trained.stored for one in find_in_stored(list(folder.iterdir()), sizes, content)]
+    assert found == [folder / "copy.jpg"]
