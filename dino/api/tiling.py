@@ -10,7 +10,7 @@ from dino.config.schema import TileConfig
 from dino.errors import ConfigError, DataError
 from dino.slides.annotations import has_roi, unmatched
 from dino.slides.parts import progress_line
-from dino.slides.remote import Location, StoreError
+from dino.slides.remote import Location, RemoteFile, StoreError, sizes_of
 from dino.slides.slide import check_settings, slide_cache
 from dino.slides.slide_list import SlideRecord, read_slide_list
 from dino.slides.tiling import TilingSummary, measure_slides, tile_slides
@@ -46,6 +46,7 @@ def tile(inputs: Sequence[str | Path], root: Path, config: TileConfig | None = N
     with distributed.process_group(distributed.choose_device("cpu"), TIMEOUT_MINUTES):
         records = distributed.run_on_main(partial(read_slide_list, inputs, note=progress.warn))
         distributed.run_on_main(partial(_check_roi, records, config))
+        distributed.run_on_main(partial(_check_cache, records, config))
         summary = (measure_slides if config.dry_run else tile_slides)(records, root, config)
     for line in summary.lines():
         progress.say(line)
@@ -78,6 +79,21 @@ def _check_roi(records: Sequence[SlideRecord], config: TileConfig) -> None:
     warning = unmatched(_local(paths, config), config)
     if warning:
         progress.warn(warning)
+
+
+def _check_cache(records: Sequence[SlideRecord], config: TileConfig) -> None:
+    """Say how much will be downloaded from object stores; slides that were tiled before are not.
+
+    Raises:
+        ConfigError: If the slides that are tiled at the same time do not fit into the cache.
+    """
+    found = [record.image_path for record in records if not record.exclude_reason]
+    stored = [path for path in found if isinstance(path, RemoteFile)]
+    if stored:
+        cache, at_once = slide_cache(config), config.num_workers * distributed.local_world_size()
+        notes, _ = cache.check_room(cache.need(sizes_of(stored), stored, at_once), "slide_cache_gb", "num_workers")
+        for line in notes:  # each slide is read once, so that they need not all fit
+            progress.say(line)
 
 
 def _local(paths: Sequence[Location], config: TileConfig) -> Iterator[Path]:

@@ -37,8 +37,10 @@ ATTEMPTS = 6  # in a row that bring nothing new
 FIRST_PAUSE_SECONDS = 1.0  # before the second attempt; doubled before each further one
 SILENCE_SECONDS = 60.0  # without a byte, after which a connection is given up
 SLOW_SECONDS, SLOW_BYTES = 60.0, 2**19  # a connection that brings less in that time is given up too
+DOWN_SECONDS = 600.0  # for which a store that did not answer is not waited for again
 CONNECTIONS = 32  # of looking up many sizes
 PASSING = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)  # of 4xx
+_down: dict[str, float] = {}  # stores that did not answer, and when
 
 
 class StoreError(DataError):
@@ -169,14 +171,25 @@ def sizes_of(files: Iterable[RemoteFile]) -> dict[RemoteFile, int]:
     """Sizes in bytes of those files whose size can be looked up, several at a time."""
     files = list(dict.fromkeys(files))
 
-    def size(file: RemoteFile) -> int | None:
-        try:
-            return with_attempts(file, lambda: look_up(file)).size
-        except StoreError:
-            return None
-
     with ThreadPoolExecutor(min(CONNECTIONS, len(files)) or 1) as pool:
-        return {file: found for file, found in zip(files, pool.map(size, files), strict=True) if found is not None}
+        found = pool.map(try_look_up, files)
+        return {file: one.size for file, one in zip(files, found, strict=True) if one is not None}
+
+
+def try_look_up(file: RemoteFile) -> Stored | None:
+    """Size and version of a file, None if they cannot be had.
+
+    A store that did not answer for one file is asked once only for others: else a list of many slides on a store that
+    is down would take hours.
+    """
+    store = file.address.split("/")[2]
+    is_down = time.monotonic() - _down.get(store, -DOWN_SECONDS) < DOWN_SECONDS
+    try:
+        return look_up(file) if is_down else with_attempts(file, lambda: look_up(file))
+    except StoreError as error:
+        if not error.permanent:
+            _down[store] = time.monotonic()
+        return None
 
 
 def find_remote(text: str, suffixes: Iterable[str]) -> list[RemoteFile]:
@@ -227,7 +240,7 @@ def with_attempts(file: RemoteFile, work: Callable[[], Any], brought: Callable[[
             if error.permanent:
                 raise
             if failed == ATTEMPTS:
-                raise StoreError(f"{error} ({ATTEMPTS} attempts in a row)", permanent=True) from None
+                raise StoreError(f"{error} ({ATTEMPTS} attempts in a row)", permanent=False) from None
         time.sleep(FIRST_PAUSE_SECONDS * 2 ** (failed - 1))
 
 

@@ -14,11 +14,9 @@ from dino.slides.partitions import unknown_values
 from dino.slides.remote import (
     Location,
     RemoteFile,
-    StoreError,
     find_remote,
-    look_up,
     parse_location,
-    with_attempts,
+    try_look_up,
 )
 from dino.slides.tables import ANNOTATION_COLUMNS, STATUS_COLUMNS, TILE_COLUMNS
 
@@ -285,15 +283,13 @@ def _sha256(path: Path) -> str | None:
 def _size(file: Location) -> int | None:
     try:
         if isinstance(file, RemoteFile):
-            return with_attempts(file, lambda: look_up(file)).size
+            found = try_look_up(file)
+            return found.size if found else None
         return file.stat().st_size
-    except (OSError, StoreError):
+    except OSError:
         return None
 
 
 def _version(file: RemoteFile) -> list[Any] | None:
-    try:
-        found = with_attempts(file, lambda: look_up(file))
-    except StoreError:
-        return None
-    return [found.size, found.version]
+    found = try_look_up(file)
+    return [found.size, found.version] if found else None

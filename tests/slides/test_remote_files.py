@@ -15,7 +15,16 @@ from store_server import Store, serving
 
 from dino.errors import CacheError, ConfigError, DataError
 from dino.slides import remote, remote_cache
-from dino.slides.remote import RemoteFile, StoreError, find_remote, look_up, parse_location, redacted, sizes_of
+from dino.slides.remote import (
+    RemoteFile,
+    StoreError,
+    find_remote,
+    look_up,
+    parse_location,
+    redacted,
+    sizes_of,
+    try_look_up,
+)
 from dino.slides.remote_cache import SlideCache
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 60_000, dtype=np.uint8).tobytes()
@@ -37,6 +46,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "PIECE", 10_000)
     monkeypatch.setattr(remote, "PROGRESS", 10_000)
     monkeypatch.setattr(remote_cache, "_failed", {})
+    monkeypatch.setattr(remote, "_down", {})
 
 
 def put(store: Store, name: str, content: bytes = CONTENT) -> None:
@@ -130,6 +140,22 @@ def test_a_server_that_goes_on_failing_is_given_up(store: Store, tmp_path: Path)
     with pytest.raises(StoreError, match="attempts in a row"):
         SlideCache(str(tmp_path)).local_path(nowhere)
     assert sizes_of([nowhere, at(store, "plain", "a.tiff")]) == {at(store, "plain", "a.tiff"): len(CONTENT)}
+
+
+def test_a_store_that_is_down_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def silent(file: RemoteFile) -> None:
+        asked.append(file.name)
+        raise StoreError("silence", permanent=False)
+
+    monkeypatch.setattr(remote, "look_up", silent)
+    monkeypatch.setattr(remote, "_down", {})
+    for name in "abc":
+        assert try_look_up(RemoteFile(f"s3://down/{name}.svs", "")) is None
+    assert asked == ["a.svs"] * remote.ATTEMPTS + ["b.svs", "c.svs"]
+    assert try_look_up(RemoteFile("s3://other/a.svs", "")) is None
+    assert asked.count("a.svs") == 2 * remote.ATTEMPTS  # another store is waited for
 
 
 def test_processes_that_ask_for_one_file_download_it_once(store: Store, tmp_path: Path) -> None:
