@@ -7,6 +7,7 @@ ROOT.
 """
 
 import csv
+import hashlib
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,6 +45,7 @@ from dino.slides.tables import (
 
 MANY_ROWS = 5_000_000  # from which the table of tiles is parquet, which is smaller and is read faster
 PROGRESS = "progress.json"  # in ROOT/coordinates
+MERGED = "merged.json"  # there too: the parts that tiles.parquet was merged from
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,30 @@ def _merge_tiles(root: Path, slide_ids: Sequence[str], rows: int) -> None:
         parquet.unlink(missing_ok=True)  # first: it would be read in place of the other
         _rewrite(root / TILES_TABLE, lambda: _tile_table(root, slide_ids))
         return
-    with files.atomic_path(parquet) as temporary:
-        write_parquet(temporary, _tile_table(root, slide_ids), TILE_NUMBERS)
+    merged_from = _stamps(root, slide_ids)
+    if not _is_merged(root, merged_from):  # writing a large table takes minutes
+        with files.atomic_path(parquet) as temporary:
+            write_parquet(temporary, _tile_table(root, slide_ids), TILE_NUMBERS)
+        record = {"parts": merged_from, "table": list(files.stamp(parquet))}
+        files.write_json(root / COORDINATES_FOLDER / MERGED, record)
     (root / TILES_TABLE).unlink(missing_ok=True)
+
+
+def _stamps(root: Path, slide_ids: Sequence[str]) -> str:
+    """Hash of which parts there are, their sizes and modification times."""
+    digest = hashlib.sha256()
+    for slide_id in slide_ids:
+        digest.update(f"{slide_id}\0{files.stamp(_part_path(root, slide_id, 'tiles.csv'))}\0".encode())
+    return digest.hexdigest()
+
+
+def _is_merged(root: Path, merged_from: str) -> bool:
+    """Whether tiles.parquet is the one that was merged from these parts."""
+    try:
+        record = files.read_json(root / COORDINATES_FOLDER / MERGED)
+        return record == {"parts": merged_from, "table": list(files.stamp(root / TILES_PARQUET))}
+    except (OSError, ValueError):
+        return False
 
 
 def _table(root: Path, columns: Sequence[str], slide_ids: Iterable[str], name: str) -> Iterator[bytes]:

@@ -82,6 +82,30 @@ def test_columns_of_tiles_are_those_of_their_rows(tmp_path: Path, monkeypatch: p
     assert tables.read_tile_spacings(tmp_path) == dict.fromkeys(found, 0.499)
 
 
+def test_a_large_table_is_written_only_where_slides_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(parts, "MANY_ROWS", 0)
+
+    def merged(slide: str, *places: int) -> int:
+        """Merge after a slide was tiled; returns which file the table is."""
+        tiles = [TileRecord(slide, x, 0, 256, 0.5, 0.5, 1.0) for x in places]
+        parts.save_part(tmp_path, SlideStatus(slide, "ok", tiles=len(tiles)), {}, tiles)
+        parts.merge(tmp_path)
+        return table.stat().st_mtime_ns
+
+    table = tmp_path / "tiles.parquet"
+    first = merged("one", 0, 256)
+    parts.merge(tmp_path)
+    assert table.stat().st_mtime_ns == first
+    second = merged("one", 0, 512)  # as many tiles, of the same size on disk
+    assert second != first and [row.x for row in tables.read_tiles(tmp_path)] == [0, 512]
+    third = merged("two", 0)
+    assert third != second and len(tables.read_tiles(tmp_path)) == 3
+    table.write_bytes(b"damaged")
+    parts.merge(tmp_path)
+    assert len(tables.read_tiles(tmp_path)) == 3
+
+
 def test_merging_does_not_write_unchanged_tables(root: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in root.glob("*.csv")}
     parts.merge(root)
