@@ -132,7 +132,7 @@ def patch_config(root: Path, run: Path, config: DemoConfig) -> PatchConfig:
     """The pathology recipe, for 176 overlapping tiles and two cores: a ViT of four blocks, crops of 96 and 48 px.
 
     Crops are larger and keep more of their colour than in the recipe: of the settings that were tried, only ones with
-    such crops ended with the verdict "learning".
+    such crops ended with the verdict "learning". There are fewer prototypes than tiles.
     """
     return load_config(
         PatchConfig,
@@ -140,6 +140,7 @@ def patch_config(root: Path, run: Path, config: DemoConfig) -> PatchConfig:
         overrides={
             **_common(root, run, config, config.patch_steps),
             "model.arch": "vit:dim=192,depth=4,heads=3",
+            "model.out_dim": 64,
             "aug.global_crops_size": 96,
             "aug.global_crops_scale": [0.5, 1.0],
             "aug.local_crops_size": 48,
@@ -166,7 +167,7 @@ def region_config(root: Path, run: Path, config: DemoConfig) -> RegionConfig:
 def _common(root: Path, run: Path, config: DemoConfig, steps: int) -> dict[str, Any]:
     """Settings of both levels.
 
-    They were chosen for the sample slide alone, among those in benchmarks/results/2026-11-26-cpu-demo.json: targets of
+    They were chosen for the sample slide alone, among those in benchmarks/results/*-cpu-demo.json: targets of
     Sinkhorn-Knopp, a teacher that averages over ten steps, a narrow bottleneck, and KDE.
     """
     return {

@@ -132,9 +132,9 @@ def self_retrieval_table(accuracies: Mapping[str, Any]) -> Table:
     return Table(
         ["Features", "Self-retrieval accuracy"],
         [*rows, ["Chance", f"{1 / count:.1%}"]],
-        f"Each of {count} tiles is read a second time, shifted by a quarter of its side along both axes, rotated by "
-        "90° and with jittered stain. The accuracy is the fraction of these views whose nearest neighbour among the "
-        "original tiles, by cosine similarity, is the same tile. It needs no labels, and measures only how invariant "
+        f"Each of {count} tiles is read four more times, shifted by a quarter of its side along both axes, rotated by "
+        "quarter turns and with jittered stain. The accuracy is the fraction of these views whose nearest neighbour "
+        "among the original tiles, by cosine similarity, is the same tile. It needs no labels, and measures only how invariant "
         "the features are to these changes.",
     )
 

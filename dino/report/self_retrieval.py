@@ -1,7 +1,8 @@
 """Evaluation of tile features without labels: is the nearest neighbour of a tile its own shifted and restained copy?"""
 
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,17 @@ from dino.slides.reader import SlideReader
 from dino.slides.tables import TileRecord, read_status, read_tiles, read_tiling
 
 SHIFT = 0.25  # of the tile size: 64 of 256 px
+TOWARDS = ((1, 1), (-1, -1), (1, -1), (-1, 1))  # directions of the shifts, each with one turn by 90° more
 STAIN = 0.05  # scale in 1 +- this, shift in +- this, as in the pathology recipe
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class SelfRetrieval:
-    """Self-retrieval accuracies: fractions of tiles whose nearest neighbour is their own augmented copy.
+    """Self-retrieval accuracies: fractions of augmented copies of tiles whose nearest neighbour is their own tile.
 
     Attributes:
-        tiles: Number of tiles, of which each is compared with all.
+        tiles: Number of tiles, which each copy is compared with.
         teacher: Accuracy of the features of the trained teacher.
         untrained: Of those of the network before training.
         pixels: Of 8 x 8 pixels less their mean.
@@ -49,7 +51,7 @@ def measure_self_retrieval(
     root: Path, trained: LoadedBackbone, untrained: LoadedBackbone, *, device: str = "auto", seed: int = 0,
     limit: int = 1000,
 ) -> SelfRetrieval:  # fmt: skip
-    """Read every tile twice, the second time shifted, rotated and restained, and retrieve it by its features.
+    """Read four copies of every tile, each shifted, rotated and restained otherwise, and retrieve it by their features.
 
     Only tiles that do not overlap are used, because others would be correct answers too.
 
@@ -71,19 +73,17 @@ def measure_self_retrieval(
     if len(tiles) > limit:
         chosen = randomness.generator(seed, 0, "own place: which").permutation(len(tiles))[:limit]
         tiles = [tiles[i] for i in sorted(chosen)]
-    pairs = list(_read_pairs(root, tiles, seed))
-    reference, query = (torch.stack(side) for side in zip(*pairs, strict=True))  # (N, 3, S, S)
+    readings = [torch.stack(one) for one in zip(*_read_tiles(root, tiles, seed), strict=True)]  # 5 of (N, 3, S, S)
     chosen_device = distributed.choose_device(device)
 
-    def features(loaded: LoadedBackbone, pixels: Tensor) -> Tensor:
-        return embed(loaded.backbone, pixels.split(BATCH), _normaliser(loaded), chosen_device, "fp32")
+    def accuracy(features: Callable[[Tensor], Tensor]) -> float:
+        reference, *queries = (features(pixels) for pixels in readings)
+        return statistics.mean(self_retrieval_accuracy(query, reference) for query in queries)
 
-    return SelfRetrieval(
-        tiles=len(tiles),
-        teacher=self_retrieval_accuracy(features(trained, query), features(trained, reference)),
-        untrained=self_retrieval_accuracy(features(untrained, query), features(untrained, reference)),
-        pixels=self_retrieval_accuracy(pixel_features(query), pixel_features(reference)),
-    )
+    def of(loaded: LoadedBackbone) -> Callable[[Tensor], Tensor]:
+        return lambda pixels: embed(loaded.backbone, pixels.split(BATCH), _normaliser(loaded), chosen_device, "fp32")
+
+    return SelfRetrieval(len(tiles), accuracy(of(trained)), accuracy(of(untrained)), accuracy(pixel_features))
 
 
 def cells_only(tiles: list[TileRecord]) -> list[TileRecord]:
@@ -113,19 +113,29 @@ def _normaliser(loaded: LoadedBackbone) -> Normalise:
     return normaliser(transform.mean, transform.std, loaded.backbone.spec.patch_size)
 
 
-def _read_pairs(root: Path, tiles: list[TileRecord], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _read_tiles(root: Path, tiles: list[TileRecord], seed: int) -> Iterator[list[Tensor]]:
+    """Each tile, and its copies: uint8 (3, S, S)."""
     status, tiling = read_status(root), read_tiling(root)
     with progress.bar("self-retrieval", len(tiles)) as bar:
         for slide in dict.fromkeys(tile.slide_id for tile in tiles):
             row = status[slide]
             with SlideReader(row.image_path, tiling.geometry, row.spacing_um, reader=tiling.reader) as reader:
                 for index, tile in ((i, t) for i, t in enumerate(tiles) if t.slide_id == slide):
-                    shift = math.floor(SHIFT * tile.step_lv0)
-                    width, height = reader.lattice.slide_size
-                    # Towards the inside of the slide, so that the second tile is inside it too.
-                    x = tile.x + (shift if tile.x + tile.step_lv0 + shift <= width else -shift)
-                    y = tile.y + (shift if tile.y + tile.step_lv0 + shift <= height else -shift)
                     rng = randomness.generator(seed, index, "own place: stain")
-                    first = torch.from_numpy(reader.read_cell(tile.x, tile.y).copy()).permute(2, 0, 1)
-                    yield first, second_reading(reader.read_cell(x, y), rng)
+                    readings = [torch.from_numpy(reader.read_cell(tile.x, tile.y).copy()).permute(2, 0, 1)]
+                    for turns, place in enumerate(_shifted(tile, reader.lattice.slide_size)):
+                        readings.append(second_reading(np.rot90(reader.read_cell(*place), turns), rng))
+                    yield readings
                     bar.advance()
+
+
+def _shifted(tile: TileRecord, slide_size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Places of the copies of a tile: the other way along an axis where one would lie outside the slide."""
+    shift = math.floor(SHIFT * tile.step_lv0)
+
+    def along(start: int, sign: int, size: int) -> int:
+        inside = 0 <= start + sign * shift <= size - tile.step_lv0
+        return start + (sign if inside else -sign) * shift
+
+    (width, height) = slide_size
+    return [(along(tile.x, right, width), along(tile.y, down, height)) for right, down in TOWARDS]
