@@ -134,8 +134,8 @@ def self_retrieval_table(accuracies: Mapping[str, Any]) -> Table:
         [*rows, ["Chance", f"{1 / count:.1%}"]],
         f"Each of {count} tiles is read four more times, shifted by a quarter of its side along both axes, rotated by "
         "quarter turns and with jittered stain. The accuracy is the fraction of these views whose nearest neighbour "
-        "among the original tiles, by cosine similarity, is the same tile. It needs no labels, and measures only how invariant "
-        "the features are to these changes.",
+        "among the original tiles, by cosine similarity, is the same tile. It needs no labels, and measures only how "
+        "invariant the features are to these changes.",
     )
 
 
