@@ -109,10 +109,14 @@ class RunData:
 
 @dataclass(frozen=True)
 class CropData:
-    """Training samples and their crops: uint8, (H, W, 3) tiles and (s, s, 3) crops of each."""
+    """Training samples and their crops: uint8, (H, W, 3) tiles and (s, s, 3) crops of each.
+
+    Tiles are of one spacing, or of several: then they have no scale bar.
+    """
 
     tiles: Sequence[np.ndarray]
     crops: Sequence[Sequence[np.ndarray]]
+    one_spacing: bool = True
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def self_retrieval_table(accuracies: Mapping[str, Any]) -> Table:
 def crops_figure(crops: CropData, um_per_px: float) -> Figure:
     """Crops of a few tiles."""
     return Figure(
-        montages.crop_montage(crops.tiles, crops.crops, um_per_px),
+        montages.crop_montage(crops.tiles, crops.crops, um_per_px if crops.one_spacing else 0.0),
         f"{len(crops.tiles)} tiles, each followed by its {len(crops.crops[0])} augmented crops.",
         "Each row is one tile and its crops after all augmentations (normalization undone). The teacher sees the two "
         "global crops, the student all of them. The crops should still look like tissue: weaken the augmentations if "

@@ -107,15 +107,16 @@ def first_crops(level: Any, seed: int) -> CropData:
         seed: Seed of the run.
     """
     batch = DrawnBatches(level.dataset, level.sampler(seed), level.crops.draw, None, SHOWN_CROPS, seed)[0]
-    return crop_data(batch, level.crops)
+    return crop_data(batch, level.crops, one_spacing=not level.geometry.get("spacings_um"))
 
 
-def crop_data(batch: Batch, crops: ImageCrops) -> CropData:
+def crop_data(batch: Batch, crops: ImageCrops, *, one_spacing: bool = True) -> CropData:
     """The crops of a batch as images.
 
     Args:
         batch: Tiles and the parameters of their crops.
         crops: Applies the parameters.
+        one_spacing: Whether all tiles have the spacing of tiling.
     """
     mean, std = (torch.tensor(v)[:, None, None] for v in (crops.mean, crops.std))
     rows: list[list[np.ndarray]] = [[] for _ in batch.inputs]
@@ -124,7 +125,7 @@ def crop_data(batch: Batch, crops: ImageCrops) -> CropData:
             for row, crop in zip(rows, view, strict=True):
                 row.append((crop.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
     tiles = batch.inputs if batch.inputs.ndim == 4 else batch.inputs[:, 0]  # the picture of the global crops
-    return CropData([tile.permute(1, 2, 0).numpy() for tile in tiles], rows)
+    return CropData([tile.permute(1, 2, 0).numpy() for tile in tiles], rows, one_spacing)
 
 
 def feature_data(
