@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,6 +34,7 @@ class SlideReader:
         path: The slide's file, or where it is stored.
         local: The local file that is read, the same one unless it is stored elsewhere; it stays until this is closed.
         lattice: Positions of its cells.
+        pyramid: Sizes of its levels.
         spacing_um: Spacing of level 0 in µm per px.
         spacing_source: Source of that value: ``metadata``, ``objective power`` or ``user``.
         slide: hs2p's reader, for operations on whole levels.
@@ -73,17 +75,18 @@ class SlideReader:
         self.slide: Any = None
         self._cells: Any = None  # fastslide's handle, where it reads the cells
         try:
-            properties = _properties(self.local, path)
+            # Opening a slide takes as long as reading several tiles: where its spacing is known, it is opened once.
+            properties = _properties(self.local, path) if spacing_at_level_0 is None else {}
             self.spacing_um, self.spacing_source = spacing_of(
                 properties, path.name, given=spacing_at_level_0, fallback=spacing_if_missing
             )
-            self.slide = _open(self.local, self.spacing_um)
-            pyramid = Pyramid(
+            self.slide = _open(self.local, path, self.spacing_um)
+            self.pyramid = Pyramid(
                 spacing_um=self.spacing_um,
                 dimensions=self.slide.level_dimensions,
                 downsamples=[downsample for downsample, _ in self.slide.level_downsamples],
             )
-            self.lattice = plan_lattice(pyramid, geometry, path.name)
+            self.lattice = plan_lattice(self.pyramid, geometry, path.name)
             if cache_mb is not None:
                 _limit_cache(self.slide, cache_mb)
             self._cells = None if reader == BACKEND else _open_fastslide(self.local, self.lattice, cache_mb)
@@ -189,24 +192,30 @@ def _positive(text: str | None) -> float | None:
 def _properties(path: Path, source: Location) -> dict[str, str]:
     import openslide
 
+    with _readable(path, source), openslide.OpenSlide(str(path)) as slide:
+        return dict(slide.properties)
+
+
+def _open(path: Path, source: Location, spacing_um: float) -> Any:
+    from hs2p.wsi.reader import open_slide
+
+    with _readable(path, source), warnings.catch_warnings():
+        # hs2p warns where the given spacing differs from the metadata, which is intended here.
+        warnings.filterwarnings("ignore", message="Slide spacing override conflict", category=UserWarning)
+        return open_slide(path, BACKEND, spacing_override=spacing_um)
+
+
+@contextmanager
+def _readable(path: Path, source: Location) -> Iterator[None]:
+    """Turn errors of opening a slide into a DataError."""
     if not path.is_file():
         found = "a broken link" if path.is_symlink() else "no file"
         raise DataError(f"expected a slide at {path}, found {found}")
     try:
-        with openslide.OpenSlide(str(path)) as slide:
-            return dict(slide.properties)
+        yield
     except Exception as error:  # openslide has different types for unreadable, unsupported and damaged files
         reason = str(error).strip() or type(error).__name__
         raise DataError(f"expected a slide that openslide can read, found {source}: {reason}") from None
-
-
-def _open(path: Path, spacing_um: float) -> Any:
-    from hs2p.wsi.reader import open_slide
-
-    with warnings.catch_warnings():
-        # hs2p warns where the given spacing differs from the metadata, which is intended here.
-        warnings.filterwarnings("ignore", message="Slide spacing override conflict", category=UserWarning)
-        return open_slide(path, BACKEND, spacing_override=spacing_um)
 
 
 def _limit_cache(slide: Any, megabytes: float) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from dino import distributed, progress
 from dino.errors import DataError
-from dino.slides.lattice import Geometry
+from dino.slides.lattice import Geometry, plan_lattice
 from dino.slides.reader import BACKEND, SlideReader
 from dino.slides.remote import Location, RemoteFile, sizes_of
 from dino.slides.remote_cache import Lease, SlideCache
@@ -97,23 +97,23 @@ class TiledSlides:
             raise DataError(
                 f"expected the slide's file{recorded}, found none; pass the current folder of the slides: slides=FOLDER"
             )
-        reader = self._opened(path, self.geometry, status.spacing_um)
-        size, step = tuple(reader.lattice.slide_size), reader.lattice.step_lv0
+        geometry = self.geometry if spacing_um is None else replace(self.geometry, spacing_um=spacing_um)
+        reader = SlideReader(
+            path, geometry, status.spacing_um, reader=self.reader, cache_mb=self.cache_mb, cache=self.cache
+        )
+        try:
+            step = plan_lattice(reader.pyramid, self.geometry, slide_id).step_lv0
+        except DataError:
+            reader.close()
+            raise
+        size = tuple(reader.lattice.slide_size)
         if size != (status.width, status.height) or step != step_lv0:
             reader.close()
             raise DataError(
                 f"expected the slide that was tiled, {status.width} x {status.height} px with cells of {step_lv0} px, "
                 f"found {size[0]} x {size[1]} px and {step} px in {path}; tile it again"
             )
-        if spacing_um is None or spacing_um == self.geometry.spacing_um:
-            return reader
-        reader.close()
-        return self._opened(path, replace(self.geometry, spacing_um=spacing_um), status.spacing_um)
-
-    def _opened(self, path: Location, geometry: Geometry, spacing_at_level_0: float | None) -> SlideReader:
-        return SlideReader(
-            path, geometry, spacing_at_level_0, reader=self.reader, cache_mb=self.cache_mb, cache=self.cache
-        )
+        return reader
 
 
 def slide_paths(moved: str | None) -> dict[str, Location]:
