@@ -173,11 +173,11 @@ class AttentionFiles:
             file: Any = tifffile.TiffFile(path)
             series: Any = file.series[0]
             pixels = ElementTree.fromstring(file.ome_metadata or "").find(f".//{NS}Pixels")
-            assert pixels is not None and series.axes == "CYX"
+            assert pixels is not None and series.axes in ("CYX", "YX")  # YX: one channel, as of rollout
             spacing = float(pixels.attrib["PhysicalSizeX"])
             names = [str(one.get("Name", i)) for i, one in enumerate(pixels.findall(f"{NS}Channel"))]
-            sizes = [(level.shape[2], level.shape[1]) for level in series.levels]
-            assert len(names) == series.shape[0]
+            sizes = [(level.shape[-1], level.shape[-2]) for level in series.levels]
+            assert len(names) == len(series.pages)
             reduced = next((i for i, size in enumerate(sizes) if max(size) <= RANGE_SIDE), len(sizes) - 1)
             ranges = [value_range(page.asarray()) for page in series.levels[reduced].pages]
             tile_px = int(series.levels[0].pages[0].tilewidth)

@@ -55,6 +55,15 @@ def test_a_tile_has_the_colours_of_its_values(catalogue, folder):
     assert transparent[:6, :6].all() and transparent.sum() == 36
 
 
+def test_a_file_of_one_map_is_read(catalogue, tmp_path):
+    """As rollout of level 1 gives; its heads are not kept apart."""
+    maps, spacing = values_of(catalogue, "one", channels=1), SPACING * STEP / TOKENS
+    write_pyramid(tmp_path / "one.ome.tif", lambda: iter(maps), ["tile rollout"], maps.shape[1:], spacing)
+    files = AttentionFiles(catalogue, tmp_path)
+    assert [one["name"] for one in files.describe("one")["channels"]] == ["tile rollout"]
+    np.testing.assert_array_equal(files._opened("one").values(0, 0, 0, 0), maps[0])
+
+
 def test_tiles_of_a_pyramid_are_those_of_the_whole_level(catalogue, tmp_path):
     """Read tile by tile, as tifffile reads whole levels; the last ones are narrower, and one is all zeros."""
     import tifffile
