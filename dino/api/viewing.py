@@ -5,6 +5,7 @@ import json
 import secrets
 import socket
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from dino import progress
@@ -16,7 +17,7 @@ from dino.extraction.encoder_features import EncoderFeatures
 from dino.extraction.folders import encoder_name
 from dino.files import oserror_to_data_error, write_text
 from dino.viewer.attention import AttentionFiles, find_attention
-from dino.viewer.geojson import CLUSTERS, CONTENTS, feature_collection
+from dino.viewer.geojson import CLUSTERS, CONTENTS, TILES, feature_collection
 from dino.viewer.models import RunModels
 
 EVERYWHERE = ("0.0.0.0", "::")
@@ -67,6 +68,8 @@ def view(root: Path, runs: Sequence[str], config: ViewConfig) -> None:
 def export_geojson(root: Path, output: Path, config: GeojsonConfig) -> list[Path]:
     """Write tiles, clusters and regions of each slide as GeoJSON that QuPath 0.5 and later open.
 
+    Tiles have measurements of the attention that ``dino attention`` mapped into ROOT.
+
     Args:
         root: ROOT of ``dino tile``.
         output: Folder of ``<slide>.geojson``; each is written atomically.
@@ -76,23 +79,27 @@ def export_geojson(root: Path, output: Path, config: GeojsonConfig) -> list[Path
         The files.
 
     Raises:
-        DataError: If ROOT cannot be read, the encoder has no features in it, or OUT cannot be written.
-        ConfigError: If a setting is out of range.
+        DataError: If ROOT or its attention maps cannot be read, the encoder has no features in it, or OUT cannot be
+            written.
+        ConfigError: If a setting is out of range, or tifffile is not installed and there are attention maps.
     """
     unknown = [name for name in config.contents if name not in CONTENTS]
     if unknown or not config.contents:
         raise ConfigError(f"expected contents of {', '.join(CONTENTS)}, found {', '.join(unknown) or 'none'}")
     _check_clusters(config.clusters)
     catalogue = read_catalogue(root)
-    encoder = _exported_encoder(catalogue, config)
+    encoder, attention = _exported_encoder(catalogue, config), _exported_attention(catalogue, config)
     written = []
     with oserror_to_data_error(output), progress.bar("export slides", len(catalogue.tiles)) as bar:
         for slide_id in catalogue.tiles:
-            content = feature_collection(catalogue, slide_id, config.contents, encoder)
+            measured = [files.measurements(slide_id, name).items() for name, files in attention.items()]
+            content = feature_collection(catalogue, slide_id, config.contents, encoder, dict(chain(*measured)))
             write_text(output / f"{slide_id}.geojson", json.dumps(content, allow_nan=False) + "\n")
             written.append(output / f"{slide_id}.geojson")
             bar.advance(note=slide_id)
-    progress.say(f"{len(written)} files written to {output}" + (f", clusters of {encoder.encoder}" if encoder else ""))
+    notes = [f"clusters of {encoder.encoder}"] if encoder else []
+    notes += [f"attention of {', '.join(attention)}"] if attention else []
+    progress.say(", ".join([f"{len(written)} files written to {output}", *notes]))
     return written
 
 
@@ -105,6 +112,13 @@ def _exported_encoder(catalogue: Catalogue, config: GeojsonConfig) -> EncoderFea
     if not names and CLUSTERS in config.contents:
         progress.say(f"no features of tiles in {catalogue.root}: no clusters are exported (`dino extract`)")
     return EncoderFeatures(catalogue, names[0], config.clusters) if names else None
+
+
+def _exported_attention(catalogue: Catalogue, config: GeojsonConfig) -> dict[str, AttentionFiles]:
+    """Attention maps by encoder, whose names are in those of the measurements: all, or those of the chosen one."""
+    folders = catalogue.attention_folders if TILES in config.contents else {}
+    chosen = [name for name in folders if config.encoder in (None, name)]
+    return {name: AttentionFiles(catalogue, folders[name]) for name in chosen}
 
 
 def _encoder(catalogue: Catalogue, run: str) -> str:

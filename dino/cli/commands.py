@@ -10,6 +10,7 @@ import typer
 
 from dino.cli.command import ConfigFile, end, flat_scalars, with_settings
 from dino.cli.grammar import FURTHER, UsageError, expect, expect_many, named_or_positional, split
+from dino.cli.viewing import geojson
 from dino.config.load import (
     RECIPES,
     default_recipe,
@@ -238,7 +239,8 @@ def export(arguments: ExportArguments = None, config: ConfigFile = None) -> None
     """Export the teacher's backbone to a folder that timm can load.
 
     RUN is a run folder or a checkpoint file (also an external one). The export contains no folders, and salted hashes
-    of the slides and patients of the pretraining; ids=true writes their ids. To load it in Python:
+    of the slides and patients of the pretraining; ids=true writes their ids. `dino export geojson ROOT OUT` is `dino
+    geojson ROOT OUT`. To load an export in Python:
 
         timm.create_model("local-dir:DIR", pretrained=True)
 
@@ -249,7 +251,7 @@ def export(arguments: ExportArguments = None, config: ConfigFile = None) -> None
     """
     positional, overrides = split(arguments or [])
     if positional[:1] == ["geojson"] and len(positional) > 2:
-        raise UsageError(f"expected RUN DIR, found geojson; run `dino geojson {shlex.join(positional[1:])}`")
+        return geojson([*positional[1:], *overrides], config)
     source, folder = expect(positional, ["RUN", "DIR"])
     settings = load_config(ExportConfig, file=config, overrides=overrides)
     from dino import api

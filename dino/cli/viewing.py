@@ -92,7 +92,9 @@ def geojson(arguments: GeojsonArguments = None, config: ConfigFile = None) -> No
     OUT is a folder, which gets one SLIDE.geojson per slide: drag it onto the slide in QuPath. Coordinates are level-0
     px. Tiles are tile objects with their cluster as class and with measurements; clusters and regions are annotations.
     Where `dino words` has found words, these are the clusters, with the names in words.csv; those of the same name are
-    one class.
+    one class. Tiles have the attention that `dino attention` mapped into ROOT as measurements, relative to uniform
+    attention, which is 1: the maximum within the tile, the mean of a level-2 model over the tile, and the maximum of
+    the product of both.
 
     For example:
 

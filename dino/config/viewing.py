@@ -27,7 +27,9 @@ class ViewConfig:
 class GeojsonConfig:
     """`dino geojson`."""
 
-    encoder: str | None = runtime(None, "encoder whose clusters are exported (null: the only one)")
+    encoder: str | None = runtime(
+        None, "encoder whose clusters and attention are exported (null: the only one's clusters, the attention of all)"
+    )
     contents: list[str] = runtime(["clusters", "tiles", "regions"], "what is exported: tiles, clusters, regions")
     clusters: int | None = runtime(
         None, "number of clusters of the tiles' features, over all slides (null: the words of `dino words`, else 10)"

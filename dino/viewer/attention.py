@@ -5,10 +5,12 @@ alone. Its colours are drawn here, because a browser cannot decode float TIFF fi
 """
 
 import io
+import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -32,6 +34,15 @@ RANGE = (1.0, 99.0)  # percentiles of a map that get the first and the last colo
 RANGE_SIDE = 2048  # the percentiles are those of the finest level of at most that side
 LEVELS = 255  # colours of a map; the first entry of the palette is transparent
 NS = "{http://www.openmicroscopy.org/Schemas/OME/2016-06}"
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # of a damaged file: the error here says it
+
+# What is measured of a tile, by the channel, which is a mean over heads: its name, and whether it is the maximum or the
+# mean. Within a tile, the mean of level 1 is 1, and with it that of the product is the attention of level 2.
+MEASURED = {
+    "tile": ("within the tile: Max", True),
+    "region": ("within the region: Mean", False),
+    "tile x region": ("both levels: Max", True),
+}
 
 
 @dataclass(frozen=True)
@@ -143,13 +154,35 @@ class AttentionFiles:
             raise DataError(f"expected a tile of {columns} x {rows}, found column {column}, row {row}")
 
         def make() -> bytes:
-            try:
-                values = found.values(channel, level, column, row)
-            except Exception as error:  # of tifffile and of the decompression
-                raise DataError(f"expected the maps of slide '{slide_id}', could not read them: {error}") from None
-            return coloured(values, *found.ranges[channel])
+            return coloured(_values(found, channel, level, column, row), *found.ranges[channel])
 
         return self._pictures.get((slide_id, channel, level, column, row), make)
+
+    def measurements(self, slide_id: str, encoder: str) -> dict[str, np.ndarray]:
+        """Attention of each tile of a slide, relative to uniform attention: what :data:`MEASURED` lists.
+
+        Args:
+            slide_id: The slide.
+            encoder: Name of the encoder, for the names.
+
+        Returns:
+            ``(N,)`` float64 by name, in the order of the catalogue, NaN where nothing is known; none without a map.
+
+        Raises:
+            DataError: If the file is damaged or of another slide.
+        """
+        tiles = self._catalogue.tiles.get(slide_id)
+        if slide_id not in self._paths or tiles is None:
+            return {}
+        found, measured = self._opened(slide_id), {}
+        for channel, name in enumerate(found.names):
+            mean_over_heads = name.removesuffix(" rollout")
+            if mean_over_heads in MEASURED:
+                what, maximum = MEASURED[mean_over_heads]
+                kind = name.removeprefix(mean_over_heads)
+                values = _of_squares(found, channel, tiles.coords, tiles.step_lv0, _maximum if maximum else _mean)
+                measured[f"Attention{kind} {encoder}: {what}"] = values
+        return measured
 
     def _opened(self, slide_id: str) -> MapFile:
         if slide_id not in self._paths:
@@ -182,10 +215,7 @@ class AttentionFiles:
             ranges = [value_range(page.asarray()) for page in series.levels[reduced].pages]
             tile_px = int(series.levels[0].pages[0].tilewidth)
         except Exception as error:  # tifffile and the XML parser raise many types
-            raise DataError(
-                f"expected maps of `dino attention` in {path}, could not read them ({type(error).__name__}); write "
-                "them again"
-            ) from None
+            raise _unreadable(path, error) from None
         px_lv0 = self._px_lv0(slide_id, spacing / status.spacing_um if status.spacing_um else 0.0, sizes[0])
         return MapFile(path, names, sizes, tile_px, px_lv0, ranges, file, threading.Lock())
 
@@ -201,6 +231,75 @@ class AttentionFiles:
                 "again with `dino attention`"
             )
         return step / tokens
+
+
+def _values(file: MapFile, channel: int, level: int, column: int, row: int) -> np.ndarray:
+    """:meth:`MapFile.values`.
+
+    Raises:
+        DataError: If the file is damaged.
+    """
+    try:
+        return file.values(channel, level, column, row)
+    except Exception as error:  # of tifffile and of the decompression
+        raise _unreadable(file.path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = str(error) or type(error).__name__
+    return DataError(f"expected maps of `dino attention` in {path}, could not read them ({reason}); write them again")
+
+
+def _of_squares(
+    file: MapFile, channel: int, coords: np.ndarray, side_lv0: int, statistic: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """A statistic of the finest level over squares; two rows of the file's tiles are in memory.
+
+    Args:
+        file: The file.
+        channel: Number of the channel.
+        coords: ``(N, 2)`` first corners of the squares in level-0 px.
+        side_lv0: Their side in level-0 px.
+        statistic: ``(h, n, w)`` to ``(n,)``; NaN where nothing is known.
+
+    Returns:
+        ``(N,)`` float64.
+
+    Raises:
+        DataError: If the file is damaged.
+    """
+    width, height = file.sizes[0]
+    side = round(side_lv0 / file.px_lv0)
+    missing = ((0, 0), (0, side))  # overlapping tiles can end right of the last cell
+
+    @lru_cache(maxsize=2)  # squares can lie across two rows
+    def strip(row: int) -> np.ndarray:
+        parts = [_values(file, channel, 0, column, row) for column in range(-(-width // file.tile_px))]
+        return np.pad(np.concatenate(parts, 1), missing, constant_values=np.nan)
+
+    found = np.full(len(coords), np.nan)
+    corners = np.round(coords / file.px_lv0).astype(np.int64)  # (N, 2) column, row
+    for top in np.unique(corners[:, 1]).tolist():
+        bottom = min(top + side, height)
+        if top >= bottom:
+            continue
+        first, last = top // file.tile_px, (bottom - 1) // file.tile_px
+        rows = np.concatenate([strip(row) for row in range(first, last + 1)])
+        rows = rows[top - first * file.tile_px : bottom - first * file.tile_px]
+        chosen = np.flatnonzero(corners[:, 1] == top)
+        windows = np.lib.stride_tricks.sliding_window_view(rows, side, axis=1)  # (h, width + 1, side)
+        found[chosen] = statistic(windows[:, corners[chosen, 0]])
+    return found
+
+
+def _maximum(values: np.ndarray) -> np.ndarray:
+    return np.fmax.reduce(values, axis=(0, 2))  # of those that are known
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN
+        return np.where(known, values, 0).sum((0, 2), dtype=np.float64) / known.sum((0, 2))
 
 
 class TileAttention:

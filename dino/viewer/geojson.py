@@ -22,7 +22,11 @@ REGION_CLASS, REGION_COLOUR = "Region", (0, 90, 200)
 
 
 def feature_collection(
-    catalogue: Catalogue, slide_id: str, contents: Sequence[str], encoder: EncoderFeatures | None = None
+    catalogue: Catalogue,
+    slide_id: str,
+    contents: Sequence[str],
+    encoder: EncoderFeatures | None = None,
+    measured: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """What is known of a slide.
 
@@ -33,6 +37,7 @@ def feature_collection(
             each, the union of its tiles; words with the names that people gave them), ``regions`` (one annotation
             each).
         encoder: Features for the clusters; None for tiles without classes.
+        measured: Further measurements of the tiles by name, ``(N,)`` each, NaN where nothing is known.
 
     Returns:
         The GeoJSON object.
@@ -52,7 +57,7 @@ def feature_collection(
             features += _cluster_outlines(tiles, clusters, classes)
         if TILES in contents:
             kind = "Word" if encoder is not None and encoder.words is not None else "Cluster"
-            features += _tiles(tiles, clusters, classes, kind)
+            features += _tiles(tiles, clusters, classes, kind, measured or {})
     return {"type": "FeatureCollection", "features": features}
 
 
@@ -73,12 +78,17 @@ def _region(record: RegionRecord) -> dict[str, Any]:
 
 
 def _tiles(
-    tiles: SlideTiles, clusters: np.ndarray | None, classes: Mapping[int, dict[str, Any]], kind: str
+    tiles: SlideTiles,
+    clusters: np.ndarray | None,
+    classes: Mapping[int, dict[str, Any]],
+    kind: str,
+    measured: Mapping[str, np.ndarray],
 ) -> Iterator[dict[str, Any]]:
     plain = _classification(TILE_CLASS, TILE_COLOUR)
     for i, (x, y) in enumerate(tiles.coords.tolist()):
         cluster = int(clusters[i]) if clusters is not None else -1
-        measurements = {"Tissue": round(float(tiles.tissue[i]), 4)}
+        measurements = {"Tissue": float(tiles.tissue[i])} | {name: float(of[i]) for name, of in measured.items()}
+        measurements = {name: round(value, 4) for name, value in measurements.items()}
         yield _feature(
             [_rectangle(x, y, tiles.step_lv0, tiles.step_lv0)],
             key=f"{tiles.slide_id}/tile/{x}/{y}",

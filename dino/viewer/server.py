@@ -233,7 +233,9 @@ class Viewer:
         """Tiles, clusters and regions of a slide for QuPath."""
         slide_id = self.slide_id(request)
         features = self.encoder(request) if "encoder" in request.query_params else None
-        return _json(feature_collection(self.catalogue, slide_id, CONTENTS, features), "application/geo+json")
+        name = request.query_params.get("encoder", "")
+        measured = self.attention[name].measurements(slide_id, name) if name in self.attention else {}
+        return _json(feature_collection(self.catalogue, slide_id, CONTENTS, features, measured), "application/geo+json")
 
     def save(self, slide_id: str, body: bytes) -> Response:
         """Save a selection of tiles under ROOT."""

@@ -1,6 +1,9 @@
 """Attention in the viewer: tiles of pyramids against colours of the values themselves, and a model's over one tile."""
 
 import io
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +12,8 @@ from PIL import Image
 
 from dino.errors import DataError
 from dino.extraction.pyramid import write_pyramid
-from dino.viewer.attention import AttentionFiles, TileAttention, coloured, find_attention
+from dino.slides.tables import SlideTiles
+from dino.viewer.attention import AttentionFiles, MapFile, TileAttention, coloured, find_attention
 from tests.tiny_models import save_checkpoint
 
 STEP, TOKENS = 64, 4  # level-0 px of a tile, tokens of its side
@@ -81,6 +85,62 @@ def test_tiles_of_a_pyramid_are_those_of_the_whole_level(catalogue, tmp_path):
                     for column in range(-(-whole.shape[2] // 256)):
                         expected = whole[channel, 256 * row : 256 * row + 256, 256 * column : 256 * column + 256]
                         np.testing.assert_array_equal(opened.values(channel, level, column, row), expected)
+
+
+def _files(catalogue, folder, coords, side, px_lv0):
+    """Maps of a slide with these tiles, which may be larger than the painted one."""
+    tiles = SlideTiles("one", coords, side, SPACING, np.ones(len(coords), np.float32))
+    files = AttentionFiles(replace(catalogue, tiles={"one": tiles}), folder)
+    files._px_lv0 = lambda *ignored: px_lv0  # type: ignore[method-assign] -- of the painted slide
+    return files
+
+
+def test_attention_of_tiles_is_that_of_their_part_of_the_map(catalogue, tmp_path, monkeypatch):
+    """Tiles of 7 tokens lie across the file's tiles of 256 px, overlap by half, and end beyond the map; NaN is left
+    out. The values of the whole maps, one tile at a time, in float64; heads are not measured.
+    """
+    side, px, shape = 112, 16.0, (300, 530)
+    maps = np.random.default_rng(0).random((5, *shape)).astype(np.float32)
+    maps[:, :40, :50] = np.nan
+    maps[:, 100:200, 250:260] = np.nan
+    names = ["tile", "tile head 1", "region", "region head 1", "tile x region"]
+    write_pyramid(tmp_path / "one.ome.tif", lambda: iter(maps), names, shape, 1.0)
+    corners = [(x, y) for y in range(0, 300 * 16, 56) for x in range(0, 530 * 16, 56)]
+    coords = np.random.default_rng(1).permutation(np.array(corners))
+    read: Counter[tuple[int, ...]] = Counter()
+    values_of_file = MapFile.values
+    monkeypatch.setattr(MapFile, "values", lambda file, *at: read.update([at]) or values_of_file(file, *at))
+    found = _files(catalogue, tmp_path, coords, side, px).measurements("one", "vit")
+    assert set(read.values()) == {1} and len(read) == 3 * 2 * 3  # each tile of the file once
+    statistics = {"within the tile: Max": (0, np.nanmax), "within the region: Mean": (2, np.nanmean)}
+    statistics["both levels: Max"] = (4, np.nanmax)
+    assert list(found) == [f"Attention vit: {name}" for name in statistics]
+    for name, (channel, statistic) in statistics.items():
+        values = found[f"Attention vit: {name}"]
+        for (x, y), value in zip(coords, values, strict=True):
+            column, row = round(x / px), round(y / px)
+            part = maps[channel, row : row + 7, column : column + 7].astype(np.float64)
+            if np.isfinite(part).any():
+                assert value == pytest.approx(statistic(part), rel=1e-6)
+            else:
+                assert np.isnan(value)
+        assert np.isnan(values).any() and not np.isnan(values).all()
+
+
+def test_attention_of_tiles_is_read_in_strips(catalogue, tmp_path):
+    """A map of 32 MB through less than 8 MB."""
+    values = np.ones((8192, 1024), np.float32)
+    write_pyramid(tmp_path / "one.ome.tif", lambda: iter([values]), ["tile rollout"], values.shape, 1.0)
+    coords = np.array([(x, y) for y in range(0, 8192 * 16, 256) for x in range(0, 1024 * 16, 256)])
+    files = _files(catalogue, tmp_path, coords, 256, 16.0)
+    files.describe("one")
+    tracemalloc.start()
+    found = files.measurements("one", "vit")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.keys() == {"Attention rollout vit: within the tile: Max"}
+    assert all((one == 1).all() for one in found.values())
+    assert peak < 8e6
 
 
 def test_what_is_not_there_is_one_line(catalogue, folder):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from dino import api
 from dino.config.load import load_config
 from dino.config.schema import GeojsonConfig
 from dino.errors import ConfigError, DataError
+from dino.extraction.pyramid import write_pyramid
 from dino.slides.tables import SlideTiles
 from dino.viewer.geojson import outline_feature
 from tests.viewer.conftest import PATIENTS
@@ -120,6 +122,46 @@ def test_without_features_tiles_have_one_class(painted, tmp_path):
 
     collection = feature_collection(read_catalogue(painted), "one", CONTENTS)
     assert {one["properties"]["classification"]["name"] for one in collection["features"]} == {"Tile", "Region"}
+
+
+def test_tiles_have_the_attention_of_the_maps(painted, features, catalogue, tmp_path):
+    """Of the encoders that have maps, where a slide has one; values are those of the arrays."""
+    status = catalogue.slides.status["one"]
+    rows, columns = status.height // 64, status.width // 64  # tiles of 64 px with 4 tokens a side
+    rng = np.random.default_rng(0)
+    tile = (3 * rng.random((4 * rows, 4 * columns))).astype(np.float32)
+    region = (3 * rng.random((rows, columns))).astype(np.float32)
+    region[0, 0] = np.nan
+    maps = [tile, 100 + tile, region.repeat(4, 0).repeat(4, 1), tile * region.repeat(4, 0).repeat(4, 1)]
+    names = ["tile", "tile head 1", "region", "tile x region"]
+    folder = painted / "attention_random"
+    try:
+        write_pyramid(folder / "one.ome.tif", lambda: iter(maps), names, tile.shape, 16 * status.spacing_um)
+        files = {path.stem: json.loads(path.read_text()) for path in _export(painted, tmp_path / "a", contents="tiles")}
+        (folder / "one.ome.tif").write_bytes((folder / "one.ome.tif").read_bytes()[:2000])
+        with pytest.raises(DataError, match="expected maps of `dino attention` in .*one.ome.tif, could not read them"):
+            _export(painted, tmp_path / "b")
+        assert _export(painted, tmp_path / "c", contents="regions")  # no tiles: maps are not needed
+    finally:
+        shutil.rmtree(folder)
+    measured = {
+        (int(x), int(y)): one["properties"]["measurements"]
+        for one in files["one"]["features"]
+        for x, y in [one["geometry"]["coordinates"][0][0]]
+    }
+    assert measured.keys() == {(int(x), int(y)) for x, y in catalogue.tiles["one"].coords}
+    for (x, y), found in measured.items():
+        row, column = y // 64, x // 64
+        highest, cell = tile[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].max(), region[row, column]
+        expected = {"Attention random: within the tile: Max": highest}
+        if np.isfinite(cell):
+            expected["Attention random: within the region: Mean"] = cell
+            expected["Attention random: both levels: Max"] = highest * cell
+        assert {name: value for name, value in found.items() if name.startswith("Attention")} == {
+            name: pytest.approx(value, abs=6e-5) for name, value in expected.items()
+        }
+    others = [one for slide, content in files.items() if slide != "one" for one in content["features"]]
+    assert others and not any("Attention" in name for one in others for name in one["properties"]["measurements"])
 
 
 def test_bad_input_is_one_line(painted, features, tmp_path):

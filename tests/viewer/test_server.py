@@ -11,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.viewer.conftest import HOSTILE, UNIT
+from tests.viewer.conftest import HOSTILE, UNIT, write_maps
 
 pytest.importorskip("starlette")
 from starlette.testclient import TestClient
 
 from dino.extraction.encoder_features import EncoderFeatures
+from dino.viewer.attention import AttentionFiles
 from dino.viewer.guard import LOCAL_HOSTS, Allowance, Guard
 from dino.viewer.pixels import OVERLAP_PX, TILE_PX, SlidePixels
 from dino.viewer.server import Viewer, build_app
@@ -24,9 +25,9 @@ from dino.viewer.server import Viewer, build_app
 TOKEN = "a-token-of-the-tests"
 
 
-def _client(catalogue, writable=False, with_token=True):
+def _client(catalogue, writable=False, with_token=True, attention=None):
     encoders = {"random": EncoderFeatures(catalogue, "random", 4)}
-    viewer = Viewer(catalogue, encoders, SlidePixels(catalogue.slides), writable)
+    viewer = Viewer(catalogue, encoders, SlidePixels(catalogue.slides), writable, attention=attention or {})
     app = Guard(build_app(viewer), TOKEN, LOCAL_HOSTS, writable)
     client = TestClient(app, base_url="http://127.0.0.1:8765", raise_server_exceptions=False)
     if with_token:
@@ -219,6 +220,24 @@ def test_selections_are_saved_only_with_annotate(catalogue, client):
     assert writing.post(address, content=b"x" * 2**21, headers={"content-type": "application/json"}).status_code == 413
     assert file.read_bytes() == before
     file.unlink()
+
+
+def test_downloaded_tiles_have_the_attention_of_the_encoder(catalogue, client, tmp_path):
+    """1 in the left half of the map, 3 in the right one; nothing where an encoder or a slide has no map."""
+    write_maps(catalogue, tmp_path)
+    mapped = _client(catalogue, attention={"random": AttentionFiles(catalogue, tmp_path)})
+
+    def measured(client, slide):
+        features = client.get(f"/api/slides/{slide}/geojson?encoder=random").json()["features"]
+        tiles = [one for one in features if one["properties"]["objectType"] == "tile"]
+        name, columns = "Attention random: within the tile: Max", catalogue.slides.status["one"].width // 64
+        return {
+            (one["geometry"]["coordinates"][0][0][0] >= 64 * columns / 2, one["properties"]["measurements"].get(name))
+            for one in tiles
+        }
+
+    assert measured(mapped, "one") == {(False, 1.0), (True, 3.0)}
+    assert {value for _, value in measured(mapped, "two") | measured(client, "one")} == {None}
 
 
 SEGMENTS = st.one_of(

@@ -121,9 +121,32 @@ def test_without_the_server_package(painted, monkeypatch):
         _view(painted)
 
 
-def test_export_names_the_command_for_geojson(painted):
-    line = _fails("export", "geojson", painted, "out")
-    assert f"run `dino geojson {painted} out`" in line
+def test_export_geojson_is_geojson_but_for_a_model_of_that_name(painted, tmp_path):
+    settings = ["contents=tiles", "clusters=4"]
+    for command, folder in ((["geojson"], "a"), (["export", "geojson"], "b")):
+        result = CliRunner().invoke(app, [*command, str(painted), str(tmp_path / folder), *settings])
+        assert result.exit_code == 0, result.output
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len(files) == 3 and files == sorted(path.name for path in (tmp_path / "b").iterdir())
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    assert "geojson" in _fails("export", "geojson", tmp_path / "model")  # a model that is not there
+    assert not (tmp_path / "model").exists()
+
+
+def test_damaged_maps_are_one_line(painted, tmp_path):
+    """In another process, because tifffile writes to stderr too where no logging is set up."""
+    pytest.importorskip("tifffile")
+    folder = painted / "attention_broken"
+    folder.mkdir()
+    try:
+        (folder / "one.ome.tif").write_bytes(b"II*\0\x08\0\0\0" + b"\xff" * 40)
+        command = [sys.executable, "-m", "dino", "geojson", str(painted), str(tmp_path / "out"), "contents=tiles"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        shutil.rmtree(folder)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: expected maps of `dino attention` in {folder / 'one.ome.tif'}, could not read them")
 
 
 def test_the_command_serves_until_it_is_interrupted(painted, features):
