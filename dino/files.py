@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dino.errors import DataError
 
@@ -210,3 +210,31 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as indented JSON to ``path`` atomically; paths become strings."""
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def hold_file(path: Path, *, shared: bool = False, wait: bool = True) -> IO[bytes] | None:
+    """Lock a file against the other processes of this machine, until the result is closed or this process ends.
+
+    Args:
+        path: The file; created when absent.
+        shared: Others may hold it too, if they share it.
+        wait: Wait until others have released it.
+
+    Returns:
+        The open file, which is the lock; None if others hold it and ``wait`` is False.
+
+    Raises:
+        OSError: If it cannot be opened.
+    """
+    import fcntl  # not on Windows, which has nothing else of it
+
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        return None
+    except BaseException:
+        file.close()
+        raise
+    return file

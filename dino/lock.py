@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dino import distributed, progress
 from dino.errors import ConfigError
@@ -151,34 +151,6 @@ class RunLock:
             with suppress(OSError):  # a folder that has disappeared is reported at the next write
                 if self.is_mine():
                     os.utime(self.path)
-
-
-def hold_file(path: Path, *, shared: bool = False, wait: bool = True) -> IO[bytes] | None:
-    """Lock a file against the other processes of this machine, until the result is closed or this process ends.
-
-    Args:
-        path: The file; created when absent.
-        shared: Others may hold it too, if they share it.
-        wait: Wait until others have released it.
-
-    Returns:
-        The open file, which is the lock; None if others hold it and ``wait`` is False.
-
-    Raises:
-        OSError: If it cannot be opened.
-    """
-    import fcntl  # not on Windows, which has nothing else of it
-
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        file.close()
-        return None
-    except BaseException:
-        file.close()
-        raise
-    return file
 
 
 def _read(path: Path) -> str | None:

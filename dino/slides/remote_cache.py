@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from dino import files, progress
 from dino.errors import CacheError, ConfigError, DataError
-from dino.lock import hold_file
+from dino.files import hold_file
 from dino.slides.remote import SEVERAL_FILES, Location, RemoteFile, Stored, StoreError, download, look_up, with_attempts
 
 DEFAULT_GB = 100.0

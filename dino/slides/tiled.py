@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from dino import distributed, progress
+from dino import progress
 from dino.errors import DataError
 from dino.slides.lattice import Geometry, plan_lattice
 from dino.slides.reader import BACKEND, SlideReader
@@ -65,6 +65,8 @@ class TiledSlides:
         found = [path for path in map(self.path, slide_ids) if isinstance(path, RemoteFile)]
         if not found:
             return [], []
+        from dino import distributed  # imports torch, without which the viewer starts
+
         at_once *= distributed.local_world_size()
         return self.cache.check_room(self.cache.need(sizes_of(found), found, at_once), setting, fewer)
 

@@ -75,7 +75,7 @@ def run(monkeypatch, tmp_path):
 def test_tile(run, calls):
     assert run("tile", "a.svs", "qc=true", "b.svs", "root").exit_code == 0
     expected = load_config(schema.TileConfig, overrides={"qc": True})
-    assert calls == [("tile", [Path("a.svs"), Path("b.svs")], Path("root"), expected)]
+    assert calls == [("tile", ["a.svs", "b.svs"], Path("root"), expected)]
 
 
 def test_pretrain_uses_the_pathology_recipe_by_default(run, calls):
