@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from dino.config.schema import SamplingConfig
-from dino.data import Balance, Groups, SlideRanges
+from dino.data import Balance, Dataset, Groups, SlideRanges
 from dino.data.groups import UNKNOWN_GROUP
+from dino.data.tile_values import TileValues
 from dino.errors import ConfigError, DataError
 from dino.evaluate.tables import read_rows
 from dino.files import printable
-from dino.slides.tables import SlideStatus
+from dino.slides.tables import ANNOTATION_COLUMNS, TILE_NUMBERS, SlideStatus
 
 NONE = "none"
+ANNOTATION = ANNOTATION_COLUMNS[0]
 WEIGHT = "weight"
 SHORT = {"slide": "slide_id", "patient": "patient_id"}
 COLUMNS = ("slide_id", "patient_id", "centre", "scanner", "stain")
@@ -24,35 +26,73 @@ SHOWN = 3  # examples in messages
 Status = Mapping[str, SlideStatus]
 
 
-def build_groups(sampling: SamplingConfig, ranges: SlideRanges, status: Status, seed: int) -> Groups | None:
+def build_groups(
+    sampling: SamplingConfig, parts: Sequence[tuple[Path, Dataset]], status: Status, seed: int
+) -> Groups | None:
     """The groups that settings ask for; None where every tile is drawn equally often.
 
     Args:
         sampling: The settings.
-        ranges: The slides of the tiles.
+        parts: Each data folder, and its tiles.
         status: What is recorded of the slides.
         seed: The run's seed.
 
     Raises:
         ConfigError: If a setting is out of range, or names a column that there is not.
-        DataError: If the table of weights cannot be used, or a column is blank for all slides.
+        DataError: If the table of weights cannot be used, or a column is blank for all slides or tiles.
     """
     _check_numbers(sampling)
-    columns = _balanced(sampling.balance, status)
+    tiles = TileValues(parts)
+    columns = _balanced(sampling.balance, tiles, status)
     if not columns and not sampling.weights and not sampling.max_tiles_per_slide:
         return None
-    weighted, weights = read_weights(Path(sampling.weights), ranges, status) if sampling.weights else (None, {})
-    for column in {*columns, weighted} - {None}:
-        if all(value_of(status, slide, column) == UNKNOWN_GROUP for slide in ranges.slide_ids):
-            raise DataError(
-                f"expected slides with a value of '{column}' to balance, found none; give it in slides.csv and run "
-                "`dino tile` again, which cuts nothing twice"
-            )
+    weighted, weights = read_weights(Path(sampling.weights), tiles, status) if sampling.weights else (None, {})
+    named = [column for column in dict.fromkeys([*columns, weighted]) if column is not None]
+    of_tiles = [column for column in named if column not in slide_columns(status)]
+    if of_tiles and sampling.max_tiles_per_slide:
+        raise ConfigError(
+            f"expected no sampling.max_tiles_per_slide where '{of_tiles[0]}', a column of tiles, shares the draws, "
+            f"found {sampling.max_tiles_per_slide}; leave one of them out"
+        )
+    ranges = tiles.ranges(of_tiles)
+    if weighted is not None:
+        _check_values(Path(sampling.weights or ""), weighted, weights, _values_of(ranges, status, weighted))
+    _check_blank(named, ranges, status)
     balance = Balance(columns, sampling.temperature, weighted, weights, sampling.max_tiles_per_slide, seed)
     try:
         return Groups.of(ranges, lambda slide, column: value_of(status, slide, column), balance)
     except ValueError:
         raise DataError(f"{sampling.weights}: expected a positive weight of tiles to train on, found only 0") from None
+
+
+def _check_blank(columns: Sequence[str], ranges: SlideRanges, status: Status) -> None:
+    """Raise DataError if a column has no value of any slide or tile."""
+    for column in columns:
+        if column in ranges.columns:
+            place = ranges.columns.index(column)
+            if all(ranges.values[code][place] == UNKNOWN_GROUP for _, code in ranges.units):
+                raise DataError(
+                    f"expected tiles with a value of '{column}' to balance, found none; give annotation_path in "
+                    "slides.csv and run `dino tile` again, which cuts nothing twice"
+                )
+        elif all(value_of(status, slide, column) == UNKNOWN_GROUP for slide in ranges.slide_ids):
+            raise DataError(
+                f"expected slides with a value of '{column}' to balance, found none; give it in slides.csv and run "
+                "`dino tile` again, which cuts nothing twice"
+            )
+
+
+def slide_columns(status: Status) -> set[str]:
+    """Columns of the slides, which go before columns of tiles of the same name."""
+    return {*COLUMNS, *(name for row in status.values() for name in row.further)}
+
+
+def _values_of(ranges: SlideRanges, status: Status, column: str) -> set[str]:
+    """Values of a column, also of slides and tiles that are not trained on."""
+    if column in ranges.columns:
+        place = ranges.columns.index(column)
+        return {value[place] for value in ranges.values}
+    return {value_of(status, slide, column) for slide in (*ranges.slide_ids, *status)}
 
 
 def value_of(status: Status, slide: str | None, column: str | None) -> str:
@@ -76,10 +116,10 @@ def describe(groups: Groups | None) -> list[str]:
     lines = [f"sampling: {groups.samples:,} tiles in {by}{shown}"]
     for level, column in enumerate(groups.columns):
         found = [i for i, name in enumerate(groups.names) if name[level] == UNKNOWN_GROUP]
-        slides, tiles = (
-            int(np.diff(first)[found].sum()) for first in (groups.first_slide, groups.kept[groups.first_slide])
-        )
         if found:
+            first = groups.first_slide
+            slides = len({slide for group in found for slide in groups.slide_ids[first[group] : first[group + 1]]})
+            tiles = int(groups.counts[found].sum())
             lines.append(f"sampling: {tiles:,} tiles of {slides:,} slides have no {column}; they form group 'unknown'")
     return lines
 
@@ -95,7 +135,7 @@ def _check_numbers(sampling: SamplingConfig) -> None:
         raise ConfigError(f"expected sampling.max_tiles_per_slide of at least 0, found {sampling.max_tiles_per_slide}")
 
 
-def _balanced(names: Sequence[str], status: Status) -> list[str]:
+def _balanced(names: Sequence[str], tiles: TileValues, status: Status) -> list[str]:
     """The columns to balance.
 
     Raises:
@@ -103,58 +143,73 @@ def _balanced(names: Sequence[str], status: Status) -> list[str]:
     """
     if list(names) in ([], [NONE]):
         return []
-    further = {name for row in status.values() for name in row.further}
-    columns = [name if name in further else SHORT.get(name, name) for name in names]
+    of_slides = slide_columns(status)
+    columns = [name if name in of_slides else SHORT.get(name, name) for name in names]
     for name, column in zip(names, columns, strict=True):
-        known = sorted({*COLUMNS, *further})
-        if column not in known:
-            close = difflib.get_close_matches(name, known, 1, 0.6)
-            hint = (
-                f"did you mean '{printable(close[0])}'?" if close else "add it to slides.csv and run `dino tile` again"
-            )
-            found = ", ".join(printable(name) for name in known)
-            raise ConfigError(f"expected sampling.balance to name columns of slides ({found}), found '{name}'; {hint}")
+        if column not in of_slides and column not in tiles.columns:
+            raise _no_such_column(name, sorted(of_slides), tiles.columns)
         if columns.count(column) > 1:
             raise ConfigError(f"expected each column of sampling.balance once, found '{name}' twice")
     return columns
 
 
-def read_weights(path: Path, ranges: SlideRanges, status: Status) -> tuple[str, dict[str, float]]:
+def _no_such_column(name: str, of_slides: Sequence[str], of_tiles: Sequence[str]) -> ConfigError:
+    close = difflib.get_close_matches(name, [*of_slides, *of_tiles], 1, 0.6)
+    if close:
+        hint = f"did you mean '{printable(close[0])}'?"
+    elif name in {*TILE_NUMBERS, ANNOTATION_COLUMNS[1]}:
+        hint = "numbers of tiles are for filter="
+    elif name == ANNOTATION:
+        hint = "give annotation_path in slides.csv and run `dino tile` again"
+    else:
+        hint = "add it to slides.csv and run `dino tile` again"
+    found = f"slides ({', '.join(map(printable, of_slides))})"
+    if of_tiles:
+        found += f" or tiles ({', '.join(map(printable, of_tiles))})"
+    return ConfigError(f"expected sampling.balance to name columns of {found}, found '{name}'; {hint}")
+
+
+def read_weights(path: Path, tiles: TileValues, status: Status) -> tuple[str, dict[str, float]]:
     """The column and the weights of ``sampling.weights``.
 
     Args:
-        path: A CSV with ``weight`` and one column of the slides.
-        ranges: The slides of the tiles.
+        path: A CSV with ``weight`` and one column of the slides or the tiles.
+        tiles: The tables of the tiles.
         status: What is recorded of the slides.
 
     Raises:
-        DataError: If the table cannot be read, or has values that no slide has, twice, or with a weight that is none.
+        DataError: If the table cannot be read, or has values twice, or with a weight that is none.
     """
     rows = read_rows(path, [WEIGHT])
-    further = {name for row in status.values() for name in row.further}
-    columns = [name for name in rows[0] if name in {*COLUMNS, *SHORT, *further}]
+    of_slides = slide_columns(status)
+    columns = [name for name in rows[0] if name in {*of_slides, *SHORT}]
+    columns = columns or [name for name in rows[0] if name != WEIGHT and name in tiles.columns]
     if len(columns) != 1:
         found = ", ".join(printable(name) for name in rows[0])
         raise DataError(
             f"{path}: expected one column of the slides, such as slide_id or centre, beside weight, found {found}"
         )
-    column = columns[0] if columns[0] in further else SHORT.get(columns[0], columns[0])
+    column = columns[0] if columns[0] in of_slides else SHORT.get(columns[0], columns[0])
     weights: dict[str, float] = {}
     for row in rows:
         value = row[columns[0]] or UNKNOWN_GROUP
         if value in weights:
             raise DataError(f"{path}: expected one weight of each {column}, found two of '{printable(value)}'")
         weights[value] = _weight(row[WEIGHT], value, path)
-    known = {value_of(status, slide, column) for slide in (*ranges.slide_ids, *status)}
+    return column, weights
+
+
+def _check_values(path: Path, column: str, weights: Mapping[str, float], known: set[str]) -> None:
+    """Raise DataError if there are weights of values that no slide or tile has."""
     unknown = [value for value in weights if value not in known]
     if unknown:
         shown = ", ".join(f"'{printable(value)}'" for value in unknown[:SHOWN])
         close = difflib.get_close_matches(unknown[0], known, 1, 0.75)
         hint = f"did you mean '{printable(close[0])}'?" if close else "remove them"
         raise DataError(
-            f"{path}: expected values of {column} that slides have, found {len(unknown)} others: {shown}; {hint}"
+            f"{path}: expected values of {column} that slides or tiles have, found {len(unknown)} others: {shown}; "
+            f"{hint}"
         )
-    return column, weights
 
 
 def _weight(text: str, value: str, path: Path) -> float:

@@ -88,7 +88,8 @@ def open_tiles(config: PatchConfig) -> TileSource:
     dataset, status = datasets[0] if len(roots) == 1 else JoinedDataset(datasets), joined_status(roots)
     geometry = joined_geometry(roots, [_geometry(root, config) for root in roots])
     slides = slides_of(dataset.slide_ids, status)
-    groups = build_groups(config.sampling, dataset.ranges, status, config.seed)
+    parts = [(root.path, part) for root, part in zip(roots, datasets, strict=True)]
+    groups = build_groups(config.sampling, parts, status, config.seed)
     samples = groups.samples if groups is not None else len(dataset)
     split = Split("tiles", samples, len(slides["slide_ids"]), joined_held_out([one.held_out for one in opened]))
     warnings = check_slide_ids(roots, datasets)

@@ -219,9 +219,12 @@ class SamplingConfig:
         [], "spacings in µm per px at which tiles are read, one drawn for each sample (empty: that of tiling)"
     )
     spacing_shares: list[float] = identity([], "share of each of these spacings (empty: equal shares)")
-    balance: list[str] = identity([], "columns of slides.csv whose values get equal shares, each within those before")
+    balance: list[str] = identity(
+        [],
+        "columns of slides.csv, or of tiles (annotation), whose values get equal shares, each within those before",
+    )
     temperature: float = identity(0.0, "shares of balance: 0 equal, 1 in proportion to tiles, or between")
-    weights: str | None = runtime(None, "CSV with a column of slides.csv (or slide_id) and weight, of shares")
+    weights: str | None = runtime(None, "CSV with a column of slides.csv or of tiles and weight, of shares")
     max_tiles_per_slide: int = identity(0, "train on a random subset of this many tiles per slide, 0 for all")
 
 

@@ -4,10 +4,10 @@ import os
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, repeat
 from pathlib import Path
 from typing import Protocol
 
@@ -100,19 +100,47 @@ class ChangedData(DataError):
 class SlideRanges:
     """The slides of a dataset's samples, in memory that does not depend on the number of samples.
 
+    Where values of the tiles themselves are asked for (``columns``), a range has one slide and one value of each.
+
     Attributes:
         slide_ids: Slide of each range, None where it is not known. A slide may have several ranges.
         starts: ``(R + 1,)`` int64; range ``i`` has the indices ``starts[i] ... starts[i + 1] - 1``.
+        columns: Columns of the table of tiles whose values are known.
+        values: Different values of these columns, which tiles outside the ranges may have too.
+        codes: ``(R,)`` int64, which of them each range has; None for the first of them for all.
     """
 
     slide_ids: Sequence[str | None]
     starts: np.ndarray
+    columns: Sequence[str] = ()
+    values: Sequence[tuple[str, ...]] = ((),)
+    codes: np.ndarray | None = None
 
     @classmethod
     def of(cls, slides: Iterable[str | None]) -> "SlideRanges":
         """The ranges of samples whose slides are given in order."""
         runs = [(slide, sum(1 for _ in run)) for slide, run in groupby(slides)]
         return cls([slide for slide, _ in runs], np.cumsum([0, *(count for _, count in runs)], dtype=np.int64))
+
+    @classmethod
+    def joined(cls, parts: "Sequence[SlideRanges]") -> "SlideRanges":
+        """The ranges of several datasets, one after the other, with the same columns."""
+        ends = np.cumsum([0, *(part.starts[-1] for part in parts)], dtype=np.int64)
+        starts = [before + part.starts[:-1] for before, part in zip(ends[:-1], parts, strict=True)]
+        numbers: dict[tuple[str, ...], int] = {}
+        codes = []
+        for part in parts:
+            mapped = np.array([numbers.setdefault(value, len(numbers)) for value in part.values], np.int64)
+            codes.append(mapped[0 if part.codes is None else part.codes] + np.zeros(len(part.slide_ids), np.int64))
+        slide_ids = [slide for part in parts for slide in part.slide_ids]
+        starts = np.concatenate([*starts, ends[-1:]])
+        return cls(slide_ids, starts, parts[0].columns, list(numbers), np.concatenate(codes))
+
+    @property
+    def units(self) -> Iterator[tuple[str | None, int]]:
+        """Slide of each range, and the number of its values."""
+        codes: Iterable[int] = repeat(0, len(self.slide_ids)) if self.codes is None else self.codes.tolist()
+        return zip(self.slide_ids, codes, strict=True)
 
     @property
     def counts(self) -> dict[str | None, int]:
@@ -150,6 +178,18 @@ class Dataset(Protocol):
             BadSample: If the sample cannot be used.
         """
         return self[index]
+
+    def places(self, start: int, end: int) -> np.ndarray:
+        """Where consecutive samples of one slide lie, by which a table of tiles lists them.
+
+        Args:
+            start: Index of the first of them.
+            end: Index after the last one.
+
+        Returns:
+            ``(end - start, 2)`` int64 level-0 ``(x, y)``, -1 where it is not known.
+        """
+        return np.full((end - start, 2), -1, np.int64)
 
     @property
     def fingerprint(self) -> str:
@@ -292,6 +332,11 @@ class TileDataset(Dataset):
         height, width = pixels.shape[-2:]
         slide_id = slide_of(name)
         return Sample(pixels, name, (height, width), slide_id, self._slides.get(slide_id or "", UNKNOWN))
+
+    def places(self, start: int, end: int) -> np.ndarray:
+        """Where tiles lie according to their names, see :meth:`Dataset.places`."""
+        found = (place_of(self._tiles.names[index]) for index in range(start, end))
+        return np.array([place[1:] if place else (-1, -1) for place in found], np.int64).reshape(-1, 2)
 
     @property
     def fingerprint(self) -> str:

@@ -11,9 +11,11 @@ import numpy as np
 from dino import randomness
 from dino.data.datasets import SlideRanges
 
-UNKNOWN_GROUP = "unknown"  # of slides that have no value of a column
+UNKNOWN_GROUP = "unknown"  # of slides or tiles that have no value of a column
 SLOTS = 2**16  # draws after which the shares are exact, at least
 SLOTS_PER_GROUP = 16  # and on average per group: they resolve differences of a few percent between groups
+
+Unit = tuple[str | None, int]  # a slide, or its samples with one value of columns of tiles, by the number of the value
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Balance:
         weighted: Column of the weights; None for none.
         weights: By value of that column, at least 0; 1 for values that are left out.
         per_slide: Largest number of samples of a slide, 0 for all. Which are kept depends on the seed and the slide.
+            For slides as a whole only, not with columns of tiles.
         seed: Seed of that subset.
     """
 
@@ -42,13 +45,15 @@ class Groups:
     """Samples in groups, in memory that grows with the number of slides, not of samples.
 
     There are G groups of S slides, whose samples have R ranges of indices. Slides are sorted by group, ranges by slide.
+    With columns of tiles, the samples of a slide that have one value count as a slide here, and memory grows with the
+    number of ranges, which are then runs of consecutive samples with one value.
 
     Attributes:
         columns: Column of each value in the names.
         names: Values of each group, sorted.
         slots: ``(G,)`` draws of each group in a cycle of ``sum(slots)`` draws.
         first_slide: ``(G + 1,)`` first slide of each group.
-        slide_ids: The slides, None for samples whose slide is not known.
+        slide_ids: The slides, None for samples whose slide is not known; several times with columns of tiles.
         kept: ``(S + 1,)`` number of samples that may be drawn before each slide.
         sizes: ``(S,)`` number of samples of each slide, also of those that may not be drawn.
         before: ``(S,)`` number of samples before each slide.
@@ -77,27 +82,28 @@ class Groups:
 
         Args:
             ranges: The slides of its samples; at least one sample.
-            value: Returns a slide's value of a column.
+            value: Returns a slide's value of a column that is none of the ranges' own.
             balance: How draws are distributed.
             slots: Smallest number of draws after which the shares are exact.
 
         Raises:
             ValueError: If no sample has a positive weight.
         """
-        numbers: dict[str | None, int] = {}
-        slide_of_range = np.array([numbers.setdefault(one, len(numbers)) for one in ranges.slide_ids], np.int64)
+        of_unit = _value_of_unit(ranges, value)
+        numbers: dict[Unit, int] = {}
+        slide_of_range = np.array([numbers.setdefault(one, len(numbers)) for one in ranges.units], np.int64)
         lengths = np.diff(ranges.starts)
         slides = list(numbers)
         sizes = np.bincount(slide_of_range, lengths, len(slides)).astype(np.int64)  # exact below 2^53
         weights = np.ones(len(slides))
         if balance.weighted is not None:
-            weights = np.array([balance.weights.get(value(one, balance.weighted), 1.0) for one in slides])
+            weights = np.array([balance.weights.get(of_unit(one, balance.weighted), 1.0) for one in slides])
         kept = np.where(weights > 0, np.minimum(sizes, balance.per_slide or sizes), 0)
         if not kept.any():
             raise ValueError("no sample has a positive weight")
-        columns, temperatures, level = _levels(slides, value, balance)
+        columns, temperatures, level = _levels(slides, of_unit, balance)
         used = np.flatnonzero(kept)
-        keys = {int(number): tuple(value(slides[number], name) for name in columns) for number in used}
+        keys = {int(number): tuple(of_unit(slides[number], name) for name in columns) for number in used}
         names = sorted({*keys.values()})
         group_of = dict(zip(names, range(len(names)), strict=True))
         group = np.array([group_of[keys[int(number)]] for number in used], np.int64)
@@ -114,7 +120,7 @@ class Groups:
             names,
             _slots(shares, max(slots, SLOTS_PER_GROUP * len(names))),
             _before(np.bincount(group, minlength=len(names))),
-            [slides[number] for number in order],
+            [slides[number][0] for number in order],
             _before(kept[order]),
             sizes[order],
             _before(sizes[order])[:-1],
@@ -149,7 +155,7 @@ class Groups:
 
     @cached_property
     def group_of(self) -> dict[str | None, int]:
-        """Group of each slide."""
+        """Group of each slide, without columns of tiles."""
         groups = np.repeat(np.arange(len(self)), np.diff(self.first_slide))
         return dict(zip(self.slide_ids, groups.tolist(), strict=True))
 
@@ -173,6 +179,18 @@ class Groups:
         found = int(np.searchsorted(self.range_before, place, side="right")) - 1
         return int(self.range_first[found]) + place - int(self.range_before[found])
 
+    def at(self, indices: Sequence[int]) -> np.ndarray:
+        """``(n,)`` group of each of n samples that may be drawn, by their indices in the dataset."""
+        firsts, groups = self._group_of_range
+        return groups[np.searchsorted(firsts, np.asarray(indices, np.int64), side="right") - 1]
+
+    @cached_property
+    def _group_of_range(self) -> tuple[np.ndarray, np.ndarray]:
+        """``(R,)`` first sample of each range, sorted, and ``(R,)`` their groups."""
+        order = np.argsort(self.range_first)
+        slides = np.searchsorted(self.before, self.range_before[:-1][order], side="right") - 1
+        return self.range_first[order], np.searchsorted(self.first_slide, slides, side="right") - 1
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides which sample a draw takes."""
@@ -183,13 +201,22 @@ class Groups:
         return digest.hexdigest()
 
 
+def _value_of_unit(ranges: SlideRanges, value: Callable[[str | None, str], str]) -> Callable[[Unit, str], str]:
+    places = {column: place for place, column in enumerate(ranges.columns)}
+
+    def of_unit(unit: Unit, column: str) -> str:
+        return ranges.values[unit[1]][places[column]] if column in places else value(unit[0], column)
+
+    return of_unit
+
+
 def _before(counts: np.ndarray) -> np.ndarray:
     """``(n + 1,)`` int64 sums of the counts before each place."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 def _levels(
-    slides: Sequence[str | None], value: Callable[[str | None, str], str], balance: Balance
+    slides: Sequence[Unit], value: Callable[[Unit, str], str], balance: Balance
 ) -> tuple[list[str], list[float], int]:
     """Columns and temperatures of the levels of the tree of groups, and the level whose groups are weighted.
 

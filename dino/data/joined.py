@@ -54,6 +54,12 @@ class JoinedDataset(Dataset):
             raise BadSample(prefix + error.name, str(error)) from None
         return replace(sample, name=prefix + sample.name)
 
+    def places(self, start: int, end: int) -> np.ndarray:
+        """Where samples of a range lie, which are all of one dataset, see :meth:`Dataset.places`."""
+        number = int(np.searchsorted(self._starts, start, side="right")) - 1
+        before = int(self._starts[number])
+        return self._parts[number].places(start - before, end - before)
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of those of the datasets, in order."""
@@ -62,7 +68,4 @@ class JoinedDataset(Dataset):
     @cached_property
     def ranges(self) -> SlideRanges:
         """The slides of all; one that several datasets have, has ranges in each."""
-        ranges = [part.ranges for part in self._parts]
-        starts = [start + one.starts[:-1] for start, one in zip(self._starts[:-1], ranges, strict=True)]
-        slide_ids = [slide for one in ranges for slide in one.slide_ids]
-        return SlideRanges(slide_ids, np.concatenate([*starts, self._starts[-1:]]))
+        return SlideRanges.joined([part.ranges for part in self._parts])

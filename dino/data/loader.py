@@ -38,6 +38,7 @@ class Batch:
         names: Name of each sample.
         slide_ids: Slide of each sample, where known.
         bad: ``(name, reason)`` of samples that could not be used and were replaced.
+        indices: Index of each sample in the dataset.
     """
 
     inputs: Tensor
@@ -48,6 +49,7 @@ class Batch:
     slide_ids: list[str | None]
     bad: list[tuple[str, str]] = field(default_factory=list)
     mask: Tensor | None = None
+    indices: list[int] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
         """Small tensors as arrays, which are sent in a worker's message; each tensor would take shared memory."""
@@ -133,7 +135,7 @@ class DrawnBatches(TorchDataset):
         """
         draws = range(first_draw, first_draw + self.batch_size)
         bad: list[tuple[str, str]] = []
-        samples = self._samples(draws, bad)
+        indices, samples = self._samples(draws, bad)
         drawn = [self._parameters(draw, sample) for draw, sample in zip(draws, samples, strict=True)]
         return Batch(
             inputs=stack_padded([sample.pixels for sample in samples]),
@@ -144,22 +146,24 @@ class DrawnBatches(TorchDataset):
             names=[sample.name for sample in samples],
             slide_ids=[sample.slide_id for sample in samples],
             bad=bad,
+            indices=indices,
         )
 
-    def _samples(self, draws: Sequence[int], bad: list[tuple[str, str]]) -> list[Sample]:
-        """The samples of some draws, read in the order of their indices: those of one slide after one another."""
+    def _samples(self, draws: Sequence[int], bad: list[tuple[str, str]]) -> tuple[list[int], list[Sample]]:
+        """Indices and samples of some draws, read in the order of the indices: those of one slide after one another."""
         indices = {draw: self.sampler(draw) for draw in draws}
         samples: dict[int, Sample] = {}
         replaced: dict[int, list[tuple[str, str]]] = {draw: [] for draw in draws}
         for draw in sorted(draws, key=indices.__getitem__):
-            samples[draw] = self._sample(draw, indices[draw], replaced[draw])
+            indices[draw], samples[draw] = self._sample(draw, indices[draw], replaced[draw])
         bad += [one for found in replaced.values() for one in found]
-        return [samples[draw] for draw in draws]
+        return [indices[draw] for draw in draws], [samples[draw] for draw in draws]
 
-    def _sample(self, draw: int, index: int, bad: list[tuple[str, str]]) -> Sample:
+    def _sample(self, draw: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, Sample]:
         for attempt in range(ATTEMPTS):
+            index = self.sampler(draw, attempt) if attempt else index
             try:
-                return self.dataset.drawn(self.sampler(draw, attempt) if attempt else index, draw)
+                return index, self.dataset.drawn(index, draw)
             except BadSample as error:
                 bad.append((error.name, str(error)))
         raise DataError(

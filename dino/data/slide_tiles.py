@@ -250,6 +250,12 @@ class SlideTileDataset(Dataset):
         number, place = self._listed(index)
         return self._ids[number], self._shifted(number, place, self._placement.draw(draw)[1])
 
+    def places(self, start: int, end: int) -> np.ndarray:
+        """Where listed tiles of one slide lie, see :meth:`Dataset.places`."""
+        number = int(np.searchsorted(self._starts, start, side="right")) - 1
+        before = int(self._starts[number])
+        return self._places[number].coords[start - before : end - before]
+
     def _listed(self, index: int) -> tuple[int, tuple[int, int]]:
         """Number of the slide of a listed tile, and its place."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1

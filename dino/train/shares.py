@@ -35,7 +35,8 @@ class SharesLog(Callback):
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Count a step's samples, and record the shares when that is due."""
-        self._pending.update(self.groups.group_of[slide] for batch in report.batches for slide in batch.slide_ids)
+        for batch in report.batches:
+            self._pending.update(self.groups.at(batch.indices).tolist())
         if report.step % self.every_steps and report.step != trainer.length.total:
             return
         self._sum()

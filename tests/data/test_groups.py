@@ -1,5 +1,6 @@
 """Balanced sampling: exact shares, no repetition within a group, against a slow direct implementation."""
 
+import hashlib
 import pickle
 from collections import Counter
 from itertools import product
@@ -177,3 +178,21 @@ def test_the_fingerprint_tells_groups_apart() -> None:
     ]
     assert len({one.fingerprint for one in kinds}) == len(kinds)
     assert groups(columns=["slide_id"]).fingerprint == kinds[0].fingerprint
+
+
+def test_draws_of_slides_are_those_of_earlier_versions() -> None:
+    """Fingerprint and draws that were recorded before columns of tiles could be balanced: runs go on as they began."""
+    kinds = {
+        "ee8635529dcf610e 736aa0ed3ebc40a5": {"columns": ["centre", "slide_id"], "temperature": 0.5},
+        "103ac359a5602e98 48079522727fce7f": {"columns": ["slide_id"], "per_slide": 6, "seed": 3},
+        "91eb4fc36fafc6b4 fb8312d7fb4321b4": {
+            "columns": ["centre"],
+            "weighted": "slide_id",
+            "weights": {"a1": 2.5, "b1": 0.0},
+        },
+    }
+    for recorded, settings in kinds.items():
+        found = groups(100, **settings)
+        sampler = GroupSampler(found, 5)
+        draws = np.array([sampler(draw, attempt) for draw in range(1000) for attempt in (0, 1)], np.int64)
+        assert f"{found.fingerprint[:16]} {hashlib.sha256(draws.tobytes()).hexdigest()[:16]}" == recorded
