@@ -38,8 +38,7 @@ def address(painted, features, tmp_path_factory):
     from dino.viewer.pixels import SlidePixels
     from dino.viewer.server import Viewer, build_app
 
-    if not (painted / "features_second").exists():
-        write_features(painted, "second", seed=1)
+    write_features(painted, "second", seed=1)
     catalogue = read_catalogue(painted)
     encoders = {name: EncoderFeatures(catalogue, name, 4) for name in ("random", "second")}
     folder = tmp_path_factory.mktemp("maps")
@@ -59,6 +58,7 @@ def address(painted, features, tmp_path_factory):
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/?token={TOKEN}"
         server.should_exit = True
         thread.join()
+    shutil.rmtree(painted / "features_second")  # the ROOT is that of other tests too
 
 
 @pytest.fixture(scope="module")
