@@ -284,7 +284,7 @@ class EvaluateConfig:
         "or mean (of those that there are labels for)",
     )
     every_steps: int = runtime(
-        0, "steps between evaluations, 0 for one per epoch, or fewer if they took over 5 % of the time"
+        0, "steps between evaluations, 0 for one per epoch, or fewer where they would take over 5 % of the operations"
     )
     k: list[int] = runtime(
         [20], "numbers of neighbours; the score for the first one selects best.pt, and robustness counts as many"

@@ -153,12 +153,6 @@ class Groups:
         """``(G,)`` number of samples of each group that may be drawn."""
         return np.diff(self.kept[self.first_slide])
 
-    @cached_property
-    def group_of(self) -> dict[str | None, int]:
-        """Group of each slide, without columns of tiles."""
-        groups = np.repeat(np.arange(len(self)), np.diff(self.first_slide))
-        return dict(zip(self.slide_ids, groups.tolist(), strict=True))
-
     def label(self, group: int) -> str:
         """A group's values as one text."""
         return " / ".join(self.names[group]) or "all"

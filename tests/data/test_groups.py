@@ -64,7 +64,7 @@ def test_weights_apply_where_their_column_distinguishes_groups() -> None:
     def share(**settings: object) -> dict[str, float]:
         found = groups(10**6, **settings)
         by_centre: Counter[str] = Counter()
-        for slide, number in found.group_of.items():
+        for slide, number in group_of(found).items():
             by_centre[CENTRES[slide]] += found.shares[number] / np.diff(found.first_slide)[number]
         return by_centre
 
@@ -107,11 +107,17 @@ def test_draws_are_those_of_a_direct_implementation(settings: dict) -> None:
         drawn: Counter[int] = Counter()
         for slot in range(found.cycle):
             index = sampler(cycle * found.cycle + slot)
-            group = found.group_of[SLIDES[index]]
+            group = group_of(found)[SLIDES[index]]
             left[group] = left.get(group) or set(items[group])
             left[group].remove(index)  # raises if it was drawn before the others of its group
             drawn[group] += 1
         assert [drawn[group] for group in range(len(found))] == found.slots.tolist()
+
+
+def group_of(found: Groups) -> dict[str | None, int]:
+    """Group of each slide."""
+    numbers = np.repeat(np.arange(len(found)), np.diff(found.first_slide))
+    return dict(zip(found.slide_ids, numbers.tolist(), strict=True))
 
 
 def _members(found: Groups) -> dict[int, list[int]]:
@@ -124,7 +130,7 @@ def _members(found: Groups) -> dict[int, list[int]]:
         if count < len(own):
             seed = randomness.mixed(found.seed, f"subset/{slide}")
             own = [own[randomness.permuted(seed, i, len(own))] for i in range(count)]
-        members[found.group_of[slide]] += own
+        members[group_of(found)[slide]] += own
     return members
 
 
@@ -158,7 +164,7 @@ def test_replacements_are_of_the_same_group() -> None:
 
 def test_the_subset_of_a_slide_depends_on_the_seed_and_the_slide_alone() -> None:
     def subset(found: Groups, slide: str) -> set[int]:
-        group = found.group_of[slide]
+        group = group_of(found)[slide]
         return {i for i in (found.index(group, item) for item in range(found.counts[group])) if SLIDES[i] == slide}
 
     by_slide = subset(groups(columns=["slide_id"], per_slide=6), "a2")
