@@ -49,6 +49,7 @@ SQUARES = {  # the masks of nanopath (MedARC)
     "objective.mask_probability": 1.0,
     "objective.mask_ratio": [0.34, 0.4],
 }
+PARTS = ("ibot", "regression", "koleo", "kde")
 # What each recipe adds to the small recipe of benchmarks/crc5.py, which is DINO.
 RECIPES: dict[str, dict[str, Any]] = {
     "dino": {},
@@ -58,6 +59,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "koleo 0.01": {"objective.koleo": 0.01},
     "ibot": {"objective.ibot": 1.0},
     "ibot 0.3": {"objective.ibot": 0.3},
+    "ibot 0.1": {"objective.ibot": 0.1},
+    "ibot separate": {"objective.ibot": 1.0, "objective.ibot_head": "separate"},
+    # Nearly no weight: what the masks alone do to the loss of DINO.
+    "masked": {"objective.ibot": 1e-6, "objective.ibot_head": "separate"},
+    "masked squares": {"objective.regression": 1e-6, **SQUARES},
     "ibot+kde": {"objective.ibot": 1.0, "objective.kde": 0.01},
     "ibot+kde+sinkhorn": {"objective.ibot": 1.0, "objective.kde": 0.01, "objective.targets": "sinkhorn"},
     "sinkhorn": {"objective.targets": "sinkhorn"},
@@ -89,8 +95,13 @@ def measure_costs(data: Path, output: Path, recipes: Sequence[str]) -> None:
 
 
 def cost_of(recipe: str, costs: Mapping[str, float]) -> float:
-    """Relative seconds per step of a recipe, or of one with the same parts and other weights."""
-    return costs.get(recipe) or next(cost for name, cost in costs.items() if {*RECIPES[name]} == {*RECIPES[recipe]})
+    """Relative seconds per step of a recipe, or of one with the same parts and other settings of these."""
+    return costs.get(recipe) or next(cost for name, cost in costs.items() if parts(name) == parts(recipe))
+
+
+def parts(recipe: str) -> set[str]:
+    """The parts of the objective that a recipe adds to DINO, and ``targets`` where they are others."""
+    return {key for key in RECIPES[recipe] if key.removeprefix("objective.") in {*PARTS, "targets"}}
 
 
 def train_and_score(data: Path, output: Path, recipe: str, seed: int, budget: float, cost: float) -> dict[str, Any]:
