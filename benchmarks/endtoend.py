@@ -153,7 +153,7 @@ def run(setting: Setting) -> Iterator[Row]:
     for plan, rounds in plans(tiles, setting):
         setting.notice(f"{plan.task.arch} from JPEG files, batch {plan.task.batch}, {plan.workers} worker processes")
         ours = OurTurn(plan)
-        theirs = TheirTurn(plan, paths, their_step(plan.task, ours.trainer, "fp16" if setting.on_gpu else "bf16"))
+        theirs = TheirTurn(plan, paths, their_step(plan.task, ours.trainer, setting.original_precision))
         results = [(ours(), theirs()) for _ in setting.rounds(rounds)]
         row = Duel([a[0] for a, _ in results], [b[0] for _, b in results]).row(
             f"from JPEG {plan.task.arch}",

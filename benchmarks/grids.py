@@ -93,7 +93,7 @@ def training(setting: Setting, paths: list[Path]) -> Row:
     setting.notice(f"{arch} from grids, batch {task.batch}, {workers} worker processes")
     ours = Ours(paths[0].parent, paths, task.batch, setting.device)
     trainer = our_trainer(task, setting.device, "bf16", ours.crops, lambda first, last: ours.loaded(workers))
-    step = their_step(task, trainer, "fp16" if setting.on_gpu else "bf16")
+    step = their_step(task, trainer, setting.original_precision)
     slow = loader(GridViews(paths, GRID_SIDE, ours.crops.draw), task.batch, workers)
     feed = chain.from_iterable(repeat(slow))  # pass after pass
 

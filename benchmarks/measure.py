@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from dino.precision import casts_to_bf16
+
 Work = Callable[[], Any]
 Clock = Callable[[], float]
 
@@ -44,6 +46,16 @@ class Setting:
     def on_gpu(self) -> bool:
         """Whether the device is a GPU."""
         return self.device.type == "cuda"
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether bf16 runs compute in bf16 on this device."""
+        return casts_to_bf16("bf16", self.device)
+
+    @property
+    def original_precision(self) -> str:
+        """Fastest precision of the original: fp16 with a loss scaler on a GPU; CPUs have no fast fp16, not all bf16."""
+        return "fp16" if self.on_gpu else "bf16" if self.has_bf16 else "fp32"
 
     def rounds(self, count: int) -> Iterator[int]:
         """Up to ``count`` round numbers: one when quick, fewer once the deadline has passed."""
@@ -242,11 +254,11 @@ def flops(work: Work) -> float:
 
 
 def limits(setting: Setting) -> dict[str, float]:
-    """Measured limits of the machine: matrix products in bf16 and fp32 (GFLOP/s), and copies (GB/s, read and write)."""
+    """Measured limits of the machine: matrix products (GFLOP/s, bf16 where it has it) and copies (GB/s, both ways)."""
     side = setting.size(cpu=2048, gpu=8192, quick=128)
     numbers = setting.size(cpu=2**26, gpu=2**29, quick=2**16)
     found = {}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+    for name, dtype in {**({"bf16": torch.bfloat16} if setting.has_bf16 else {}), "fp32": torch.float32}.items():
         left, right = (torch.randn(side, side, device=setting.device).to(dtype) for _ in range(2))
         found[f"matmul_{name}_gflops"] = 2e-9 * side**3 / _best(lambda a=left, b=right: a @ b, setting.device)
     source = torch.zeros(numbers, device=setting.device)

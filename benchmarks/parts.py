@@ -36,7 +36,7 @@ def with_parts(task: Task, parts: dict[str, Any]) -> Task:
 def run(setting: Setting) -> Iterator[Row]:
     """Two rows for each set of parts."""
     base = SMALL if setting.quick else Task("vit_small", setting.size(16, 256, 0))
-    precision = "fp16" if setting.on_gpu else "bf16"  # as in the benchmark of the step
+    precision = setting.original_precision  # as in the benchmark of the step
     views = random_views(base.batch, base.input_dim, base.groups, setting.device)
     for name, parts in SETS.items():
         setting.notice(f"{name}: checking our step against the plain one")

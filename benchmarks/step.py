@@ -34,7 +34,7 @@ def tasks(setting: Setting) -> Iterator[tuple[Task, int, float | None]]:
 
 def run(setting: Setting) -> Iterator[Row]:
     """Each network against the reference, and against facebookresearch/dino if a checkout is given."""
-    precision = "fp16" if setting.on_gpu else "bf16"  # the original's, with its loss scaler; CPUs have no fast fp16
+    precision = setting.original_precision
     makes: dict[str, Make] = {"the original algorithm, eager": partial(their_step, precision=precision)}
     if setting.facebook_dino is not None:
         makes[FACEBOOK] = partial(facebook.step, checkout=setting.facebook_dino, precision=precision)

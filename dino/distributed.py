@@ -305,24 +305,3 @@ def choose_device(name: str) -> torch.device:
             "fewer processes"
         )
     return torch.device("cuda", index)
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """Check that the device supports ``precision``.
-
-    Args:
-        precision: ``bf16``, ``fp32`` or ``fp64``.
-        device: As returned by :func:`choose_device`.
-
-    Raises:
-        ConfigError: If it is a GPU too old for bf16.
-    """
-    if device.type != "cuda" or precision != "bf16":
-        return
-    with torch.cuda.device(device):
-        supported = torch.cuda.is_bf16_supported(including_emulation=False)
-    if not supported:
-        raise ConfigError(
-            f"expected a GPU that supports bf16 (compute capability 8.0 or higher), found "
-            f"{torch.cuda.get_device_name(device)} as {device}; set precision=fp32 (in pretrain speed.precision=fp32)"
-        )

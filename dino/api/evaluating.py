@@ -82,9 +82,8 @@ def on_all_processes(
     """
     if config.resamples < 0 or not models:
         raise ConfigError(f"expected a model and resamples of 0 or more, found {len(models)} and {config.resamples}")
-    check_settings(config.precision, config.batch_size, config.num_workers)
     device = distributed.choose_device(config.device)
-    distributed.check_precision(config.precision, device)
+    check_settings(config.precision, config.batch_size, config.num_workers, device)
     with distributed.process_group(device, TIMEOUT_MINUTES):
         if device.type == "cuda":
             torch.cuda.set_device(device)

@@ -43,11 +43,11 @@ def extract(model: str, root: str | Path, config: ExtractConfig) -> ExtractSumma
         CheckpointError: If the model cannot be loaded.
         ConfigError: If a setting is invalid, or another extraction into the same folders is running in ROOT.
     """
-    check_settings(config.precision, config.batch_size, config.num_workers)
+    device = distributed.choose_device(config.device)
+    check_settings(config.precision, config.batch_size, config.num_workers, device)
     if config.encoder is not None:
         checked(config.encoder)
-    root, device = Path(root), distributed.choose_device(config.device)
-    distributed.check_precision(config.precision, device)
+    root = Path(root)
     if not root.is_dir():
         raise DataError(f"expected a folder at {root}, found {'a file' if root.exists() else 'nothing'}")
     with distributed.process_group(device, TIMEOUT_MINUTES):

@@ -60,13 +60,12 @@ def attention(models: Sequence[str], root: Path, output: Path | None, config: At
         ConfigError: If a setting is invalid, tifffile is not installed, or there is no level-1 model.
         DataError: If ROOT does not contain what the models need, or the disk cannot be written.
     """
-    check_settings(config.precision, config.batch_size, config.num_workers)
+    device = distributed.choose_device(config.device)
+    check_settings(config.precision, config.batch_size, config.num_workers, device)
     if config.offsets < 1 or config.stride < 1:
         raise ConfigError(f"expected offsets and stride of at least 1, found {config.offsets} and {config.stride}")
     if config.method not in METHODS:
         raise ConfigError(f"expected method {' or '.join(METHODS)}, found '{config.method}'")
-    device = distributed.choose_device(config.device)
-    distributed.check_precision(config.precision, device)
     with distributed.process_group(device, TIMEOUT_MINUTES):
         return _attention(models, root, output, config, device)
 

@@ -16,7 +16,7 @@ from dino.api.rehearsal import dry_run, profile
 from dino.api.run import Run
 from dino.config.schema import ExtendConfig, PatchConfig, PretrainConfig, RegionConfig
 from dino.errors import ConfigError, DinoError, OutOfMemory, ProcessesLost, Stopped
-from dino.files import oserror_to_data_error
+from dino.precision import check_precision
 from dino.train.failure import record_failure
 from dino.train.loop import NonFiniteStep, Trainer
 from dino.train.run_folder import RunFolder, RunReader
@@ -64,6 +64,7 @@ def pretrain(config: PatchConfig | RegionConfig, extend: ExtendConfig | None = N
     if not config.output_dir and not rehearsal:
         raise ConfigError("expected a run folder, found none; name RUN (output_dir=…)")
     device = distributed.choose_device(config.speed.device)
+    check_precision(config.speed.precision, device)
     with distributed.process_group(device, config.speed.timeout_minutes), _memory_advised(config):
         if rehearsal and extend is None:
             return _rehearse(Run(config, device))
@@ -84,7 +85,7 @@ def pretrain(config: PatchConfig | RegionConfig, extend: ExtendConfig | None = N
             return _report_end(folder)
         _announce(run, folder.warn)
         trainer = run.trainer()  # before the folder is claimed, so that a failure here leaves no files
-        with oserror_to_data_error(folder.path), folder.lock.held():
+        with folder.held():
             run.claim(folder)  # checks once more: another run may have started and ended since
             with _end_recorded(run, trainer, folder):
                 checkpoints = run.checkpoints(folder)

@@ -79,9 +79,6 @@ class Run:
         training = config.training
         if training.batch_size_per_gpu < 1 or training.gradient_accumulation < 1:
             raise ConfigError("expected training.batch_size_per_gpu and training.gradient_accumulation of at least 1")
-        if config.speed.precision not in distill.DTYPES:
-            raise ConfigError(f"expected speed.precision bf16, fp32 or fp64, found '{config.speed.precision}'")
-        distributed.check_precision(config.speed.precision, device)
         if training.clip_mode not in CLIP_MODES:
             raise ConfigError(f"expected training.clip_mode {' or '.join(CLIP_MODES)}, found '{training.clip_mode}'")
         self.layout = Layout(

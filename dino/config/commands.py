@@ -71,7 +71,7 @@ class ExtractConfig:
     pretrained: bool = identity(True, "for timm:NAME: load timm's weights (false: random initialisation)")
     slides: str | None = runtime(None, "folder or slides.csv of the slides, if they were moved after tiling")
     grid_order: str = identity("yx", "order of the rows in .pt files without regions.csv: yx (row-major) or xy")
-    precision: str = identity("bf16", "bf16 (autocast), fp32 or fp64")
+    precision: str = identity("bf16", "bf16 (autocast; fp32 on a CPU without it), fp32 or fp64")
     batch_size: int = runtime(64, "tiles (level 2: regions) per forward pass")
     num_workers: int = runtime(2, "threads that read and decode pixels")
     device: str = runtime("auto", "auto, cpu, cuda or cuda:N")

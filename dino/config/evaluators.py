@@ -39,7 +39,7 @@ class EvaluationConfig(ScoringConfig):
         "accept test slides or patients that were used for pretraining, and test rows that chose the checkpoint (noted "
         "in every table)",
     )
-    precision: str = runtime("bf16", "bf16 (autocast), fp32 or fp64")
+    precision: str = runtime("bf16", "bf16 (autocast; fp32 on a CPU without it), fp32 or fp64")
     batch_size: int = runtime(64, "images per forward pass")
     num_workers: int = runtime(2, "threads that read and decode images")
     cache: str = runtime("auto", "where features are kept: auto (~/.cache/histodino), none, or a folder")

@@ -59,7 +59,7 @@ class AttentionConfig:
     stride: int = runtime(1, "distance in cells of the regions that level 2 looks at; overlaps are averaged in place")
     arch: str | None = runtime(None, "architecture of an external checkpoint, if its number of heads is not dim/64")
     transform: str = runtime("auto", "normalisation: auto (recorded in the checkpoint), imagenet, hipt or timm")
-    precision: str = runtime("bf16", "bf16 (autocast), fp32 or fp64")
+    precision: str = runtime("bf16", "bf16 (autocast; fp32 on a CPU without it), fp32 or fp64")
     batch_size: int = runtime(64, "tiles or regions per forward pass")
     num_workers: int = runtime(2, "threads that read pixels")
     device: str = runtime("auto", "auto, cpu, cuda or cuda:N")

@@ -233,7 +233,7 @@ class SpeedConfig:
     """Device, precision and data loading; nothing here changes which crops are drawn."""
 
     device: str = runtime("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = identity("bf16", "bf16 (autocast), fp32 or fp64")
+    precision: str = identity("bf16", "bf16 (autocast; fp32 on a CPU without it), fp32 or fp64")
     num_workers: int = runtime(4, "worker processes that load samples and draw crop parameters")
     prefetch: int = runtime(2, "batches that each worker prepares in advance")
     compile: str = runtime("auto", "torch.compile of the blocks: true, false, or auto (on a GPU); changes rounding")

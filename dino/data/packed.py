@@ -25,6 +25,7 @@ from dino.data.caches import cache_folders, locked
 from dino.data.grids import GridEntry, Survey, check_bad_fraction, read_cells, survey
 from dino.errors import ConfigError, DataError
 from dino.files import atomic_path, printable, read_json, stamp, write_json
+from dino.precision import casts_to_bf16
 
 FORMAT = 1
 INDEX = "grids.json"
@@ -94,7 +95,8 @@ class PackedGrids:
 
 def grid_dtype(speed: RegionSpeedConfig) -> torch.dtype:
     """Type of the grids of a run: that to which autocast rounds the input of the first layer, at half the bytes."""
-    return torch.bfloat16 if speed.precision == "bf16" else torch.float32
+    device = distributed.choose_device(speed.device)
+    return torch.bfloat16 if casts_to_bf16(speed.precision, device) else torch.float32
 
 
 def prepare_grids(

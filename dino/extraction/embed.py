@@ -20,8 +20,8 @@ from dino.errors import ConfigError, DataError
 from dino.models.backbone import Backbone
 from dino.models.inputs import TILE_SIZE_PX
 from dino.models.weights import LoadedBackbone
+from dino.precision import autocast, casts_to_bf16, check_precision
 
-PRECISIONS = ("bf16", "fp32", "fp64")
 CLS, CLS_MEAN, PATCHES = "cls", "cls+mean", "patches"
 FEATURES = (CLS, CLS_MEAN, PATCHES)
 ATTENTION = "attention"  # of the cls token in the last block
@@ -34,16 +34,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def check_settings(precision: str, batch_size: int, num_workers: int) -> None:
+def check_settings(precision: str, batch_size: int, num_workers: int, device: torch.device) -> None:
     """Check the settings that every command which embeds has.
 
     Raises:
-        ConfigError: If one is invalid.
+        ConfigError: If one is invalid, or the device does not support the precision.
     """
-    if precision not in PRECISIONS or batch_size < 1 or num_workers < 0:
+    check_precision(precision, device)
+    if batch_size < 1 or num_workers < 0:
         raise ConfigError(
-            f"expected precision {', '.join(PRECISIONS)}, batch_size of at least 1 and num_workers of at least 0, "
-            f"found {precision}, {batch_size} and {num_workers}"
+            f"expected batch_size of at least 1 and num_workers of at least 0, found {batch_size} and {num_workers}"
         )
 
 
@@ -168,12 +168,11 @@ def embed_batches(
         ``attention``, ``(B, heads * N)``: that of the cls token over the patch tokens in the last block; for
         ``rollout``, ``(B, N)``: that through all blocks.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"expected precision bf16, fp32 or fp64, found '{precision}'")
+    check_precision(precision, device)
     with _inference(backbone, device, precision) as dtype:
 
         def forward(batch: Tensor) -> Tensor:
-            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with torch.inference_mode(), autocast(precision, device):
                 inputs = normalise(batch.to(device, non_blocking=True)).to(dtype)
                 return _features(backbone, inputs, features).float().cpu()
 
@@ -307,7 +306,7 @@ def _inference(backbone: Backbone, device: torch.device, precision: str) -> Iter
     backbone.to(device).eval()
     if precision == "fp64":
         backbone.double()
-    exact = {p: p.data for p in _cast_by_autocast(backbone)} if precision == "bf16" else {}
+    exact = {p: p.data for p in _cast_by_autocast(backbone)} if casts_to_bf16(precision, device) else {}
     dtype = next(backbone.parameters()).dtype
     for parameter, values in exact.items():
         parameter.data = values.bfloat16()  # once, instead of by autocast for every batch

@@ -1,7 +1,7 @@
 """The only training loop: batches to views, views to gradients, one optimizer step after another."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from dino.crops.resample import to_device
 from dino.data.loader import Batch
 from dino.errors import DataError, Stopped, TrainingFault
 from dino.objectives import Inputs, Masked, Outputs
+from dino.precision import autocast, casts_to_bf16
 from dino.signals import StopSignal
 from dino.train.distill import DTYPES, SelfDistillation
 from dino.train.optimizer import Length, SegmentedSchedules, StepValues, clip_gradients, gated_step
@@ -270,12 +271,13 @@ class Trainer:
         with self.span(CROPS):
             views = self.crops.apply(pixels, batch.parameters)
             # Autocast accepts any dtype; bf16 views would only be copied to fp32 and back.
-            views = views if self.precision == "bf16" else [view.to(dtype) for view in views]
+            if not casts_to_bf16(self.precision, self.device):
+                views = [view.to(dtype) for view in views]
             return Inputs(views, keep, masked)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Precision of forward passes."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        return autocast(self.precision, self.device)
 
     def _flags(self, broken: Tensor, stop: StopSignal, bad: bool) -> Tensor:
         """(broken, stop, save, bad) as one small tensor that all processes agree on."""

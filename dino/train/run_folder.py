@@ -14,7 +14,17 @@ from dino import distributed, progress
 from dino.config.load import load_config
 from dino.config.schema import LEVEL_CONFIGS, PatchConfig, RegionConfig
 from dino.errors import CheckpointError, ConfigError
-from dino.files import append_text, csv_text, leftovers, read_json, read_json_lines, sync, write_json, write_text
+from dino.files import (
+    append_text,
+    csv_text,
+    leftovers,
+    oserror_to_data_error,
+    read_json,
+    read_json_lines,
+    sync,
+    write_json,
+    write_text,
+)
 from dino.lock import LOCK, RunLock
 from dino.models.checkpoint import resolve_run
 from dino.models.grid_source import KEY, UNKNOWN, GridSource, check_same_source
@@ -200,6 +210,17 @@ class RunFolder(RunReader):
         self._status: dict[str, Any] = self.status()
         self._unwritten: list[str] = []  # lines of the log
         self._quarantined = -1 if (path / "quarantine.csv").exists() else 0  # rows in the file; -1: unknown
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder's lock.
+
+        Raises:
+            ConfigError: If another process holds it.
+            DataError: If the folder cannot be written to.
+        """
+        with oserror_to_data_error(self.path), self.lock.held():
+            yield
 
     def is_over(self) -> bool:
         """True when the run was complete as this object last read or wrote its status, on every process alike."""

@@ -254,9 +254,20 @@ def opened(folder: Path, **settings: object) -> tuple[bool, bool]:
 
 
 @pytest.mark.parametrize(("precision", "bytes_each"), [("bf16", 2), ("fp32", 4), ("fp64", 4)])
-def test_packed_grids_have_the_precision_of_the_run(folder: Path, precision: str, bytes_each: int) -> None:
+def test_packed_grids_have_the_precision_of_the_run(
+    folder: Path, precision: str, bytes_each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dino.precision.cpu_has_bf16", lambda: True)
     opened(folder, **{"speed.precision": precision})
     assert [path.stat().st_size for path in folder.rglob("*.bin")] == [3 * 16 * 3 * bytes_each]
+
+
+def test_grids_are_not_rounded_for_a_cpu_that_computes_bf16_runs_in_fp32(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dino.precision.cpu_has_bf16", lambda: False)
+    opened(folder, **{"speed.precision": "bf16"})
+    assert [path.stat().st_size for path in folder.rglob("*.bin")] == [3 * 16 * 3 * 4]
 
 
 def packed_files(root: Path) -> list[str]:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_runs import assert_same_bits, command, config, last, metrics
 
-from dino import distributed
 from dino.api import pretrain
 from dino.api.pretraining import memory_advice
 from dino.errors import ConfigError, OutOfMemory
+from dino.precision import check_precision
 
 REASON = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
 
@@ -105,11 +105,11 @@ def test_bf16_on_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     with pytest.raises(ConfigError, match=r"compute capability 8\.0.*Tesla V100 as cuda:1.*precision=fp32"):
-        distributed.check_precision("bf16", old)
-    distributed.check_precision("fp32", old)
-    distributed.check_precision("bf16", torch.device("cpu"))
+        check_precision("bf16", old)
+    check_precision("fp32", old)
+    check_precision("bf16", torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    distributed.check_precision("bf16", old)
+    check_precision("bf16", old)
 
 
 def compiled_by(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:

@@ -25,6 +25,7 @@ from tiny_runs import (
 from dino.api import levels, pretrain
 from dino.data.packed import GridFiles
 from dino.errors import ConfigError, DataError, TrainingFault
+from dino.precision import _say_that_fp32_is_used
 from dino.train.loop import Trainer
 
 
@@ -130,6 +131,7 @@ def test_packed_grids_do_not_change_the_bits(grids: Path, tmp_path: Path, precis
 def test_grids_in_bf16_do_not_change_the_bits_of_a_bf16_run(
     grids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("dino.precision.cpu_has_bf16", lambda: True)
     pretrain(config(grids, tmp_path / "rounded", **{"speed.precision": "bf16"}))
     monkeypatch.setattr(levels, "GridFiles", lambda *values: GridFiles(*values[:3]))
     pretrain(config(grids, tmp_path / "exact", **{"speed.precision": "bf16"}))
@@ -137,6 +139,18 @@ def test_grids_in_bf16_do_not_change_the_bits_of_a_bf16_run(
     assert len(names) == 1  # the second run has packed its own, of twice the size
     assert (grids / ".histodino" / names.pop()).stat().st_size == 12 * 36 * 10 * 4
     assert_same_bits(tmp_path / "rounded", tmp_path / "exact")
+
+
+def test_a_bf16_run_on_a_cpu_without_it_is_an_fp32_run_that_says_so(
+    tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dino.precision.cpu_has_bf16", lambda: False)
+    _say_that_fp32_is_used.cache_clear()
+    for precision in ("bf16", "fp32"):
+        pretrain(config(tiles, tmp_path / precision, **{"speed.precision": precision}))
+    assert capsys.readouterr().out.count("this CPU does not compute in bf16 (it has no AVX-512): using fp32") == 1
+    one, other = (last(tmp_path / precision)["student"] for precision in ("bf16", "fp32"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def test_accumulation_gives_the_run_of_the_whole_batch(tiles: Path, tmp_path: Path) -> None:
