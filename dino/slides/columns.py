@@ -1,6 +1,7 @@
 """Columns of large tables, a piece of the table at a time: from CSV by pandas, from parquet by pyarrow."""
 
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,20 +73,33 @@ def _csv_pieces(path: Path, texts: Sequence[str], numbers: Mapping[str, type], r
 
 
 def _parquet_pieces(path: Path, texts: Sequence[str], numbers: Mapping[str, type], rows: int) -> Iterator[Columns]:
-    with pyarrow_parquet(path).ParquetFile(path, read_dictionary=list(texts)) as file:
+    parquet, pa = pyarrow_parquet(path), import_extra("pyarrow", str(path), "parquet")
+    with parquet.ParquetFile(path, read_dictionary=list(texts)) as file:
         missing = {*texts, *numbers} - {*file.schema_arrow.names}
         if missing:
             raise ValueError(f"no column {', '.join(sorted(missing))}")
         for batch in file.iter_batches(rows, columns=[*texts, *numbers]):
             found: Columns = {}
             for name, kind in numbers.items():
-                found[name] = batch.column(name).to_numpy(zero_copy_only=False).astype(kind, copy=False)
+                column = batch.column(name).cast(pa.from_numpy_dtype(kind))  # ValueError for 0.5 as int64
+                if column.null_count and kind is not np.float64:  # of float64 it is NaN
+                    raise ValueError(f"{column.null_count} empty cells in column {name}")
+                found[name] = column.to_numpy(zero_copy_only=False)
             for name in texts:
                 column = batch.column(name)
                 column = column if hasattr(column, "dictionary") else column.dictionary_encode()
-                found[name] = column.indices.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
-                found[f"{name}/values"] = np.array(column.dictionary.to_pylist(), object)
+                values = [_as_text(value) for value in column.dictionary.to_pylist()]
+                if column.null_count:
+                    values.append("")
+                codes = column.indices.cast("int64").fill_null(len(values) - 1)
+                found[name] = codes.to_numpy(zero_copy_only=False)
+                found[f"{name}/values"] = np.array(values, object)
             yield found
+
+
+def _as_text(value: Any) -> str:
+    """A value as pandas writes it into a CSV, so that both kinds of tables have the same texts."""
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
 
 
 def write_parquet(path: Path, lines: Iterator[bytes], numbers: Mapping[str, type]) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from dino.errors import DataError
@@ -80,6 +81,54 @@ def test_columns_of_tiles_are_those_of_their_rows(tmp_path: Path, monkeypatch: p
         assert one.tissue.tolist() == [row.tissue for row in own]
         assert list(one.annotations) == [row.annotation for row in own]
     assert tables.read_tile_spacings(tmp_path) == dict.fromkeys(found, 0.499)
+
+
+def test_a_table_that_was_edited_with_pandas_is_read_alike_from_both_files(tmp_path: Path) -> None:
+    """Empty cells, categories and columns of numbers: all further columns are texts."""
+    pytest.importorskip("pyarrow")
+    frame = pd.DataFrame({"slide_id": [7, 7, 8, 8], "x": [0, 256, 0, 256], **dict.fromkeys(tables.TILE_NUMBERS, 1)})
+    frame["tissue"] = [0.5, float("nan"), 1.0, 0.25]
+    further = {
+        "text": ["a", None, "b", ""],
+        "kind": pd.Categorical(["u", "v", None, "u"]),
+        "cluster": [0, 1, 2, 0],
+        "score": [0.0, 1.5, float("nan"), 2.0],
+        "good": [True, False, True, False],
+        "blank": [None] * 4,
+    }
+    frame = frame.assign(**further)
+    found = []
+    for kind in ("csv", "parquet"):
+        root = tmp_path / kind
+        root.mkdir()
+        frame.to_csv(root / "tiles.csv", index=False, na_rep="")
+        if kind == "parquet":
+            frame.to_parquet(root / "tiles.parquet", engine="pyarrow", index=False)
+        numbers = {name: tables.TILE_NUMBERS[name] for name in ("x", "y", "step_lv0")}  # a CSV needs the others
+        pieces = tables.tile_chunks(root, list(further), numbers)
+        found.append([(slide, {name: columns[name].tolist() for name in columns}) for slide, columns in pieces])
+    assert found[0] == found[1] and [slide for slide, _ in found[0]] == ["7", "8"]
+    assert found[0][0][1]["cluster"] == ["0", "1"] and found[0][0][1]["text"] == ["a", ""]
+    assert np.isnan(tables.read_slide_tiles(tmp_path / "parquet")["7"].tissue).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "message"),
+    [
+        ("x", [0, None], "1 empty cells in column x"),
+        ("x", [0, 0.5], "0.5.* was truncated"),
+        ("y", ["0", "down"], "'down'"),
+        ("slide_id", ["a", None], "'' cannot be a slide's name"),
+    ],
+)
+def test_cells_of_parquet_that_a_csv_could_not_have_are_refused(
+    tmp_path: Path, column: str, cells: list, message: str
+) -> None:
+    pytest.importorskip("pyarrow")
+    frame = pd.DataFrame({"slide_id": ["a", "a"], **dict.fromkeys(tables.TILE_NUMBERS, 1), column: cells})
+    frame.to_parquet(tmp_path / "tiles.parquet", engine="pyarrow", index=False)
+    with pytest.raises(DataError, match=f"tiles.parquet as written by .*{message}"):
+        list(tables.tile_chunks(tmp_path))
 
 
 def test_a_large_table_is_written_only_where_slides_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
