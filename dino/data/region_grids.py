@@ -76,11 +76,13 @@ def lattice(coords: np.ndarray, step: int) -> np.ndarray:
         step: Distance of cells in level-0 px.
 
     Returns:
-        ``(H, W)`` row of each cell's tile; -1 where there is none.
+        ``(H, W)`` row of each cell's tile; -1 where there is none. Without tiles, H and W are 0.
 
     Raises:
         DataError: If tiles are not on one lattice, or two are on one cell.
     """
+    if not len(coords):
+        return np.empty((0, 0), np.int64)
     cells, rest = np.divmod(coords - coords.min(0), step)
     if rest.any():
         raise DataError(

@@ -65,9 +65,10 @@ def test_grids_hold_the_features_of_their_places(tmp_path: Path) -> None:
     assert len(firsts) == 5
 
 
-def test_a_slide_that_is_too_small_has_no_region(tmp_path: Path) -> None:
-    write(tmp_path / "s.h5", np.ones((3, 9), bool))
-    assert open_regions(tmp_path / "s.h5", 4).shape == (0, 16, DIM)
+def test_a_slide_that_is_too_small_or_has_no_tiles_has_no_region(tmp_path: Path) -> None:
+    for name, cells in (("small", np.ones((3, 9), bool)), ("empty", np.zeros((9, 9), bool))):
+        write(tmp_path / f"{name}.h5", cells)
+        assert open_regions(tmp_path / f"{name}.h5", 4).shape == (0, 16, DIM)
 
 
 def test_what_forms_no_lattice_is_refused(tmp_path: Path) -> None:
