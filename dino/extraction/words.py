@@ -199,7 +199,7 @@ def read_table(path: Path, count: int) -> list[dict[str, str]]:
         row = dict(zip(columns, cells, strict=False))
         if not any(cell.strip() for cell in cells):
             continue
-        number = row[WORD].strip()
+        number = row.get(WORD, "").strip()
         if not number.isdecimal() or not 1 <= int(number) <= count:
             raise DataError(f"{path}, line {lines.line_num}: expected a word from 1 to {count}, found '{number[:50]}'")
         if rows[int(number) - 1]:

@@ -198,6 +198,7 @@ def test_bad_input_is_one_line_and_loses_nothing(root):
         ("word,label\n1,a\n", "expected columns word and name in .*found word, label"),
         ("word,name\n9,a\n", "line 2: expected a word from 1 to 4, found '9'"),
         ("word,name\n1,a\n1,b\n", "line 3: expected each word once, found 1 again"),
+        ("name,word\na,1\nb\n", "line 3: expected a word from 1 to 4, found ''"),
     ):
         table.write_text(content)
         with pytest.raises(DataError, match=message):
