@@ -1,14 +1,14 @@
 """Folders for what is computed once from a data folder: beside the data, else in the user's cache."""
 
-import fcntl
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from dino import progress
+from dino.files import hold_file
 
 AUTO, NONE = "auto", "none"  # values of speed.cache_dir
 CACHE_FOLDER = ".histodino"  # beside the data; hidden, so that lists of images and grids leave it out
@@ -43,15 +43,18 @@ def locked(cache: Path, work: str) -> Iterator[bool]:
     Yields:
         Whether the lock is held. Some cluster file systems do not support locks: there each process works by itself,
         which is safe, because files are written atomically, and only takes longer.
+
+    Raises:
+        OSError: If the folder cannot be written.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    with (cache / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    (cache / LOCK).touch()
+    try:
+        lock = hold_file(cache / LOCK, wait=False)
+        if lock is None:
             progress.say(f"another process is {work} into {cache}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
-        yield True
+            lock = hold_file(cache / LOCK)
+    except OSError:
+        lock = None
+    with lock or nullcontext():
+        yield lock is not None

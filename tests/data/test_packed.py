@@ -1,6 +1,7 @@
 """Packed grids: the same samples as from the files, packed once, and again after any change of the files."""
 
 import errno
+import fcntl
 import os
 import pickle
 import threading
@@ -13,7 +14,7 @@ import torch
 
 from dino.config.load import load_config
 from dino.config.schema import RegionConfig
-from dino.data import caches, packed
+from dino.data import packed
 from dino.data.datasets import BadSample, GridDataset
 from dino.data.grids import GridEntry, survey
 from dino.data.packed import GridFiles, PackedGrids, find_packed, gpu_budget, grid_dtype, pack, prepare_grids
@@ -209,7 +210,7 @@ def test_temporary_files_are_removed_only_under_a_lock(
         raise OSError(errno.ENOSYS, "no locks here")
 
     if not locks:
-        monkeypatch.setattr(caches.fcntl, "flock", refuse)
+        monkeypatch.setattr(fcntl, "flock", refuse)
     save(tmp_path, numbers(16, 3))
     (tmp_path / "cache").mkdir()
     unfinished = tmp_path / "cache" / ".grids-0.bin.1.tmp"
