@@ -41,8 +41,6 @@ __all__ = ["Root", "Split", "check_grids", "origin_of_grids", "shapes_of_grids",
 
 HeldOut = dict[str, tuple[int, int]]  # number of slides and of their samples by partition
 
-CACHE_MB = 8.0  # of each slide that training reads from: tiles are drawn at random, and many slides are open
-
 
 class Root:
     """The tables of a data folder, as far as there are any.
@@ -160,7 +158,7 @@ class Root:
                 f"expected {TILING_FILE}, which `dino tile` writes, in {self.path} to read tiles from slides, "
                 "found none"
             )
-        return TiledSlides(self.tiling.geometry, self.status, slide_paths(moved), self.tiling.reader, CACHE_MB)
+        return TiledSlides(self.tiling.geometry, self.status, slide_paths(moved), self.tiling.reader)
 
     def unknown_partitions(self) -> list[str]:
         """Warnings about values of ``partition`` that are not known."""

@@ -20,7 +20,7 @@ from dino.errors import CacheError, ConfigError, DataError
 from dino.files import printable
 from dino.slides.lattice import Lattice
 from dino.slides.places import PlacedTiles
-from dino.slides.reader import BACKEND, SlideReader
+from dino.slides.reader import BACKEND, SlideReader, openslide_cache
 from dino.slides.tables import tile_path
 from dino.slides.tiled import TiledSlides
 
@@ -167,18 +167,12 @@ class OpenSlides:
             return self._open[key]
         reader = self._slides.open(slide_id, step_lv0, spacing_um)
         if self._slides.reader == BACKEND:
-            self._share_cache(reader)
+            self._cache = self._cache or openslide_cache(CACHE_MB)
+            reader.share_cache(self._cache)
         self._open[key] = reader
         while len(self._open) > self._limit:
             self._open.popitem(last=False)[1].close()
         return reader
-
-    def _share_cache(self, reader: SlideReader) -> None:
-        import openslide
-
-        if self._cache is None:
-            self._cache = openslide.OpenSlideCache(round(CACHE_MB * 1e6))
-        reader.slide._slide.set_cache(self._cache)  # hs2p has no public way to the handle
 
     def close(self, slide_id: str) -> None:
         """Close a slide: after an error openslide reads nothing more through the same handle."""
@@ -221,7 +215,8 @@ class SlideTileDataset(Dataset):
         self._places = [one.places for one in tiles]
         self._starts = np.cumsum([0, *map(len, self._places)], dtype=np.int64)
         _check_spacings(self._ids, slides, sorted({one for each in placement.spacings_um for one in each}))
-        self._readers = OpenSlides(slides, open_slides * max(map(len, placement.spacings_um)))  # one for each picture
+        pictures = max(map(len, placement.spacings_um))  # of a slide, with a reader for each
+        self._readers = OpenSlides(slides, max(1, open_slides) * pictures)
 
     def __len__(self) -> int:
         """Number of listed tiles."""

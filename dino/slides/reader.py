@@ -1,5 +1,6 @@
 """Reads cells from a slide, both for cutting tiles and for embedding regions."""
 
+import functools
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dino import progress
 from dino.environment import import_extra
 from dino.errors import DataError
 from dino.slides.lattice import Geometry, Lattice, Pyramid, plan_lattice
@@ -88,7 +90,7 @@ class SlideReader:
             )
             self.lattice = plan_lattice(self.pyramid, geometry, path.name)
             if cache_mb is not None:
-                _limit_cache(self.slide, cache_mb)
+                self.share_cache(openslide_cache(cache_mb))
             self._cells = None if reader == BACKEND else _open_fastslide(self.local, self.lattice, cache_mb)
         except BaseException:
             self.close()
@@ -122,6 +124,14 @@ class SlideReader:
         if pixels.shape != (side, side, 3) or pixels.dtype != np.uint8:
             raise ValueError(f"{pixels.dtype} pixels of shape {pixels.shape} instead of 8-bit RGB")
         return pixels
+
+    def share_cache(self, cache: Any) -> None:
+        """Keep decoded parts in an ``openslide.OpenSlideCache``, which may be that of other slides too."""
+        handle = getattr(self.slide, "_slide", None)  # hs2p has no public way to it
+        if hasattr(handle, "set_cache"):
+            handle.set_cache(cache)
+        else:
+            _warn_of_own_caches()
 
     def thumbnail(self, max_side_px: int) -> np.ndarray:
         """The whole slide, uint8 RGB ``(h, w, 3)``, its longer side at most ``max_side_px``."""
@@ -218,11 +228,20 @@ def _readable(path: Path, source: Location) -> Iterator[None]:
         raise DataError(f"expected a slide that openslide can read, found {source}: {reason}") from None
 
 
-def _limit_cache(slide: Any, megabytes: float) -> None:
-    """Give a slide of hs2p an openslide cache of its own."""
+def openslide_cache(megabytes: float) -> Any:
+    """An ``openslide.OpenSlideCache``, for :meth:`SlideReader.share_cache`."""
     import openslide
 
-    slide._slide.set_cache(openslide.OpenSlideCache(round(megabytes * 1e6)))  # hs2p has no public way to the handle
+    return openslide.OpenSlideCache(round(megabytes * 1e6))
+
+
+@functools.cache
+def _warn_of_own_caches() -> None:
+    """Warn once."""
+    progress.warn(
+        "expected openslide's handle in hs2p's reader, as in hs2p 6.1, found none in this version: the pixels are the "
+        "same, but each open slide has a cache of up to 32 MB of its own"
+    )
 
 
 def _open_fastslide(path: Path, lattice: Lattice, cache_mb: float | None) -> Any:

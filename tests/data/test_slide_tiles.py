@@ -19,7 +19,7 @@ from dino.config.schema import PatchConfig, TileConfig
 from dino.data import BadSample
 from dino.data.slide_tiles import SlideTileDataset
 from dino.errors import ConfigError, DataError
-from dino.slides import sample_slide
+from dino.slides import reader, sample_slide
 from dino.slides.storage import encode
 from dino.slides.tables import read_tiles
 
@@ -161,6 +161,35 @@ def test_the_open_slides_of_a_process_share_one_cache(tmp_path: Path, monkeypatc
     for i in range(len(dataset)):
         assert dataset[i].pixels.any()
     assert len(given) == 3 and len({id(cache) for cache in given.values()}) == 1
+
+
+def test_without_the_handle_of_hs2p_slides_are_read_with_a_warning(
+    painted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    expected = dataset_of(painted)[0].pixels
+
+    class Renamed:
+        """hs2p's reader, whose handle has another name."""
+
+        def __init__(self, inner: object) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> object:
+            if name == "_slide":
+                raise AttributeError(name)
+            return getattr(self.inner, name)
+
+    opened = reader._open
+    monkeypatch.setattr(reader, "_open", lambda *arguments: Renamed(opened(*arguments)))
+    reader._warn_of_own_caches.cache_clear()
+    assert torch.equal(dataset_of(painted)[0].pixels, expected)
+    assert torch.equal(dataset_of(painted)[0].pixels, expected)
+    assert " ".join(capsys.readouterr().out.split()).count("each open slide has a cache of up to 32 MB of its own") == 1
+
+
+def test_pictures_at_two_spacings_need_two_readers_however_few_slides_are_open(painted: Path) -> None:
+    few, many = (dataset_of(painted, **ACROSS, **{"speed.open_slides": count}) for count in (0, 8))
+    assert torch.equal(few.drawn(3, 3).pixels, many.drawn(3, 3).pixels)
 
 
 class _sum_of:  # noqa: N801 - a function that can be sent to a process
