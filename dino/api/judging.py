@@ -30,7 +30,7 @@ from dino.train.loop import Trainer
 VERDICT_SAMPLES = 256
 VERDICT_BATCH = 16
 EVALUATIONS = 10  # of a run without labels, at most, unless evaluate.every_steps says otherwise
-SHARE = 0.05  # of the time of training, that evaluations of labelled rows take at most
+SHARE = 0.05  # of the operations of training, that evaluations of labelled rows take at most
 FEWEST = 4  # evaluations of labelled rows in a run
 DECLINE_PATIENCE = 3  # default of evaluate.decline_patience with model.init and labels
 
@@ -72,9 +72,9 @@ def _interval(run: Run, tokens: int) -> int:
     """Steps between evaluations of labelled rows, and a line if they take much of the time.
 
     One epoch; or as many steps as it takes until evaluating teacher and student needs at most :data:`SHARE` of the
-    operations of training, but at least :data:`FEWEST` evaluations in a run. It follows from sizes alone, so that a
-    resumed run evaluates at the same steps. Operations are counted as tokens times passes: of the student forward
-    and backward, which is three times forward, and of the teacher and of evaluations forward.
+    operations of training, but at least :data:`FEWEST` evaluations in a run of as many epochs. It follows from sizes
+    alone, so that a resumed run evaluates at the same steps. Operations are counted as tokens times passes: of the
+    student forward and backward, which is three times forward, and of the teacher and of evaluations forward.
 
     Args:
         run: The run.
