@@ -214,14 +214,23 @@ class Root:
         Raises:
             DataError: If a grid is missing, damaged, or of another model.
         """
-        folder = find_grids(self.path, self.encoder, expected) or self.grid_folder
-        check_same_source(expected, grid_source(folder), user, str(folder))
+        folder = self.grids_of(expected, user)
         found: dict[tuple[int, int], np.ndarray] = {}
         for one in regions:
             grid = read_grid(grid_path(folder, one), "yx", one.grid).numpy()  # (D, h, w)
             row, column = one.y // one.step_lv0, one.x // one.step_lv0
             found |= {(row + i, column + j): grid[:, i, j] for i, j in np.ndindex(*one.grid)}
         return found
+
+    def grids_of(self, expected: GridSource | None, user: str) -> Path:
+        """The folder of the grids that a level-2 model reads; the arguments are those of :meth:`features_of_cells`.
+
+        Raises:
+            DataError: If they are of another model, or it is not known which of several.
+        """
+        folder = find_grids(self.path, self.encoder, expected) or self.grid_folder
+        check_same_source(expected, grid_source(folder), user, str(folder))
+        return folder
 
     def tile_spacings(self) -> dict[str, float]:
         """Actual spacing of the tiles of each slide, where recorded."""

@@ -16,7 +16,7 @@ from dino.extraction.catalogue import Catalogue, read_catalogue
 from dino.extraction.encoder_features import EncoderFeatures
 from dino.extraction.folders import encoder_name
 from dino.files import oserror_to_data_error, write_text
-from dino.viewer.attention import AttentionFiles, find_attention
+from dino.viewer.attention_folders import exported_attention, find_attention, open_attention
 from dino.viewer.geojson import CLUSTERS, CONTENTS, TILES, feature_collection
 from dino.viewer.models import RunModels
 
@@ -50,12 +50,13 @@ def view(root: Path, runs: Sequence[str], config: ViewConfig) -> None:
     names = catalogue.chosen_encoders(list(wanted))
     encoders = {name: EncoderFeatures(catalogue, name, config.clusters) for name in names}
     folders = find_attention(catalogue, names, config.attention)
-    attention = {name: AttentionFiles(catalogue, folder) for name, folder in folders.items()}
+    asked = {*wanted, *names[: config.attention is not None]}  # a folder that was named is that of the first encoder
+    attention = open_attention(catalogue, folders, asked)
     if not encoders:
         progress.say(f"no features of tiles in {root}: only slides, tiles and regions are shown (`dino extract`)")
     listening = _listen(config.host, config.port)
     token = config.token or secrets.token_urlsafe(24)
-    models = RunModels(catalogue, {name: run for name, run in wanted.items() if name != run})
+    models = RunModels(catalogue, {name: run for name, run in wanted.items() if name != run}, attention)
     with listening:
         progress.say(f"viewer: {_address(config.host, listening)}/?token={token}  (Ctrl-C ends it)")
         if config.host not in OWN:
@@ -88,7 +89,8 @@ def export_geojson(root: Path, output: Path, config: GeojsonConfig) -> list[Path
         raise ConfigError(f"expected contents of {', '.join(CONTENTS)}, found {', '.join(unknown) or 'none'}")
     _check_clusters(config.clusters)
     catalogue = read_catalogue(root)
-    encoder, attention = _exported_encoder(catalogue, config), _exported_attention(catalogue, config)
+    encoder = _exported_encoder(catalogue, config)
+    attention = exported_attention(catalogue, config.encoder) if TILES in config.contents else {}
     written = []
     with oserror_to_data_error(output), progress.bar("export slides", len(catalogue.tiles)) as bar:
         for slide_id in catalogue.tiles:
@@ -98,7 +100,7 @@ def export_geojson(root: Path, output: Path, config: GeojsonConfig) -> list[Path
             written.append(output / f"{slide_id}.geojson")
             bar.advance(note=slide_id)
     notes = [f"clusters of {encoder.encoder}"] if encoder else []
-    notes += [f"attention of {', '.join(attention)}"] if attention else []
+    notes += [f"attention by {files.made_by}" for files in attention.values()]
     progress.say(", ".join([f"{len(written)} files written to {output}", *notes]))
     return written
 
@@ -112,13 +114,6 @@ def _exported_encoder(catalogue: Catalogue, config: GeojsonConfig) -> EncoderFea
     if not names and CLUSTERS in config.contents:
         progress.say(f"no features of tiles in {catalogue.root}: no clusters are exported (`dino extract`)")
     return EncoderFeatures(catalogue, names[0], config.clusters) if names else None
-
-
-def _exported_attention(catalogue: Catalogue, config: GeojsonConfig) -> dict[str, AttentionFiles]:
-    """Attention maps by encoder, whose names are in those of the measurements: all, or those of the chosen one."""
-    folders = catalogue.attention_folders if TILES in config.contents else {}
-    chosen = [name for name in folders if config.encoder in (None, name)]
-    return {name: AttentionFiles(catalogue, folders[name]) for name in chosen}
 
 
 def _encoder(catalogue: Catalogue, run: str) -> str:

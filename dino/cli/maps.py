@@ -24,7 +24,8 @@ def attention(arguments: AttentionArguments = None, config: ConfigFile = None) -
     open. Without OUT it is ROOT/attention_MODEL, where `dino view ROOT` finds it. Its channels are the attention of the
     cls token of level 1 over the tokens of the tiles, that of level 2 over the tiles of the regions, each as the mean
     over heads and by head, and their product as in HIPT. All are relative to uniform attention, which is 1; where
-    tiles or regions overlap, they are averaged in place.
+    tiles or regions overlap, they are averaged in place. What made them is recorded in OUT/attention.json and in each
+    file: slides that are there are skipped, and maps of other models or settings are refused in the same OUT.
 
     For example:
 

@@ -5,7 +5,7 @@
 ``region_4096_pretraining[_<encoder>]/``    level 1: one grid (``.pt``) per region
 ``region_features_<encoder>/``              level 2: every region of a slide in one ``.h5``
 ``slide_features_<encoder>/``               level 2: one vector per slide
-``attention_<encoder>/``                    a map of each slide (``dino attention``)
+``attention_<encoder>/``                    a map of each slide (``dino attention``), and what made them
 ``slide_features/``                         level 2 without a name: regions and their mean in one ``.h5``
 ``words_<encoder>/``                        words of the tiles of all slides, see :mod:`dino.extraction.words`
 ==========================================  ===================================================================

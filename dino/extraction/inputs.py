@@ -21,6 +21,7 @@ from dino.slides.tables import (
     TILING_FILE,
     RegionRecord,
     SlideTiles,
+    Tiling,
     read_regions,
     read_slide_tiles,
     read_status,
@@ -141,9 +142,17 @@ def find_inputs(root: Path, config: ExtractConfig, loaded: LoadedBackbone) -> In
     return Inputs(source, records, tiles, pixels, images)
 
 
-def _tiled(root: Path, config: ExtractConfig, loaded: LoadedBackbone) -> PixelSource:
-    """The source of a ROOT that ``dino tile`` wrote."""
-    tiling = read_tiling(root)
+def check_geometry(tiling: Tiling, loaded: LoadedBackbone, root: Path) -> None:
+    """Check that tiles are of the spacing that a level-1 model was trained at; warn of another size.
+
+    Args:
+        tiling: How the slides were tiled.
+        loaded: The model.
+        root: ROOT, for messages.
+
+    Raises:
+        DataError: If they are of another spacing.
+    """
     geometry = tiling.geometry
     trained = loaded.spacings_um or [one for one in (loaded.spacing_um,) if one]
     found = geometry.spacing_um
@@ -158,7 +167,13 @@ def _tiled(root: Path, config: ExtractConfig, loaded: LoadedBackbone) -> PixelSo
             f"the model was trained on tiles of {loaded.tile_size_px} px, but the tiles of this ROOT have "
             f"{geometry.tile_size_px} px"
         )
+
+
+def _tiled(root: Path, config: ExtractConfig, loaded: LoadedBackbone) -> PixelSource:
+    """The source of a ROOT that ``dino tile`` wrote."""
+    tiling = read_tiling(root)
+    check_geometry(tiling, loaded, root)
     status = read_status(root) if (root / STATUS_TABLE).exists() else {}
     cache = SlideCache(config.slide_cache, config.slide_cache_gb)
-    slides = TiledSlides(geometry, status, slide_paths(config.slides), tiling.reader, cache=cache)
-    return PixelSource(root, geometry.tile_size_px, slides)
+    slides = TiledSlides(tiling.geometry, status, slide_paths(config.slides), tiling.reader, cache=cache)
+    return PixelSource(root, tiling.geometry.tile_size_px, slides)

@@ -1,7 +1,7 @@
 """``extract.json``: the model and settings of the features in a folder, so that different features are not mixed."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,29 @@ def model_record(loaded: "LoadedBackbone", precision: str, embed_dim: int) -> di
     }
 
 
-def check_folder(path: Path, record: Mapping[str, Any], folder: Path, suffix: str) -> dict[str, Any]:
+def differences(before: Mapping[str, Any], record: Mapping[str, Any], keys: Iterable[str] = COMPARED) -> list[str]:
+    """What makes the features of two records different, in words; empty for features that may be mixed."""
+    before, record = EARLIER | dict(before), EARLIER | dict(record)
+    return [
+        f"{key} {_format(key, before)}, now {_format(key, record)}"
+        for key in keys
+        if _as_json(before.get(key)) != _as_json(record.get(key))
+    ]
+
+
+Compare = Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]
+
+
+def check_folder(
+    path: Path,
+    record: Mapping[str, Any],
+    folder: Path,
+    suffix: str,
+    *,
+    content: str = "features",
+    elsewhere: str = ANOTHER_NAME,
+    compare: Compare = differences,
+) -> dict[str, Any]:
     """Check that ``folder`` does not contain features made with different settings.
 
     Args:
@@ -44,6 +66,9 @@ def check_folder(path: Path, record: Mapping[str, Any], folder: Path, suffix: st
         record: The record of this extraction: model, transform, precision, geometry and others.
         folder: Folder of the features.
         suffix: Suffix of their files.
+        content: What the files are, for messages.
+        elsewhere: How to write others beside them, for messages.
+        compare: What makes two records different.
 
     Returns:
         The earlier record; empty if there is none.
@@ -57,14 +82,14 @@ def check_folder(path: Path, record: Mapping[str, Any], folder: Path, suffix: st
     before = read_record(path)
     if not before:
         raise DataError(
-            f"expected a record of the features in {folder} at {path}, found none; they may be from another model: "
-            f"move them, or {ANOTHER_NAME}"
+            f"expected a record of the {content} in {folder} at {path}, found none; they may be from another model: "
+            f"move them, or {elsewhere}"
         )
-    found = differences(before, record)
+    found = compare(before, record)
     if found:
         raise DataError(
-            f"expected features of the same model and settings in {folder}, found features made with different "
-            f"settings: {'; '.join(found)}; {ANOTHER_NAME}, or delete {folder} to compute them again"
+            f"expected {content} of the same model and settings in {folder}, found {content} made with different "
+            f"settings: {'; '.join(found)}; {elsewhere}, or delete {folder} to compute them again"
         )
     return before
 
@@ -88,16 +113,6 @@ def check_made_by(folder: Path, loaded: "LoadedBackbone", otherwise: str) -> Non
         )
 
 
-def differences(before: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    """What makes the features of two records different, in words; empty for features that may be mixed."""
-    before, record = EARLIER | dict(before), EARLIER | dict(record)
-    return [
-        f"{key} {_format(key, before)}, now {_format(key, record)}"
-        for key in COMPARED
-        if _as_json(before.get(key)) != _as_json(record.get(key))
-    ]
-
-
 def prepare_folders(folders: Iterable[Path], record: Path) -> None:
     """Create the folders of the features, and remove temporary files that killed processes left.
 
@@ -118,7 +133,7 @@ def write_record(path: Path, record: Mapping[str, Any], before: Mapping[str, Any
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The content of an ``extract.json``; empty if there is none.
+    """The content of an ``extract.json``, or of the ``attention.json`` of maps; empty if there is none.
 
     Raises:
         DataError: If it is damaged.
@@ -128,9 +143,11 @@ def read_record(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise DataError(f"expected {path} as written by `dino extract`, could not read it: {error}") from None
+        raise DataError(f"expected {path} as written by `dino {path.stem}`, could not read it: {error}") from None
     if not isinstance(content, dict):
-        raise DataError(f"expected {path} as written by `dino extract`, found no JSON object; delete it and its folder")
+        raise DataError(
+            f"expected {path} as written by `dino {path.stem}`, found no JSON object; delete it and its folder"
+        )
     return content
 
 

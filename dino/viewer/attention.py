@@ -21,7 +21,9 @@ from PIL import Image
 from dino.environment import import_extra
 from dino.errors import DataError
 from dino.extraction.catalogue import Catalogue
-from dino.extraction.pyramid import SUFFIX
+from dino.extraction.map_record import MAP_RECORD, made_by, other_model, other_models
+from dino.extraction.pyramid import NS, SUFFIX, parsed_description, read_description
+from dino.extraction.record import read_record
 from dino.viewer.pixels import Kept
 
 if TYPE_CHECKING:  # imports torch
@@ -33,7 +35,6 @@ VIRIDIS += ((34, 168, 132), (68, 191, 112), (122, 209, 81), (189, 223, 38), (253
 RANGE = (1.0, 99.0)  # percentiles of a map that get the first and the last colour
 RANGE_SIDE = 2048  # the percentiles are those of the finest level of at most that side
 LEVELS = 255  # colours of a map; the first entry of the palette is transparent
-NS = "{http://www.openmicroscopy.org/Schemas/OME/2016-06}"
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # of a damaged file: the error here says it
 
 # What is measured of a tile, by the channel, which is a mean over heads: its name, and whether it is the maximum or the
@@ -56,6 +57,7 @@ class MapFile:
         tile_px: Side of its tiles.
         px_lv0: Side of a px of the finest level in level-0 px of the slide.
         ranges: Values of each channel that get the first and the last colour.
+        made_by: The models, by name and fingerprint.
         file: tifffile's object, used by one thread at a time.
         lock: For that.
     """
@@ -66,6 +68,7 @@ class MapFile:
     tile_px: int
     px_lv0: float
     ranges: Sequence[tuple[float, float]]
+    made_by: str
     file: Any
     lock: threading.Lock
 
@@ -97,7 +100,10 @@ class AttentionFiles:
 
     Raises:
         ConfigError: If tifffile is not installed.
-        DataError: If there is no file of a slide of ROOT.
+        DataError: If there is no file of a slide of ROOT, or the record in the folder is damaged.
+
+    Attributes:
+        record: What made the maps; empty if that is not recorded, as in earlier versions.
     """
 
     def __init__(self, catalogue: Catalogue, folder: Path, open_files: int = 16, cache_mb: int = 32) -> None:
@@ -111,6 +117,28 @@ class AttentionFiles:
             raise DataError(
                 f"expected maps of the slides of {catalogue.root} in {folder}, as `dino attention` writes them "
                 f"(SLIDE{SUFFIX}), found none"
+            )
+        self.record = read_record(folder / MAP_RECORD) or read_description(next(iter(self._paths.values())))
+
+    @property
+    def made_by(self) -> str:
+        """The models, by name and fingerprint."""
+        return made_by(self.record)
+
+    def check_made_by(self, model: Mapping[str, Any], source: str) -> None:
+        """Check that the maps are of a level-1 model, where that is recorded.
+
+        Args:
+            model: What is recorded of it, with its ``fingerprint``.
+            source: What is of that model, for the message.
+
+        Raises:
+            DataError: If they are of another model.
+        """
+        if found := other_model(self.record, model):
+            raise DataError(
+                f"expected maps of the model of {source} in {self._folder}, found those of another model "
+                f"({'; '.join(found)}); move that folder away, or write the maps again with `dino attention`"
             )
 
     @property
@@ -129,7 +157,8 @@ class AttentionFiles:
             {"name": name, "low": low, "high": high}
             for name, (low, high) in zip(found.names, found.ranges, strict=True)
         ]
-        return {"channels": channels, "sizes": found.sizes, "tile_px": found.tile_px, "px_lv0": found.px_lv0}
+        places = {"sizes": found.sizes, "tile_px": found.tile_px, "px_lv0": found.px_lv0}
+        return {"channels": channels, "made_by": found.made_by, **places}
 
     def picture(self, slide_id: str, channel: int, level: int, column: int, row: int) -> bytes:
         """A tile of a map as PNG in colours, transparent where nothing is known.
@@ -216,8 +245,22 @@ class AttentionFiles:
             tile_px = int(series.levels[0].pages[0].tilewidth)
         except Exception as error:  # tifffile and the XML parser raise many types
             raise _unreadable(path, error) from None
+        models = self._made_by(path, parsed_description(file.ome_metadata))
         px_lv0 = self._px_lv0(slide_id, spacing / status.spacing_um if status.spacing_um else 0.0, sizes[0])
-        return MapFile(path, names, sizes, tile_px, px_lv0, ranges, file, threading.Lock())
+        return MapFile(path, names, sizes, tile_px, px_lv0, ranges, models, file, threading.Lock())
+
+    def _made_by(self, path: Path, own: Mapping[str, Any]) -> str:
+        """The models of a file, which must be those of its folder.
+
+        Raises:
+            DataError: If they are not.
+        """
+        if found := other_models(self.record, own):
+            raise DataError(
+                f"expected maps of the same models in {self._folder}, found others in {path.name}: "
+                f"{'; '.join(found)}; move it away, or write it again with `dino attention`"
+            )
+        return made_by(own or self.record)
 
     def _px_lv0(self, slide_id: str, rounded: float, size: tuple[int, int]) -> float:
         """Side of a px in level-0 px: an exact fraction of a tile, which the spacings give rounded only."""
@@ -343,14 +386,6 @@ class TileAttention:
             )
         side = round((weights.shape[1] / backbone.num_heads) ** 0.5)
         return relative(weights, backbone.num_heads, (side, side))[0]
-
-
-def find_attention(catalogue: Catalogue, names: Sequence[str], folder: str | None) -> Mapping[str, Path]:
-    """Folders of attention maps by encoder: ``ROOT/attention_<encoder>``, or the given one for the first encoder."""
-    found = catalogue.attention_folders
-    if folder is not None:
-        found[names[0] if names else Path(folder).resolve().name] = Path(folder)
-    return found
 
 
 def value_range(values: np.ndarray) -> tuple[float, float]:

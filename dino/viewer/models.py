@@ -1,4 +1,4 @@
-"""Models of the runs that the viewer was given: loaded while it serves, and compared with the features it shows."""
+"""Models of the runs that the viewer was given: loaded while it serves, and compared with what it shows."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from dino.errors import DinoError
 from dino.extraction.catalogue import Catalogue
 from dino.extraction.folders import tile_folder
 from dino.extraction.record import check_made_by
-from dino.viewer.attention import TileAttention
+from dino.viewer.attention import AttentionFiles, TileAttention
 
 if TYPE_CHECKING:  # imports torch
     from dino.models.weights import LoadedBackbone
@@ -20,20 +20,26 @@ class RunModels:
     Args:
         catalogue: The ROOT.
         runs: Runs by the encoder that their features are of.
+        attention: Attention maps by encoder.
     """
 
-    def __init__(self, catalogue: Catalogue, runs: Mapping[str, str]) -> None:
+    def __init__(
+        self, catalogue: Catalogue, runs: Mapping[str, str], attention: Mapping[str, AttentionFiles] | None = None
+    ) -> None:
         self.loaded: dict[str, TileAttention | None] = dict.fromkeys(runs)
-        self._catalogue, self._runs = catalogue, runs
+        self._catalogue, self._runs, self._attention = catalogue, runs, attention or {}
         self._error: DinoError | None = None
 
     def start(self, end: Callable[[], None]) -> None:
-        """Load them in a thread, which calls ``end`` if one cannot be loaded, or did not make the features."""
+        """Load them in a thread, which calls ``end`` if one cannot be loaded, or did not make what is shown of it."""
 
         def load() -> None:
             try:
                 for name, run in self._runs.items():
-                    self.loaded[name] = TileAttention(self._catalogue, _model(self._catalogue, name, run))
+                    model = _model(self._catalogue, name, run)
+                    if name in self._attention:
+                        self._attention[name].check_made_by({"model": run, "fingerprint": model.fingerprint}, run)
+                    self.loaded[name] = TileAttention(self._catalogue, model)
             except DinoError as error:
                 self._error = error
                 end()

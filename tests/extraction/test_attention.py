@@ -1,8 +1,10 @@
 """Attention over slides: every value at its place, overlaps averaged, against direct sums over the pixels."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -284,11 +286,73 @@ def test_the_command_writes_a_file_per_slide(root: Path) -> None:
     assert list(alone.written) == ["one"]
 
 
+def _settings(**changed: object) -> AttentionConfig:
+    return AttentionConfig(**{**vars(CONFIG), **changed})  # type: ignore[arg-type]
+
+
+def test_maps_say_what_made_them_in_the_words_of_the_features(root: Path) -> None:
+    """The record of the folder, and that in the file, against `extract.json` and the checkpoints."""
+    patch, region = root.parent / "patch.pt", root.parent / "region.pt"
+    done = attention([str(patch), str(region)], root, None, CONFIG)
+    features = json.loads((root / "features_patch" / "extract.json").read_text())
+    record = json.loads((done.written["one"].parent / "attention.json").read_text())
+    for key in ("level", "model", "fingerprint", "arch", "embed_dim", "step", "transform", "precision", "geometry"):
+        assert record[key] == features[key]
+    assert record["region"]["fingerprint"] == load_backbone_file(region).fingerprint != record["fingerprint"]
+    grids = json.loads((root / "extract.json").read_text())
+    assert record["grids"] == {key: grids[key] for key in ("fingerprint", "transform", "precision")}
+    assert [record[key] for key in ("method", "offsets", "stride")] == ["last", 1, 1]
+    with tifffile.TiffFile(done.written["one"]) as file:
+        assert file.ome_metadata is not None
+        description = ElementTree.fromstring(file.ome_metadata).findtext("{*}Image/{*}Description")
+    own = json.loads(description or "")
+    assert own.pop("slide")["slide_id"] == "one" and own == record
+
+
+def test_maps_are_written_once_and_never_mixed(root: Path) -> None:
+    patch, region, out = str(root.parent / "patch.pt"), str(root.parent / "region.pt"), root.parent / "maps"
+    (path,) = attention([patch], root, out, CONFIG).written.values()
+    before = {one.name: one.read_bytes() for one in out.iterdir()}
+    again = attention([patch], root, out, CONFIG)
+    assert again.skipped == {"one": path} and not again.written and again.exit_code == 0
+    other = str(save_checkpoint(root.parent / "other" / "patch.pt", seed=3))
+    for models, changed, words in (
+        ([other], {}, r"fingerprint \w{12} \(.*patch.pt\), now \w{12} \(.*other/patch.pt\)"),
+        ([patch], {"offsets": 2}, "offsets 1, now 2"),
+        ([patch], {"precision": "fp64"}, 'precision "fp32", now "fp64"'),
+        ([patch], {"transform": "imagenet"}, 'transform .*"hipt".*, now .*"imagenet"'),
+        ([patch, region], {}, "level 2: no model, now .*region.pt"),
+    ):
+        with pytest.raises(DataError, match=f"expected maps of the same model and settings in .*: .*{words}.* OUT"):
+            attention(models, root, out, _settings(**changed))
+    assert {one.name: one.read_bytes() for one in out.iterdir()} == before
+    (out / "attention.json").unlink()  # as of earlier versions, or a folder of slides
+    with pytest.raises(DataError, match="expected a record of the maps in .* they may be from another model"):
+        attention([patch], root, out, CONFIG)
+    assert path.read_bytes() == before["one.ome.tif"]
+
+
+def test_a_map_of_other_tiles_is_written_again(root: Path) -> None:
+    patch, out = str(root.parent / "patch.pt"), root.parent / "maps"
+    attention([patch], root, out, CONFIG)
+    lines = (root / "tiles.csv").read_text().splitlines(keepends=True)
+    (root / "tiles.csv").write_text("".join(lines[:-1]))
+    (path,) = attention([patch], root, out, CONFIG).written.values()
+    path.write_bytes(path.read_bytes()[:100])  # damaged
+    assert attention([patch], root, out, CONFIG).written == {"one": path}
+
+
 def test_what_does_not_fit_is_refused(root: Path) -> None:
     patch, region, out = str(root.parent / "patch.pt"), str(root.parent / "region.pt"), root.parent / "maps"
     other = save_checkpoint(root.parent / "another.pt", seed=3)
     with pytest.raises(DataError, match="whose features .*other.pt was trained on"):
         attention([patch, str(root.parent / "other.pt")], root, out, CONFIG)
+    with pytest.raises(DataError, match="expected feature grids of .*another.pt in .*, found those of .*patch.pt"):
+        attention([str(other), region], root, out, CONFIG)  # the level-2 model does not know its level 1
+    coarse = {"spacing_um": 2.0, "tile_size_px": SIDE}
+    save_checkpoint(root.parent / "coarse.pt", training=None, geometry=coarse)
+    with pytest.raises(DataError, match="expected a ROOT tiled at the 2 µm/px that .*coarse.pt was trained at"):
+        attention([str(root.parent / "coarse.pt")], root, out, CONFIG)
     with pytest.raises(ConfigError, match="expected a level-1 model, and at most one level-2 model, found 0 and 1"):
         attention([region], root, out, CONFIG)
     with pytest.raises(ConfigError, match="found 2 and 0"):

@@ -1,6 +1,7 @@
 """Attention in the viewer: tiles of pyramids against colours of the values themselves, and a model's over one tile."""
 
 import io
+import json
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +14,8 @@ from PIL import Image
 from dino.errors import DataError
 from dino.extraction.pyramid import write_pyramid
 from dino.slides.tables import SlideTiles
-from dino.viewer.attention import AttentionFiles, MapFile, TileAttention, coloured, find_attention
+from dino.viewer.attention import AttentionFiles, MapFile, TileAttention, coloured
+from dino.viewer.attention_folders import find_attention, open_attention
 from tests.tiny_models import save_checkpoint
 
 STEP, TOKENS = 64, 4  # level-0 px of a tile, tokens of its side
@@ -141,6 +143,48 @@ def test_attention_of_tiles_is_read_in_strips(catalogue, tmp_path):
     assert found.keys() == {"Attention rollout vit: within the tile: Max"}
     assert all((one == 1).all() for one in found.values())
     assert peak < 8e6
+
+
+def _recorded(folder, catalogue, slide_id, **record):
+    """A map that says what made it, and the folder that does."""
+    maps, spacing = values_of(catalogue, slide_id), SPACING * STEP / TOKENS
+    about = {"model": "/home/me/runs/vit", "fingerprint": "a" * 64, "region": None} | record
+    write_pyramid(folder / f"{slide_id}.ome.tif", lambda: iter(maps), "ab", maps.shape[1:], spacing, record=about)
+    if not (folder / "attention.json").exists():
+        (folder / "attention.json").write_text(json.dumps(about))
+
+
+def test_maps_say_whose_they_are_without_paths(catalogue, tmp_path):
+    region = {"model": "runs/hvit", "fingerprint": "b" * 64}
+    _recorded(tmp_path, catalogue, "one", region=region)
+    _recorded(tmp_path, catalogue, "two", region={**region, "fingerprint": "c" * 64})
+    files = AttentionFiles(catalogue, tmp_path)
+    assert files.describe("one")["made_by"] == "vit (aaaaaaaaaaaa) and hvit (bbbbbbbbbbbb)"
+    with pytest.raises(DataError, match="expected maps of the same models in .*two.ome.tif: level 2: fingerprint b+ "):
+        files.describe("two")
+    (tmp_path / "attention.json").unlink()
+    (tmp_path / "two.ome.tif").unlink()
+    assert AttentionFiles(catalogue, tmp_path).describe("one")["made_by"].startswith("vit (aaaaaaaaaaaa) and hvit")
+
+
+def test_maps_of_earlier_versions_are_of_an_unknown_model(catalogue, folder, capsys):
+    (found,) = open_attention(catalogue, {"random": folder}, {"random"}).values()
+    assert found.describe("one")["made_by"] == "an unknown model"
+    assert "maps of an unknown model: they have no record of it (attention.json)" in capsys.readouterr().out
+
+
+def test_maps_of_another_model_than_the_features_are_not_shown(catalogue, tmp_path, capsys):
+    root = tmp_path / "root"
+    (root / "features_vit").mkdir(parents=True)
+    (root / "features_vit" / "extract.json").write_text(json.dumps({"model": "runs/vit", "fingerprint": "d" * 64}))
+    _recorded(root / "attention_vit", catalogue, "one")
+    moved, folders = replace(catalogue, root=root), {"vit": root / "attention_vit"}
+    with pytest.raises(DataError, match="expected maps of the model of .*features_vit in .*attention_vit, found those"):
+        open_attention(moved, folders, {"vit"})
+    assert open_attention(moved, folders, ()) == {}
+    assert "they are left out" in " ".join(capsys.readouterr().out.split())
+    (root / "features_vit" / "extract.json").write_text(json.dumps({"model": "moved/vit", "fingerprint": "a" * 64}))
+    assert list(open_attention(moved, folders, {"vit"})) == ["vit"]
 
 
 def test_what_is_not_there_is_one_line(catalogue, folder):

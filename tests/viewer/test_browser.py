@@ -198,6 +198,7 @@ def test_attention_of_a_slide_and_of_a_tile(page, address):
     _open(page, address, "slide=one&overlay=attention&opacity=1&view=320,320,1", "attention")
     assert page.locator("#legend select option").all_inner_texts() == ["level 1", "product of both levels"]
     assert page.locator("#legend .ends").inner_text().split() == ["1.00", "3.00"]
+    assert "Maps of an unknown model" in page.locator("#legend").inner_text()
     page.wait_for_load_state("networkidle")
     page.wait_for_timeout(500)
     picture, (left, top) = _screenshot(page), _at(page, 0, 0)

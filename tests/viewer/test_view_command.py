@@ -20,7 +20,7 @@ from dino.config.load import load_config
 from dino.config.schema import ViewConfig
 from dino.errors import ConfigError, DataError
 from tests.tiny_models import save_checkpoint
-from tests.viewer.conftest import write_features
+from tests.viewer.conftest import write_features, write_maps
 
 
 def _view(root, *runs, **settings):
@@ -85,6 +85,20 @@ def test_features_of_another_model_than_the_run(painted, tmp_path):
     finally:
         shutil.rmtree(folder)
     assert "expected features of" in line and "found those of another model (000000000000, not " in line
+
+
+def test_maps_of_another_model_than_the_run(painted, catalogue, tmp_path):
+    """Features without a record cannot tell; the run can."""
+    pytest.importorskip("tifffile")
+    write_features(painted, "model")
+    write_maps(catalogue, painted / "attention_model")
+    (painted / "attention_model" / "attention.json").write_text(json.dumps({"model": "a", "fingerprint": "0" * 64}))
+    try:
+        line = _fails("view", painted, save_checkpoint(tmp_path / "model.pt"), "port=0")
+    finally:
+        shutil.rmtree(painted / "features_model")
+        shutil.rmtree(painted / "attention_model")
+    assert "expected maps of the model of" in line and "now 000000000000 (a)" in line
 
 
 def test_moved_slides(catalogue):

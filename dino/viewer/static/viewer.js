@@ -277,6 +277,7 @@ function showMaps(box) {
   choice.addEventListener("change", () => change({ map: choice.value }));
   const { low, high } = channels[channelOf(values[0])];
   box.append(choice, ...scaleBar(low.toFixed(2), high.toFixed(2)), note("times uniform attention"));
+  for (const models of new Set(values.map((one) => one.made_by))) box.append(note(`Maps of ${models}`));
 }
 
 const channelLabel = (name) => name.replace(/^tile x region$/, "product of both levels").replace(/^tile/, "level 1").replace(/^region/, "level 2");
