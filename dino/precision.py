@@ -48,6 +48,11 @@ def casts_to_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16" and (device.type != "cpu" or cpu_has_bf16())
 
 
+def computed_in(precision: str, device: torch.device) -> str:
+    """The precision of forward passes: fp32 where the device does not compute in bf16, else the one that is set."""
+    return "fp32" if precision == "bf16" and not casts_to_bf16(precision, device) else precision
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """Context of forward passes of the given precision."""
     return torch.autocast(device.type, torch.bfloat16) if casts_to_bf16(precision, device) else nullcontext()
@@ -55,7 +60,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 @cache
 def _say_that_fp32_is_used() -> None:
-    progress.say("this CPU does not compute in bf16 (it has no AVX-512): using fp32")
+    progress.say("this CPU does not compute in bf16: using fp32")
 
 
 @cache

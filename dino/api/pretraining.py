@@ -16,7 +16,7 @@ from dino.api.rehearsal import dry_run, profile
 from dino.api.run import Run
 from dino.config.schema import ExtendConfig, PatchConfig, PretrainConfig, RegionConfig
 from dino.errors import ConfigError, DinoError, OutOfMemory, ProcessesLost, Stopped
-from dino.precision import check_precision
+from dino.precision import check_precision, computed_in
 from dino.train.failure import record_failure
 from dino.train.loop import NonFiniteStep, Trainer
 from dino.train.run_folder import RunFolder, RunReader
@@ -94,7 +94,8 @@ def pretrain(config: PatchConfig | RegionConfig, extend: ExtendConfig | None = N
                 filtered = run.level.filtered
                 data = {**run.level.split.to_dict(), **({"filter": filtered} if filtered else {})}
                 counts = {"step": trainer.step, "total_steps": run.total, "processes": distributed.world_size()}
-                folder.update_status(state="running", error=None, data=data, **counts)
+                precision = computed_in(config.speed.precision, device)
+                folder.update_status(state="running", error=None, data=data, computed_in=precision, **counts)
                 with progress.bar(f"pretrain {run.level.name}", run.total, trainer.step) as metrics.bar:
                     trainer.fit()
                 samples = min(VERDICT_SAMPLES, len(run.level.dataset))

@@ -182,7 +182,7 @@ def _training(run: Run) -> str:
         f"{schedule['min_lr']:g}{_layers(optim)}), "
         f"weight decay {_from_to(schedule['weight_decay'], schedule['weight_decay_end'])}, gradient clipping at "
         f"{training['clip_grad']:g}, drop-path rate {model['drop_path_rate']:g}, "
-        f"{run.config.get('speed', {}).get('precision', 'fp32')} precision."
+        f"{run.status.get('computed_in') or run.config.get('speed', {}).get('precision', 'fp32')} precision."
         f"{''.join(map(_segment, run.segments))}"
     )
 
