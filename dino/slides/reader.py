@@ -127,7 +127,7 @@ class SlideReader:
 
     def share_cache(self, cache: Any) -> None:
         """Keep decoded parts in an ``openslide.OpenSlideCache``, which may be that of other slides too."""
-        handle = getattr(self.slide, "_slide", None)  # hs2p has no public way to it
+        handle: Any = getattr(self.slide, "_slide", None)  # hs2p has no public way to it
         if hasattr(handle, "set_cache"):
             handle.set_cache(cache)
         else:
