@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby, repeat
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -106,13 +106,27 @@ def _rows(
         places, codes = [], []
         for _, cells in pieces:
             count = len(cells["x"])
-            texts = zip(*(cells[name] if name in present else repeat("", count) for name in columns), strict=True)
-            named = (tuple(str(text or UNKNOWN_GROUP) for text in row) for row in texts)
-            codes.append(np.fromiter((values.setdefault(row, len(values)) for row in named), np.int64, count))
+            texts = [cells[name] if name in present else np.full(count, "", object) for name in columns]
+            codes.append(_numbered(texts, values))
             places.append(cells["y"] << 32 | cells["x"])
         where = np.concatenate(places)
         order = np.argsort(where, kind="stable")
         yield slide, where[order], np.concatenate(codes)[order]
+
+
+def _numbered(texts: Sequence[np.ndarray], values: dict[tuple[str, ...], int]) -> np.ndarray:
+    """Number of the values of each of n consecutive rows, of which only the first of a run is looked up.
+
+    Args:
+        texts: ``(n,)`` objects of each column.
+        values: As in :func:`_rows`.
+    """
+    changes = np.any([column[1:] != column[:-1] for column in texts], axis=0)
+    first = np.concatenate([[0], np.flatnonzero(changes) + 1])
+    rows = zip(*(column[first].tolist() for column in texts), strict=True)
+    named = (tuple(text or UNKNOWN_GROUP for text in row) for row in rows)
+    numbers = [values.setdefault(row, len(values)) for row in named]
+    return np.repeat(numbers, np.diff([*first, len(texts[0])]))
 
 
 def _runs(codes: np.ndarray, start: int) -> Runs:
