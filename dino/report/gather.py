@@ -54,6 +54,7 @@ class LoadedRun:
             *(backbone.embed_dim, backbone.depth, backbone.num_heads),
             split=methods.split_of(status),
             segments=self.trained.details.get("segments") or (),
+            precision=status.get("computed_in"),
         )
 
 

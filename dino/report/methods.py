@@ -49,6 +49,7 @@ class Run:
         num_heads: Attention heads.
         split: Number of samples that it was trained on; None where that is not recorded.
         segments: Those by which it was extended, see :class:`dino.train.optimizer.Segment`.
+        precision: That it was computed in; None for that of the settings.
     """
 
     config: Settings
@@ -59,6 +60,7 @@ class Run:
     num_heads: int
     split: Split | None = None
     segments: Sequence[Settings] = ()
+    precision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def _training(run: Run) -> str:
         f"{schedule['min_lr']:g}{_layers(optim)}), "
         f"weight decay {_from_to(schedule['weight_decay'], schedule['weight_decay_end'])}, gradient clipping at "
         f"{training['clip_grad']:g}, drop-path rate {model['drop_path_rate']:g}, "
-        f"{run.status.get('computed_in') or run.config.get('speed', {}).get('precision', 'fp32')} precision."
+        f"{run.precision or run.config.get('speed', {}).get('precision', 'fp32')} precision."
         f"{''.join(map(_segment, run.segments))}"
     )
 

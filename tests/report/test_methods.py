@@ -46,6 +46,13 @@ def test_a_distilled_run_names_its_teacher_and_no_prototypes():
     assert "prototypes" not in text and "Caron" not in text and "teacher momentum 0.996" in text
 
 
+def test_the_precision_is_the_one_that_the_run_computed_in():
+    config = to_dict(PatchConfig())
+    assert "bf16 precision." in methods(facts(patch=Run(config, 240, 64, 384, 12, 6), region=None))
+    computed = Run(config, 240, 64, 384, 12, 6, precision="fp32")
+    assert "fp32 precision." in methods(facts(patch=computed, region=None))
+
+
 def test_all_parts_of_the_objective_and_the_scaled_learning_rate_are_named():
     config = to_dict(load_config(PatchConfig, recipe="patch_continue", overrides={"objective.regression": 0.5}))
     text = methods(facts(patch=Run(config, 240, 256, 384, 12, 6), region=None))
