@@ -185,14 +185,18 @@ def _slides(root: Root, config: PatchConfig) -> Found:
     slides = replace(root.tiled_slides(config.slides), cache=cache)
     tiles, held_out = root.listed_tiles()
     slides.check_present(one.slide_id for one in tiles)
-    at_once = (speed.open_slides + 1) * max(1, speed.num_workers)  # one is opened before another is closed
-    settings = "speed.slide_cache_gb", "speed.open_slides or speed.num_workers"
-    notes, warnings = slides.check_cache((one.slide_id for one in tiles), at_once, *settings)
+    kept_open, notes, warnings = slides.check_cache(
+        (one.slide_id for one in tiles),
+        max(1, speed.open_slides),
+        max(1, speed.num_workers),
+        "speed.slide_cache_gb",
+        "speed.num_workers",
+    )
     geometry = slides.geometry
     spacing, size = geometry.spacing_um, geometry.tile_size_px
     placement = Placement.of(config.sampling, spacing, size, config.seed, _pictures(root, config))
     infos = root.slide_infos({one.slide_id: one.spacing_um for one in tiles})
-    return Found(SlideTileDataset(tiles, slides, infos, placement, speed.open_slides), held_out, warnings, notes)
+    return Found(SlideTileDataset(tiles, slides, infos, placement, kept_open), held_out, warnings, notes)
 
 
 def stored_tars(root: Root, cache_dir: str, slides: Collection[str | None]) -> TarTiles | None:

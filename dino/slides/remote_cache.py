@@ -152,8 +152,7 @@ class SlideCache:
         """
         asked = list(dict.fromkeys(asked))
         missing = sum(sizes.get(file, 0) for file in asked if not self.has(file))
-        largest = sum(sorted(sizes.values(), reverse=True)[:at_once])
-        return Need(len(asked), sum(sizes.values()), missing, len(asked) - len(sizes), largest)
+        return Need(len(asked), sum(sizes.values()), missing, len(asked) - len(sizes), largest_sum(sizes, at_once))
 
     def check_room(self, need: Need, setting: str, fewer: str) -> tuple[list[str], list[str]]:
         """Lines that say what will be downloaded, and that warn if files will be downloaded again and again.
@@ -294,6 +293,11 @@ class SlideCache:
                 f"expected to write to the slide cache {self.path}, found: {error.strerror or error}; free space, or "
                 "set another slide_cache"
             ) from None
+
+
+def largest_sum(sizes: dict[RemoteFile, int], at_once: int) -> int:
+    """Sum in bytes of the largest files that are in use at the same time."""
+    return sum(sorted(sizes.values(), reverse=True)[:at_once])
 
 
 def _held(path: Path, shared: bool) -> IO[bytes]:

@@ -8,7 +8,7 @@ from dino.errors import DataError
 from dino.slides.lattice import Geometry, plan_lattice
 from dino.slides.reader import BACKEND, SlideReader
 from dino.slides.remote import Location, RemoteFile, sizes_of
-from dino.slides.remote_cache import Lease, SlideCache
+from dino.slides.remote_cache import Lease, SlideCache, largest_sum
 from dino.slides.slide_list import read_slide_list
 from dino.slides.tables import SlideStatus
 
@@ -49,26 +49,41 @@ class TiledSlides:
         return None if path is None else self.cache.local_path(path)
 
     def check_cache(
-        self, slide_ids: Iterable[str], at_once: int, setting: str, fewer: str
-    ) -> tuple[list[str], list[str]]:
-        """What to say of the slides of object stores (how much is downloaded), and to warn of (a small cache).
+        self, slide_ids: Iterable[str], kept_open: int, workers: int, setting: str, fewer: str
+    ) -> tuple[int, list[str], list[str]]:
+        """How many slides workers may keep open, as open slides of object stores are not removed from the cache.
 
         Args:
             slide_ids: Slides that will be read.
-            at_once: Number of slides that a process of a job and its workers have open at the same time.
+            kept_open: Number of slides that a worker should keep open.
+            workers: Workers of a process of a job.
             setting: Name of the setting of the cache's size.
-            fewer: Settings that lower ``at_once``.
+            fewer: Name of that of the number of workers.
+
+        Returns:
+            ``kept_open``, or less where so many do not fit into the cache; what to say of the slides of object stores
+            (how much is downloaded); and what to warn of (a small cache).
 
         Raises:
-            ConfigError: If the slides that are open at once do not fit.
+            ConfigError: If not even the slides fit that are open at once where each worker keeps one.
         """
         found = [path for path in map(self.path, slide_ids) if isinstance(path, RemoteFile)]
         if not found:
-            return [], []
+            return kept_open, [], []
         from dino import distributed  # imports torch, without which the viewer starts
 
-        at_once *= distributed.local_world_size()
-        return self.cache.check_room(self.cache.need(sizes_of(found), found, at_once), setting, fewer)
+        workers *= distributed.local_world_size()
+        sizes, kept = sizes_of(found), kept_open
+
+        def at_once() -> int:
+            return (kept + 1) * workers  # one is opened before another is closed
+
+        while kept > 1 and largest_sum(sizes, at_once()) > self.cache.limit:
+            kept //= 2
+        notes, warnings = self.cache.check_room(self.cache.need(sizes, found, at_once()), setting, fewer)
+        if kept < kept_open:
+            notes.append(f"each worker keeps {kept} of these slides open instead of {kept_open}, which may not fit")
+        return kept, notes, warnings
 
     def check_present(self, slide_ids: Iterable[str]) -> None:
         """Raise DataError if the file of a slide does not exist."""

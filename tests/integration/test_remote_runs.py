@@ -102,7 +102,7 @@ def test_runs_on_remote_slides_are_those_on_local_ones(store: Store, tmp_path: P
     pretrain(settings(local, tmp_path / "local", tmp_path / "none"))
     size = sum((store.folder / f"{name}.tiff").stat().st_size for name in NAMES) / len(NAMES)
     for workers in (0, 1):
-        small = {"speed.slide_cache_gb": 2.5 * size / 1e9, "speed.num_workers": workers}
+        small = {"speed.slide_cache_gb": 2.5 * size / 1e9, "speed.num_workers": workers, "speed.open_slides": 64}
         before = len(store.requests("GET", "/plain/one.tiff"))
         pretrain(settings(found, tmp_path / str(workers), tmp_path / "small", **small))
         assert_same_bits(tmp_path / "local", tmp_path / str(workers))
@@ -153,6 +153,10 @@ def test_what_will_be_downloaded_is_said_and_a_cache_that_cannot_work_is_refused
     said = " ".join("".join(capsys.readouterr()).split())
     assert "3 slides of 0.00 GB are on object stores; 0.00 GB to download into" in said
     assert "again and again" in said and "speed.slide_cache_gb=" in said
+    assert "open instead of" not in said
+    many = {"speed.slide_cache_gb": 2.5 * size / 1e9, "speed.open_slides": 64}
+    pretrain(settings(found, tmp_path / "run", cache, dry_run=True, **many))
+    assert "each worker keeps 1 of these slides open instead of 64" in " ".join("".join(capsys.readouterr()).split())
     with pytest.raises(ConfigError, match="speed.slide_cache_gb of at least"):
         pretrain(settings(found, tmp_path / "run", cache, **{"speed.slide_cache_gb": 1.5 * size / 1e9}))
     assert not (tmp_path / "run").exists()
