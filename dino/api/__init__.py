@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dino.api.initial_weights import follow_init
     from dino.api.launching import launch_slurm
     from dino.api.mapping import attention
+    from dino.api.overlays import export_overlays
     from dino.api.pretraining import pretrain, resume
     from dino.api.rehearsal import replay
     from dino.api.reporting import report
@@ -34,6 +35,7 @@ __all__ = [
     "evaluate_slide",
     "export",
     "export_geojson",
+    "export_overlays",
     "extract",
     "figure",
     "find_words",
@@ -59,6 +61,7 @@ _MODULES = {
     "evaluate_slide": "evaluating_slides",
     "export": "exporting",
     "export_geojson": "viewing",
+    "export_overlays": "overlays",
     "extract": "extracting",
     "figure": "figures",
     "find_words": "words",

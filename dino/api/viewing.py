@@ -13,7 +13,7 @@ from dino.config.schema import GeojsonConfig, ViewConfig
 from dino.environment import import_extra
 from dino.errors import ConfigError
 from dino.extraction.catalogue import Catalogue, read_catalogue
-from dino.extraction.encoder_features import EncoderFeatures
+from dino.extraction.encoder_features import EncoderFeatures, check_clusters, only_encoder
 from dino.extraction.folders import encoder_name
 from dino.files import oserror_to_data_error, write_text
 from dino.viewer.attention_folders import exported_attention, find_attention, open_attention
@@ -22,7 +22,6 @@ from dino.viewer.models import RunModels
 
 EVERYWHERE = ("0.0.0.0", "::")
 OWN = ("127.0.0.1", "localhost", "::1")  # addresses that no other computer can connect to
-MAX_CLUSTERS = 64
 
 
 def view(root: Path, runs: Sequence[str], config: ViewConfig) -> None:
@@ -87,9 +86,11 @@ def export_geojson(root: Path, output: Path, config: GeojsonConfig) -> list[Path
     unknown = [name for name in config.contents if name not in CONTENTS]
     if unknown or not config.contents:
         raise ConfigError(f"expected contents of {', '.join(CONTENTS)}, found {', '.join(unknown) or 'none'}")
-    _check_clusters(config.clusters)
+    check_clusters(config.clusters)
     catalogue = read_catalogue(root)
-    encoder = _exported_encoder(catalogue, config)
+    encoder = only_encoder(catalogue, config.encoder, config.clusters)
+    if encoder is None and CLUSTERS in config.contents:
+        progress.say(f"no features of tiles in {catalogue.root}: no clusters are exported (`dino extract`)")
     attention = exported_attention(catalogue, config.encoder) if TILES in config.contents else {}
     written = []
     with oserror_to_data_error(output), progress.bar("export slides", len(catalogue.tiles)) as bar:
@@ -105,24 +106,13 @@ def export_geojson(root: Path, output: Path, config: GeojsonConfig) -> list[Path
     return written
 
 
-def _exported_encoder(catalogue: Catalogue, config: GeojsonConfig) -> EncoderFeatures | None:
-    names = catalogue.chosen_encoders([config.encoder] if config.encoder is not None else [])
-    if config.encoder is None and len(names) > 1:
-        raise ConfigError(
-            f"expected to know whose clusters to export, found features of {', '.join(names)}; pass encoder={names[0]}"
-        )
-    if not names and CLUSTERS in config.contents:
-        progress.say(f"no features of tiles in {catalogue.root}: no clusters are exported (`dino extract`)")
-    return EncoderFeatures(catalogue, names[0], config.clusters) if names else None
-
-
 def _encoder(catalogue: Catalogue, run: str) -> str:
     """The encoder that is meant: one of that name, or that of a run."""
     return run if run in catalogue.encoders else encoder_name(run)
 
 
 def _check(config: ViewConfig) -> None:
-    _check_clusters(config.clusters)
+    check_clusters(config.clusters)
     for name in ("open_slides", "cache_mb", "num_workers"):
         if getattr(config, name) < 1:
             raise ConfigError(f"expected {name} to be at least 1, found {getattr(config, name)}")
@@ -132,11 +122,6 @@ def _check(config: ViewConfig) -> None:
         raise ConfigError(
             "expected a token of at least 8 letters and digits, found another one; omit it for a random one"
         )
-
-
-def _check_clusters(count: int | None) -> None:
-    if count is not None and not 2 <= count <= MAX_CLUSTERS:
-        raise ConfigError(f"expected 2 to {MAX_CLUSTERS} clusters, found {count}")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -10,7 +10,7 @@ import typer
 
 from dino.cli.command import ConfigFile, end, flat_scalars, with_settings
 from dino.cli.grammar import FURTHER, UsageError, expect, expect_many, named_or_positional, split
-from dino.cli.viewing import geojson
+from dino.cli.viewing import geojson, overlays
 from dino.config.load import (
     RECIPES,
     default_recipe,
@@ -32,6 +32,7 @@ from dino.config.schema import (
     GeojsonConfig,
     InfoConfig,
     LaunchConfig,
+    OverlaysConfig,
     PatchConfig,
     RegionConfig,
     ReportConfig,
@@ -240,7 +241,7 @@ def export(arguments: ExportArguments = None, config: ConfigFile = None) -> None
 
     RUN is a run folder or a checkpoint file (also an external one). The export contains no folders, and salted hashes
     of the slides and patients of the pretraining; ids=true writes their ids. `dino export geojson ROOT OUT` is `dino
-    geojson ROOT OUT`. To load an export in Python:
+    geojson ROOT OUT`, and so is `dino export overlays ROOT OUT`. To load an export in Python:
 
         timm.create_model("local-dir:DIR", pretrained=True)
 
@@ -250,8 +251,9 @@ def export(arguments: ExportArguments = None, config: ConfigFile = None) -> None
         dino export dino_deitsmall16_pretrain.pth vit_small_dino transform=imagenet
     """
     positional, overrides = split(arguments or [])
-    if positional[:1] == ["geojson"] and len(positional) > 2:
-        return geojson([*positional[1:], *overrides], config)
+    of_slides = {"geojson": geojson, "overlays": overlays}
+    if positional and positional[0] in of_slides and len(positional) > 2:
+        return of_slides[positional[0]]([*positional[1:], *overrides], config)
     source, folder = expect(positional, ["RUN", "DIR"])
     settings = load_config(ExportConfig, file=config, overrides=overrides)
     from dino import api
@@ -379,6 +381,7 @@ SCHEMAS: dict[str, type] = {
     "words": WordsConfig,
     "export": ExportConfig,
     "geojson": GeojsonConfig,
+    "overlays": OverlaysConfig,
     "info": InfoConfig,
     "launch slurm": LaunchConfig,
     "demo": DemoConfig,
@@ -388,9 +391,9 @@ SCHEMAS: dict[str, type] = {
 def config(arguments: ConfigArguments = None, config: ConfigFile = None, recipe: StartRecipe = None) -> None:
     """Print all settings of a command with their values and comments, as YAML.
 
-    COMMAND is tile, patch, region, extract, report, figure, view, words, export, geojson, info, slurm, demo, or an
-    evaluation such as knn. Values that differ from the default are marked. The output can be saved, edited and passed
-    to the command with --config.
+    COMMAND is tile, patch, region, extract, report, figure, view, words, export, geojson, overlays, info, slurm, demo,
+    or an evaluation such as knn. Values that differ from the default are marked. The output can be saved, edited and
+    passed to the command with --config.
 
     For example:
 

@@ -27,6 +27,7 @@ class _InOrder(TyperGroup):
             "attention",
             "export",
             "geojson",
+            "overlays",
             "info",
             "resume",
             "replay",
@@ -84,6 +85,7 @@ app.command(cls=viewing.words_command)(viewing.words)
 app.command(cls=maps.attention_command)(maps.attention)
 app.command(cls=commands.export_command)(commands.export)
 app.command(cls=viewing.geojson_command)(viewing.geojson)
+app.command(cls=viewing.overlays_command)(viewing.overlays)
 app.command(cls=commands.info_command)(commands.info)
 app.command(cls=runs.resume_command)(runs.resume)
 app.command(cls=Command)(runs.status)

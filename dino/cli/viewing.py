@@ -1,4 +1,4 @@
-"""Commands to look at slides and features: ``dino view``, ``dino words`` and ``dino geojson``."""
+"""Commands to look at slides and features: ``dino view``, ``dino words``, ``dino geojson`` and ``dino overlays``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,7 @@ from rich.text import Text
 from dino.cli.command import ConfigFile, with_settings
 from dino.cli.grammar import UsageError, expect, split
 from dino.config.load import load_config
-from dino.config.schema import GeojsonConfig, ViewConfig, WordsConfig
+from dino.config.schema import GeojsonConfig, OverlaysConfig, ViewConfig, WordsConfig
 
 ViewArguments = Annotated[list[str] | None, typer.Argument(metavar="ROOT [RUN]... [KEY=VALUE]...", hidden=True)]
 
@@ -110,3 +110,30 @@ def geojson(arguments: GeojsonArguments = None, config: ConfigFile = None) -> No
 
 
 geojson_command = with_settings(GeojsonConfig)
+
+OverlaysArguments = Annotated[list[str] | None, typer.Argument(metavar="ROOT OUT [KEY=VALUE]...", hidden=True)]
+
+
+def overlays(arguments: OverlaysArguments = None, config: ConfigFile = None) -> None:
+    """Write the clusters or words of the tiles of each slide of ROOT as label images, for QuPath, napari and others.
+
+    OUT is a folder, which gets one SLIDE.ome.tif per slide: a pyramidal OME-TIFF of integers with a colour table, one
+    px per tile (with overlapping tiles, per position of one), with its spacing in µm; its first px is the first corner
+    of the slide. 0 is no tile. The names and colours of the labels are in OUT/labels.json and in the description of
+    each file. Where `dino words` has found words, these are the labels, with the names in words.csv. Requires `pip
+    install 'histodino[maps]'`.
+
+    For example:
+
+        dino overlays data labels
+        dino overlays data labels encoder=patch clusters=16
+    """
+    positional, overrides = split(arguments or [])
+    root, output = expect(positional, ["ROOT", "OUT"])
+    settings = load_config(OverlaysConfig, file=config, overrides=overrides)
+    from dino import api
+
+    api.export_overlays(Path(root), Path(output), settings)
+
+
+overlays_command = with_settings(OverlaysConfig)

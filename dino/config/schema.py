@@ -33,7 +33,7 @@ from dino.config.evaluators import (  # noqa: F401 -- a part of this module
     SlideConfig,
 )
 from dino.config.reports import AttentionConfig, FigureConfig, ReportConfig  # noqa: F401 -- a part of this module
-from dino.config.viewing import GeojsonConfig, ViewConfig, WordsConfig  # noqa: F401 -- a part of this module
+from dino.config.viewing import GeojsonConfig, OverlaysConfig, ViewConfig, WordsConfig  # noqa: F401 -- a part of this module
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Settings of the viewer, of tissue words, and of the export for QuPath."""
+"""Settings of the viewer, of tissue words, and of the exports for QuPath and others."""
 
 from dataclasses import dataclass
 
@@ -31,6 +31,16 @@ class GeojsonConfig:
         None, "encoder whose clusters and attention are exported (null: the only one's clusters, the attention of all)"
     )
     contents: list[str] = runtime(["clusters", "tiles", "regions"], "what is exported: tiles, clusters, regions")
+    clusters: int | None = runtime(
+        None, "number of clusters of the tiles' features, over all slides (null: the words of `dino words`, else 10)"
+    )
+
+
+@dataclass
+class OverlaysConfig:
+    """`dino overlays`."""
+
+    encoder: str | None = runtime(None, "encoder whose clusters are exported (null: the only one)")
     clusters: int | None = runtime(
         None, "number of clusters of the tiles' features, over all slides (null: the words of `dino words`, else 10)"
     )

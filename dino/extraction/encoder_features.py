@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from dino.data.bags import find_bags, map_features, open_bag
-from dino.errors import DataError
+from dino.errors import ConfigError, DataError
 from dino.extraction.catalogue import Catalogue
 from dino.extraction.colours import Clusters, ColourBasis
 from dino.extraction.folders import tile_folder
@@ -22,6 +22,7 @@ BLOCK_ROWS = 65_536  # rows that are converted to float32 at a time
 BOUNDED_ROWS = 100_000  # tiles from which on bounds of similarities pay
 EXAMPLES = 16  # tiles that show a cluster
 CLUSTERS = 10  # where there are no words
+MAX_CLUSTERS = 64
 
 Result = TypeVar("Result")
 
@@ -353,6 +354,27 @@ class EncoderFeatures:
         if bag.coords is None or not len(bag):
             raise DataError(f"expected features of tiles with coordinates of slide '{slide_id}', found none")
         return SlideFeatures(map_features(bag), _match(self._catalogue.tiles[slide_id].coords, bag.coords))
+
+
+def check_clusters(count: int | None) -> None:
+    """Raise ConfigError if a number of clusters is out of range."""
+    if count is not None and not 2 <= count <= MAX_CLUSTERS:
+        raise ConfigError(f"expected 2 to {MAX_CLUSTERS} clusters, found {count}")
+
+
+def only_encoder(catalogue: Catalogue, encoder: str | None, clusters: int | None) -> EncoderFeatures | None:
+    """The features to export: of the encoder that was named, or of the only one; None if there are none.
+
+    Raises:
+        ConfigError: If there are several, and none was named.
+        DataError: If there are none of that name.
+    """
+    names = catalogue.chosen_encoders([encoder] if encoder is not None else [])
+    if encoder is None and len(names) > 1:
+        raise ConfigError(
+            f"expected to know whose clusters to export, found features of {', '.join(names)}; pass encoder={names[0]}"
+        )
+    return EncoderFeatures(catalogue, names[0], clusters) if names else None
 
 
 def _match(listed: np.ndarray, coords: np.ndarray) -> np.ndarray:
