@@ -165,7 +165,13 @@ class OpenSlides:
         if key in self._open:
             self._open.move_to_end(key)
             return self._open[key]
-        reader = self._slides.open(slide_id, step_lv0, spacing_um)
+        try:
+            reader = self._slides.open(slide_id, step_lv0, spacing_um)
+        except CacheError:  # other processes have slides open too, such as the main one in an evaluation
+            if not self._open:
+                raise
+            self.close(*{slide for slide, _ in self._open})
+            reader = self._slides.open(slide_id, step_lv0, spacing_um)
         if self._slides.reader == BACKEND:
             self._cache = self._cache or openslide_cache(CACHE_MB)
             reader.share_cache(self._cache)
@@ -174,9 +180,9 @@ class OpenSlides:
             self._open.popitem(last=False)[1].close()
         return reader
 
-    def close(self, slide_id: str) -> None:
-        """Close a slide: after an error openslide reads nothing more through the same handle."""
-        for key in [key for key in self._open if key[0] == slide_id]:
+    def close(self, *slide_ids: str) -> None:
+        """Close slides: after an error openslide reads nothing more through the same handle."""
+        for key in [key for key in self._open if key[0] in slide_ids]:
             self._open.pop(key).close()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,16 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from forked import exit_codes, fork, fork_group, kill_at_random
 from painted_slide import halved, noise, write_slide
 from store_server import Store, serving
 from tiny_runs import assert_same_bits, assert_same_numbers, config, last
 
 from dino.api import extract, pretrain
+from dino.api.levels import build_level
 from dino.api.tiling import tile
 from dino.config.schema import ExtractConfig, PatchConfig, TileConfig
 from dino.errors import ConfigError
 from dino.slides import remote, remote_cache
+from dino.slides.remote import parse_location
 from dino.slides.tables import FAILED, OK, read_status
 
 SMALL = {"tile_size_px": 32, "region_size_px": 64, "num_workers": 1, "previews": False, "storage": "none"}
@@ -160,6 +163,23 @@ def test_what_will_be_downloaded_is_said_and_a_cache_that_cannot_work_is_refused
     with pytest.raises(ConfigError, match="speed.slide_cache_gb of at least"):
         pretrain(settings(found, tmp_path / "run", cache, **{"speed.slide_cache_gb": 1.5 * size / 1e9}))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_worker_closes_its_slides_where_others_leave_no_room(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an evaluation, in which the main process has slides open beside those of its workers."""
+    monkeypatch.setattr(remote_cache, "WAIT_SECONDS", 0.1)
+    found, size = tiled(tmp_path / "r", store, f"{store.address}/plain"), (store.folder / "one.tiff").stat().st_size
+    small = {"speed.slide_cache_gb": 2.5 * size / 1e9}
+    dataset, alone = (
+        build_level(settings(found, tmp_path / "run", tmp_path / name, **small)).dataset for name in ("cache", "alone")
+    )
+    firsts = dict(zip(dataset.ranges.slide_ids, dataset.ranges.starts.tolist(), strict=False))
+    held = remote_cache.SlideCache(str(tmp_path / "cache"), small["speed.slide_cache_gb"])
+    with held.local_path(parse_location(f"{store.address}/plain/three.tiff")):
+        for name in ("one", "two", "one"):  # the second does not fit beside the other two
+            assert torch.equal(dataset[firsts[name]].pixels, alone[firsts[name]].pixels)
 
 
 def test_features_of_remote_slides_are_those_of_local_ones(store: Store, tmp_path: Path) -> None:
