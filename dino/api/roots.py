@@ -373,17 +373,20 @@ def _cut_entries(folder: Path, cells: int | None, partitions: Mapping[str, str])
         return [GridEntry(path, path.stem) for path in kept], held_out
     if cells < SMALLEST_SIDE:
         raise ConfigError(f"expected region_cells of at least {SMALLEST_SIDE}, found {cells}")
-    opened = {path: open_regions(path, cells) for path in kept}
-    tiles, regions = sum(len(one.bag) for one in opened.values()), sum(len(one) for one in opened.values())
-    without = sum(not len(one) for one in opened.values())
-    found = f"{regions} with {regions * cells**2} of {tiles} tiles, in {len(kept) - without} of {len(kept)} slides"
+    entries, tiles, regions = [], 0, 0
+    for path in kept:  # one after another: coordinates of all tiles at once may take gigabytes
+        opened = open_regions(path, cells)
+        tiles, regions = tiles + len(opened.bag), regions + len(opened)
+        if len(opened):
+            entries.append(GridEntry(path, path.stem, (cells, cells)))
+    found = f"{regions} with {regions * cells**2} of {tiles} tiles, in {len(entries)} of {len(kept)} slides"
     if not regions:
         raise DataError(
             f"expected regions of {cells} x {cells} tiles that are all in the features in {folder}, found {found}; "
             "set a smaller region_cells, or extract regions, whose cells without tissue have features too"
         )
     progress.say(f"{folder}: complete regions of {cells} x {cells} tiles: {found}; other tiles are left out")
-    return [GridEntry(path, path.stem, (cells, cells)) for path, one in opened.items() if len(one)], held_out
+    return entries, held_out
 
 
 def _only_held_out(items: str, folder: Path, held_out: HeldOut) -> DataError:

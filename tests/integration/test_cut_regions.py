@@ -1,5 +1,7 @@
 """Level 2 on features of tiles as TRIDENT writes them, from which regions are cut."""
 
+import shutil
+import weakref
 from pathlib import Path
 
 import h5py
@@ -9,8 +11,10 @@ import torch
 from tiny_runs import TINY, last
 
 from dino.api import pretrain
+from dino.api.roots import Root
 from dino.config.load import load_config
 from dino.config.schema import RegionConfig
+from dino.data import region_grids
 from dino.data.region_grids import open_regions
 from dino.errors import DataError
 
@@ -52,6 +56,23 @@ def test_a_run_is_that_of_the_same_regions_as_grids(
     pretrain(settings(tmp_path / "grids", tmp_path / "stored", **cache))
     one, other = last(tmp_path / "cut"), last(tmp_path / "stored")
     assert all(torch.equal(one["teacher"][key], other["teacher"][key]) for key in one["teacher"])
+
+
+def test_the_coordinates_of_few_slides_are_in_memory(features: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[weakref.ref] = []
+    alive = []
+
+    def watched(path: Path, side: int) -> region_grids.RegionGrids:
+        alive.append(sum(one() is not None for one in opened))
+        found = region_grids._open.__wrapped__(path, side, None)  # that which is not kept for later calls
+        opened.append(weakref.ref(found))
+        return found
+
+    for number in range(20):
+        shutil.copy(features / "a.1.h5", features / f"copy{number}.h5")
+    monkeypatch.setattr(region_grids, "open_regions", watched)
+    assert len(Root(features).grids(SIDE)[1]) == 22
+    assert len(alive) == 23 and max(alive) <= 1
 
 
 def test_slides_without_a_whole_region_are_an_error(features: Path, tmp_path: Path) -> None:
