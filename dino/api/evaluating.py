@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dino import distributed, progress
-from dino.api.features import columns_of
+from dino.api.features import columns_of, with_recorded_patients
 from dino.api.labelled import Features
 from dino.api.results import knn_record, output_path, write_result
 from dino.config.schema import EvaluationConfig, KnnConfig
@@ -106,6 +106,7 @@ def _evaluate(
     evaluation: str, models: Sequence[str], labels: Path, config: EvaluationConfig, device: torch.device
 ) -> Result:
     table = read_labels(labels, partition_is_optional=True, label=config.label)
+    table = with_recorded_patients(table, labels, models)
     task = distributed.run_on_main(lambda: _task(table, config))
     output = output_path(evaluation, models[0], labels, config.output)
     columns, facts = columns_of(table, labels, models, config, device)

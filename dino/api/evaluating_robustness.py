@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dino import distributed, files, progress
 from dino.api.evaluating import on_all_processes
-from dino.api.features import Column, columns_of
+from dino.api.features import Column, columns_of, with_recorded_patients
 from dino.api.results import check_output, output_path, write_result
 from dino.config.schema import RobustnessConfig
 from dino.evaluate import LabelTable, join_slides, read_labels
@@ -47,6 +47,7 @@ def _evaluate(models: Sequence[str], labels: Path, config: RobustnessConfig, dev
     import_croma()
     columns = () if config.slides else (config.by,)
     table = read_labels(labels, ("test",), partition_is_optional=True, columns=columns, label=config.label)
+    table = with_recorded_patients(table, labels, models)
     if config.slides:
         table = join_slides(table, Path(config.slides), config.by)
     rows = np.array(table.rows("test") if table.is_split else range(len(table.paths)), np.int64)

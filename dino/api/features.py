@@ -154,6 +154,27 @@ def is_features(model: str) -> bool:
     return any(inside) or any(path for sub in SUBFOLDERS for path in (folder / sub).glob("*.h5"))
 
 
+def with_recorded_patients(table: LabelTable, labels: Path, models: Sequence[str]) -> LabelTable:
+    """A table of labels with the patients of its slides that ROOTs record, where it names none itself.
+
+    Args:
+        table: The labels.
+        labels: Their file; a ROOT that it is in records patients.
+        models: Models; so do the ROOTs of folders of features.
+
+    Raises:
+        DataError: If the status of a ROOT's slides cannot be read.
+    """
+    if table.patient_ids:
+        return table
+    patients: dict[str, str] = {}
+    for root in (labels.parent, *(Path(model).parent for model in models if is_features(model))):
+        if (root / STATUS_TABLE).is_file():
+            patients = {slide: row.patient_id for slide, row in read_status(root).items()} | patients
+    found = [patients.get(slide, "") for slide in table.slides]
+    return replace(table, patient_ids=found) if any(found) else table
+
+
 def columns_of(
     table: LabelTable, labels: Path, models: Sequence[str], config: EvaluationConfig, device: torch.device
 ) -> tuple[list[Column], list[dict[str, Any]]]:

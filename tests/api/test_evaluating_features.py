@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -125,5 +126,21 @@ def test_the_table_of_tiles_itself_has_labels(root: Path) -> None:
     config = KnnConfig(k=[3], folds=3, label="annotation", **HOW)  # type: ignore[arg-type]
     found = evaluate("knn", [str(root / "features_ours")], table, config)
     assert found.about["queries"] == sum(map(bool, classes)) and found.about["grouped_by"] == "slides"
+    read = (root / "slides_status.csv").read_text().splitlines()
+    place, header = read[0].split(",").index("patient_id"), read[0]
+    cells = [line.split(",") for line in read[1:]]
+    for number, row in enumerate(cells):  # three patients of two slides each
+        row[place] = f"p{number // 2}"
+    (root / "slides_status.csv").write_text("\n".join([header, *map(",".join, cells)]) + "\n")
+    output = root.parent / "result.json"
+    found = evaluate("knn", [str(root / "features_ours")], table, replace(config, output=str(output)))
+    assert found.about["grouped_by"] == "patients"
+    with (root.parent / "result_folds.csv").open(newline="") as file:
+        folds = {(f"p{int(row['name'][1]) // 2}", row["fold"]) for row in csv.DictReader(file)}
+    assert len(folds) == 3  # each patient in one
+    elsewhere = root.parent / "elsewhere.csv"
+    elsewhere.write_text(table.read_text())
+    again = evaluate("knn", [str(root / "features_ours")], elsewhere, config)
+    assert again.about["grouped_by"] == "patients" and values(again) == values(found)
     with pytest.raises(DataError, match="missing class; found"):
         evaluate("knn", [str(root / "features_ours")], table, KnnConfig(k=[3], label="class", **HOW))  # type: ignore[arg-type]
