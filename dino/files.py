@@ -107,11 +107,12 @@ def csv_text(rows: Iterable[Sequence[str]]) -> str:
     """Rows as CSV; a cell that a spreadsheet would run as a formula gets a leading apostrophe."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerows([f"'{cell}" if _is_formula(cell) else cell for cell in row] for row in rows)
+    lines.writerows([f"'{cell}" if is_formula(cell) else cell for cell in row] for row in rows)
     return text.getvalue()
 
 
-def _is_formula(cell: str) -> bool:
+def is_formula(cell: str) -> bool:
+    """Whether a spreadsheet would run the text of a cell as a formula."""
     if cell[:1] not in tuple("=+-@\t\r"):
         return False
     try:
@@ -121,9 +122,11 @@ def _is_formula(cell: str) -> bool:
     return False  # a negative number
 
 
-def write_bytes(path: Path, content: bytes, *, make_folder: bool = True) -> None:
-    """Write ``content`` to ``path`` atomically; ``make_folder`` as in :func:`atomic_path`."""
-    with atomic_path(path, make_folder=make_folder) as temporary:
+def write_bytes(
+    path: Path, content: bytes, *, check: Callable[[Path], None] | None = None, make_folder: bool = True
+) -> None:
+    """Write ``content`` to ``path`` atomically; ``check`` and ``make_folder`` as in :func:`atomic_path`."""
+    with atomic_path(path, check=check, make_folder=make_folder) as temporary:
         temporary.write_bytes(content)
 
 

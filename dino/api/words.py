@@ -81,7 +81,7 @@ def find_words(model: str, root: Path, config: WordsConfig | None = None) -> Wor
         write_assigned(words, assigned)
         counts = count_words(features)
         write_table(words, counts)
-    return WordsSummary(words, counts, words.names())
+    return WordsSummary(words, counts, words.names().shown)
 
 
 def encoder_of(catalogue: Catalogue, model: str) -> str:

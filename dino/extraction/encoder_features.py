@@ -177,7 +177,11 @@ class EncoderFeatures:
             DataError: If the names cannot be read.
         """
         words = self.words
-        names = words.names() if words else [f"Cluster {number}" for number in range(1, len(self.clusters) + 1)]
+        return self.labelled(words.names().shown if words else None)
+
+    def labelled(self, names: Sequence[str] | None) -> list[Label]:
+        """:meth:`labels` with the given names; None for those of clusters."""
+        names = names or [f"Cluster {number}" for number in range(1, len(self.clusters) + 1)]
         colours: dict[str, tuple[int, int, int]] = {}
         for name, colour in zip(names, self.clusters.colours, strict=True):
             colours.setdefault(name, colour)
@@ -220,6 +224,15 @@ class EncoderFeatures:
         features = self.slide(slide_id)
         found = np.concatenate([self.clusters.assign(rows) for rows in features.unit_blocks()])
         return self._by_tile(slide_id, found, -1)
+
+    def word_of(self, slide_id: str, tile: int) -> int | None:
+        """Index of the word of one tile; None where there are no words.
+
+        Raises:
+            DataError: If the tile has no features.
+        """
+        words = self.words
+        return int(words.clusters.assign(self.vector(slide_id, tile)[None])[0]) if words else None
 
     def similarity(self, slide_id: str, query: np.ndarray) -> np.ndarray:
         """Cosine similarity of the tiles of a slide to a unit-length vector, float32 ``(N,)``; NaN without features."""

@@ -9,8 +9,6 @@
 The first is written once; the tables are written again when there are more slides, and keep what people wrote.
 """
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,13 +21,12 @@ from dino import files
 from dino.errors import DataError
 from dino.extraction.colours import Clusters
 from dino.extraction.folders import words_folder
+from dino.extraction.word_table import NAME, WORD, Names, changed, checked_name, read_table, replace, writing
 from dino.slides.tables import csv_line
 
 RECORD, TABLE, ASSIGNED = "words.json", "words.csv", "tiles.csv"
 FORMAT = 1
-WORD, NAME = "word", "name"
 COLUMNS = (WORD, "tiles", "slides", "patients", "share", NAME)
-ENCODINGS = ("utf-8-sig", "cp1252")  # of spreadsheets
 SAME = 0.99  # cosine similarity of a tile's features that were extracted twice, on other hardware or in fp16
 
 
@@ -73,15 +70,34 @@ class Words:
         """The table with the names."""
         return self.folder / TABLE
 
-    def names(self) -> list[str]:
-        """What each word is called: as people wrote, on one line, or "Word 3" where they did not.
+    def names(self) -> Names:
+        """What people wrote into the table.
 
         Raises:
             DataError: If the table cannot be read.
         """
-        rows = read_table(self.table, len(self.clusters))
-        written = [" ".join(files.printable(row.get(NAME, "")).split()) for row in rows]
-        return [name or f"Word {number}" for number, name in enumerate(written, 1)]
+        return read_table(self.table, len(self.clusters)).names(len(self.clusters))
+
+    def write_name(self, word: int, name: str, version: str) -> None:
+        """Write the name of a word into the table. Everything else in it stays as it is.
+
+        Args:
+            word: Index of the word.
+            name: Its name; empty for none.
+            version: Version of the names (:meth:`names`) that were shown when it was typed.
+
+        Raises:
+            TableChanged: If the table has been changed since.
+            DataError: If there is no such word, the name is not one, or the table cannot be read or written.
+        """
+        name = checked_name(name)
+        if not 0 <= word < len(self.clusters):
+            raise DataError(f"expected a word from 1 to {len(self.clusters)}, found {word + 1}")
+        with files.oserror_to_data_error(self.folder), writing(self.folder, RECORD):
+            before = read_table(self.table, len(self.clusters))
+            if before.names(len(self.clusters)).version != version:
+                raise changed(self.table)
+            replace(self.table, before.raw, before.renamed(word, name, self.table))
 
     def check(self, find: Callable[[Probe], np.ndarray | None]) -> None:
         """Check that they were found in the features that are there now.
@@ -153,59 +169,21 @@ def write_table(words: Words, counts: Sequence[Count]) -> None:
         counts: How often each occurs.
 
     Raises:
-        DataError: If the table that is there cannot be read.
+        DataError: If the table that is there cannot be read, or someone changes it at this moment.
     """
-    before = read_table(words.table, len(words.clusters)) if words.table.exists() else [{}] * len(words.clusters)
-    further = [name for name in dict.fromkeys(name for row in before for name in row) if name not in COLUMNS]
-    total = max(1, sum(count.tiles for count in counts))
-    rows = [[*COLUMNS, *further]]
-    for number, (count, row) in enumerate(zip(counts, before, strict=True), 1):
-        patients = "" if count.patients is None else str(count.patients)
-        cells = [str(number), str(count.tiles), str(count.slides), patients, f"{count.tiles / total:.4f}"]
-        rows.append([*cells, row.get(NAME, ""), *(row.get(name, "") for name in further)])
-    content = files.csv_text(rows)
-    if not words.table.exists() or words.table.read_bytes() != content.encode():
-        files.write_text(words.table, content)
-
-
-def read_table(path: Path, count: int) -> list[dict[str, str]]:
-    """The rows of a table of words, in order; also as spreadsheets save it, with semicolons or another encoding.
-
-    Args:
-        path: The table.
-        count: Number of words.
-
-    Returns:
-        A row of cells by column for each word; empty for one that the table does not contain.
-
-    Raises:
-        DataError: If it is absent or not such a table, or names a word twice or one that does not exist.
-    """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"expected the names of words in {path}, found none ({error.strerror}); run `dino words` again"
-        ) from None
-    text = _decoded(raw)
-    header = text.split("\n", 1)[0]
-    separator = max(",;\t", key=header.count)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    columns = [cell.strip() for cell in next(lines, [])]
-    if WORD not in columns or NAME not in columns:
-        raise DataError(f"expected columns {WORD} and {NAME} in {path}, found {', '.join(columns)[:200] or 'none'}")
-    rows: list[dict[str, str]] = [{} for _ in range(count)]
-    for cells in lines:
-        row = dict(zip(columns, cells, strict=False))
-        if not any(cell.strip() for cell in cells):
-            continue
-        number = row.get(WORD, "").strip()
-        if not number.isdecimal() or not 1 <= int(number) <= count:
-            raise DataError(f"{path}, line {lines.line_num}: expected a word from 1 to {count}, found '{number[:50]}'")
-        if rows[int(number) - 1]:
-            raise DataError(f"{path}, line {lines.line_num}: expected each word once, found {number} again")
-        rows[int(number) - 1] = row
-    return rows
+    with writing(words.folder, RECORD):
+        table = read_table(words.table, len(words.clusters)) if words.table.exists() else None
+        before = table.cells(len(counts)) if table else [{}] * len(counts)
+        further = [name for name in dict.fromkeys(name for row in before for name in row) if name not in COLUMNS]
+        total = max(1, sum(count.tiles for count in counts))
+        rows = [[*COLUMNS, *further]]
+        for number, (count, row) in enumerate(zip(counts, before, strict=True), 1):
+            patients = "" if count.patients is None else str(count.patients)
+            cells = [str(number), str(count.tiles), str(count.slides), patients, f"{count.tiles / total:.4f}"]
+            rows.append([*cells, row.get(NAME, ""), *(row.get(name, "") for name in further)])
+        content = files.csv_text(rows).encode()
+        if table is None or table.raw != content:
+            replace(words.table, table.raw if table else None, content)
 
 
 def write_assigned(words: Words, slides: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> None:
@@ -220,15 +198,6 @@ def write_assigned(words: Words, slides: Iterable[tuple[str, np.ndarray, np.ndar
         for slide_id, coords, found in slides:
             rows = zip(coords.tolist(), found.tolist(), strict=True)
             file.writelines(csv_line((slide_id, x, y, word + 1)) for (x, y), word in rows if word >= 0)
-
-
-def _decoded(raw: bytes) -> str:
-    for encoding in ENCODINGS[:-1]:
-        try:
-            return raw.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    return raw.decode(ENCODINGS[-1], errors="replace")
 
 
 def _numbers(values: np.ndarray) -> list[float]:

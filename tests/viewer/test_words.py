@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ from dino.extraction.catalogue import read_catalogue
 from dino.extraction.colours import Clusters
 from dino.extraction.encoder_features import EncoderFeatures
 from dino.extraction.prototypes import chosen_prototypes, mean_of_prototypes
+from dino.extraction.word_table import TableChanged, read_table, replace
+from dino.extraction.words import read_words
 from dino.models.head import DINOHead
+from tests.forked import fork
 from tests.viewer.conftest import HOSTILE, PATIENTS, write_features
 
 COUNT = 4
@@ -127,6 +131,126 @@ def test_names_survive_as_spreadsheets_save_them(root, separator, encoding):
     assert table.read_bytes() == content
 
 
+TABLES = {
+    "as written": b"word,tiles,name,seen by\n1,9,,A\n2,8,fat,B\n3,7,,\n4,6,,\n",
+    "semicolons": b"\xef\xbb\xbfname;word;seen by\r\n;3;A\r\nfat;2;\r\n\r\n;1;B;more\r\n;4;",
+    "windows": "word;name;note\r\n3;ödem – zellreich;\r\n1;;é\r\n2;fat;\r\n".encode("cp1252"),  # without word 4
+    "quoted": b'"word"\t"name"\t"note"\n"1"\t""\t"two\nlines, ""quoted"""\n2\tfat\n"4"\t"" \t=1+1\n3\n',
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("word", range(4))
+@pytest.mark.parametrize("name", ['keratin; "hard", dry', "Ödem", "角质", ""])
+def test_a_name_is_written_and_everything_else_stays(root, kind, word, name):
+    """Cells by Python's csv module, which are the same but for one; lines of bytes, which are but for that row."""
+    _find(root)
+    table, before = root / "words_random" / "words.csv", TABLES[kind]
+    table.write_bytes(before)
+    words = read_words(root, "random")
+    words.write_name(word, name, words.names().version)
+    assert words.names().written[word] == name
+    after = table.read_bytes()
+    assert after.count(b"\xef\xbb\xbf") == int(
+        before.startswith(b"\xef\xbb\xbf") or (kind == "windows" and name == "角质")
+    )
+
+    def cells(content):
+        windows = kind == "windows" and not content.startswith(b"\xef\xbb\xbf")
+        text = content.decode("cp1252" if windows else "utf-8-sig")
+        separator = {"as written": ",", "quoted": "\t"}.get(kind, ";")
+        header, *rows = [row for row in csv.reader(text.splitlines(keepends=True), delimiter=separator) if row]
+        return header, {row[header.index("word")]: row for row in rows}
+
+    (header, old), (new_header, new) = cells(before), cells(after)
+    assert new_header == header and new.keys() == old.keys() | {str(word + 1)}
+    place = header.index("name")
+    for number, row in new.items():
+        expected = old.get(number, [str(word + 1) if column == "word" else "" for column in header])
+        if number == str(word + 1):
+            assert row[place] == name
+            expected = [*expected, *[""] * (len(header) - len(expected))]
+            expected[place] = name
+        assert row == expected
+    if after[:2] == before[:2]:
+        lines = after.splitlines(keepends=True)
+        assert sum(line not in lines for line in before.splitlines(keepends=True)) <= (2 if kind == "quoted" else 1)
+
+
+def test_a_name_is_not_written_over_what_others_wrote(root):
+    _find(root)
+    words, table = read_words(root, "random"), root / "words_random" / "words.csv"
+    version = words.names().version
+    words.write_name(0, "keratin", version)
+    with pytest.raises(
+        TableChanged, match=r"expected words.csv as it was read, found that someone changed it meanwhile"
+    ):
+        words.write_name(1, "fat", version)
+    assert words.names().written == ["keratin", "", "", ""]
+    before = read_table(table, COUNT)
+    table.write_bytes(
+        theirs := before.raw.replace(b"keratin", b"mucus")
+    )  # as a spreadsheet would, between read and write
+    with pytest.raises(TableChanged):
+        replace(table, before.raw, before.renamed(1, "fat", table))
+    assert table.read_bytes() == theirs
+    assert sorted(path.name for path in table.parent.iterdir()) == ["tiles.csv", "words.csv", "words.json"]
+
+
+def test_all_names_survive_that_are_written_at_once(root):
+    """By threads of two processes, each of which tries again when another one was first."""
+    _find(root)
+    table = root / "words_random" / "words.csv"
+    rows = _rows(table)
+
+    def write_all(words_of_process):
+        words = read_words(root, "random")
+
+        def write(word):
+            while True:
+                try:
+                    return words.write_name(word, f"name {word}", words.names().version)
+                except TableChanged:
+                    continue
+
+        threads = [threading.Thread(target=write, args=[word]) for word in words_of_process]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    other = fork(lambda: write_all((1, 3)))
+    write_all((0, 2))
+    other.join()
+    assert other.exitcode == 0
+    assert _rows(table) == [row | {"name": f"name {word}"} for word, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    "name", ["a" * 101, "a\nb", "a\tb", "\x00", "\x7f", "a\u202eb", "\ud800", "=1+1", "@SUM(A1)", "-a"]
+)
+def test_what_is_not_a_name_is_refused(root, name):
+    _find(root)
+    words, table = read_words(root, "random"), root / "words_random" / "words.csv"
+    before = table.read_bytes()
+    with pytest.raises(DataError, match=r"expected a name") as caught:
+        words.write_name(0, name, words.names().version)
+    assert len(str(caught.value).splitlines()) == 1 and table.read_bytes() == before
+    words.write_name(0, "  two \u00a0 words ", words.names().version)
+    assert words.names().written[0] == "two words"
+
+
+def test_a_table_in_another_encoding_is_read_and_not_written(root):
+    _find(root)
+    words, table = read_words(root, "random"), root / "words_random" / "words.csv"
+    table.write_bytes(before := b"word,name\n1,a\x81b\n")  # a byte that Windows-1252 does not have
+    with pytest.raises(
+        DataError, match=r"expected .*words.csv in UTF-8 or Windows-1252, found bytes of another encoding"
+    ):
+        words.write_name(1, "fat", words.names().version)
+    assert table.read_bytes() == before
+
+
 def test_names_reach_geojson_and_the_same_name_is_one_class(root, tmp_path):
     _find(root)
     table = root / "words_random" / "words.csv"
@@ -199,6 +323,7 @@ def test_bad_input_is_one_line_and_loses_nothing(root):
         ("word,name\n9,a\n", "line 2: expected a word from 1 to 4, found '9'"),
         ("word,name\n1,a\n1,b\n", "line 3: expected each word once, found 1 again"),
         ("name,word\na,1\nb\n", "line 3: expected a word from 1 to 4, found ''"),
+        ('word,name\n1,"' + 200_000 * "a" + '"\n', "line 2: expected a table of words, found: field larger"),
     ):
         table.write_text(content)
         with pytest.raises(DataError, match=message):
