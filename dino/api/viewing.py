@@ -12,13 +12,13 @@ from dino import progress
 from dino.config.schema import GeojsonConfig, ViewConfig
 from dino.environment import import_extra
 from dino.errors import ConfigError
-from dino.extraction.catalogue import Catalogue, read_catalogue
+from dino.extraction.catalogue import read_catalogue
 from dino.extraction.encoder_features import EncoderFeatures, check_clusters, only_encoder
-from dino.extraction.folders import encoder_name
 from dino.files import oserror_to_data_error, write_text
 from dino.viewer.attention_folders import exported_attention, find_attention, open_attention
 from dino.viewer.geojson import CLUSTERS, CONTENTS, TILES, feature_collection
 from dino.viewer.models import RunModels
+from dino.viewer.runs import sort_runs
 
 EVERYWHERE = ("0.0.0.0", "::")
 OWN = ("127.0.0.1", "localhost", "::1")  # addresses that no other computer can connect to
@@ -29,13 +29,14 @@ def view(root: Path, runs: Sequence[str], config: ViewConfig) -> None:
 
     Args:
         root: ROOT of ``dino tile``.
-        runs: Models whose features are offered first: run folders, checkpoints, or names of encoders.
+        runs: Models whose features are offered first: level-1 runs, checkpoints, or names of encoders. And level-2
+            runs, whose attention over regions is shown.
         config: Settings.
 
     Raises:
         CheckpointError: If a run cannot be loaded.
-        DataError: If ROOT cannot be read, none of its slides is there, it has no features of one of the runs, or
-            features of that name that another model made.
+        DataError: If ROOT cannot be read, none of its slides is there, it has no features of one of the runs or of the
+            level-1 model of one, or features of that name that another model made.
         ConfigError: If a setting is out of range, the address cannot be used, or a package is not installed.
     """
     for package in ("uvicorn", "starlette"):
@@ -45,17 +46,20 @@ def view(root: Path, runs: Sequence[str], config: ViewConfig) -> None:
     _check(config)
     catalogue = read_catalogue(root, config.slides)
     catalogue.check_slides()
-    wanted = {_encoder(catalogue, run): run for run in runs}
-    names = catalogue.chosen_encoders(list(wanted))
+    sorted_runs = sort_runs(catalogue, runs)
+    names = catalogue.chosen_encoders(sorted_runs.names)
     encoders = {name: EncoderFeatures(catalogue, name, config.clusters) for name in names}
     folders = find_attention(catalogue, names, config.attention)
-    asked = {*wanted, *names[: config.attention is not None]}  # a folder that was named is that of the first encoder
+    asked = {
+        *sorted_runs.names,
+        *names[: config.attention is not None],
+    }  # a folder that was named is that of the first encoder
     attention = open_attention(catalogue, folders, asked)
     if not encoders:
         progress.say(f"no features of tiles in {root}: only slides, tiles and regions are shown (`dino extract`)")
     listening = _listen(config.host, config.port)
     token = config.token or secrets.token_urlsafe(24)
-    models = RunModels(catalogue, {name: run for name, run in wanted.items() if name != run}, attention)
+    models = RunModels(catalogue, sorted_runs, attention)
     with listening:
         progress.say(f"viewer: {_address(config.host, listening)}/?token={token}  (Ctrl-C ends it)")
         if config.host not in OWN:
@@ -104,11 +108,6 @@ def export_geojson(root: Path, output: Path, config: GeojsonConfig) -> list[Path
     notes += [f"attention by {files.made_by}" for files in attention.values()]
     progress.say(", ".join([f"{len(written)} files written to {output}", *notes]))
     return written
-
-
-def _encoder(catalogue: Catalogue, run: str) -> str:
-    """The encoder that is meant: one of that name, or that of a run."""
-    return run if run in catalogue.encoders else encoder_name(run)
 
 
 def _check(config: ViewConfig) -> None:

@@ -23,15 +23,16 @@ def view(arguments: ViewArguments = None, config: ConfigFile = None) -> None:
     that they compare; similarity to the tile that is clicked, and the most similar tiles of other patients, with how
     many share its centre or scanner; the maps that `dino attention` wrote. With two encoders, a slider compares them.
     Selected tiles can be named and downloaded as GeoJSON. RUN (a run, a checkpoint or the name of an encoder) is
-    offered first; its features must be in ROOT. Of a run or checkpoint, the attention over a clicked tile is shown.
+    offered first; its features must be in ROOT. Of a run or checkpoint, the attention over a clicked tile is shown, and
+    of a level-2 run that over the region around it.
 
     Only this computer can connect, and only with the token in the address. On a remote computer, forward the port:
-    ssh -L 8765:localhost:8765 HOST. Nothing is written unless annotate=true. Requires `pip install
-    'histodino[viewer]'`.
+    ssh -L 8765:localhost:8765 HOST. Nothing is written unless annotate=true, with which selected tiles and names of
+    words are saved in ROOT. Requires `pip install 'histodino[viewer]'`.
 
     For example:
 
-        dino view data runs/patch
+        dino view data runs/patch runs/region
         dino view data runs/patch random slides=/new/place port=0
     """
     positional, overrides = split(arguments or [])
@@ -78,7 +79,8 @@ def words(arguments: WordsArguments = None, config: ConfigFile = None) -> None:
         share = f"{count.tiles / max(1, found.tiles):.1%}"
         table.add_row(Text(name), share, f"{count.tiles:,}", f"{count.slides:,}", patients)
     progress.console.print(table)
-    progress.say(f"\nname them in the column `name` of {found.words.table}")
+    progress.say(f"\nname them in the column `name` of {found.words.table}, or in the viewer:")
+    progress.say(f"dino view {root} annotate=true")
 
 
 words_command = with_settings(WordsConfig)

@@ -20,7 +20,11 @@ class ViewConfig:
     open_slides: int = runtime(16, "maximum number of slides that are open at once")
     cache_mb: int = runtime(128, "maximum size of decoded and of encoded pictures in memory, in MB each")
     num_workers: int = runtime(8, "threads that read slides and features")
-    annotate: bool = runtime(False, "let the page save selected tiles to ROOT/annotations (false: nothing is written)")
+    annotate: bool = runtime(
+        False,
+        "let the page save selected tiles to ROOT/annotations, and names of words to words.csv (false: nothing is "
+        "written)",
+    )
 
 
 @dataclass

@@ -6,7 +6,7 @@ attention, which is 1. Where tiles or regions overlap, every value is averaged a
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from torch import Tensor
 from dino.config.schema import AttentionConfig
 from dino.data.slide_tiles import cell_tensor
 from dino.errors import ConfigError, DataError
-from dino.extraction.embed import ATTENTION, ROLLOUT, batches, embed_batches, identity, normaliser_of, read_ahead
-from dino.models.backbone import Backbone
+from dino.extraction.embed import ATTENTION, ROLLOUT, batches, embed_batches, normaliser_of, read_ahead
 from dino.models.weights import LoadedBackbone
 from dino.slides.reader import SlideReader
 
@@ -175,6 +174,34 @@ def relative(weights: Tensor, heads: int, size: tuple[int, int]) -> np.ndarray:
     return torch.cat([maps.mean(1, keepdim=True), maps], 1).numpy()
 
 
+def maps_of(
+    loaded: LoadedBackbone,
+    inputs: Iterable[Tensor],
+    device: torch.device,
+    precision: str,
+    method: str = ATTENTION,
+    size: tuple[int, int] | None = None,
+) -> Iterator[np.ndarray]:
+    """Attention of a model of either level over batches of its inputs, relative to uniform attention.
+
+    Args:
+        loaded: The model.
+        inputs: Batches of tiles, uint8 ``(B, 3, H, W)``, or of feature grids ``(B, D, h, w)``.
+        device: Where to compute.
+        precision: As in :func:`~dino.extraction.embed.embed_batches`.
+        method: ``attention`` of the last block, or ``rollout`` through all blocks.
+        size: Tokens ``(h, w)`` of an input; None for those of a square.
+
+    Yields:
+        For each batch ``(B, 1 + heads, h, w)`` float32, as :func:`relative`; of rollout, which has no heads, one map.
+    """
+    heads = 1 if method == ROLLOUT else loaded.backbone.num_heads
+    for weights in embed_batches(loaded.backbone, inputs, normaliser_of(loaded), device, precision, method):
+        side = round((weights.shape[1] / heads) ** 0.5)
+        maps = relative(weights, heads, size or (side, side))
+        yield maps[:, :1] if method == ROLLOUT else maps
+
+
 @dataclass(frozen=True)
 class AttentionModels:
     """The models whose attention is mapped.
@@ -193,18 +220,11 @@ class AttentionModels:
     device: torch.device
     folder: Path | None = None
 
-    def _relative(self, weights: Tensor, backbone: Backbone, size: tuple[int, int]) -> np.ndarray:
-        """:func:`relative` of what :func:`embed_batches` yields; of rollout, which has no heads, one map."""
-        if self.config.method == ROLLOUT:
-            return relative(weights, 1, size)[:, :1]
-        return relative(weights, backbone.num_heads, size)
-
-    def _channels(self, backbone: Backbone) -> int:
-        return 1 if self.config.method == ROLLOUT else 1 + backbone.num_heads
-
-    @property
-    def _features(self) -> str:
-        return ROLLOUT if self.config.method == ROLLOUT else ATTENTION
+    def _maps_of(
+        self, loaded: LoadedBackbone, inputs: Iterable[Tensor], size: tuple[int, int] | None = None
+    ) -> Iterator[np.ndarray]:
+        method = ROLLOUT if self.config.method == ROLLOUT else ATTENTION
+        return maps_of(loaded, inputs, self.device, self.config.precision, method, size)
 
     def maps(
         self,
@@ -243,28 +263,19 @@ class AttentionModels:
             return cell_tensor(reader, *reader.lattice.clamped(*(round(one * step / offsets) for one in place[::-1])))
 
         inputs = read_ahead(read, places, self.config.num_workers, 2 * self.config.batch_size)
-        found = embed_batches(
-            self.tile.backbone,
-            batches(inputs, self.config.batch_size),
-            normaliser_of(self.tile),
-            self.device,
-            self.config.precision,
-            self._features,
-        )
-        channels, canvas, tokens, done = self._channels(self.tile.backbone), None, 0, 0
-        for weights in found:
+        canvas, tokens, done = None, 0, 0
+        for maps in self._maps_of(self.tile, batches(inputs, self.config.batch_size)):
             if canvas is None:
-                tokens = round((weights.shape[1] / max(1, channels - 1)) ** 0.5)
+                channels, tokens = maps.shape[1:3]
                 if tokens % offsets:
                     raise ConfigError(f"expected offsets to divide the {tokens} tokens of a tile, found {offsets}")
                 canvas = Canvas(channels, (size[0] * tokens, size[1] * tokens), self.folder)
-            found_maps = self._relative(weights, self.tile.backbone, (tokens, tokens))
-            for place, values in zip(places[done:], found_maps, strict=False):
+            for place, values in zip(places[done:], maps, strict=False):
                 row, column = (one * tokens // offsets for one in place)
                 canvas.finish(place[0] // offsets * tokens)  # places are sorted by the row of their cell
                 canvas.add(row, column, values)
-            done += len(weights)
-            advance(len(weights))
+            done += len(maps)
+            advance(len(maps))
         if canvas is None:
             raise DataError(f"expected tiles of {reader.path}, found none")
         return canvas.mean(), tokens
@@ -272,7 +283,7 @@ class AttentionModels:
     def _regions(self, features: Mapping[Cell, np.ndarray], size: tuple[int, int]) -> np.ndarray:
         """Level 2: ``(1 + heads, rows, columns)``, averaged over all regions at every ``stride``-th cell."""
         assert self.region is not None
-        backbone, (height, width) = self.region.backbone, self._region_cells()
+        height, width = self._region_cells()
         corners = list(whole_windows(features, (height, width), self.config.stride))
         if not corners:
             raise DataError(
@@ -287,21 +298,13 @@ class AttentionModels:
             ).float()
             for row, column in corners
         )
-        found = embed_batches(
-            backbone,
-            batches(grids, self.config.batch_size),
-            identity,
-            self.device,
-            self.config.precision,
-            self._features,
-        )
-        canvas, done = Canvas(self._channels(backbone), size), 0
-        for weights in found:
-            for (row, column), values in zip(
-                corners[done:], self._relative(weights, backbone, (height, width)), strict=False
-            ):
+        canvas, done = None, 0
+        for maps in self._maps_of(self.region, batches(grids, self.config.batch_size), (height, width)):
+            canvas = canvas or Canvas(maps.shape[1], size)
+            for (row, column), values in zip(corners[done:], maps, strict=False):
                 canvas.add(row, column, values)
-            done += len(weights)
+            done += len(maps)
+        assert canvas is not None
         return np.asarray(canvas.mean())
 
     def _region_cells(self) -> tuple[int, int]:

@@ -60,6 +60,17 @@ class Catalogue:
         """The patient of a slide; the slide itself where none is recorded."""
         return self.slides.status[slide_id].patient_id or slide_id
 
+    def region_of(self, slide_id: str, tile: int) -> int | None:
+        """Index of the region that contains a tile; of several the one whose middle is nearest, None without one."""
+        tiles = self.tiles[slide_id]
+        x, y = (tiles.coords[tile] + tiles.step_lv0 / 2).tolist()
+        found: list[tuple[float, int]] = []
+        for index, one in enumerate(self.regions.get(slide_id, ())):
+            height, width = (cells * one.step_lv0 for cells in one.grid)
+            if one.x <= x < one.x + width and one.y <= y < one.y + height:
+                found.append(((one.x + width / 2 - x) ** 2 + (one.y + height / 2 - y) ** 2, index))
+        return min(found)[1] if found else None
+
     def check_slides(self) -> None:
         """Warn about slides whose files do not exist.
 

@@ -1,4 +1,4 @@
-"""Attention over slides for the viewer: coloured tiles of the pyramids of ``dino attention``, and that of one tile.
+"""Attention over slides for the viewer, as ``dino attention`` wrote it: coloured tiles of its pyramids, and values.
 
 A map is shown as it was computed, one px for each token of level 1, so that the page places it by the size of a token
 alone. Its colours are drawn here, because a browser cannot decode float TIFF files.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -24,10 +24,8 @@ from dino.extraction.catalogue import Catalogue
 from dino.extraction.map_record import MAP_RECORD, made_by, other_model, other_models
 from dino.extraction.pyramid import NS, SUFFIX, parsed_description, read_description
 from dino.extraction.record import read_record
+from dino.slides.tables import RegionRecord
 from dino.viewer.pixels import Kept
-
-if TYPE_CHECKING:  # imports torch
-    from dino.models.weights import LoadedBackbone
 
 # viridis at eleven places (matplotlib), as in overlay.js.
 VIRIDIS = ((68, 1, 84), (72, 36, 117), (65, 68, 135), (53, 95, 141), (42, 120, 142), (33, 145, 140))
@@ -213,6 +211,29 @@ class AttentionFiles:
                 measured[f"Attention{kind} {encoder}: {what}"] = values
         return measured
 
+    def region(self, slide_id: str, record: RegionRecord) -> np.ndarray | None:
+        """Attention of level 2 over the cells of a region, averaged over all mapped regions that have a cell.
+
+        Args:
+            slide_id: The slide.
+            record: The region.
+
+        Returns:
+            ``(C, h, w)`` float64, NaN where nothing is known: the mean over heads, then each head (of rollout the first
+            only). None without a map of level 2.
+
+        Raises:
+            DataError: If the file is damaged or of another slide.
+        """
+        if slide_id not in self._paths:
+            return None
+        found, (height, width), step = self._opened(slide_id), record.grid, record.step_lv0
+        y, x = np.indices((height, width)).reshape(2, -1) * step  # (2, h * w), row-major
+        corners = np.stack([x + record.x, y + record.y], 1)
+        channels = [i for i, name in enumerate(found.names) if name.startswith("region")]
+        maps = [_of_squares(found, channel, corners, step, _mean) for channel in channels]
+        return np.reshape(maps, (len(maps), height, width)) if maps else None
+
     def _opened(self, slide_id: str) -> MapFile:
         if slide_id not in self._paths:
             raise DataError(f"expected a map of slide '{slide_id}', found none; run `dino attention`")
@@ -343,49 +364,6 @@ def _mean(values: np.ndarray) -> np.ndarray:
     known = np.isfinite(values)
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN
         return np.where(known, values, 0).sum((0, 2), dtype=np.float64) / known.sum((0, 2))
-
-
-class TileAttention:
-    """Attention of a model over single tiles, computed when it is asked for.
-
-    Args:
-        catalogue: The ROOT.
-        loaded: A level-1 model.
-    """
-
-    def __init__(self, catalogue: Catalogue, loaded: "LoadedBackbone") -> None:
-        self._catalogue, self._loaded, self._lock = catalogue, loaded, threading.Lock()
-
-    def maps(self, slide_id: str, tile: int) -> np.ndarray:
-        """Attention of the cls token over the tokens of a tile, relative to uniform attention.
-
-        Args:
-            slide_id: The slide.
-            tile: Index of the tile.
-
-        Returns:
-            ``(1 + heads, h, w)`` float32: the mean over heads, then each head.
-
-        Raises:
-            DataError: If the slide cannot be read.
-        """
-        import torch
-
-        from dino.data.slide_tiles import cell_tensor
-        from dino.extraction.attention import relative
-        from dino.extraction.embed import ATTENTION, embed_batches, normaliser_of
-
-        tiles = self._catalogue.tiles[slide_id]
-        x, y = tiles.coords[tile].tolist()
-        with self._catalogue.slides.open(slide_id, tiles.step_lv0) as reader:
-            pixels = cell_tensor(reader, x, y)[None]
-        backbone = self._loaded.backbone
-        with self._lock:  # one at a time: the network is moved and cast while it computes
-            (weights,) = embed_batches(
-                backbone, [pixels], normaliser_of(self._loaded), torch.device("cpu"), "fp32", ATTENTION
-            )
-        side = round((weights.shape[1] / backbone.num_heads) ** 0.5)
-        return relative(weights, backbone.num_heads, (side, side))[0]
 
 
 def value_range(values: np.ndarray) -> tuple[float, float]:

@@ -110,6 +110,9 @@ class Guard:
         if len(scope["query_string"]) > MAX_QUERY:
             return 414, f"expected at most {MAX_QUERY} characters after the question mark"
         # A page of another site can send a POST, though not read the answer: a cookie alone does not allow it.
+        origin = headers.get("origin")  # which browsers state; behind a proxy its scheme may be another one
+        if scope["method"] == "POST" and origin and origin.partition("//")[2] != headers.get("host"):
+            return 403, "expected a request of the viewer's own page, found one of another page"
         if scope["method"] == "POST" and headers.get("content-type", "").partition(";")[0] != "application/json":
             return 415, "expected JSON"
         if "transfer-encoding" in headers or not length.isdecimal() or int(length[:12]) > longest:

@@ -110,7 +110,7 @@ class SlidePixels:
             DataError: If the slide cannot be read.
         """
         return self.pictures.get(
-            ("cell", slide_id, x, y, size_px), lambda: self._cell(slide_id, x, y, side_lv0, size_px)
+            ("cell", slide_id, x, y, side_lv0, size_px), lambda: self._cell(slide_id, x, y, side_lv0, size_px)
         )
 
     def thumbnail(self, slide_id: str, max_side_px: int) -> bytes:

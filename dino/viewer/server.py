@@ -18,19 +18,33 @@ from starlette.routing import Route
 from dino.errors import DataError, DinoError
 from dino.extraction.catalogue import Catalogue
 from dino.extraction.encoder_features import EncoderFeatures
+from dino.extraction.word_table import TableChanged
 from dino.slides.tables import STATUS_COLUMNS
-from dino.viewer.attention import AttentionFiles, TileAttention
+from dino.viewer.attention import AttentionFiles
 from dino.viewer.geojson import CONTENTS, feature_collection
+from dino.viewer.models import RegionAttention, TileAttention
+from dino.viewer.naming import save_name
 from dino.viewer.pixels import OVERLAP_PX, TILE_PX, SlidePixels
 from dino.viewer.selections import save_selection
 
-THUMBNAIL_PX, CELL_PX = 256, 128
+THUMBNAIL_PX, CELL_PX, REGION_PX = 256, 128, 256
 MAX_NEIGHBOURS = 60
 HIDDEN = ("image_path", "mask_path")  # columns of slides_status.csv that are paths of this computer
 COMPARED = ("centre", "scanner", "stain")  # columns that features should not be alike by
 MEDIA = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "txt": "text/plain"}
 PICTURE = {"cache-control": "private, max-age=3600"}
-ASSETS = ("index.html", "viewer.js", "overlay.js", "maps.js", "state.js", "style.css", "vendor/openseadragon.min.js")
+SCRIPTS = (
+    "viewer.js",
+    "page.js",
+    "legend.js",
+    "names.js",
+    "tile.js",
+    "selection.js",
+    "overlay.js",
+    "maps.js",
+    "state.js",
+)
+ASSETS = ("index.html", "style.css", *SCRIPTS, "vendor/openseadragon.min.js")
 
 log = logging.getLogger("dino.viewer")
 
@@ -47,10 +61,11 @@ class Viewer:
         catalogue: The ROOT.
         encoders: Features by encoder, in the order in which they are offered.
         pixels: The slides.
-        writable: Let the page save selections.
+        writable: Let the page save selections and names of words.
         workers: Number of threads that read slides and features.
         attention: Maps of ``dino attention`` by encoder.
         models: Models by encoder, whose attention over a tile is computed on demand; None while one is being loaded.
+        regions: The same of level-2 models over regions, by the encoder whose grids they read.
     """
 
     catalogue: Catalogue
@@ -60,6 +75,7 @@ class Viewer:
     workers: int = 8
     attention: Mapping[str, AttentionFiles] = field(default_factory=dict)
     models: Mapping[str, TileAttention | None] = field(default_factory=dict)
+    regions: Mapping[str, RegionAttention | None] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------ what is asked for
 
@@ -153,10 +169,22 @@ class Viewer:
         return _json(self.encoder(request).cluster(self.slide_id(request)).tolist())
 
     def legend(self, request: Request) -> Response:
-        """Name, colour and typical tiles of each cluster or word."""
+        """Name, colour and typical tiles of each cluster or word; of words also what people wrote, and its version."""
         features = self.encoder(request)
-        pairs = zip(features.labels(), features.examples(), strict=True)
-        return _json([asdict(label) | {"examples": [list(tile) for tile in tiles]} for label, tiles in pairs])
+        names = features.words.names() if features.words else None
+        labels = features.labelled(names.shown if names else None)
+        rows = [
+            asdict(label) | {"written": written, "examples": [list(tile) for tile in tiles]}
+            for label, written, tiles in zip(
+                labels, names.written if names else [""] * len(labels), features.examples(), strict=True
+            )
+        ]
+        return _json({"words": names is not None, "version": names.version if names else "", "clusters": rows})
+
+    def save_name(self, request: Request, body: bytes) -> Response:
+        """Save the name of a word; the answer is the legend with it."""
+        save_name(self.encoder(request), body)
+        return self.legend(request)
 
     def similarity(self, request: Request) -> Response:
         """Cosine similarity of the tiles of a slide to a tile, of the same or of another slide."""
@@ -169,7 +197,7 @@ class Viewer:
         return _json([None if math.isnan(value) else round(value, 4) for value in values])
 
     def neighbours(self, request: Request) -> Response:
-        """The most similar tiles of other patients."""
+        """The most similar tiles of other patients, and where there are words that of each, and of the tile itself."""
         features, slide_id = self.encoder(request), self.slide_id(request)
         tile = self.tile(slide_id, request.path_params["tile"])
         count = _number(request.query_params.get("count", "12"))
@@ -177,7 +205,12 @@ class Viewer:
         if not 1 <= count <= MAX_NEIGHBOURS:
             raise DataError(f"expected 1 to {MAX_NEIGHBOURS} neighbours, found {count}")
         found = features.neighbours(slide_id, tile, count, others)
-        return _json([self._described(one.slide_id, one.tile) | {"similarity": one.similarity} for one in found])
+        described = [
+            self._described(one.slide_id, one.tile)
+            | {"similarity": one.similarity, "word": features.word_of(one.slide_id, one.tile)}
+            for one in found
+        ]
+        return _json({"word": features.word_of(slide_id, tile), "neighbours": described})
 
     def _described(self, slide_id: str, tile: int) -> dict[str, Any]:
         tiles = self.catalogue.tiles[slide_id]
@@ -209,8 +242,35 @@ class Viewer:
         tile = self.tile(slide_id, request.path_params["tile"])
         if model is None:
             return _json(None)
-        maps = model.maps(slide_id, tile)
-        return _json({"side": maps.shape[1], "maps": np.round(maps, 4).reshape(len(maps), -1).tolist()})
+        return _json(_maps(model.maps(slide_id, tile)))
+
+    def region_attention(self, request: Request) -> Response:
+        """The region that contains a tile, the tile's cell in it, and attention over its cells, as of a tile.
+
+        It is that of the level-2 model, or of the maps of ``dino attention``. Without either, and while the model is
+        being loaded, there are no maps; nothing at all where no region contains the tile.
+        """
+        slide_id, name = self.slide_id(request), request.query_params.get("encoder", "")
+        tile = self.tile(slide_id, request.path_params["tile"])
+        region = self.catalogue.region_of(slide_id, tile)
+        if region is None:
+            return _json(None)
+        record, model = self.catalogue.regions[slide_id][region], self.regions.get(name)
+        x, y = (self.catalogue.tiles[slide_id].coords[tile] - (record.x, record.y)).tolist()
+        maps = model.maps(slide_id, region) if model else None
+        if name not in self.regions and name in self.attention:
+            maps = self.attention[name].region(slide_id, record)
+        content = {
+            "region": region,
+            "box": [record.x, record.y, record.grid[1] * record.step_lv0, record.grid[0] * record.step_lv0],
+            "cell": [
+                round(x / record.step_lv0, 4),
+                round(y / record.step_lv0, 4),
+            ],  # overlapping tiles lie between cells
+            "loading": name in self.regions and model is None,
+            "computed": model is not None,
+        }
+        return _json(content | (_maps(maps) if maps is not None else {"maps": None}))
 
     def deep_zoom(self, request: Request) -> Response:
         """A deep-zoom tile."""
@@ -225,6 +285,15 @@ class Viewer:
         x, y = tiles.coords[tile].tolist()
         return _picture(self.pixels.cell(slide_id, x, y, tiles.step_lv0, CELL_PX))
 
+    def region(self, request: Request) -> Response:
+        """A small picture of a region."""
+        slide_id, region = self.slide_id(request), _number(request.path_params["region"])
+        regions = self.catalogue.regions.get(slide_id, ())
+        if region >= len(regions):
+            raise NotFound(f"expected the index of one of {len(regions)} regions, found {region}")
+        one = regions[region]
+        return _picture(self.pixels.cell(slide_id, one.x, one.y, max(one.grid) * one.step_lv0, REGION_PX))
+
     def thumbnail(self, request: Request) -> Response:
         """A small picture of a slide."""
         return _picture(self.pixels.thumbnail(self.slide_id(request), THUMBNAIL_PX))
@@ -237,9 +306,9 @@ class Viewer:
         measured = self.attention[name].measurements(slide_id, name) if name in self.attention else {}
         return _json(feature_collection(self.catalogue, slide_id, CONTENTS, features, measured), "application/geo+json")
 
-    def save(self, slide_id: str, body: bytes) -> Response:
+    def save(self, request: Request, body: bytes) -> Response:
         """Save a selection of tiles under ROOT."""
-        return _json({"saved": save_selection(self.catalogue, slide_id, body)})
+        return _json({"saved": save_selection(self.catalogue, self.slide_id(request), body)})
 
 
 def build_app(viewer: Viewer) -> Starlette:
@@ -263,14 +332,17 @@ def build_app(viewer: Viewer) -> Starlette:
         Route("/api/slides/{slide}/neighbours/{tile}", slow(viewer.neighbours)),
         Route("/api/slides/{slide}/attention", slow(viewer.attention_maps)),
         Route("/api/slides/{slide}/attention/{tile}", slow(viewer.tile_attention)),
+        Route("/api/slides/{slide}/attention/{tile}/region", slow(viewer.region_attention)),
         Route("/api/slides/{slide}/geojson", slow(viewer.geojson)),
         Route("/slides/{slide}/thumbnail.jpg", slow(viewer.thumbnail)),
         Route("/slides/{slide}/tiles/{tile}.jpg", slow(viewer.cell)),
+        Route("/slides/{slide}/regions/{region}.jpg", slow(viewer.region)),
         Route("/slides/{slide}/attention/{channel}/{level}/{column}_{row}.png", slow(viewer.attention_tile)),
         Route("/slides/{slide}/zoom/{level}/{column}_{row}.jpg", slow(viewer.deep_zoom)),
     ]
     if viewer.writable:
-        routes.append(Route("/api/slides/{slide}/selections", slow.with_body(viewer), methods=["POST"]))
+        routes.append(Route("/api/slides/{slide}/selections", slow.with_body(viewer.save), methods=["POST"]))
+        routes.append(Route("/api/words", slow.with_body(viewer.save_name), methods=["POST"]))
     return Starlette(routes=routes, exception_handlers={404: _nothing_here, 405: _nothing_here})
 
 
@@ -287,12 +359,12 @@ class _Threads:
 
         return endpoint
 
-    def with_body(self, viewer: Viewer) -> Callable[[Request], Awaitable[Response]]:
-        """The endpoint that saves a selection."""
+    def with_body(self, function: Callable[[Request, bytes], Response]) -> Callable[[Request], Awaitable[Response]]:
+        """An endpoint that saves something."""
 
         async def endpoint(request: Request) -> Response:
             body = await request.body()  # its length is limited by the guard
-            return await self._run(lambda asked: viewer.save(viewer.slide_id(asked), body), request)
+            return await self._run(lambda asked: function(asked, body), request)
 
         return endpoint
 
@@ -307,6 +379,8 @@ def _answered(function: Callable[[Request], Response], request: Request) -> Resp
         return function(request)
     except NotFound as error:
         return _error(404, str(error))
+    except TableChanged as error:
+        return _error(409, str(error))
     except DinoError as error:
         return _error(422, str(error))
     except Exception:  # a fault of this package: described in the terminal, not to the client
@@ -331,6 +405,12 @@ def _error(status: int, message: str) -> Response:
 
 def _json(content: Any, media_type: str = "application/json") -> Response:
     return Response(json.dumps(content, separators=(",", ":"), allow_nan=False), media_type=media_type)
+
+
+def _maps(maps: np.ndarray) -> dict[str, Any]:
+    """Maps ``(C, h, w)`` as rows of numbers, null where nothing is known."""
+    rows = np.round(maps.astype(np.float64), 4).reshape(len(maps), -1).tolist()
+    return {"side": maps.shape[2], "maps": [[None if math.isnan(value) else value for value in row] for row in rows]}
 
 
 def _picture(content: bytes) -> Response:

@@ -39,10 +39,12 @@ def serve(
 
     Raises:
         CheckpointError: If a run cannot be loaded.
-        DataError: If a run did not make the features of its name.
+        DataError: If a level-1 run did not make the features of its name.
     """
     pixels = SlidePixels(catalogue.slides, config.open_slides, config.cache_mb)
-    viewer = Viewer(catalogue, encoders, pixels, config.annotate, config.num_workers, attention, models.loaded)
+    viewer = Viewer(
+        catalogue, encoders, pixels, config.annotate, config.num_workers, attention, models.tiles, models.regions
+    )
     app = Guard(build_app(viewer), token, LOCAL_HOSTS if only_local else None, config.annotate)
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=2, ws="none")

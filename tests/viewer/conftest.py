@@ -1,5 +1,6 @@
 """A ROOT of three painted slides of two patients, with features, and the viewer of it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from dino.config.load import load_config
 from dino.config.schema import TileConfig
 from dino.extraction import tile_files
-from dino.slides.tables import read_slide_tiles
+from dino.slides.tables import read_regions, read_slide_tiles
 from tests import painted_slide
 
 HOSTILE = "<img src=x onerror=alert(1)>&\"'"  # a slide id can be this
@@ -34,14 +35,28 @@ def write_features(root: Path, encoder: str, seed: int = 0) -> dict[str, np.ndar
     return written
 
 
-def write_maps(catalogue, folder: Path) -> None:
+def write_grids(root: Path, encoder: str, seed: int = 2) -> dict[str, np.ndarray]:
+    """Grids of features of all regions, in the files that `dino extract` writes: ``(h * w, D)`` by file name."""
+    import torch
+
+    rng, folder = np.random.default_rng(seed), root / f"region_4096_pretraining_{encoder}"
+    folder.mkdir()
+    written = {}
+    for record in read_regions(root):
+        rows = rng.normal(size=(record.grid[0] * record.grid[1], DIM)).astype(np.float32)
+        torch.save(torch.from_numpy(rows), folder / record.path.name)
+        written[record.path.name] = rows
+    return written
+
+
+def write_maps(catalogue, folder: Path, names: Sequence[str] = ("tile", "tile x region")) -> None:
     """Attention maps of slide "one": 1 in the left half of its tiles, 3 in the right half, and three times that."""
     from dino.extraction.pyramid import write_pyramid
 
     status = catalogue.slides.status["one"]
     values = np.ones((4 * (status.height // 64), 4 * (status.width // 64)), np.float32)  # 4 tokens a side
     values[:, values.shape[1] // 2 :] = 3
-    names, spacing = ["tile", "tile x region"], 16 * status.spacing_um
+    spacing = 16 * status.spacing_um
     write_pyramid(folder / "one.ome.tif", lambda: iter([values, 3 * values]), names, values.shape, spacing)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
@@ -14,9 +15,11 @@ from PIL import Image
 from dino.errors import DataError
 from dino.extraction.pyramid import write_pyramid
 from dino.slides.tables import SlideTiles
-from dino.viewer.attention import AttentionFiles, MapFile, TileAttention, coloured
+from dino.viewer.attention import AttentionFiles, MapFile, coloured
 from dino.viewer.attention_folders import find_attention, open_attention
+from dino.viewer.models import RegionAttention, TileAttention
 from tests.tiny_models import save_checkpoint
+from tests.viewer.conftest import DIM, write_grids
 
 STEP, TOKENS = 64, 4  # level-0 px of a tile, tokens of its side
 SPACING = 0.5
@@ -245,6 +248,13 @@ def test_attention_over_one_tile_is_that_of_the_network(catalogue, tmp_path):
     with openslide.OpenSlide(str(catalogue.slides.path("one"))) as slide:
         pixels = np.asarray(slide.read_region((x, y), 0, (STEP, STEP)).convert("RGB"), np.float64)
     inputs = torch.from_numpy((pixels / 255 - 0.5) / 0.5).permute(2, 0, 1)[None]
+    np.testing.assert_allclose(found.reshape(3, -1), _attention(loaded, inputs), rtol=1e-4)
+
+
+def _attention(loaded, inputs):
+    """Attention of the only block, written out: ``(1 + heads, N)`` of one float64 input."""
+    import torch
+
     network = loaded.backbone.double()
     with torch.no_grad():
         tokens = network.vit.norm_pre(network.embed(inputs))
@@ -253,4 +263,68 @@ def test_attention_over_one_tile_is_that_of_the_network(catalogue, tmp_path):
         scores = torch.einsum("hd,nhd->hn", query[0, 0], key[0]) / 8**0.5
         weights = scores.softmax(-1)[:, 1:].numpy()
     heads = weights / weights.mean(1, keepdims=True)
-    np.testing.assert_allclose(found.reshape(3, -1), [heads.mean(0), *heads], rtol=1e-4)
+    return np.stack([heads.mean(0), *heads])
+
+
+def test_attention_over_one_region_is_that_of_the_network(catalogue, tmp_path):
+    """From the rows of the file, each put at its cell, through the block written out in float64."""
+    import torch
+
+    from dino.models.weights import load_backbone_file
+
+    root = tmp_path / "root"
+    shutil.copytree(catalogue.root, root)
+    rows = write_grids(root, "random")
+    loaded = load_backbone_file(save_checkpoint(tmp_path / "region.pt", "region", DIM))
+    folder = root / "region_4096_pretraining_random"
+    models = RegionAttention(catalogue, loaded, folder)
+    record = catalogue.regions["two"][1]
+    found = models.maps("two", 1)
+    grid = np.zeros((DIM, *record.grid))
+    for number, row in enumerate(rows[record.path.name]):
+        grid[:, number // record.grid[1], number % record.grid[1]] = row
+    np.testing.assert_allclose(found.reshape(3, -1), _attention(loaded, torch.from_numpy(grid)[None]), rtol=1e-4)
+    torch.save(torch.zeros(16, DIM + 1), folder / record.path.name)
+    with pytest.raises(DataError, match=rf"expected {DIM} features per cell in .*, found {DIM + 1}; extract it again"):
+        models.maps("two", 1)
+    (folder / record.path.name).unlink()
+    with pytest.raises(DataError, match=r"expected the features of this region, found none \(two_.*run `dino extract`"):
+        models.maps("two", 1)
+
+
+def test_attention_over_a_region_from_maps_is_that_of_its_cells(catalogue, tmp_path):
+    """Of maps with a value per cell, enlarged to its tokens as `dino attention` writes them."""
+    shape = values_of(catalogue, "one").shape[1:]
+    cells = np.random.default_rng(4).random((4, shape[0] // TOKENS, shape[1] // TOKENS)).astype(np.float32)
+    cells[:, 0, 0] = np.nan
+    maps = cells.repeat(TOKENS, 1).repeat(TOKENS, 2)
+    names, spacing = ["tile", "region", "region head 1", "region head 2"], catalogue.slides.status["one"].spacing_um
+    write_pyramid(tmp_path / "one.ome.tif", lambda: iter(maps), names, shape, spacing * STEP / TOKENS)
+    files = AttentionFiles(catalogue, tmp_path)
+    assert files.region("two", catalogue.regions["two"][0]) is None  # of which there is no map
+    for record in catalogue.regions["one"]:
+        row, column = record.y // STEP, record.x // STEP
+        expected = cells[1:, row : row + record.grid[0], column : column + record.grid[1]]
+        np.testing.assert_allclose(files.region("one", record), expected, rtol=1e-6)
+    write_pyramid(tmp_path / "one.ome.tif", lambda: iter(maps[:1]), names[:1], shape, spacing * STEP / TOKENS)
+    assert AttentionFiles(catalogue, tmp_path).region("one", catalogue.regions["one"][0]) is None
+
+
+def test_the_region_of_a_tile_is_the_one_around_it(catalogue):
+    """Every px of the tile is in it; of overlapping regions it is that whose middle is nearest."""
+    for slide_id, tiles in catalogue.tiles.items():
+        for tile, (x, y) in enumerate(tiles.coords.tolist()):
+            boxes = [
+                (one.x <= x and x + STEP <= one.x + 256 and one.y <= y and y + STEP <= one.y + 256)
+                for one in catalogue.regions[slide_id]
+            ]
+            found = catalogue.region_of(slide_id, tile)
+            assert (found is None) == (not any(boxes)) and (found is None or boxes[found])
+    first = catalogue.regions["one"][0]
+    shifted = [replace(first, x=first.x + STEP * shift) for shift in (0, 1, 2)]
+    overlapping = replace(catalogue, regions={"one": shifted})
+    columns = {}
+    for tile, (x, y) in enumerate(catalogue.tiles["one"].coords.tolist()):
+        if y == first.y:
+            columns[(x - first.x) // STEP] = overlapping.region_of("one", tile)
+    assert [columns[column] for column in (-1, 0, 1, 4, 5, 6) if column in columns] == [0, 0, 2, 2, None]

@@ -1,5 +1,6 @@
 """The viewer in a real browser: Debian's Chromium, driven by Playwright. Skipped where one of them is not installed."""
 
+import csv
 import io
 import json
 import math
@@ -8,16 +9,22 @@ import shutil
 import socket
 import threading
 import time
+from contextlib import contextmanager
 from urllib.parse import quote
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from PIL import Image
 
+from dino import api
+from dino.config.load import load_config
+from dino.config.schema import WordsConfig
+from dino.extraction.catalogue import read_catalogue
 from dino.extraction.encoder_features import EncoderFeatures
 from dino.viewer.pixels import TILE_PX
 from tests.tiny_models import save_checkpoint
-from tests.viewer.conftest import HOSTILE, write_features, write_maps
+from tests.viewer.conftest import DIM, HOSTILE, write_features, write_grids, write_maps
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 uvicorn = pytest.importorskip("uvicorn")
@@ -31,12 +38,11 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 @pytest.fixture(scope="module")
 def address(painted, features, tmp_path_factory):
     """A running viewer of the painted slides, with two encoders."""
-    from dino.extraction.catalogue import read_catalogue
     from dino.models.weights import load_backbone_file
-    from dino.viewer.attention import AttentionFiles, TileAttention
-    from dino.viewer.guard import LOCAL_HOSTS, Guard
+    from dino.viewer.attention import AttentionFiles
+    from dino.viewer.models import TileAttention
     from dino.viewer.pixels import SlidePixels
-    from dino.viewer.server import Viewer, build_app
+    from dino.viewer.server import Viewer
 
     write_features(painted, "second", seed=1)
     catalogue = read_catalogue(painted)
@@ -47,7 +53,18 @@ def address(painted, features, tmp_path_factory):
     model = TileAttention(catalogue, load_backbone_file(save_checkpoint(folder / "model.pt")))
     pixels = SlidePixels(catalogue.slides)
     viewer = Viewer(catalogue, encoders, pixels, attention=maps, models={"random": model})
-    app = Guard(build_app(viewer), TOKEN, LOCAL_HOSTS)
+    with _served(viewer) as shown:
+        yield shown
+    shutil.rmtree(painted / "features_second")  # the ROOT is that of other tests too
+
+
+@contextmanager
+def _served(viewer):
+    """Serve until the end of the block; yields the address with the token."""
+    from dino.viewer.guard import LOCAL_HOSTS, Guard
+    from dino.viewer.server import build_app
+
+    app = Guard(build_app(viewer), TOKEN, LOCAL_HOSTS, viewer.writable)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
@@ -58,7 +75,34 @@ def address(painted, features, tmp_path_factory):
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/?token={TOKEN}"
         server.should_exit = True
         thread.join()
-    shutil.rmtree(painted / "features_second")  # the ROOT is that of other tests too
+
+
+@pytest.fixture(scope="module")
+def words_root(painted, features, tmp_path_factory):
+    """A ROOT of its own, with words and grids of the encoder "random"."""
+    root = shutil.copytree(painted, tmp_path_factory.mktemp("words") / "root")
+    shutil.rmtree(root / "features_second", ignore_errors=True)  # while the other fixture is in use
+    api.find_words("random", root, load_config(WordsConfig, overrides={"count": 4}))
+    write_grids(root, "random")
+    return root
+
+
+@pytest.fixture(scope="module")
+def writable_address(words_root):
+    """A running viewer of it, which may save names, with models of both levels."""
+    from dino.models.weights import load_backbone_file
+    from dino.viewer.models import RegionAttention, TileAttention
+    from dino.viewer.pixels import SlidePixels
+    from dino.viewer.server import Viewer
+
+    catalogue, folder = read_catalogue(words_root), words_root.parent
+    tile = TileAttention(catalogue, load_backbone_file(save_checkpoint(folder / "model.pt")))
+    level_2 = load_backbone_file(save_checkpoint(folder / "region.pt", "region", DIM))
+    region = RegionAttention(catalogue, level_2, words_root / "region_4096_pretraining_random")
+    encoders = {"random": EncoderFeatures(catalogue, "random")}
+    pixels, models = SlidePixels(catalogue.slides), {"models": {"random": tile}, "regions": {"random": region}}
+    with _served(Viewer(catalogue, encoders, pixels, True, **models)) as shown:
+        yield shown
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +218,154 @@ def test_name_a_cluster_and_download_it(page, address):
     collection = json.loads(download.value.path().read_text())
     names = {one["properties"]["classification"]["name"] for one in collection["features"]}
     assert "keratin" in names and "Cluster 1" not in names and "Cluster 2" in names
+
+
+def _names(page):
+    return [text.split("\n")[0] for text in page.locator("#legend .class").all_inner_texts()]
+
+
+@pytest.fixture
+def table(words_root):
+    """The table of words, as it was again after the test."""
+    table = words_root / "words_random" / "words.csv"
+    before = table.read_bytes()
+    yield table
+    table.write_bytes(before)
+
+
+def test_name_a_word_for_everyone(page, writable_address, words_root, table):
+    """It is in the table, and at once in the legend, the numbers of the tile, the neighbours and the download."""
+    before = table.read_bytes()
+    catalogue = read_catalogue(words_root)
+    x, y = catalogue.tiles["one"].coords[7].tolist()
+    word = EncoderFeatures(catalogue, "random").word_of("one", 7)
+    _open(page, writable_address, f"slide=one&tile={x}%2C{y}&only={word}&by=word")
+    page.wait_for_selector("#neighbours button.other, #neighbours button.same")
+    assert page.locator("#legend-title").inner_text() == "Words"
+    page.fill("#legend input", "<i>keratin</i>")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#message.good:not([hidden])")
+    assert page.locator("#message").inner_text() == "saved in words.csv: <i>keratin</i>"
+    assert _names(page)[word] == "<i>keratin</i>" and page.locator("#legend i, #neighbours i").count() == 0
+    assert "<i>keratin</i>" in page.locator("#tile-numbers").inner_text()
+    assert "the same (<i>keratin</i>)" in page.locator("#shared").inner_text()
+    same = page.locator("#neighbours button.same")
+    titles = [same.nth(i).get_attribute("title") for i in range(same.count())]
+    assert titles and all(title.endswith("<i>keratin</i>") for title in titles)
+    assert page.evaluate("document.activeElement.matches('#legend input')")  # the next name can be typed
+    with page.expect_download() as download:
+        page.click("#export")
+    collection = json.loads(download.value.path().read_text())
+    names = {one["properties"]["classification"]["name"] for one in collection["features"]}
+    assert "<i>keratin</i>" in names and f"Word {word + 1}" not in names
+    with table.open(newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == [
+            "<i>keratin</i>" if i == word else "" for i in range(4)
+        ]
+    page.fill("#legend input", "")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelector('#message').textContent.includes('removed')")
+    assert table.read_bytes() == before and "names" not in page.url
+
+
+def test_a_name_that_someone_else_wrote_is_not_replaced(browser, writable_address, table):
+    """One message, the names that there are now, and what was typed, which a second Enter saves."""
+    page = browser.new_page()
+    _open(page, writable_address, "slide=one&only=1")
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([lines[0], *(f"{line}theirs" for line in lines[1:])]) + "\n")
+    page.fill("#legend input", "mine")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#message:not([hidden]):not(.good)")
+    assert "found that someone changed it meanwhile; nothing was written" in page.locator("#message").inner_text()
+    page.wait_for_function("() => document.querySelector('#legend .class').innerText.startsWith('theirs')")
+    assert _names(page) == ["theirs"] * 4 and page.locator("#legend input").input_value() == "mine"
+    assert table.read_text().count("theirs") == 4
+    page.locator("#legend input").press("Enter")
+    page.wait_for_selector("#message.good:not([hidden])")
+    assert _names(page) == ["theirs", "mine", "theirs", "theirs"]
+    page.close()
+
+
+def test_attention_over_the_region_of_the_clicked_tile(page, writable_address, words_root):
+    """The values of the server in viridis, the mark at the tile's cell, and the outline at its place on the slide."""
+    catalogue = read_catalogue(words_root)
+    region = catalogue.regions["one"][0]
+    tile = next(i for i in range(400) if catalogue.region_of("one", i) == 0)
+    x, y = catalogue.tiles["one"].coords[tile].tolist()
+    _open(page, writable_address, "slide=one&overlay=none&view=280,320,1", "none")
+    page.mouse.click(*_at(page, x + STEP / 2, y + STEP / 2))
+    page.wait_for_selector("#region-mean canvas")
+    captions = page.locator("#region-mean figcaption, #region-maps figcaption")
+    assert captions.all_inner_texts() == ["mean", "1", "2"]
+    found = page.evaluate(f"fetch('api/slides/one/attention/{tile}/region?encoder=random').then((one) => one.json())")
+    read = "(one) => [one.width, one.height, ...one.getContext('2d').getImageData(0, 0, one.width, one.height).data]"
+    for number, place in enumerate(
+        ["#region-mean canvas", "#region-maps canvas >> nth=0", "#region-maps canvas >> nth=1"]
+    ):
+        width, height, *data = page.locator(place).evaluate(read)
+        values = np.array(found["maps"][number])
+        scaled = (values - values.min()) / (values.max() - values.min())
+        colours = 255 * colormaps["viridis"](scaled)
+        assert (width, height) == (4, 4) and np.abs(np.reshape(data, (16, 4)) - colours).max() < 15
+    mark, picture = (page.locator(f"#region-mean {name}").bounding_box() for name in (".mark", "canvas"))
+    column, row = (x - region.x) // STEP, (y - region.y) // STEP
+    assert mark["x"] - picture["x"] == pytest.approx(column * picture["width"] / 4, abs=0.5)
+    assert mark["y"] - picture["y"] == pytest.approx(row * picture["height"] / 4, abs=0.5)
+    page.wait_for_function("() => document.querySelector('#region-picture').naturalWidth === 256")
+    _loaded(page)
+    box = page.locator("#zoom").bounding_box()
+    left, top = (place - box[side] for place, side in zip(_at(page, region.x, region.y), ("x", "y"), strict=True))
+    shown = _screenshot(page)
+    border = np.abs(shown - (179, 0, 107)).max(2) < 40
+    assert border[round(top + 100), round(left) - 2 : round(left) + 3].any()
+    assert border[round(top + 100), round(left + 256) - 2 : round(left + 256) + 3].any()
+    assert border[round(top + 256) - 2 : round(top + 256) + 3, round(left + 100)].any()
+    page.mouse.click(*_at(page, -20, 300))  # nothing is selected there
+    page.wait_for_selector("#tile", state="hidden")
+    assert not (np.abs(_screenshot(page) - (179, 0, 107)).max(2) < 40).any()
+
+
+def test_without_a_level_2_run_the_page_says_what_to_pass(page, address):
+    _open(page, address, "slide=one&tile=64%2C64")
+    page.wait_for_selector("#region-note:not(:empty)")
+    assert (
+        "pass a level-2 run of these features too: dino view root RUN LEVEL2_RUN"
+        in page.locator("#region-note").inner_text()
+    )
+    assert page.locator("#region-row").is_hidden() and page.locator("#region-maps canvas").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_barrier(browser, writable_address, words_root, table, scheme):
+    """axe-core, with a word's field, a tile, its attention and neighbours shown, and with each kind of message."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    catalogue = read_catalogue(words_root)
+    tile = next(i for i in range(400) if catalogue.region_of("one", i) == 0)
+    x, y = catalogue.tiles["one"].coords[tile].tolist()
+    page = browser.new_page(viewport={"width": 1200, "height": 1000}, color_scheme=scheme)
+    _open(page, writable_address, f"slide=one&tile={x}%2C{y}&only=1&by=word&others=0")
+    page.wait_for_selector("#region-mean canvas")
+    page.wait_for_selector("#attention-maps canvas")
+    page.wait_for_selector("#neighbours button.same, #neighbours button.other")
+    assert _violations(axe, page) == []
+    for name, message in (
+        (f"fat, {scheme}", "#message.good:not([hidden])"),
+        ("=1", "#message:not(.good):not([hidden])"),
+    ):
+        page.fill("#legend input", name)
+        page.keyboard.press("Enter")
+        page.wait_for_selector(message)
+        assert _violations(axe, page) == []
+    page.click("[data-overlay=similarity]")
+    page.wait_for_selector("body[data-overlay-ready='similarity']")
+    assert _violations(axe, page) == []
+    page.close()
+
+
+def _violations(axe, page):
+    found = axe.Axe().run(page).response["violations"]
+    return [(one["id"], [node["target"] for node in one["nodes"]]) for one in found]
 
 
 def test_select_tiles_in_a_rectangle(page, address):

@@ -20,14 +20,14 @@ from dino.extraction.encoder_features import EncoderFeatures
 from dino.viewer.attention import AttentionFiles
 from dino.viewer.guard import LOCAL_HOSTS, Allowance, Guard
 from dino.viewer.pixels import OVERLAP_PX, TILE_PX, SlidePixels
-from dino.viewer.server import Viewer, build_app
+from dino.viewer.server import ASSETS, Viewer, build_app
 
 TOKEN = "a-token-of-the-tests"
 
 
-def _client(catalogue, writable=False, with_token=True, attention=None):
+def _client(catalogue, writable=False, with_token=True, **more):
     encoders = {"random": EncoderFeatures(catalogue, "random", 4)}
-    viewer = Viewer(catalogue, encoders, SlidePixels(catalogue.slides), writable, attention=attention or {})
+    viewer = Viewer(catalogue, encoders, SlidePixels(catalogue.slides), writable, **more)
     app = Guard(build_app(viewer), TOKEN, LOCAL_HOSTS, writable)
     client = TestClient(app, base_url="http://127.0.0.1:8765", raise_server_exceptions=False)
     if with_token:
@@ -65,7 +65,9 @@ def test_every_answer_has_the_headers_that_protect_the_page(client, catalogue):
 
 def test_the_page_loads_nothing_from_elsewhere():
     folder = Path(__file__).parents[2] / "dino" / "viewer" / "static"
-    for name in ("index.html", "viewer.js", "overlay.js", "maps.js", "state.js", "style.css"):
+    own = sorted(path.name for path in folder.iterdir() if path.is_file())
+    assert set(own) < set(ASSETS)
+    for name in own:
         text = (folder / name).read_text()
         assert "http://" not in text and "https://" not in text and "//cdn" not in text
         assert "innerHTML" not in text and "eval(" not in text  # names of slides are put in as text only
@@ -147,8 +149,10 @@ def test_overlays_are_those_of_the_features(client, catalogue):
     assert len(clusters) == len(colours) == len(similar) == count
     assert set(clusters) <= set(range(4)) and similar[3] == 1
     legend = client.get("/api/legend?encoder=random").json()
-    assert len(legend) == 4 and all(one["examples"] for one in legend)
-    neighbours = client.get("/api/slides/one/neighbours/3?encoder=random&count=5").json()
+    assert not legend["words"] and len(legend["clusters"]) == 4 and all(one["examples"] for one in legend["clusters"])
+    found = client.get("/api/slides/one/neighbours/3?encoder=random&count=5").json()
+    neighbours = found["neighbours"]
+    assert found["word"] is None  # clusters
     assert len(neighbours) == 5 and {one["patient_id"] for one in neighbours} == {"P2"}
 
 
@@ -240,12 +244,63 @@ def test_downloaded_tiles_have_the_attention_of_the_encoder(catalogue, client, t
     assert {value for _, value in measured(mapped, "two") | measured(client, "one")} == {None}
 
 
+class Numbered:
+    """Attention of a level-2 model: the mean of a cell is its number, the values of the head are that of the region."""
+
+    def maps(self, slide_id, region):
+        return np.stack([np.arange(16.0).reshape(4, 4), np.full((4, 4), float(region))])
+
+
+def test_attention_over_the_region_of_a_tile(catalogue, tmp_path):
+    """Of a level-2 model, of the maps of `dino attention`, or none; a cell is the tile's place in the box."""
+    tiles = catalogue.tiles["one"].coords.tolist()
+    inside = [i for i, (x, y) in enumerate(tiles) if (x // 256, y // 256) == (0, 0)]
+    outside = next(i for i, (x, y) in enumerate(tiles) if x >= 512)  # there are regions of 256 px in a slide of 700
+    address = "/api/slides/one/attention/{}/region?encoder=random"
+    with_model = _client(catalogue, regions={"random": Numbered()})
+    for tile in inside:
+        found = with_model.get(address.format(tile)).json()
+        x, y, width, height = found["box"]
+        assert [x, y] in [[one.x, one.y] for one in catalogue.regions["one"]] and (width, height) == (256, 256)
+        assert [x + 64 * found["cell"][0], y + 64 * found["cell"][1]] == tiles[tile]
+        assert found["computed"] and not found["loading"] and found["side"] == 4
+        assert found["maps"] == [list(range(16)), [found["region"]] * 16]
+        pixels = _picture(with_model.get(f"/slides/one/regions/{found['region']}.jpg")).reshape(-1, 3).mean(0)
+        assert pixels[:2] == pytest.approx([(x + 128) / UNIT - 0.5, (y + 128) / UNIT - 0.5], abs=1.0)
+    assert with_model.get(address.format(outside)).json() is None
+    assert with_model.get("/slides/one/regions/999.jpg").status_code == 404
+    loading = _client(catalogue, regions={"random": None}).get(address.format(inside[0])).json()
+    assert loading["maps"] is None and loading["loading"]
+    without = _client(catalogue).get(address.format(inside[0])).json()
+    assert without["maps"] is None and not without["loading"]
+    write_maps(catalogue, tmp_path, ["region", "tile x region"])
+    files = _client(catalogue, attention={"random": AttentionFiles(catalogue, tmp_path)})
+    found = files.get(address.format(inside[0])).json()
+    assert not found["computed"] and len(found["maps"]) == 1 and set(found["maps"][0]) <= {1.0, 3.0}
+
+
 SEGMENTS = st.one_of(
     st.sampled_from(
-        ["api", "slides", "one", "two", "zoom", "tiles", "static", "..", "%2e%2e", "%00", "clusters", "10"]
+        [
+            "api",
+            "slides",
+            "one",
+            "two",
+            "zoom",
+            "tiles",
+            "regions",
+            "attention",
+            "0",
+            "static",
+            "..",
+            "%2e%2e",
+            "%00",
+            "clusters",
+            "10",
+        ]
     ),
     st.sampled_from(
-        ["0_0.jpg", "0.jpg", "-1_0.jpg", "1e9_0.jpg", "thumbnail.jpg", "etc%2fpasswd", "legend", "geojson"]
+        ["0_0.jpg", "0.jpg", "-1_0.jpg", "1e9_0.jpg", "thumbnail.jpg", "etc%2fpasswd", "legend", "geojson", "region"]
     ),
     st.text(max_size=12).map(lambda text: quote(text, safe="", errors="replace")),
 )

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from dataclasses import replace
 
@@ -17,10 +18,14 @@ from typer.testing import CliRunner
 from dino import api, environment
 from dino.cli.main import app
 from dino.config.load import load_config
-from dino.config.schema import ViewConfig
+from dino.config.schema import ExportConfig, ViewConfig
 from dino.errors import ConfigError, DataError
+from dino.extraction.catalogue import read_catalogue
+from dino.models.weights import load_backbone_file
+from dino.viewer.models import RunModels
+from dino.viewer.runs import Runs, sort_runs
 from tests.tiny_models import save_checkpoint
-from tests.viewer.conftest import write_features, write_maps
+from tests.viewer.conftest import DIM, write_features, write_grids, write_maps
 
 
 def _view(root, *runs, **settings):
@@ -99,6 +104,97 @@ def test_maps_of_another_model_than_the_run(painted, catalogue, tmp_path):
         shutil.rmtree(painted / "features_model")
         shutil.rmtree(painted / "attention_model")
     assert "expected maps of the model of" in line and "now 000000000000 (a)" in line
+
+
+@pytest.fixture
+def two_levels(painted, features, tmp_path):
+    """A ROOT of its own with features and grids of a level-1 model, whose fingerprint is recorded, and that model."""
+    root = shutil.copytree(painted, tmp_path / "data")
+    level_1 = save_checkpoint(tmp_path / "runs" / "patch" / "checkpoints" / "last.pt").parents[1]
+    fingerprint = load_backbone_file(level_1).fingerprint
+    record = {"model": str(level_1), "fingerprint": fingerprint, "precision": "fp32", "transform": None}
+    (root / "features_random").rename(root / "features_patch")
+    write_grids(root, "patch")
+    for folder in ("features_patch", "region_4096_pretraining_patch"):
+        (root / folder / "extract.json").write_text(json.dumps(record))
+    return root, level_1, record
+
+
+def _level_2(folder, grids):
+    """A level-2 run, whose grids are recorded as in runs; None for one that records nothing."""
+    more = {} if grids is None else {"grids": grids}
+    run = save_checkpoint(folder / "checkpoints" / "last.pt", "region", DIM, **more).parents[1]
+    if grids is not None:
+        (run / "identity.json").write_text(json.dumps({"level": "region", "grids": grids}))
+    return run
+
+
+def test_level_2_without_its_level_1_is_one_line(two_levels, tmp_path):
+    """Whatever says what it is of: a run folder, its checkpoint, or nothing at all."""
+    root, _, record = two_levels
+    other = record | {"fingerprint": "0" * 64, "model": "runs/other"}
+    run = _level_2(tmp_path / "region", other)
+    for given in (run, run / "checkpoints" / "last.pt"):
+        assert _fails("view", root, given) == (
+            f"error: expected features of runs/other (000000000000), the level-1 model of the level-2 run {given}, in "
+            f"{root}, found those of patch; run `dino extract runs/other {root}`, then "
+            f"`dino view {root} runs/other {given}`"
+        )
+    unknown = _level_2(tmp_path / "unknown", None)
+    line = (
+        f"error: expected the level-1 run whose features {unknown} reads, which is of level 2 and has no record of it"
+    )
+    assert _fails("view", root, unknown) == f"{line}, found none; pass it first: dino view {root} LEVEL1 {unknown}"
+    shutil.rmtree(root / "features_patch")
+    assert "found those of none; run `dino extract runs/other" in _fails("view", root, run)
+
+
+def test_level_2_where_level_1_is_expected_is_one_line(two_levels, tmp_path):
+    """A checkpoint that has the name of features: the server has started already when it is loaded."""
+    root, _, _ = two_levels
+    file = save_checkpoint(tmp_path / "patch.pt", "region", DIM)
+    assert _fails("view", root, file, "port=0") == (
+        f"error: expected the level-1 run that made the features in {root / 'features_patch'}, found {file}, which is "
+        f"of level 2; pass the level-1 run first: dino view {root} LEVEL1 {file}"
+    )
+
+
+def test_level_2_without_grids_or_twice_is_one_line(two_levels, tmp_path):
+    root, level_1, record = two_levels
+    run, again = _level_2(tmp_path / "region", record), _level_2(tmp_path / "again", record)
+    assert _fails("view", root, level_1, run, again) == (
+        f"error: expected at most one level-2 run of the features of 'patch', found {run} and {again}; pass one of them"
+    )
+    other = {**record, "precision": "bf16"}
+    (root / "region_4096_pretraining_patch" / "extract.json").write_text(json.dumps(other))
+    assert f"expected feature grids of {level_1} (" in (line := _fails("view", root, level_1, run))
+    assert "precision fp32, now bf16" in line
+    shutil.rmtree(root / "region_4096_pretraining_patch")
+    assert _fails("view", root, level_1, run) == (
+        f"error: expected the features of regions in {root} for the level-2 run {run}, found none; extract them with "
+        f"the level-1 run: dino extract LEVEL1 {root}"
+    )
+
+
+def test_runs_of_both_levels_are_sorted(two_levels, tmp_path):
+    """In any order, by their folders, files and exports; a level-2 run finds its features by their fingerprint."""
+    root, level_1, record = two_levels
+    catalogue, grids = read_catalogue(root), root / "region_4096_pretraining_patch"
+    run = str(_level_2(tmp_path / "region", record))
+    for given in ([str(level_1), run], [run, str(level_1)]):
+        assert sort_runs(catalogue, given) == Runs(["patch"], {"patch": str(level_1)}, {"patch": (run, grids)})
+    assert sort_runs(catalogue, [run]) == Runs(["patch"], {}, {"patch": (run, grids)})
+    api.export(run, tmp_path / "export", ExportConfig())
+    export = str(tmp_path / "export")
+    assert sort_runs(catalogue, ["patch", export]) == Runs(["patch"], {}, {"patch": (export, grids)})
+    unknown = str(_level_2(tmp_path / "unknown", None))
+    assert sort_runs(catalogue, ["patch", unknown]).regions == {"patch": (unknown, grids)}
+    models = RunModels(catalogue, sort_runs(catalogue, [str(level_1), run]))
+    models.start(lambda: None)
+    next(thread for thread in threading.enumerate() if thread.name == "models").join()
+    models.check()
+    assert models.regions["patch"].maps("one", 0).shape == (3, 4, 4)
+    assert models.tiles["patch"].maps("one", 0).shape == (3, 4, 4)
 
 
 def test_moved_slides(catalogue):

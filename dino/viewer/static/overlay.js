@@ -12,15 +12,16 @@ export function viridis(t) {
 
 export const css = (rgb) => `rgb(${rgb.join(" ")})`;
 
-/** Values of a square, row by row, from their lowest to their highest one, one px each. */
+/** Values of a rectangle, row by row, from their lowest to their highest one, one px each; null is transparent. */
 export function heatmap(values, side) {
   const canvas = document.createElement("canvas");
   canvas.width = side;
   canvas.height = values.length / side;
   const context = canvas.getContext("2d");
   const image = context.createImageData(canvas.width, canvas.height);
-  const [low, high] = [Math.min(...values), Math.max(...values)];
-  values.forEach((v, i) => image.data.set([...viridis((v - low) / (high - low || 1)), 255], 4 * i));
+  const known = values.filter((v) => v !== null);
+  const [low, high] = [Math.min(...known), Math.max(...known)];
+  values.forEach((v, i) => { if (v !== null) image.data.set([...viridis((v - low) / (high - low || 1)), 255], 4 * i); });
   context.putImageData(image, 0, 0);
   return canvas;
 }

@@ -48,8 +48,9 @@ export async function ask(path, options = {}) {
   try {
     message = (await answer.json()).error;
   } catch { /* not JSON */ }
-  throw new Error(message);
+  throw Object.assign(new Error(message), { status: answer.status });
 }
 
 export const slidePath = (slide) => `api/slides/${encodeURIComponent(slide)}`;
 export const tilePicture = (slide, tile) => `slides/${encodeURIComponent(slide)}/tiles/${tile}.jpg`;
+export const regionPicture = (slide, region) => `slides/${encodeURIComponent(slide)}/regions/${region}.jpg`;
