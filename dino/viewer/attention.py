@@ -21,7 +21,7 @@ from PIL import Image
 from dino.environment import import_extra
 from dino.errors import DataError
 from dino.extraction.catalogue import Catalogue
-from dino.extraction.map_record import MAP_RECORD, made_by, other_model, other_models
+from dino.extraction.map_record import MAP_RECORD, REGION, made_by, other_model, other_models
 from dino.extraction.pyramid import NS, SUFFIX, parsed_description, read_description
 from dino.extraction.record import read_record
 from dino.slides.tables import RegionRecord
@@ -123,17 +123,18 @@ class AttentionFiles:
         """The models, by name and fingerprint."""
         return made_by(self.record)
 
-    def check_made_by(self, model: Mapping[str, Any], source: str) -> None:
-        """Check that the maps are of a level-1 model, where that is recorded.
+    def check_made_by(self, model: Mapping[str, Any], source: str, level_2: bool = False) -> None:
+        """Check that the maps are of a model, where that is recorded.
 
         Args:
             model: What is recorded of it, with its ``fingerprint``.
             source: What is of that model, for the message.
+            level_2: Whether it is the level-2 model, of which there may be no maps, or the level-1 model.
 
         Raises:
             DataError: If they are of another model.
         """
-        if found := other_model(self.record, model):
+        if found := other_model((self.record.get(REGION) or {}) if level_2 else self.record, model):
             raise DataError(
                 f"expected maps of the model of {source} in {self._folder}, found those of another model "
                 f"({'; '.join(found)}); move that folder away, or write the maps again with `dino attention`"

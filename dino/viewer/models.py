@@ -139,17 +139,23 @@ class RunModels:
             try:
                 for name, run in self._runs.tiles.items():
                     model = _tile_model(self._catalogue, name, run)
-                    if name in self._attention:
-                        self._attention[name].check_made_by({"model": run, "fingerprint": model.fingerprint}, run)
+                    self._check_maps(name, run, model, level_2=False)
                     self.tiles[name] = TileAttention(self._catalogue, model)
                 for name, (run, grids) in self._runs.regions.items():
-                    self.regions[name] = RegionAttention(self._catalogue, load_backbone_file(run), grids)
+                    model = load_backbone_file(run)
+                    self._check_maps(name, run, model, level_2=True)
+                    self.regions[name] = RegionAttention(self._catalogue, model, grids)
             except DinoError as error:
                 self._error = error
                 end()
 
         if self.tiles or self.regions:
             threading.Thread(target=load, name="models", daemon=True).start()
+
+    def _check_maps(self, name: str, run: str, model: "LoadedBackbone", level_2: bool) -> None:
+        """Raise DataError if the maps of an encoder are of another model than the run."""
+        if name in self._attention:
+            self._attention[name].check_made_by({"model": run, "fingerprint": model.fingerprint}, run, level_2)
 
     def check(self) -> None:
         """Raise the error that ended the server, if one did."""

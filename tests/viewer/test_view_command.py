@@ -22,6 +22,7 @@ from dino.config.schema import ExportConfig, ViewConfig
 from dino.errors import ConfigError, DataError
 from dino.extraction.catalogue import read_catalogue
 from dino.models.weights import load_backbone_file
+from dino.viewer.attention import AttentionFiles
 from dino.viewer.models import RunModels
 from dino.viewer.runs import Runs, sort_runs
 from tests.tiny_models import save_checkpoint
@@ -174,6 +175,20 @@ def test_level_2_without_grids_or_twice_is_one_line(two_levels, tmp_path):
         f"error: expected the features of regions in {root} for the level-2 run {run}, found none; extract them with "
         f"the level-1 run: dino extract LEVEL1 {root}"
     )
+
+
+def test_maps_of_another_level_2_model_than_the_run(two_levels, tmp_path):
+    """Maps of level 1 alone are shown with any level-2 run."""
+    pytest.importorskip("tifffile")
+    root, level_1, record = two_levels
+    run, maps = str(_level_2(tmp_path / "region", record)), root / "attention_patch"
+    catalogue = read_catalogue(root)
+    write_maps(catalogue, maps)
+    (maps / "attention.json").write_text(json.dumps(record | {"region": {"model": "b", "fingerprint": "1" * 64}}))
+    line = _fails("view", root, level_1, run, "port=0")
+    assert f"expected maps of the model of {run} in {maps}, found those of another model" in line and "(b)" in line
+    (maps / "attention.json").write_text(json.dumps(record | {"region": None}))
+    AttentionFiles(catalogue, maps).check_made_by({"fingerprint": "1" * 64}, run, level_2=True)
 
 
 def test_runs_of_both_levels_are_sorted(two_levels, tmp_path):
