@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dino import distributed
-from dino.api.roots import check_grids
+from dino.api.roots import check_grids, check_level_1
 from dino.api.sources import open_tiles
 from dino.config.schema import FigureConfig, PatchConfig
 from dino.data import Sample, decode
@@ -175,6 +175,8 @@ class FigureSource:
         slide.shown_regions = shown
         paths = [path for path in slide.grid_paths(self.model.grids, slide.regions) if path.exists()]
         check_grids(paths, self.model.details, self.model.source)
+        if self.level_1 is not None:
+            check_level_1([path.parent for path in paths], self.level_1.fingerprint, self.level_1.source)
         regions, grids = slide.region_grids("yx", self.model.grids)
         if grids is None:
             raise DataError(

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dino.api.roots import Root
+from dino.api.roots import Root, check_level_1
 from dino.config.schema import AttentionConfig
 from dino.errors import ConfigError, DataError
 from dino.extraction.inputs import check_geometry
-from dino.extraction.record import grid_source
 from dino.models.grid_source import GridSource
 from dino.models.weights import LoadedBackbone, load_backbone_file
 
@@ -38,13 +37,12 @@ class MapModels:
         if self.region is None:
             return None
         folder = root.grids_of(self.region.grids, self.region.source)
-        found = grid_source(folder)
-        if found and found.fingerprint != self.tile.fingerprint:
+        if not any(folder.glob("*.pt")):
             raise DataError(
-                f"expected feature grids of {self.tile.source} in {folder}, found those of {found.name}; choose others "
-                f"with grids=ENCODER, or run `dino extract {self.tile.source} {root.path} encoder=NAME` first"
+                f"expected feature grids (*.pt) in {folder} for the level-2 model, found none; run `dino extract "
+                f"{self.tile.source} {root.path}` first, or omit the level-2 model"
             )
-        return found
+        return check_level_1([folder], self.tile.fingerprint, self.tile.source)
 
 
 def load_models(names: Sequence[str], config: AttentionConfig) -> MapModels:

@@ -1,5 +1,6 @@
 """``attention``: maps of the attention of both levels over whole slides."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,13 @@ def attention(models: Sequence[str], root: Path, output: Path | None, config: At
         DataError: If ROOT does not contain what the models need, the folder has maps of other models or settings, or
             the disk cannot be written.
     """
+    if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
+        raise DataError(f"expected to read the ROOT at {root}, found no permission; ask for it, or copy the folder")
+    if not root.is_dir():
+        found = "a file" if root.exists() else "nothing"
+        raise DataError(
+            f"expected the ROOT of `dino tile` at {root}, found {found}; the words are MODEL [REGION_MODEL] ROOT [OUT]"
+        )
     device = distributed.choose_device(config.device)
     check_settings(config.precision, config.batch_size, config.num_workers, device)
     if config.offsets < 1 or config.stride < 1:
@@ -84,6 +92,8 @@ def _attention(
     output = output or found.attention_folder(tile.source)
     slides = found.tiled_slides(config.slides)
     work = _work(found, region is not None, config)
+    if all(slides.path(slide_id) is None for slide_id in work):
+        slides.check_present(list(work))  # one line instead of one of each slide
     record = map_record(tile, region, loaded.check(found), slides.geometry, config)
     files = MapFiles(output, record)
     distributed.run_on_main(files.prepare)

@@ -1,7 +1,7 @@
 """Data folders: what is recorded of the tiles or feature grids in them, and which of them may be trained on."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -436,6 +436,31 @@ def check_grids(paths: Sequence[Path], origin: Mapping[str, Any], model: str) ->
         source = grid_source(folder)
         check_same_source(expected, source, model, str(folder))
         expected = expected or source
+
+
+def check_level_1(folders: Iterable[Path], fingerprint: str, model: str) -> GridSource | None:
+    """Check that feature grids are of the level-1 model that is shown beside a level-2 model, where that is recorded.
+
+    Args:
+        folders: Their folders.
+        fingerprint: Of the level-1 model.
+        model: That model, for the message.
+
+    Returns:
+        Their source; None where it is not recorded.
+
+    Raises:
+        DataError: If they are of another model.
+    """
+    found = None
+    for folder in sorted(set(folders)):
+        found = grid_source(folder)
+        if found and found.fingerprint != fingerprint:
+            raise DataError(
+                f"expected feature grids of {model} in {folder}, found those of {found.name}; name that model, choose "
+                f"other grids, or run `dino extract {model} ROOT encoder=NAME` first"
+            )
+    return found
 
 
 def shapes_of_grids(paths: Sequence[Path]) -> dict[str, tuple[int, int]]:

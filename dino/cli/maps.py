@@ -39,11 +39,19 @@ def attention(arguments: AttentionArguments = None, config: ConfigFile = None) -
     from dino.slides.tables import TILING_FILE
 
     # Of three words, the last one is ROOT if it was tiled.
-    with_output = len(positional) == 4 or (len(positional) == 3 and not (Path(positional[-1]) / TILING_FILE).exists())
+    with_output = len(positional) == 4 or (len(positional) == 3 and not _has(Path(positional[-1]), TILING_FILE))
     *models, root = positional[:-1] if with_output else positional
     output = Path(positional[-1]) if with_output else None
     settings = load_config(AttentionConfig, file=config, overrides=overrides)
     end(api.attention(models, Path(root), output, settings).exit_code)
+
+
+def _has(folder: Path, name: str) -> bool:
+    """Whether a folder has a file of that name; False for one that cannot be read."""
+    try:
+        return (folder / name).exists()
+    except OSError:
+        return False
 
 
 attention_command = with_settings(AttentionConfig)

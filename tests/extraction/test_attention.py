@@ -363,6 +363,19 @@ def test_what_does_not_fit_is_refused(root: Path) -> None:
         attention([patch], root, out, AttentionConfig(**{**vars(CONFIG), "offsets": 3}))
     with pytest.raises(ConfigError, match="offsets and stride of at least 1"):
         attention([patch], root, out, AttentionConfig(**{**vars(CONFIG), "stride": 0}))
+    with pytest.raises(DataError, match="expected the ROOT of `dino tile` at .*nowhere, found nothing; the words are"):
+        attention([patch], root.parent / "nowhere", out, CONFIG)
+    slides = root.parent / "slides"
+    slides.rename(root.parent / "elsewhere")
+    with pytest.raises(DataError, match="expected the files of 1 slides .* name their folder or slides.csv"):
+        attention([patch], root, root.parent / "moved", CONFIG)  # one line, not one of each slide
+    (root.parent / "elsewhere").rename(slides)
+    grids = root / "region_4096_pretraining"
+    grids.rename(root.parent / "grids")
+    with pytest.raises(DataError, match=r"expected feature grids \(\*.pt\) in .* for the level-2 model, found none"):
+        attention([patch, region], root, root.parent / "moved", CONFIG)
+    (root.parent / "grids").rename(grids)
+    assert not (root.parent / "moved").exists()
     done = CliRunner().invoke(app, ["attention", patch])
     assert done.exit_code == 2 and "expected MODEL [REGION_MODEL] ROOT [OUT]" in done.output
     (root.parent / "slides" / "one.tiff").write_bytes(b"gone")
