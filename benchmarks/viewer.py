@@ -21,6 +21,10 @@ from urllib.parse import quote, urlsplit
 
 import numpy as np
 
+from dino import viewer
+
+STATIC = Path(viewer.__file__).parent / "static"
+SCRIPTS = [f"/static/{path.name}" for path in sorted(STATIC.glob("*.js"))]  # a browser loads all of them
 CLIENTS, TILES = 20, 60  # clients at once, and tiles that each of them asks for
 ALONE = 300  # tiles of a single client
 
@@ -57,7 +61,7 @@ def measure(address: str, pid: int) -> dict[str, Any]:
     start = time.perf_counter()
     root = client.json("/api/root")
     slides = [one for one in root["slides"] if one["readable"] and one["tiles"]]
-    for path in ("/", "/static/vendor/openseadragon.min.js", "/static/viewer.js", "/static/style.css"):
+    for path in ("/", "/static/vendor/openseadragon.min.js", "/static/style.css", *SCRIPTS):
         client.get(path)
     client.json(f"/api/slides/{quote(slides[0]['slide_id'])}")
     for path in _paths(slides[0], levels=[9]):
