@@ -127,14 +127,14 @@ def _measure(pixels: str, arch: str, ours: Ours, theirs: Theirs, setting: Settin
     few = Ours(ours.backbone, ours.items[:4], ours.read, 4, 0, ours.device)
     with without_tf32():
         equality = expect_close("features (fp32)", relative_error(few("fp32"), theirs("fp32")[:4]), 1e-4)
-    precisions = ("bf16", "fp32") if setting.has_bf16 else ("fp32",)
+    precisions = ("bf16", "fp32") if setting.has_bf16 or setting.quick else ("fp32",)
     works = {f"{side} {p}": partial(who, p) for side, who in (("our", ours), ("their", theirs)) for p in precisions}
     seconds = dict(zip(works, in_turn(list(works.values()), setting.rounds(3), setting.device), strict=True))
     reading = _reading_rate(ours)
     per_tile = flops(
         lambda: embed(ours.backbone, [torch.zeros(1, 3, TILE_PX, TILE_PX)], ours.normalise, ours.device, "fp32")
     )
-    for mine, yours, target in PAIRS if setting.has_bf16 else PAIRS[-1:]:
+    for mine, yours, target in PAIRS if setting.has_bf16 or setting.quick else PAIRS[-1:]:
         result = Duel(seconds[f"our {mine}"], seconds[f"their {yours}"])
         row = result.row(f"extraction {pixels} {mine}", len(ours.items), "tiles/s", f"timm, DataLoader, v2, {yours}")
         row.equality = equality

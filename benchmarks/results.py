@@ -16,6 +16,7 @@ from rich.table import Table
 from torch.cuda import nccl
 
 from benchmarks.measure import Row
+from dino.precision import casts_to_bf16
 
 COLUMNS = ("benchmark", "ours", "comparator", "theirs", "ratio", "target", "of the limit", "note")
 FIELDS = {field.name for field in fields(Row)}
@@ -49,7 +50,8 @@ def device_name(device: torch.device) -> str:
 
 def gpu_facts(device: torch.device) -> dict[str, Any]:
     """Driver, libraries and number formats of a GPU; of a CPU only the number formats."""
-    facts: dict[str, Any] = {"precision": "bf16 autocast, weights and averages fp32, logits fp32"}
+    forward = "bf16 autocast" if casts_to_bf16("bf16", device) else "fp32 for bf16"
+    facts: dict[str, Any] = {"precision": f"{forward}, weights and averages fp32, logits fp32"}
     facts["tf32_matmul"], facts["tf32_convolution"] = (
         torch.backends.cuda.matmul.allow_tf32,
         torch.backends.cudnn.allow_tf32,
@@ -120,6 +122,7 @@ def with_limit(row: Row, limits: dict[str, float]) -> Row:
     work, data = row.details.get("gflop_per_item"), row.details.get("bytes_per_item")
     if work:
         precision = row.details.get("precision", "bf16")
+        precision = precision if f"matmul_{precision}_gflops" in limits else "fp32"  # on a CPU without bf16
         return replace(
             row, limit=limits[f"matmul_{precision}_gflops"] / work, limited_by=f"{precision} matrix products"
         )
