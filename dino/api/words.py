@@ -88,14 +88,20 @@ def encoder_of(catalogue: Catalogue, model: str) -> str:
     """The encoder that is meant: the one of that name, or that of a run, checkpoint or export.
 
     Raises:
-        DataError: If ROOT has no features of it, or those of another model of the same name.
+        DataError: If it is of level 2, or ROOT has no features of it, or those of another model of the same name.
         CheckpointError: If the model cannot be loaded.
     """
-    name = encoder_name(model)
-    (name, *_) = catalogue.chosen_encoders([model if model in catalogue.encoders else name])
-    if name == model and not Path(model).exists():
+    loaded = load_backbone_file(model) if Path(model).exists() else None
+    if loaded is not None and loaded.transform is None:
+        raise DataError(
+            f"expected the level-1 run that made the features of tiles in {catalogue.root}, found {model}, which is of "
+            "level 2; pass the level-1 run"
+        )
+    (name, *_) = catalogue.chosen_encoders([model if model in catalogue.encoders else encoder_name(model)])
+    if name == model and loaded is None:
         return name
-    check_made_by(tile_folder(catalogue.root, name), load_backbone_file(model), f"name the encoder '{name}' alone")
+    loaded = loaded or load_backbone_file(model)
+    check_made_by(tile_folder(catalogue.root, name), loaded, f"name the encoder '{name}' alone")
     return name
 
 

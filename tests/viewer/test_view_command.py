@@ -158,6 +158,10 @@ def test_level_2_where_level_1_is_expected_is_one_line(two_levels, tmp_path):
         f"error: expected the level-1 run that made the features in {root / 'features_patch'}, found {file}, which is "
         f"of level 2; pass the level-1 run first: dino view {root} LEVEL1 {file}"
     )
+    assert _fails("words", file, root) == (
+        f"error: expected the level-1 run that made the features of tiles in {root}, found {file}, which is of "
+        "level 2; pass the level-1 run"
+    )
 
 
 def test_level_2_without_grids_or_twice_is_one_line(two_levels, tmp_path):
