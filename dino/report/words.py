@@ -25,7 +25,7 @@ MAP_COLUMNS, MAP_HEIGHT = 3, 4.2
 LEGEND_WIDTH, LEGEND_LINE = 2.1, 0.19
 OUTLINE = 240  # outlines fit side by side in a thumbnail
 TILE_PX = 192  # side of a tile in a strip: more than its inches have dots
-LETTERS, LETTERS_LEGEND = 24, 22  # of a name
+LETTERS, LETTERS_LEGEND = 20, 22  # of a name
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,7 @@ def test_a_word_is_where_its_tiles_are():
         ("attention REGION ROOT a.png tile=1,1", "expected tile=X,Y of a region of slide"),
         ("neighbours EXPORT ROOT a.png untrained=true", "expected a run as MODEL for untrained=true"),
         ("words PATCH ROOT a.png word=99", "expected word from 1 to"),
-        ("words REGION ROOT a.png", "expected features of"),
+        ("words REGION ROOT a.png", "expected the level-1 run that made the features of"),
         ("words PATCH ROOT a.png slide=b", "expected slide=b among the slides with features of patch"),
         ("neighbours PATCH ROOT a.png k=0", "expected k of at least 1, found 0"),
         ("attention PATCH PATCH a.png", "expected"),
