@@ -2,15 +2,17 @@
 
     DINO_TEST_DATA=… python -m benchmarks.learning OUTPUT costs [--recipes dino,ibot]
     DINO_TEST_DATA=… python -m benchmarks.learning OUTPUT run [--recipes dino,ibot] [--seeds 0,1] [--budget 1.0]
-    python -m benchmarks.learning OUTPUT table [--earlier RESULTS.json]
+    python -m benchmarks.learning OUTPUT table [--budget 1.0] [--earlier RESULTS.json]
 
 ``costs`` times a step of each recipe in turn; ``run`` trains each recipe for as many steps as take the time of
 ``budget`` x 312 steps of DINO, and appends a line to OUTPUT/learning.jsonl for each finished run, so that several calls
-add up; ``table`` compares what is there with DINO, seed by seed. ``--earlier`` adds the runs of recorded results, which
-are not repeated; without costs in OUTPUT, theirs are taken.
+add up; ``table`` compares what is there with DINO, seed by seed. ``--earlier`` adds the runs of recorded results with
+the same budget, which are not repeated; without costs in OUTPUT, theirs are taken.
 
 The test tiles are split into two halves: recipes are chosen on the validation half and reported on the other half. The
 score is the mean of the accuracies of 20-NN and of a ridge probe on the training tiles, after each quarter of the run.
+Tiles are embedded at 112 px: the networks were trained on crops of 96 px, and at 224 px scoring a run took longer than
+training it.
 """
 
 import argparse
@@ -41,6 +43,7 @@ from dino.files import atomic_path, read_json, write_json
 from dino.models.weights import LoadedBackbone, load_backbone_file
 
 DINO_STEPS, QUARTERS, K = 312, 4, 20
+INPUT_SIZE = 112  # at which the tiles are embedded
 ROUNDS, TIMED_STEPS = 3, 6
 ALPHAS = tuple(10.0**power for power in range(-1, 5))
 
@@ -68,6 +71,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ibot+kde+sinkhorn": {"objective.ibot": 1.0, "objective.kde": 0.01, "objective.targets": "sinkhorn"},
     "sinkhorn": {"objective.targets": "sinkhorn"},
     "regression": {"objective.regression": 1.0, **SQUARES},
+    "regression 0.1": {"objective.regression": 0.1, **SQUARES},
     "regression+kde": {"objective.regression": 1.0, "objective.kde": 0.01, **SQUARES},
 }
 
@@ -121,7 +125,8 @@ def train_and_score(data: Path, output: Path, recipe: str, seed: int, budget: fl
     untrained, *quarters = [score(table, features(table, network)) for network in networks]
     status = read_json(run / "status.json")
     return {
-        **{"recipe": recipe, "seed": seed, "steps": steps, "cost": round(cost, 4), "budget": budget},
+        **{"recipe": recipe, "seed": seed, "steps": steps, "cost": round(cost, 4)},
+        **{"budget": budget, "input_size": INPUT_SIZE},
         **{"quarters": quarters, "untrained": untrained, "settings": RECIPES[recipe]},
         "self_retrieval": status["floor"],
         "pixels": score(table, torch.cat([pixel_features(decode(path)[None]) for path in table.paths])),
@@ -132,8 +137,9 @@ def train_and_score(data: Path, output: Path, recipe: str, seed: int, budget: fl
 def features(table: LabelTable, loaded: LoadedBackbone) -> Tensor:
     """(N, D) features of all tiles."""
     assert loaded.transform is not None
-    normalise = normaliser(loaded.transform.mean, loaded.transform.std, loaded.backbone.spec.patch_size)
-    embedder = FileEmbedder(table.paths, decode, normalise, torch.device("cpu"), "fp32")
+    size = (INPUT_SIZE, INPUT_SIZE)
+    normalise = normaliser(loaded.transform.mean, loaded.transform.std, loaded.backbone.spec.patch_size, size)
+    embedder = FileEmbedder(table.paths, decode, normalise, torch.device("cpu"), "bf16")
     (found,) = embedder.embed(loaded.backbone)
     return found
 
@@ -214,7 +220,9 @@ def main() -> None:
     log, earlier = arguments.output / "learning.jsonl", read_json(arguments.earlier) if arguments.earlier else {}
 
     def done() -> list[dict[str, Any]]:
-        return [*earlier.get("runs", []), *read(log)]
+        runs = [*earlier.get("runs", []), *read(log)]
+        wanted = (arguments.budget, INPUT_SIZE)
+        return [run for run in runs if (run["budget"], run.get("input_size")) == wanted]
 
     if arguments.action == "table":
         for half in ("validation", "report"):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from torch import Tensor
 
 from dino import progress
 from dino.api.measuring import labelled_measure
@@ -21,13 +20,14 @@ from dino.train.evaluator import (
     SELF_RETRIEVAL,
     Evaluator,
     Measure,
+    PairedFeatures,
     evaluate_run,
     label_free_scores,
     paired_features,
 )
 from dino.train.loop import Trainer
 
-VERDICT_SAMPLES = 256
+VERDICT_QUERIES = 256  # at most
 VERDICT_BATCH = 16
 EVALUATIONS = 10  # of a run without labels, at most, unless evaluate.every_steps says otherwise
 SHARE = 0.05  # of the operations of training, that evaluations of labelled rows take at most
@@ -97,12 +97,11 @@ def _interval(run: Run, tokens: int) -> int:
 
 def _label_free_measure(run: Run) -> Measure:
     """Self-retrieval of training samples, as in the final verdict."""
-    batch_size, batches = _verdict_batches(run)
     return Measure(
         lambda backbone: label_free_scores(_paired_features(run, backbone)),
         SELF_RETRIEVAL,
         "self-retrieval accuracy",
-        batch_size * batches,
+        verdict_rounds(run)[1],
         rows="training samples",
         labelled=False,
     )
@@ -166,16 +165,20 @@ def final_verdict(
     return {"verdict": verdict.to_dict(), "floor": numbers, "last_metrics": dict(last)}
 
 
-def _verdict_batches(run: Run) -> tuple[int, int]:
-    """Size and number of the batches of samples that the verdict is based on: :data:`VERDICT_SAMPLES` at most."""
-    count = min(VERDICT_SAMPLES, len(run.level.dataset))
+def verdict_rounds(run: Run) -> tuple[int, int]:
+    """How many views of how many samples the verdict is based on: several of each where there are few samples.
+
+    Returns:
+        Rounds and samples in each, together at most :data:`VERDICT_QUERIES` pairs of views.
+    """
+    count = min(VERDICT_QUERIES, len(run.level.dataset))
+    return VERDICT_QUERIES // count, count
+
+
+def _paired_features(run: Run, backbone: Backbone) -> PairedFeatures:
+    """Features of two views of the first samples of a separate random order."""
+    rounds, count = verdict_rounds(run)
     size = min(VERDICT_BATCH, count)
-    return size, count // size
-
-
-def _paired_features(run: Run, backbone: Backbone) -> Tensor:
-    """``(2, N, D)`` features of two views of the first samples of a separate random order."""
-    size, number = _verdict_batches(run)
     drawn = run.drawn_batches(0, run.config.seed + 1, size)
-    batches = (drawn[i * size] for i in range(number))
-    return paired_features(backbone, batches, run.level.crops, run.device)
+    batches = (drawn[first] for first in range(0, rounds * count, size))
+    return paired_features(backbone, batches, run.level.crops, run.device, rounds, count)

@@ -11,7 +11,7 @@ import torch
 
 from dino import distributed, progress
 from dino.api.ending import show_summary, write_report
-from dino.api.judging import VERDICT_SAMPLES, build_evaluator, final_verdict
+from dino.api.judging import build_evaluator, final_verdict, verdict_rounds
 from dino.api.rehearsal import dry_run, profile
 from dino.api.run import Run
 from dino.config.schema import ExtendConfig, PatchConfig, PretrainConfig, RegionConfig
@@ -98,8 +98,9 @@ def pretrain(config: PatchConfig | RegionConfig, extend: ExtendConfig | None = N
                 folder.update_status(state="running", error=None, data=data, computed_in=precision, **counts)
                 with progress.bar(f"pretrain {run.level.name}", run.total, trainer.step) as metrics.bar:
                     trainer.fit()
-                samples = min(VERDICT_SAMPLES, len(run.level.dataset))
-                progress.say(f"evaluating: features of two views of {samples} samples, now and at the start …")
+                rounds, samples = verdict_rounds(run)
+                views = f"{2 * rounds} views of {samples} samples"
+                progress.say(f"evaluating: features of {views}, now and at the start …")
                 evaluation = final_verdict(run, trainer, folder.initial_checkpoint(), folder.last_metrics(), evaluator)
                 summary = _finish(run, trainer, folder, evaluation)
         is_main = distributed.is_main()

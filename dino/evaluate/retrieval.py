@@ -12,7 +12,12 @@ SIMILARITIES_AT_ONCE = 1 << 24
 
 
 def self_retrieval_accuracy(query: Tensor, reference: Tensor) -> float:
-    """Fraction of queries whose nearest reference, by cosine similarity, is of the same sample.
+    """Fraction of queries whose nearest reference is of the same sample: the mean of :func:`self_retrieval_hits`."""
+    return float(self_retrieval_hits(query, reference).mean())
+
+
+def self_retrieval_hits(query: Tensor, reference: Tensor) -> Tensor:
+    """Whether the nearest reference of each query, by cosine similarity, is of the same sample.
 
     Query i and reference i are two augmented views of sample i. Of n equally near references each counts 1/n, so that
     constant features have the accuracy of chance, 1/N.
@@ -22,7 +27,7 @@ def self_retrieval_accuracy(query: Tensor, reference: Tensor) -> float:
         reference: ``(N, D)`` features in the same order.
 
     Returns:
-        A number in [0, 1].
+        ``(N,)`` float64 on the CPU, in [0, 1].
 
     Raises:
         DataError: If the two are not of one shape, or empty.
@@ -31,13 +36,13 @@ def self_retrieval_accuracy(query: Tensor, reference: Tensor) -> float:
         raise DataError(f"expected queries and references of one shape (N, D), found {query.shape}, {reference.shape}")
     reference, query = F.normalize(reference.float(), dim=1), F.normalize(query.float(), dim=1)
     size = max(1, SIMILARITIES_AT_ONCE // len(reference))
-    found = 0.0
+    hits = []
     for start in range(0, len(query), size):
         similarity = query[start : start + size] @ reference.T  # (m, N)
         rows = torch.arange(len(similarity), device=similarity.device)
         nearest = similarity == similarity.amax(1, keepdim=True)
-        found += float((nearest[rows, rows + start] / nearest.sum(1)).sum())
-    return found / len(query)
+        hits.append(nearest[rows, rows + start].double() / nearest.sum(1))
+    return torch.cat(hits).cpu()
 
 
 def effective_rank(features: Tensor) -> float:

@@ -1,6 +1,7 @@
 """The verdict on a finished run: learning, flat, declined or collapsed, with the numbers it rests on."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -91,19 +92,27 @@ class Score:
         teacher: The trained teacher's.
         baselines: That of each baseline by name (:data:`INITIAL`, :data:`RANDOM`, :data:`FROZEN`), first what the run
             started from.
-        queries: Number of samples that each is a mean over.
+        queries: Number of queries that each is a mean over.
+        samples: Number of samples that the queries are of, where there are fewer; None where there are as many.
+        errors: Standard error of the difference to each baseline, where it was measured query by query; else both
+            accuracies are treated as independent.
     """
 
     name: str
     teacher: float
     baselines: Mapping[str, float]
     queries: int
+    samples: int | None = None
+    errors: Mapping[str, float] | None = None
 
     def differences(self) -> list[Difference]:
         """The difference to each baseline."""
+
+        def error(name: str, value: float) -> float:
+            return self.errors[name] if self.errors else difference_error(self.teacher, value, self.queries)
+
         return [
-            Difference(name, value, self.teacher - value, difference_error(self.teacher, value, self.queries))
-            for name, value in self.baselines.items()
+            Difference(name, value, self.teacher - value, error(name, value)) for name, value in self.baselines.items()
         ]
 
     @property
@@ -114,7 +123,8 @@ class Score:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``status.json``."""
         differences = {found.baseline: found.to_dict() for found in self.differences()}
-        return {"score": self.name, TEACHER: self.teacher, "queries": self.queries, **differences}
+        samples = {} if self.samples is None else {"samples": self.samples}
+        return {"score": self.name, TEACHER: self.teacher, "queries": self.queries, **samples, **differences}
 
 
 @dataclass(frozen=True)
@@ -149,8 +159,9 @@ class Signs:
         """The measurements in words, one string each."""
         found = []
         if self.score:
+            of = f" of {self.score.samples:,} samples" if self.score.samples else ""
             found.append(
-                f"{self.score.name} {self.score.teacher:.3f} ({self.score.queries:,} queries, intervals of two "
+                f"{self.score.name} {self.score.teacher:.3f} ({self.score.queries:,} queries{of}, intervals of two "
                 "standard errors)"
             )
             for one in self.score.differences():
@@ -221,6 +232,19 @@ def difference_error(first: float, second: float, count: int) -> float:
         count: Number of queries of each.
     """
     return math.sqrt((first * (1 - first) + second * (1 - second)) / max(count, 1))
+
+
+def paired_error(differences: Sequence[float]) -> float:
+    """Standard error of the mean of differences between paired observations, infinite for a single one.
+
+    It takes into account that a hard query is hard for both networks, which :func:`difference_error` does not.
+
+    Args:
+        differences: Of each sample, between its results by two networks.
+    """
+    if len(differences) < 2:
+        return math.inf
+    return statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def verdict(signs: Signs) -> Verdict:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dino import distributed, progress
 from dino.data import Batch
-from dino.evaluate.retrieval import effective_rank, mean_pairwise_cosine, self_retrieval_accuracy
-from dino.evaluate.verdict import INITIAL, STUDENT, TEACHER, Score, Signs, Verdict, in_words, verdict
+from dino.evaluate.retrieval import effective_rank, mean_pairwise_cosine, self_retrieval_hits
+from dino.evaluate.verdict import INITIAL, STUDENT, TEACHER, Score, Signs, Verdict, in_words, paired_error, verdict
 from dino.models.backbone import Backbone
 from dino.train.callbacks import Checkpoints
 from dino.train.checkpoint import BEST
@@ -183,43 +183,77 @@ def _text(scores: Scores) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in scores.items() if value is not None)
 
 
+@dataclass(frozen=True)
+class PairedFeatures:
+    """Features of the two global views of samples, in rounds: each of R rounds has N samples, with other crops.
+
+    Attributes:
+        features: ``(R, 2, N, D)`` float32 on the CPU.
+        samples: ``(R, N)`` int64, the samples' indices in the dataset.
+    """
+
+    features: Tensor
+    samples: Tensor
+
+    def hits(self) -> Tensor:
+        """Of each query, in [0, 1]: whether the nearest of the N second views is of its sample. (R, N)."""
+        return torch.stack([self_retrieval_hits(*views) for views in self.features])
+
+    def error_of_difference(self, other: "PairedFeatures") -> float:
+        """Standard error of the difference of two networks' self-retrieval accuracies, for the same views.
+
+        The queries of one sample are no independent observations: their differences are averaged first.
+        """
+        differences = (self.hits() - other.hits()).flatten()
+        samples, which, counts = self.samples.flatten().unique(return_inverse=True, return_counts=True)
+        sums = torch.zeros(len(samples), dtype=torch.float64).index_add_(0, which, differences)
+        return paired_error((sums / counts).tolist())
+
+
 @torch.no_grad()
-def paired_features(backbone: Backbone, batches: Iterable[Batch], crops: Crops, device: torch.device) -> Tensor:
+def paired_features(
+    backbone: Backbone, batches: Iterable[Batch], crops: Crops, device: torch.device, rounds: int, count: int
+) -> PairedFeatures:
     """Features of the two global views of every sample.
 
     Args:
         backbone: In either mode, which is restored afterwards.
-        batches: Samples with drawn crops.
+        batches: Samples with drawn crops, ``rounds`` times ``count`` or more.
         crops: Applies them.
         device: Device of the backbone.
-
-    Returns:
-        ``(2, N, D)`` float32 features on the CPU.
+        rounds: Number R of rounds.
+        count: Number N of samples in a round.
     """
     was_training = backbone.training
     backbone.eval()
     dtype = next(backbone.parameters()).dtype
-    features = []
+    features, samples = [], []
     for batch in batches:
+        samples += batch.indices
         views = crops.apply(batch.inputs.to(device), batch.parameters)[0][:2].to(dtype)  # (2, B, C, h, w)
         tokens = backbone(views.flatten(0, 1), cls_only=True)
         features.append(tokens.cls.unflatten(0, views.shape[:2]).float().cpu())  # (2, B, D)
     backbone.train(was_training)
-    return torch.cat(features, dim=1)
+    drawn = torch.cat(features, dim=1)[:, : rounds * count]  # (2, R N, D)
+    return PairedFeatures(
+        drawn.unflatten(1, (rounds, count)).transpose(0, 1),
+        torch.tensor(samples[: rounds * count]).view(rounds, count),
+    )
 
 
-def label_free_scores(features: Tensor) -> Scores:
-    """Self-retrieval accuracy, effective rank and mean cosine of ``(2, N, D)`` features of pairs of views."""
+def label_free_scores(found: PairedFeatures) -> Scores:
+    """Self-retrieval accuracy over all rounds; effective rank and mean cosine of the first views of the first round."""
+    first = found.features[0, 0]
     return {
-        SELF_RETRIEVAL: self_retrieval_accuracy(*features),
-        "effective_rank": effective_rank(features[0]),
-        "mean_cosine": mean_pairwise_cosine(features[0]),
+        SELF_RETRIEVAL: float(found.hits().mean()),
+        "effective_rank": effective_rank(first),
+        "mean_cosine": mean_pairwise_cosine(first),
     }
 
 
 def evaluate_run(
-    teacher: Tensor,
-    baselines: Mapping[str, Tensor],
+    teacher: PairedFeatures,
+    baselines: Mapping[str, PairedFeatures],
     *,
     entropy: float | None,
     loss: float | None,
@@ -228,7 +262,7 @@ def evaluate_run(
     """The verdict on a finished run, and the numbers it is based on.
 
     Args:
-        teacher: ``(2, N, D)`` features of pairs of views by the trained teacher.
+        teacher: Features of pairs of views by the trained teacher.
         baselines: The same by what the teacher is compared with, by name; first what the run started from.
         entropy: Teacher entropy as a fraction of ln K.
         loss: Loss as a fraction of ln K.
@@ -238,13 +272,17 @@ def evaluate_run(
     others = {name: label_free_scores(features) for name, features in baselines.items()}
     retrieval = {name: scores[SELF_RETRIEVAL] for name, scores in others.items()}
     score = evaluator.comparison() if evaluator and evaluator.measure.labelled else None
-    score = score or Score("self-retrieval accuracy", own[SELF_RETRIEVAL], retrieval, teacher.shape[1])
+    if score is None:
+        (rounds, count), queries = teacher.samples.shape, teacher.samples.numel()
+        errors = {name: teacher.error_of_difference(features) for name, features in baselines.items()}
+        samples = count if rounds > 1 else None
+        score = Score("self-retrieval accuracy", own[SELF_RETRIEVAL], retrieval, queries, samples, errors)
     signs = Signs(
         entropy,
         loss,
         own["effective_rank"],
         own["mean_cosine"],
-        teacher.shape[-1],
+        teacher.features.shape[-1],
         score,
         evaluator.best_step if evaluator else None,
     )

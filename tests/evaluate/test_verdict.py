@@ -2,8 +2,19 @@ import json
 import math
 
 import pytest
+from scipy import stats
 
-from dino.evaluate.verdict import INITIAL, RANDOM, Score, Signs, Verdict, baselines_of, difference_error, verdict
+from dino.evaluate.verdict import (
+    INITIAL,
+    RANDOM,
+    Score,
+    Signs,
+    Verdict,
+    baselines_of,
+    difference_error,
+    paired_error,
+    verdict,
+)
 
 HEALTHY = {"entropy": 0.6, "loss": 0.8, "effective_rank": 20.0, "cosine": 0.4, "embed_dim": 192}
 
@@ -101,3 +112,19 @@ def test_a_verdict_of_version_0_1_0_is_read():
 def test_error_of_a_difference():
     assert difference_error(0.5, 0.5, 750) == pytest.approx(math.sqrt(2 * 0.25 / 750))
     assert difference_error(1.0, 1.0, 10) == 0
+
+
+def test_paired_error_is_that_of_a_paired_t_test():
+    first, second = [1.0, 0.0, 1.0, 0.5, 1.0, 1.0], [0.0, 0.0, 1.0, 0.5, 1.0, 0.0]
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    expected = stats.ttest_rel(first, second)
+    assert sum(differences) / 6 / paired_error(differences) == pytest.approx(expected.statistic)
+    assert paired_error([0.5]) == math.inf
+
+
+def test_measured_errors_replace_those_of_independent_accuracies():
+    found = Score("self-retrieval accuracy", 0.75, {RANDOM: 0.7}, 258, samples=43, errors={RANDOM: 0.02})
+    assert found.from_start.is_higher and not score(0.75, 0.7, queries=258).from_start.is_higher
+    assert found.from_start.interval == pytest.approx((0.01, 0.09))
+    assert "(258 queries of 43 samples, " in verdict(Signs(**HEALTHY, score=found)).text
+    assert found.to_dict()["samples"] == 43
