@@ -70,6 +70,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ibot+kde": {"objective.ibot": 1.0, "objective.kde": 0.01},
     "ibot+kde+sinkhorn": {"objective.ibot": 1.0, "objective.kde": 0.01, "objective.targets": "sinkhorn"},
     "sinkhorn": {"objective.targets": "sinkhorn"},
+    "prototypes 64": {"model.out_dim": 64},
+    "prototypes 4096": {"model.out_dim": 4096},
     "regression": {"objective.regression": 1.0, **SQUARES},
     "regression 0.1": {"objective.regression": 0.1, **SQUARES},
     "regression+kde": {"objective.regression": 1.0, "objective.kde": 0.01, **SQUARES},

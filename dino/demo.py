@@ -1,7 +1,7 @@
 """All steps on the sample slide of the package, in a few minutes and without a GPU.
 
-The demo runs the same code as the other commands, with small models and crops. Because the slide is small, tiles
-overlap by half, and regions by all but one cell. It shows that the steps work together, not how good the models are.
+The demo runs the same code as the other commands, with small models, tiles, regions and crops. Because the slide is small,
+tiles and regions overlap by half. It shows that the steps work together, not how good the models are.
 """
 
 import shlex
@@ -124,15 +124,15 @@ def run_demo(directory: Path, config: DemoConfig) -> DemoSummary:
 
 
 def tile_config() -> TileConfig:
-    """Tiles that overlap by half, and regions of 4 x 4 cells that overlap by all but one cell."""
-    return TileConfig(overlap=0.5, region_size_px=1024, region_overlap_cells=3, num_workers=1)
+    """Tiles of 128 px, and regions of 4 x 4 of them; both overlap by half."""
+    return TileConfig(tile_size_px=128, overlap=0.5, region_size_px=512, region_overlap_cells=2, num_workers=1)
 
 
 def patch_config(root: Path, run: Path, config: DemoConfig) -> PatchConfig:
-    """The pathology recipe, for 176 overlapping tiles and two cores: a ViT of four blocks, crops of 96 and 48 px.
+    """The pathology recipe, for 683 overlapping tiles and two cores: a ViT of four blocks with patches of 8 px.
 
-    Crops are larger and keep more of their colour than in the recipe: of the settings that were tried, only ones with
-    such crops ended with the verdict "learning". There are fewer prototypes than tiles.
+    Crops contain more of the tile than in the recipe, keep more of their colour, and are resized to 48 and 24 px. There
+    are fewer prototypes than tiles. What was tried is in benchmarks/results/*-cpu-demo.json.
     """
     return load_config(
         PatchConfig,
@@ -140,10 +140,11 @@ def patch_config(root: Path, run: Path, config: DemoConfig) -> PatchConfig:
         overrides={
             **_common(root, run, config, config.patch_steps),
             "model.arch": "vit:dim=192,depth=4,heads=3",
+            "model.patch_size": 8,
             "model.out_dim": 64,
-            "aug.global_crops_size": 96,
+            "aug.global_crops_size": 48,
             "aug.global_crops_scale": [0.5, 1.0],
-            "aug.local_crops_size": 48,
+            "aug.local_crops_size": 24,
             "aug.local_crops_scale": [0.2, 0.5],
             "aug.local_crops_number": 2,
             "aug.hue": 0.02,

@@ -50,7 +50,7 @@ def write_list(path: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def test_the_sample_slide(tmp_path: Path) -> None:
-    """With the settings of the demo: tiles overlap by half, regions by all but one cell."""
+    """Tiles overlap by half, regions by all but one cell."""
     config = TileConfig(overlap=0.5, region_size_px=1024, region_overlap_cells=3, num_workers=1)
     summary = tile([sample_slide()], tmp_path, config)
     assert summary.exit_code == 0 and summary.tiles == 176 and summary.regions == 34
