@@ -72,6 +72,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sinkhorn": {"objective.targets": "sinkhorn"},
     "prototypes 64": {"model.out_dim": 64},
     "prototypes 4096": {"model.out_dim": 4096},
+    "prototypes 16384": {"model.out_dim": 16384},
     "regression": {"objective.regression": 1.0, **SQUARES},
     "regression 0.1": {"objective.regression": 0.1, **SQUARES},
     "regression+kde": {"objective.regression": 1.0, "objective.kde": 0.01, **SQUARES},

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # Montages, in inches.
 IMAGE_GAP = 0.08
 TEXT_LINE = 0.2  # above the columns
-NOTE_POINTS, NOTE_LINE, NOTE_GAP, NOTE_LETTER = 7.5, 0.13, 0.09, 0.058  # below an image; width of a letter
+NOTE_POINTS, NOTE_LINE, NOTE_GAP, NOTE_LETTER = 7.5, 0.13, 0.09, 0.068  # below an image; width of a letter
 WIDTH = 11.0  # fills the page
 LARGEST_TILE = 1.8  # of a montage of neighbours
 
