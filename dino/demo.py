@@ -1,7 +1,7 @@
 """All steps on the sample slide of the package, in a few minutes and without a GPU.
 
-The demo runs the same code as the other commands, with small models, tiles, regions and crops. Because the slide is small,
-tiles and regions overlap by half. It shows that the steps work together, not how good the models are.
+The demo runs the same code as the other commands, with small models, tiles, regions and crops. Because the slide is
+small, tiles and regions overlap by half. It shows that the steps work together, not how good the models are.
 """
 
 import shlex
