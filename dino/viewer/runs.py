@@ -60,7 +60,8 @@ def sort_runs(catalogue: Catalogue, runs: Sequence[str]) -> Runs:
             )
         regions[encoder] = (run, _grid_folder(catalogue, run, encoder, source))
         names = [*dict.fromkeys([*names, encoder])]
-    return Runs(names, {name: run for name, run in wanted.items() if name != run}, regions)
+    tiles = {name: run for name, run in wanted.items() if name != run or Path(run).is_dir()}
+    return Runs(names, tiles, regions)
 
 
 def _encoder(catalogue: Catalogue, run: str) -> str:

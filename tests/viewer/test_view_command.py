@@ -195,7 +195,7 @@ def test_maps_of_another_level_2_model_than_the_run(two_levels, tmp_path):
     AttentionFiles(catalogue, maps).check_made_by({"fingerprint": "1" * 64}, run, level_2=True)
 
 
-def test_runs_of_both_levels_are_sorted(two_levels, tmp_path):
+def test_runs_of_both_levels_are_sorted(two_levels, tmp_path, monkeypatch):
     """In any order, by their folders, files and exports; a level-2 run finds its features by their fingerprint."""
     root, level_1, record = two_levels
     catalogue, grids = read_catalogue(root), root / "region_4096_pretraining_patch"
@@ -214,6 +214,9 @@ def test_runs_of_both_levels_are_sorted(two_levels, tmp_path):
     models.check()
     assert models.regions["patch"].maps("one", 0).shape == (3, 4, 4)
     assert models.tiles["patch"].maps("one", 0).shape == (3, 4, 4)
+    assert sort_runs(catalogue, ["patch"]) == Runs(["patch"], {})  # the features of that name
+    monkeypatch.chdir(level_1.parent)
+    assert sort_runs(catalogue, ["patch"]) == Runs(["patch"], {"patch": "patch"})  # the run folder of that name
 
 
 def test_moved_slides(catalogue):
