@@ -132,7 +132,7 @@ def patch_config(root: Path, run: Path, config: DemoConfig) -> PatchConfig:
     """The pathology recipe, for 683 overlapping tiles and two cores: a ViT of four blocks with patches of 8 px.
 
     Crops contain more of the tile than in the recipe, keep more of their colour, and are resized to 48 and 24 px. There
-    are fewer prototypes than tiles. What was tried is in benchmarks/results/*-cpu-demo.json.
+    are fewer prototypes than tiles. What was tried is in benchmarks/results/*-cpu-demo*.json.
     """
     return load_config(
         PatchConfig,
@@ -168,7 +168,7 @@ def region_config(root: Path, run: Path, config: DemoConfig) -> RegionConfig:
 def _common(root: Path, run: Path, config: DemoConfig, steps: int) -> dict[str, Any]:
     """Settings of both levels.
 
-    They were chosen for the sample slide alone, among those in benchmarks/results/*-cpu-demo.json: targets of
+    They were chosen for the sample slide alone, among those in benchmarks/results/*-cpu-demo*.json: targets of
     Sinkhorn-Knopp, a teacher that averages over ten steps, a narrow bottleneck, and KDE.
     """
     return {

@@ -1,7 +1,6 @@
 """The verdict on a finished run: learning, flat, declined or collapsed, with the numbers it rests on."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -242,9 +241,11 @@ def paired_error(differences: Sequence[float]) -> float:
     Args:
         differences: Of each sample, between its results by two networks.
     """
-    if len(differences) < 2:
+    count = len(differences)
+    if count < 2:
         return math.inf
-    return statistics.stdev(differences) / math.sqrt(len(differences))
+    mean = sum(differences) / count  # statistics.stdev would fail if one is not finite
+    return math.sqrt(sum((one - mean) ** 2 for one in differences) / (count - 1) / count)
 
 
 def verdict(signs: Signs) -> Verdict:

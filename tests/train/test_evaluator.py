@@ -2,7 +2,8 @@ import pytest
 import torch
 from scipy import stats
 
-from dino.train.evaluator import PairedFeatures
+from dino.evaluate.verdict import RANDOM
+from dino.train.evaluator import PairedFeatures, evaluate_run
 
 
 def paired(noise: float, rounds: int = 6, count: int = 20) -> PairedFeatures:
@@ -30,3 +31,17 @@ def test_a_query_is_compared_with_the_views_of_its_own_round():
     unit = torch.nn.functional.normalize(found.features, dim=-1)  # (R, 2, N, D)
     nearest = torch.cdist(unit[:, 0], unit[:, 1]).argmin(2)
     assert torch.equal(found.hits(), (nearest == torch.arange(20)).double())
+
+
+def test_few_samples_are_judged_by_all_their_views():
+    found, numbers = evaluate_run(paired(0.5), {RANDOM: paired(0.9)}, entropy=0.5, loss=0.8, evaluator=None)
+    assert found.word == "learning" and "(120 queries of 20 samples, " in found.text
+    assert numbers["comparison"]["samples"] == 20
+    assert numbers["own_place_teacher"] == pytest.approx(paired(0.5).hits().mean().item())
+
+
+def test_features_that_are_not_finite_are_a_collapse():
+    broken = paired(0.5)
+    broken.features[0, 0, 0, 0] = torch.nan
+    found, _ = evaluate_run(broken, {RANDOM: paired(0.9)}, entropy=0.5, loss=0.8, evaluator=None)
+    assert found.word == "collapsed"
