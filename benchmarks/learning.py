@@ -7,7 +7,7 @@
 ``costs`` times a step of each recipe in turn; ``run`` trains each recipe for as many steps as take the time of
 ``budget`` x 312 steps of DINO, and appends a line to OUTPUT/learning.jsonl for each finished run, so that several calls
 add up; ``table`` compares what is there with DINO, seed by seed. ``--earlier`` adds the runs of recorded results with
-the same budget, which are not repeated; without costs in OUTPUT, theirs are taken.
+the same budget and input size, which are not repeated; without costs in OUTPUT, theirs are taken.
 
 The test tiles are split into two halves: recipes are chosen on the validation half and reported on the other half. The
 score is the mean of the accuracies of 20-NN and of a ridge probe on the training tiles, after each quarter of the run.
@@ -74,7 +74,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "prototypes 4096": {"model.out_dim": 4096},
     "prototypes 16384": {"model.out_dim": 16384},
     "regression": {"objective.regression": 1.0, **SQUARES},
-    "regression 0.1": {"objective.regression": 0.1, **SQUARES},
     "regression+kde": {"objective.regression": 1.0, "objective.kde": 0.01, **SQUARES},
 }
 

@@ -223,6 +223,9 @@ def paired_features(
         device: Device of the backbone.
         rounds: Number R of rounds.
         count: Number N of samples in a round.
+
+    Returns:
+        The features of the first ``rounds * count`` samples.
     """
     was_training = backbone.training
     backbone.eval()

@@ -12,7 +12,7 @@ from typing import Any
 from dino import files
 from dino.errors import DataError
 from dino.extraction.catalogue import Catalogue
-from dino.extraction.folders import encoder_name, find_grids, grid_folder, tile_folder
+from dino.extraction.folders import CHECKPOINTS, encoder_name, find_grids, grid_folder, tile_folder
 from dino.extraction.record import RECORD, grid_source, read_record
 from dino.models.grid_source import KEY, GridSource, check_same_source
 from dino.models.prefixes import HUB, TIMM
@@ -60,7 +60,7 @@ def sort_runs(catalogue: Catalogue, runs: Sequence[str]) -> Runs:
             )
         regions[encoder] = (run, _grid_folder(catalogue, run, encoder, source))
         names = [*dict.fromkeys([*names, encoder])]
-    tiles = {name: run for name, run in wanted.items() if name != run or Path(run).is_dir()}
+    tiles = {name: run for name, run in wanted.items() if name != run or _is_run(Path(run))}
     return Runs(names, tiles, regions)
 
 
@@ -81,6 +81,11 @@ def _grids_of(catalogue: Catalogue, run: str) -> tuple[bool, GridSource | None]:
 
     loaded = load_backbone_file(run)
     return loaded.transform is None, loaded.grids
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder whose name is also that of an encoder is a run or an export."""
+    return (folder / CHECKPOINTS).is_dir() or bool(_recorded(folder))
 
 
 def _recorded(folder: Path) -> Mapping[str, Any]:

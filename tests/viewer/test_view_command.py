@@ -215,6 +215,9 @@ def test_runs_of_both_levels_are_sorted(two_levels, tmp_path, monkeypatch):
     assert models.regions["patch"].maps("one", 0).shape == (3, 4, 4)
     assert models.tiles["patch"].maps("one", 0).shape == (3, 4, 4)
     assert sort_runs(catalogue, ["patch"]) == Runs(["patch"], {})  # the features of that name
+    (tmp_path / "patch").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert sort_runs(catalogue, ["patch"]) == Runs(["patch"], {})  # a folder of that name that is no run
     monkeypatch.chdir(level_1.parent)
     assert sort_runs(catalogue, ["patch"]) == Runs(["patch"], {"patch": "patch"})  # the run folder of that name
 
