@@ -1,6 +1,6 @@
 """Which recipe learns best? Short runs of several recipes on real tiles, at equal processor time and over seeds.
 
-    DINO_TEST_DATA=… python -m benchmarks.learning OUTPUT costs [--recipes dino,ibot]
+    DINO_TEST_DATA=… python -m benchmarks.learning OUTPUT costs [--recipes dino,ibot] [--teacher CHECKPOINT]
     DINO_TEST_DATA=… python -m benchmarks.learning OUTPUT run [--recipes dino,ibot] [--seeds 0,1] [--budget 1.0]
     python -m benchmarks.learning OUTPUT table [--budget 1.0] [--earlier RESULTS.json]
 
@@ -73,24 +73,36 @@ RECIPES: dict[str, dict[str, Any]] = {
     "prototypes 64": {"model.out_dim": 64},
     "prototypes 4096": {"model.out_dim": 4096},
     "prototypes 16384": {"model.out_dim": 16384},
+    "prototypes 4096+ibot 0.1": {"model.out_dim": 4096, "objective.ibot": 0.1},
+    "prototypes 4096+regression 0.1": {"model.out_dim": 4096, "objective.regression": 0.1, **SQUARES},
     "regression": {"objective.regression": 1.0, **SQUARES},
     "regression+kde": {"objective.regression": 1.0, "objective.kde": 0.01, **SQUARES},
+    # From the network --teacher: its cls features, as patch_distill.yaml does; or its prototypes, with local crops.
+    "distil": {"objective.dino": 0.0, "distill.cls": 1.0, "aug.local_crops_number": 0},
+    "distil prototypes": {"objective.dino": 0.0, "distill.cls": 0.0, "distill.dino": 1.0},
 }
 
 
-def settings(recipe: str, data: Path, run: Path, seed: int, **changes: Any) -> PatchConfig:
+def distils(recipe: str) -> bool:
+    """Whether a recipe learns from the frozen network ``--teacher``."""
+    return any(key.startswith("distill.") for key in RECIPES[recipe])
+
+
+def settings(recipe: str, data: Path, run: Path, seed: int, teacher: Path | None = None, **changes: Any) -> PatchConfig:
     """Settings of a run of a recipe."""
     folders = {"data_dir": str(data / "train"), "output_dir": str(run), "seed": seed}
     values = {**SMALL, **RECIPES[recipe], **folders, **changes}
+    if distils(recipe):
+        values["teacher"] = str(teacher)
     return load_config(PatchConfig, recipe="patch_pathology", overrides=values)
 
 
-def measure_costs(data: Path, output: Path, recipes: Sequence[str]) -> None:
+def measure_costs(data: Path, output: Path, recipes: Sequence[str], teacher: Path | None) -> None:
     """Seconds per step of each recipe, relative to DINO's, timed in turn; written to OUTPUT/costs.json."""
     seconds: dict[str, list[float]] = {name: [] for name in dict.fromkeys(["dino", *recipes])}
     for _ in range(ROUNDS):
         for name, found in seconds.items():
-            config = settings(name, data, output / "unused", 0, profile=True, profile_steps=TIMED_STEPS)
+            config = settings(name, data, output / "unused", 0, teacher, profile=True, profile_steps=TIMED_STEPS)
             numbers = api.pretrain(config).numbers
             found.append(config.training.batch_size_per_gpu / numbers["samples_per_second"])
     # The shortest time is the one that other work on the machine disturbed least.
@@ -101,16 +113,22 @@ def measure_costs(data: Path, output: Path, recipes: Sequence[str]) -> None:
 
 
 def cost_of(recipe: str, costs: Mapping[str, float]) -> float:
-    """Relative seconds per step of a recipe, or of one with the same parts and other settings of these."""
-    return costs.get(recipe) or next(cost for name, cost in costs.items() if parts(name) == parts(recipe))
+    """Relative seconds per step of a recipe, or of one that differs only in the weights of its parts."""
+    for name, cost in costs.items():
+        if name == recipe or (name in RECIPES and timed_settings(name) == timed_settings(recipe)):
+            return cost
+    raise SystemExit(f"expected the cost of a step of {recipe!r}, found {list(costs)}; run `costs` first")
 
 
-def parts(recipe: str) -> set[str]:
-    """The parts of the objective that a recipe adds to DINO, and ``targets`` where they are others."""
-    return {key for key in RECIPES[recipe] if key.removeprefix("objective.") in {*PARTS, "targets"}}
+def timed_settings(recipe: str) -> set[tuple[str, str]]:
+    """What decides how long a step takes: all settings, but not how large the weights of parts are."""
+    weights = {f"objective.{part}" for part in PARTS}
+    return {(key, "" if key in weights else str(value)) for key, value in RECIPES[recipe].items()}
 
 
-def train_and_score(data: Path, output: Path, recipe: str, seed: int, budget: float, cost: float) -> dict[str, Any]:
+def train_and_score(
+    data: Path, output: Path, recipe: str, seed: int, budget: float, cost: float, teacher: Path | None
+) -> dict[str, Any]:
     """One run, scored after each quarter; a finished run is not repeated."""
     steps = round(DINO_STEPS * budget / cost / QUARTERS) * QUARTERS
     run = output / recipe / f"seed_{seed}"
@@ -120,16 +138,17 @@ def train_and_score(data: Path, output: Path, recipe: str, seed: int, budget: fl
         "logging.tensorboard": False,
         "logging.report": False,
     }
-    api.pretrain(settings(recipe, data, run, seed, **every))
+    api.pretrain(settings(recipe, data, run, seed, teacher, **every))
     checkpoints = [run / "checkpoints" / f"step_{steps * i // QUARTERS}.pt" for i in range(1, QUARTERS + 1)]
     table = read_labels(data / "labels.csv")
     networks = [load_backbone_file(str(path)) for path in [run / "checkpoints" / "start.pt", *checkpoints]]
     untrained, *quarters = [score(table, features(table, network)) for network in networks]
     status = read_json(run / "status.json")
+    frozen = {"teacher": score(table, features(table, load_backbone_file(str(teacher))))} if distils(recipe) else {}
     return {
         **{"recipe": recipe, "seed": seed, "steps": steps, "cost": round(cost, 4)},
         **{"budget": budget, "input_size": INPUT_SIZE},
-        **{"quarters": quarters, "untrained": untrained, "settings": RECIPES[recipe]},
+        **{"quarters": quarters, "untrained": untrained, **frozen, "settings": RECIPES[recipe]},
         "self_retrieval": status["floor"],
         "pixels": score(table, torch.cat([pixel_features(decode(path)[None]) for path in table.paths])),
         **environment(torch.device("cpu")),
@@ -214,9 +233,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("action", choices=("costs", "run", "table"))
-    parser.add_argument("--recipes", type=lambda text: text.split(","), default=list(RECIPES))
+    usual = [recipe for recipe in RECIPES if not distils(recipe)]
+    parser.add_argument("--recipes", type=lambda text: text.split(","), default=usual)
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("--budget", type=float, default=1.0)
+    parser.add_argument("--teacher", type=Path, help="checkpoint of the teacher of the recipes that distil one")
     parser.add_argument("--earlier", type=Path, help="recorded results, such as benchmarks/results/*-learning.json")
     arguments = parser.parse_args()
     log, earlier = arguments.output / "learning.jsonl", read_json(arguments.earlier) if arguments.earlier else {}
@@ -233,8 +254,10 @@ def main() -> None:
     data = Path(os.environ.get("DINO_TEST_DATA", "."), "crc5")
     if not data.is_dir():
         parser.error(f"expected the tiles at {data}, found nothing; set DINO_TEST_DATA to the folder that holds crc5/")
+    if any(distils(recipe) for recipe in arguments.recipes) and arguments.teacher is None:
+        parser.error("expected --teacher CHECKPOINT for recipes that distil; or name others with --recipes")
     if arguments.action == "costs":
-        measure_costs(data, arguments.output, arguments.recipes)
+        measure_costs(data, arguments.output, arguments.recipes, arguments.teacher)
         return
     own = arguments.output / "costs.json"
     costs = read_json(own) if own.exists() else earlier["relative_seconds_per_step"]
@@ -242,7 +265,8 @@ def main() -> None:
         for recipe in arguments.recipes:
             if not any(run["recipe"] == recipe and run["seed"] == seed for run in done()):
                 cost = cost_of(recipe, costs)
-                append(log, train_and_score(data, arguments.output, recipe, seed, arguments.budget, cost))
+                row = train_and_score(data, arguments.output, recipe, seed, arguments.budget, cost, arguments.teacher)
+                append(log, row)
                 print_table(done(), "validation")
 
 

@@ -21,6 +21,15 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting() -> Iterator[None]:
+    """Runs wait neither for the disk (no test cuts the power) nor to measure what other tests use of the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        patch.setattr("dino.train.profiling.busy_cores", lambda: 0.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def real_tissue() -> Path:
     """Folder of real slides and tiles (see CONTRIBUTING); skips the test if it is not set."""

@@ -12,7 +12,7 @@ from dino.api.measuring import labelled_measure
 from dino.api.run import Run
 from dino.crops.parameters import GLOBAL_VIEWS
 from dino.evaluate.selection import recorded_selection
-from dino.evaluate.verdict import FROZEN, INITIAL, RANDOM
+from dino.evaluate.verdict import FROZEN, INITIAL, RANDOM, TEACHER
 from dino.models.backbone import Backbone, build_backbone
 from dino.models.weights import load_backbone_file, read_training
 from dino.train.callbacks import Checkpoints
@@ -98,7 +98,7 @@ def _interval(run: Run, tokens: int) -> int:
 def _label_free_measure(run: Run) -> Measure:
     """Self-retrieval of training samples, as in the final verdict."""
     return Measure(
-        lambda backbone: label_free_scores(_paired_features(run, backbone)),
+        lambda backbone: label_free_scores(_paired_features(run, {TEACHER: backbone})[TEACHER]),
         SELF_RETRIEVAL,
         "self-retrieval accuracy",
         verdict_rounds(run)[1],
@@ -153,11 +153,11 @@ def final_verdict(
     Returns:
         ``verdict``, ``floor`` (the numbers it is based on) and ``last_metrics``, for ``status.json``.
     """
-    baselines = _baselines(run, lambda: initial)
-    teacher = _paired_features(run, trainer.model.teacher.backbone)
+    baselines = {name: build(trainer) for name, build in _baselines(run, lambda: initial).items()}
+    features = _paired_features(run, {TEACHER: trainer.model.teacher.backbone, **baselines})
     verdict, numbers = evaluate_run(
-        teacher,
-        {name: _paired_features(run, build(trainer)) for name, build in baselines.items()},
+        features.pop(TEACHER),
+        features,
         entropy=last.get("teacher_entropy_relative"),
         loss=last.get("loss_relative"),
         evaluator=evaluator,
@@ -175,10 +175,10 @@ def verdict_rounds(run: Run) -> tuple[int, int]:
     return VERDICT_QUERIES // count, count
 
 
-def _paired_features(run: Run, backbone: Backbone) -> PairedFeatures:
-    """Features of two views of the first samples of a separate random order."""
+def _paired_features(run: Run, backbones: Mapping[str, Backbone]) -> dict[str, PairedFeatures]:
+    """Features of two views of the first samples of a separate random order, by each network."""
     rounds, count = verdict_rounds(run)
     size = min(VERDICT_BATCH, count)
     drawn = run.drawn_batches(0, run.config.seed + 1, size)
     batches = (drawn[first] for first in range(0, rounds * count, size))
-    return paired_features(backbone, batches, run.level.crops, run.device, rounds, count)
+    return paired_features(backbones, batches, run.level.crops, run.device, rounds, count)

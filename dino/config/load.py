@@ -163,13 +163,26 @@ def load_config(
     Raises:
         ConfigError: For an unknown key (naming the nearest one), a wrong type, or a file that is not YAML.
     """
-    config: Any = OmegaConf.structured(schema)
     paths = [recipe_path(schema, recipe)] if recipe else []
     layers = [(str(path), _read_yaml(path)) for path in (*paths, *([file] if file else []))]
     layers += [(f"'{override}'", layer) for override, layer in _override_layers(overrides)]
     for origin, layer in layers:
         _check_keys(schema, layer, origin)
         _check_lists(schema, layer, origin)
+    config: Any = OmegaConf.structured(schema)
+    try:  # all layers at once, because each merge copies the whole config
+        return OmegaConf.to_object(OmegaConf.merge(config, *(layer for _, layer in layers)))  # type: ignore[return-value]
+    except (OmegaConfBaseException, OverflowError):
+        return _merge_one_by_one(schema, config, layers)
+
+
+def _merge_one_by_one(schema: type[C], config: Any, layers: Sequence[tuple[str, Any]]) -> C:
+    """Merge layers, and name the one that cannot be merged.
+
+    Raises:
+        ConfigError: For the first layer with a value that does not fit the schema.
+    """
+    for origin, layer in layers:
         try:
             config = OmegaConf.merge(config, layer)
             OmegaConf.to_object(config)

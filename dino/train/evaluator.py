@@ -1,6 +1,6 @@
 """Evaluation of a run: the callback that scores it on labelled images, and the verdict at its end."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,36 +212,47 @@ class PairedFeatures:
 
 @torch.no_grad()
 def paired_features(
-    backbone: Backbone, batches: Iterable[Batch], crops: Crops, device: torch.device, rounds: int, count: int
-) -> PairedFeatures:
-    """Features of the two global views of every sample.
+    backbones: Mapping[str, Backbone],
+    batches: Iterable[Batch],
+    crops: Crops,
+    device: torch.device,
+    rounds: int,
+    count: int,
+) -> dict[str, PairedFeatures]:
+    """Features of the two global views of every sample by each of several networks; the views are made once.
 
     Args:
-        backbone: In either mode, which is restored afterwards.
+        backbones: By name, each in either mode, which is restored afterwards.
         batches: Samples with drawn crops, ``rounds`` times ``count`` or more.
         crops: Applies them.
-        device: Device of the backbone.
+        device: Device of the backbones.
         rounds: Number R of rounds.
         count: Number N of samples in a round.
 
     Returns:
-        The features of the first ``rounds * count`` samples.
+        The features of the first ``rounds * count`` samples, by the networks' names.
     """
-    was_training = backbone.training
-    backbone.eval()
-    dtype = next(backbone.parameters()).dtype
-    features, samples = [], []
+    modes = {name: backbone.training for name, backbone in backbones.items()}
+    features: dict[str, list[Tensor]] = {name: [] for name in backbones}
+    samples: list[int] = []
+    for backbone in backbones.values():
+        backbone.eval()
     for batch in batches:
         samples += batch.indices
-        views = crops.apply(batch.inputs.to(device), batch.parameters)[0][:2].to(dtype)  # (2, B, C, h, w)
-        tokens = backbone(views.flatten(0, 1), cls_only=True)
-        features.append(tokens.cls.unflatten(0, views.shape[:2]).float().cpu())  # (2, B, D)
-    backbone.train(was_training)
-    drawn = torch.cat(features, dim=1)[:, : rounds * count]  # (2, R N, D)
-    return PairedFeatures(
-        drawn.unflatten(1, (rounds, count)).transpose(0, 1),
-        torch.tensor(samples[: rounds * count]).view(rounds, count),
-    )
+        views = crops.apply(batch.inputs.to(device), batch.parameters)[0][:2]  # (2, B, C, h, w)
+        for name, backbone in backbones.items():
+            dtype = next(backbone.parameters()).dtype
+            tokens = backbone(views.flatten(0, 1).to(dtype), cls_only=True)
+            features[name].append(tokens.cls.unflatten(0, views.shape[:2]).float().cpu())  # (2, B, D)
+    for name, backbone in backbones.items():
+        backbone.train(modes[name])
+    order = torch.tensor(samples[: rounds * count]).view(rounds, count)
+
+    def in_rounds(found: Sequence[Tensor]) -> Tensor:
+        drawn = torch.cat(list(found), dim=1)[:, : rounds * count]  # (2, R N, D)
+        return drawn.unflatten(1, (rounds, count)).transpose(0, 1)
+
+    return {name: PairedFeatures(in_rounds(found), order) for name, found in features.items()}
 
 
 def label_free_scores(found: PairedFeatures) -> Scores:

@@ -12,6 +12,7 @@ from dino.train.profiling import (
     GpuUse,
     HostClock,
     Stopwatch,
+    busy_cores,
     busy_cores_warning,
     clock_of,
     feeding_advice,
@@ -121,6 +122,7 @@ def test_a_gpu_is_timed_by_events_of_its_own_queue_and_waited_for_only_when_read
 def test_a_cpu_in_use_by_others_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stat = tmp_path / "stat"
     monkeypatch.setattr("dino.train.profiling.STAT", stat)
+    monkeypatch.setattr("dino.train.profiling.busy_cores", busy_cores)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
 
     def others_use(cores: int) -> str:
