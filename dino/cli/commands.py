@@ -25,6 +25,7 @@ from dino.config.load import settings as all_settings
 from dino.config.schema import (
     EVALUATION_CONFIGS,
     LEVEL_CONFIGS,
+    AttentionConfig,
     DemoConfig,
     ExportConfig,
     ExtractConfig,
@@ -379,6 +380,7 @@ SCHEMAS: dict[str, type] = {
     "figure": FigureConfig,
     "view": ViewConfig,
     "words": WordsConfig,
+    "attention": AttentionConfig,
     "export": ExportConfig,
     "geojson": GeojsonConfig,
     "overlays": OverlaysConfig,
@@ -391,9 +393,9 @@ SCHEMAS: dict[str, type] = {
 def config(arguments: ConfigArguments = None, config: ConfigFile = None, recipe: StartRecipe = None) -> None:
     """Print all settings of a command with their values and comments, as YAML.
 
-    COMMAND is tile, patch, region, extract, report, figure, view, words, export, geojson, overlays, info, slurm, demo,
-    or an evaluation such as knn. Values that differ from the default are marked. The output can be saved, edited and
-    passed to the command with --config.
+    COMMAND is tile, patch, region, extract, report, figure, view, words, attention, export, geojson, overlays, info,
+    slurm, demo, or an evaluation such as knn. Values that differ from the default are marked. The output can be saved,
+    edited and passed to the command with --config.
 
     For example:
 

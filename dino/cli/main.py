@@ -29,6 +29,7 @@ class _InOrder(TyperGroup):
             "geojson",
             "overlays",
             "info",
+            "status",
             "resume",
             "replay",
             "launch",

@@ -1,8 +1,11 @@
 """`dino config`: the settings of every command as YAML that --config accepts."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from dino.cli.commands import SCHEMAS
@@ -24,6 +27,21 @@ def test_the_output_can_be_passed_as_a_config_file(tmp_path: Path, command):
     recipe = next(iter(RECIPES.get(kind, ())), None)
     assert load_config(kind, file=tmp_path / "my.yaml") == load_config(kind, recipe=recipe)
     assert max(len(line) for line in result.stdout.splitlines()) <= 120
+
+
+def test_every_command_is_listed_and_every_one_with_a_config_file_prints_its_settings():
+    def commands(group: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from commands(command, f"{path}{name} ")
+            elif not command.hidden:
+                yield f"{path}{name}", command
+
+    group: Any = typer.main.get_command(app)
+    found = dict(commands(group))
+    assert set(group.list_commands(None)) == {name.split()[0] for name in found}
+    with_file = {name for name, command in found.items() if any("--config" in p.opts for p in command.params)}
+    assert with_file - {"config"} == set(SCHEMAS)
 
 
 def test_overrides_precede_the_file_and_the_recipe(tmp_path: Path):
