@@ -54,6 +54,12 @@ def exit_codes(group: Sequence[BaseProcess], timeout: float = 120) -> list[int |
     return codes
 
 
+def run_group(work: Callable[[], object], processes: int = 2) -> None:
+    """Run ``work`` in a process group; it has to end without an error in every process."""
+    codes = exit_codes(fork_group(work, processes))
+    assert codes == [0] * processes, codes
+
+
 @dataclass
 class Point:
     """A point of a run: just before the first file operation of a kind after ``step`` steps.

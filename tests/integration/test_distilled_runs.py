@@ -1,17 +1,16 @@
 """Runs that distil a frozen teacher: exact, independent of processes, and without the teacher's weights."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_group
 from timm.models.vision_transformer import VisionTransformer
 from tiny_runs import (
     Crash,
     assert_same_bits,
     assert_same_numbers,
-    command,
     config,
     crash_after,
     last,
@@ -62,8 +61,7 @@ def test_processes_and_micro_batches_do_not_matter(
     halves = {"training.batch_size_per_gpu": 2}
     pretrain(config(tiles, tmp_path / "halves", **own, **halves, **{"training.gradient_accumulation": 2}))
     assert_same_numbers(tmp_path / "one", tmp_path / "halves")
-    run = command(config(tiles, tmp_path / "two", **own, **halves), tmp_path, processes=2)
-    subprocess.run(run, check=True, timeout=240)
+    run_group(lambda: pretrain(config(tiles, tmp_path / "two", **own, **halves)))
     assert_same_numbers(tmp_path / "one", tmp_path / "two")
     losses = {"loss/distill_cls", "loss/distill_patch"} | ({"loss/dino"} if also else set())
     lines = metrics(tmp_path / "one")

@@ -1,11 +1,11 @@
 """Runs with every part of the objective: the same on one process and two, and exact through a crash and a replay."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import Crash, assert_same_bits, assert_same_numbers, command, config, crash_after, last, metrics
+from forked import run_group
+from tiny_runs import Crash, assert_same_bits, assert_same_numbers, config, crash_after, last, metrics
 
 from dino.api import load_backbone, pretrain, replay
 from dino.errors import ConfigError, TrainingFault
@@ -50,9 +50,7 @@ def test_processes_and_micro_batches_do_not_matter(
     pretrain(config(data, tmp_path / "halves", **own, **halves, **{"training.gradient_accumulation": 2}))
     assert_same_numbers(tmp_path / "one", tmp_path / "halves")
     if targets == "sinkhorn" or level == "tiles":
-        subprocess.run(
-            command(config(data, tmp_path / "two", **own, **halves), tmp_path, processes=2), check=True, timeout=240
-        )
+        run_group(lambda: pretrain(config(data, tmp_path / "two", **own, **halves)))
         assert_same_numbers(tmp_path / "one", tmp_path / "two")
     assert all(line.keys() >= LOSSES for line in metrics(tmp_path / "one"))
 

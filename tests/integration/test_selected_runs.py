@@ -1,13 +1,15 @@
 """A run is scored for robustness and by a linear probe while it trains, and its checkpoint may be chosen by them."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import run_group
 from tiny_models import save_checkpoint
-from tiny_runs import Crash, assert_same_bits, command, config, crash_after, last, metrics, with_evaluation
+from tiny_runs import Crash, assert_same_bits, config, crash_after, last, metrics, with_evaluation
 
 from dino import api
 from dino.api import pretrain
@@ -146,19 +148,13 @@ def test_a_crash_changes_no_bit_of_a_run_that_is_selected_by_the_mean(
 
 def test_processes_with_different_shares_select_as_one(tiles: Path, tmp_path: Path) -> None:
     """21 images on two processes: none waits for the other, and both have the scores of one process."""
-    import subprocess
-
     settings = with_robustness(tiles, "mean", **{"speed.precision": "fp64"})
     table = Path(str(settings["evaluate.robustness"]))
     table.write_text("\n".join(table.read_text().splitlines()[:-1]))  # 19 rows
     runs = {}
-    for name, processes in (("one", 0), ("two", 2)):
-        batch = {"training.batch_size_per_gpu": 4 if processes == 0 else 2}
-        run = config(tiles, tmp_path / name, **settings, **batch)
-        done = subprocess.run(
-            command(run, tmp_path, processes), capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr
+    for name, processes in (("one", 1), ("two", 2)):
+        run = config(tiles, tmp_path / name, **settings, **{"training.batch_size_per_gpu": 4 // processes})
+        run_group(partial(pretrain, run), processes)
         runs[name] = evaluations(tmp_path / name)
     assert runs["one"].keys() == runs["two"].keys()
     for step, networks in runs["one"].items():
