@@ -53,8 +53,10 @@ def level_of(root: Path, **changes: object) -> Level:
 
 
 def drawn(level: Level, count: int) -> Counter[str | None]:
-    sampler = level.sampler(0)
-    return Counter(level.dataset[sampler(draw)].slide_id for draw in range(count))
+    sampler, found = level.sampler(0), Counter()
+    for index, times in Counter(sampler(draw) for draw in range(count)).items():
+        found[level.dataset[index].slide_id] += times
+    return found
 
 
 def test_without_settings_every_tile_is_drawn_once_per_pass(root: Path) -> None:
