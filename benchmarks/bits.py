@@ -4,8 +4,8 @@
 
 Each commit is checked out into a temporary worktree, where another process trains both levels in fp32 and bf16 (with
 drop-path, one thread, 12 steps), resumes each run from its checkpoint of step 5, and extracts features. The comparison
-covers the tensors of student, teacher, objectives and optimizer, all numbers in ``metrics.jsonl`` except times, and the
-features. Without HEAD the working tree is compared with BASE. The exit code is 1 if anything differs.
+covers the tensors of student, teacher, objectives and optimizer, all numbers in ``metrics.jsonl`` except times, those
+of the verdict, and the features. Without HEAD the working tree is compared with BASE. The exit code is 1 if anything differs.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from dino.config.schema import ExtractConfig, PatchConfig, RegionConfig
 
 out, steps, resumed_at = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-folders = {name: out / name for name in ("tiles", "grids", "regions")}
+folders = {name: out / name for name in ("tiles", "grids", "regions", "labelled")}
 for folder in folders.values():
     folder.mkdir(parents=True)
 
@@ -53,9 +53,11 @@ for i in range(40):
     torch.save(torch.randn(36, 10, generator=generator), folders["grids"] / f"slide{i % 4}_{i * 100}_0.pt")
 for i in range(2):
     picture(512).save(folders["regions"] / f"slide{i}_0_0.png")
+for i in range(40):
+    picture(72).save(folders["labelled"] / f"held{i:02d}_0_0.png")
 rows = [
-    f"{path},{'ab'[i % 2]},{'train' if i < 24 else 'test'},held{i}"
-    for i, path in enumerate(sorted(folders["tiles"].iterdir()))
+    f"{path},{'ab'[i % 2]},{'train' if i < 24 else 'val'},held{i:02d}"
+    for i, path in enumerate(sorted(folders["labelled"].iterdir()))
 ]
 (out / "labels.csv").write_text(chr(10).join(["image_path,label,partition,slide_id", *rows]))
 
@@ -135,6 +137,8 @@ def results(output: Path) -> Iterator[tuple[str, Any]]:
             for name, value in leaves({key: value for key, value in entry.items() if key not in TIMES}):
                 kind = "evaluation" if "evaluation" in entry else "step"
                 yield f"{run.name}/log/{kind} {entry['step']}/{name}", value
+        for name, value in leaves(json.loads((run / "status.json").read_text())["floor"]):
+            yield f"{run.name}/verdict/{name}", value
     for path in sorted(output.glob("regions/region_4096_pretraining/*.pt")):
         yield f"features/{path.name}", torch.load(path, weights_only=True)
     for path in sorted(output.glob("grids/slide_features/*.h5")):

@@ -52,6 +52,15 @@ SQUARES = {  # the masks of nanopath (MedARC)
     "objective.mask_probability": 1.0,
     "objective.mask_ratio": [0.34, 0.4],
 }
+DEMO = {  # what dino/demo.py changes, but for its crops
+    "objective.targets": "sinkhorn",
+    "objective.kde": 0.05,
+    "model.momentum_teacher": 0.9,
+    "model.bottleneck_dim": 32,
+    "model.hidden_dim": 512,
+    "model.out_dim": 256,
+    "optim.lr": 0.004,
+}
 PARTS = ("ibot", "regression", "koleo", "kde")
 # What each recipe adds to the small recipe of benchmarks/crc5.py, which is DINO.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -75,10 +84,21 @@ RECIPES: dict[str, dict[str, Any]] = {
     "prototypes 16384": {"model.out_dim": 16384},
     "prototypes 4096+ibot 0.1": {"model.out_dim": 4096, "objective.ibot": 0.1},
     "prototypes 4096+regression 0.1": {"model.out_dim": 4096, "objective.regression": 0.1, **SQUARES},
+    # The settings of `dino demo` that learn from some hundred tiles, and parts of them.
+    "demo": DEMO,
+    "demo 1024": {**DEMO, "model.out_dim": 1024},
+    "demo centring": {**DEMO, "objective.targets": "centring"},
+    "demo without kde": {**DEMO, "objective.kde": 0.0},
+    "momentum 0.9": {"model.momentum_teacher": 0.9},
+    "bottleneck 32": {"model.bottleneck_dim": 32},
     "regression": {"objective.regression": 1.0, **SQUARES},
     "regression+kde": {"objective.regression": 1.0, "objective.kde": 0.01, **SQUARES},
     # From the network --teacher: its cls features, as patch_distill.yaml does; or its prototypes, with local crops.
     "distil": {"objective.dino": 0.0, "distill.cls": 1.0, "aug.local_crops_number": 0},
+    "distil centred": {
+        **{"objective.dino": 0.0, "distill.cls": 1.0, "aug.local_crops_number": 0},
+        "distill.center": True,
+    },
     "distil prototypes": {"objective.dino": 0.0, "distill.cls": 0.0, "distill.dino": 1.0},
 }
 
