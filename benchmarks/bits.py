@@ -5,7 +5,8 @@
 Each commit is checked out into a temporary worktree, where another process trains both levels in fp32 and bf16 (with
 drop-path, one thread, 12 steps), resumes each run from its checkpoint of step 5, and extracts features. The comparison
 covers the tensors of student, teacher, objectives and optimizer, all numbers in ``metrics.jsonl`` except times, those
-of the verdict, and the features. Without HEAD the working tree is compared with BASE. The exit code is 1 if anything differs.
+of the verdict, and the features. Without HEAD the working tree is compared with BASE. The exit code is 1 if anything
+differs.
 """
 
 import argparse

@@ -90,15 +90,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "demo centring": {**DEMO, "objective.targets": "centring"},
     "demo without kde": {**DEMO, "objective.kde": 0.0},
     "momentum 0.9": {"model.momentum_teacher": 0.9},
+    "prototypes 4096+momentum 0.9": {"model.out_dim": 4096, "model.momentum_teacher": 0.9},
     "bottleneck 32": {"model.bottleneck_dim": 32},
     "regression": {"objective.regression": 1.0, **SQUARES},
     "regression+kde": {"objective.regression": 1.0, "objective.kde": 0.01, **SQUARES},
     # From the network --teacher: its cls features, as patch_distill.yaml does; or its prototypes, with local crops.
     "distil": {"objective.dino": 0.0, "distill.cls": 1.0, "aug.local_crops_number": 0},
-    "distil centred": {
-        **{"objective.dino": 0.0, "distill.cls": 1.0, "aug.local_crops_number": 0},
-        "distill.center": True,
-    },
     "distil prototypes": {"objective.dino": 0.0, "distill.cls": 0.0, "distill.dino": 1.0},
 }
 

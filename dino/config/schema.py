@@ -94,7 +94,6 @@ class DistillConfig:
         0.0, "weight of DINO with the teacher's head and prototypes (of a run, or another checkpoint with a head)"
     )
     loss: str = identity("cosine", "distance: cosine, or smooth_l1 to the teacher's layer-normalized features")
-    center: bool = identity(False, "subtract the moving average of the teacher's features (model.center_momentum)")
     input_size: int | None = identity(
         None, "size in px that the teacher sees the global crops at; null: theirs, or the nearest that it takes"
     )

@@ -24,7 +24,6 @@ from dino.models.transforms import Transform
 from dino.models.weights import LoadedBackbone, expect_level, load_backbone_file
 from dino.objectives import Condition, FrozenNetwork, Masked, Objective, Outputs, Terms
 from dino.objectives.dino import DINO
-from dino.objectives.targets import Centre
 
 
 class FrozenBackbone(FrozenNetwork):
@@ -106,10 +105,9 @@ class FrozenBackbone(FrozenNetwork):
     def objectives(self, seed: int) -> list[Objective]:
         """The objectives with a weight; ``seed`` is that of the initial weights of their heads."""
         settings, arguments = self.settings, (LOSSES[self.settings.loss], self.embed_dim)
-        momentum = self.student.center_momentum if settings.center else None
         built: list[Objective] = [
-            ClsFeatures(settings.cls, *arguments, seed, momentum),
-            PatchFeatures(settings.patch, *arguments, seed + 1, momentum),
+            ClsFeatures(settings.cls, *arguments, seed),
+            PatchFeatures(settings.patch, *arguments, seed + 1),
         ]
         if self.head is not None:
             built.append(FrozenDINO(self.student, self.head, seed + 2, settings.dino))
@@ -162,24 +160,14 @@ class _Features(Objective):
         distance: Of predicted and frozen features, (..., D); a scalar.
         dim: Width D of the frozen network.
         seed: Seed of the projection's initial weights.
-        momentum: Of the moving average that is subtracted from the frozen features, None not to. Features of tissue
-            have much in common, which would otherwise decide the cosine.
     """
 
     teacher_head = False
     reads_teacher = False
 
-    def __init__(
-        self,
-        weight: float,
-        distance: Callable[[Tensor, Tensor], Tensor],
-        dim: int,
-        seed: int,
-        momentum: float | None = None,
-    ) -> None:
+    def __init__(self, weight: float, distance: Callable[[Tensor, Tensor], Tensor], dim: int, seed: int) -> None:
         super().__init__(weight)
         self.distance, self.dim, self.seed = distance, dim, seed
-        self.centre = None if momentum is None else Centre(dim, momentum)
 
     def build_head(self, embed_dim: int) -> nn.Module:
         """The linear projection to the width of the frozen network."""
@@ -197,18 +185,10 @@ class _Features(Objective):
             values: Nothing is scheduled.
         """
         predicted, target = student.logits[self.name], teacher.logits[self.name]
-        if self.centre is not None:
-            self.centre.observe(target)
-            target = target - self.centre.center
         with torch.autocast(predicted.device.type, enabled=False):
             predicted = _exact(predicted)
             cosine = F.cosine_similarity(predicted.detach(), target, dim=-1).mean()
             return Terms({self.name: self.distance(predicted, target)}, {f"{self.name}_cosine": cosine})
-
-    def step(self, finite: Tensor) -> None:
-        """Move the average by the features since the last step, if the step was ``finite``."""
-        if self.centre is not None:
-            self.centre.step(finite)
 
 
 class ClsFeatures(_Features):

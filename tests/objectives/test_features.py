@@ -67,23 +67,6 @@ def test_gradients_are_those_of_finite_differences(distance: object) -> None:
     assert torch.autograd.gradcheck(loss, (cls,))
 
 
-def test_the_average_of_the_features_is_subtracted() -> None:
-    """Two steps of two micro-batches each: the average moves after a step, and stays after one that is not finite."""
-    momentum, average = 0.8, torch.zeros(5, dtype=torch.float64)
-    objective = ClsFeatures(1.0, cosine_distance, 5, 0, momentum).double()
-    for step, is_finite in enumerate((True, False, True)):
-        targets = [7 + vectors(2, 3, 5, seed=10 * step + part) for part in range(2)]
-        for part, target in enumerate(targets):
-            predicted = vectors(2, 3, 5, seed=100 + part)
-            outputs = Outputs([], {"distill_cls": predicted.clone()}), Outputs([], {"distill_cls": target.clone()})
-            loss = objective(*outputs, {}).losses["distill_cls"]
-            assert loss.item() == pytest.approx(cosine_distance(predicted, target - average).item(), rel=1e-12)
-        objective.step(torch.tensor(is_finite))
-        if is_finite:
-            average = momentum * average + (1 - momentum) * torch.cat(targets, 1).mean((0, 1))
-    assert torch.allclose(objective.state_dict()["centre.center"][0], average, rtol=1e-12)
-
-
 def test_only_global_views_are_predicted() -> None:
     tokens = [Tokens(vectors(4, 3, 6), None, vectors(4, 3, 9, 6)), Tokens(vectors(5, 3, 6))]
     for objective, shape in (
