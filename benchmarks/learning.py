@@ -61,6 +61,8 @@ DEMO = {  # what dino/demo.py changes, but for its crops
     "model.out_dim": 256,
     "optim.lr": 0.004,
 }
+SHARP = {"model.warmup_teacher_temp": 0.02, "model.teacher_temp": 0.02}
+UNTIMED = {*SHARP, "model.momentum_teacher", "optim.lr"}  # settings that do not change the time of a step
 PARTS = ("ibot", "regression", "koleo", "kde")
 # What each recipe adds to the small recipe of benchmarks/crc5.py, which is DINO.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -84,14 +86,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "prototypes 16384": {"model.out_dim": 16384},
     "prototypes 4096+ibot 0.1": {"model.out_dim": 4096, "objective.ibot": 0.1},
     "prototypes 4096+regression 0.1": {"model.out_dim": 4096, "objective.regression": 0.1, **SQUARES},
-    # The settings of `dino demo` that learn from some hundred tiles, and parts of them.
+    # The settings of `dino demo`, which learn from some hundred tiles.
     "demo": DEMO,
-    "demo 1024": {**DEMO, "model.out_dim": 1024},
-    "demo centring": {**DEMO, "objective.targets": "centring"},
-    "demo without kde": {**DEMO, "objective.kde": 0.0},
     "momentum 0.9": {"model.momentum_teacher": 0.9},
     "prototypes 4096+momentum 0.9": {"model.out_dim": 4096, "model.momentum_teacher": 0.9},
-    "bottleneck 32": {"model.bottleneck_dim": 32},
+    "temperature 0.02": SHARP,
+    "prototypes 4096+temperature 0.02": {"model.out_dim": 4096, **SHARP},
     "regression": {"objective.regression": 1.0, **SQUARES},
     "regression+kde": {"objective.regression": 1.0, "objective.kde": 0.01, **SQUARES},
     # From the network --teacher: its cls features, as patch_distill.yaml does; or its prototypes, with local crops.
@@ -138,9 +138,10 @@ def cost_of(recipe: str, costs: Mapping[str, float]) -> float:
 
 
 def timed_settings(recipe: str) -> set[tuple[str, str]]:
-    """What decides how long a step takes: all settings, but not how large the weights of parts are."""
+    """What decides how long a step takes: of the parts only whether they have a weight, not how large it is."""
     weights = {f"objective.{part}" for part in PARTS}
-    return {(key, "" if key in weights else str(value)) for key, value in RECIPES[recipe].items()}
+    timed = {key: value for key, value in RECIPES[recipe].items() if key not in UNTIMED}
+    return {(key, "" if key in weights else str(value)) for key, value in timed.items()}
 
 
 def train_and_score(
