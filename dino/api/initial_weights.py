@@ -25,7 +25,8 @@ def follow_init(config: PatchConfig | RegionConfig, given: Collection[str] = ())
     model = config.model
     if not model.init:
         return config
-    words = level_of(config).settings_that_fit(config, load_backbone_file(model.init, model.init_arch))
+    start = load_backbone_file(model.init, model.init_arch, verbose=False)
+    words = level_of(config).settings_that_fit(config, start)
     changes = dict(word.split("=", 1) for word in words if word.partition("=")[0] not in given)
     if not changes:
         return config

@@ -49,13 +49,14 @@ def timm_transform(config: Mapping[str, Any]) -> Transform:
     return Transform("timm", tuple(mean), tuple(std), int(size[-1]) if size else None)
 
 
-def choose_transform(wanted: str, stored: Transform | None, source: str) -> Transform:
+def choose_transform(wanted: str, stored: Transform | None, source: str, verbose: bool = True) -> Transform:
     """The transform of a level-1 model.
 
     Args:
         wanted: ``auto`` (the stored one, else imagenet with a warning), ``imagenet``, ``hipt`` or ``timm``.
         stored: The one in the checkpoint, if any.
         source: Name of the checkpoint in messages.
+        verbose: Whether to print the warning.
 
     Raises:
         ConfigError: ``wanted`` is unknown, or ``timm`` for a checkpoint that is not timm's.
@@ -68,6 +69,8 @@ def choose_transform(wanted: str, stored: Transform | None, source: str) -> Tran
         return replace(TRANSFORMS[wanted], input_size_px=stored.input_size_px if stored else None)
     if stored is not None:
         return stored
+    if not verbose:
+        return TRANSFORMS["imagenet"]
     warn(
         f"{source} has no recorded normalization, assuming imagenet (HIPT itself used mean = std = 0.5: "
         f"transform=hipt; for model.init first `dino export {shlex.quote(source)} DIR transform=hipt`, then "

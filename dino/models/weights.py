@@ -29,7 +29,7 @@ from dino.models.checkpoint import (
 )
 from dino.models.grid_source import KEY, GridSource
 from dino.models.inputs import TILE_SIZE_PX, input_kind
-from dino.models.layouts import PLAIN, Published, backbone_tensors
+from dino.models.layouts import DINOV2, DINOV3, PLAIN, Published, backbone_tensors
 from dino.models.prefixes import HUB, LOCAL, TIMM
 from dino.models.recognition import IN_A_RUN, infer_spec, input_of
 from dino.models.spec import shape_of
@@ -117,18 +117,25 @@ class LoadedBackbone:
 
 
 def load_backbone_file(
-    path: str | Path, arch: str | None = None, transform: str = "auto", which: str = "teacher", pretrained: bool = True
+    path: str | Path,
+    arch: str | None = None,
+    transform: str = "auto",
+    which: str = "teacher",
+    pretrained: bool = True,
+    verbose: bool = True,
 ) -> LoadedBackbone:
-    """Load a backbone by the names of its tensors; print which were loaded, and unexpected keys.
+    """Load a backbone by the names of its tensors.
 
     Args:
         path: A run folder, a checkpoint of this package, an export, a folder of timm (also as ``local-dir:FOLDER``) or
             of transformers, a repository of such a folder (``hf-hub:OWNER/NAME``, also after ``timm:``), an external
             checkpoint, or ``timm:NAME``.
         arch: Architecture of an external checkpoint, where its tensors do not determine it.
-        transform: ``auto`` (the checkpoint's own, else imagenet with a warning), ``imagenet``, ``hipt`` or ``timm``.
+        transform: ``auto`` (the checkpoint's own, else imagenet, as Meta's DINOv2 and DINOv3 have it, and with a
+            warning for other files), ``imagenet``, ``hipt`` or ``timm``.
         which: ``teacher`` or ``student``.
         pretrained: For ``timm:NAME``: load timm's weights, or make new ones.
+        verbose: Print which tensors were loaded, unexpected keys, and the warning.
 
     Raises:
         CheckpointError: The source is missing, damaged, unsafe, or any of its backbone's tensors does not fit.
@@ -155,9 +162,12 @@ def load_backbone_file(
                 loaded = _load(description.spec, published, str(file))
             loaded = _described(loaded, description, own=True)
     if input_kind(loaded.level).normalized:
-        loaded = replace(loaded, transform=choose_transform(transform, loaded.transform, source))
+        of_meta = TRANSFORMS["imagenet"] if loaded.report.layout in (DINOV2, DINOV3) else None
+        chosen = choose_transform(transform, loaded.transform or of_meta, source, verbose)
+        loaded = replace(loaded, transform=chosen)
     loaded.backbone.eval()
-    _print_summary(loaded)
+    if verbose:
+        _print_summary(loaded)
     return loaded
 
 
@@ -198,7 +208,7 @@ def init_from(backbone: Backbone, source: str | Path, arch: str | None = None) -
     Raises:
         CheckpointError: The source cannot be read, is of another level, or its tensors do not fit.
     """
-    loaded = load_backbone_file(source, arch)
+    loaded = load_backbone_file(source, arch, verbose=False)
     expect_level(loaded, backbone.spec.level)
     spec = replace(backbone.spec, img_size=loaded.backbone.spec.img_size)
     if loaded.backbone.num_heads != backbone.num_heads:

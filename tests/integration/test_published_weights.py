@@ -74,7 +74,9 @@ def test_the_command_takes_what_is_not_given_from_the_weights(tiles: Path, tmp_p
     for _ in range(2):  # the second time it is finished
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, done.output
-        assert "meta.pth sets model.arch=vit:dim=64,depth=2,heads=1" in " ".join(done.output.split())
+        said = " ".join(done.output.split())
+        assert "meta.pth sets model.arch=vit:dim=64,depth=2,heads=1" in said
+        assert said.count("meta.pth: vit:") == 1 and "no recorded normalization" not in said
     resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert resolved["model"]["patch_size"] == 14 and resolved["aug"]["local_crops_size"] == 98
     assert resolved["aug"]["global_crops_size"] == 224 and resolved["model"]["pos_resample"] == "timm"
