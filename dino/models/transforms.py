@@ -69,11 +69,10 @@ def choose_transform(wanted: str, stored: Transform | None, source: str, verbose
         return replace(TRANSFORMS[wanted], input_size_px=stored.input_size_px if stored else None)
     if stored is not None:
         return stored
-    if not verbose:
-        return TRANSFORMS["imagenet"]
-    warn(
-        f"{source} has no recorded normalization, assuming imagenet (HIPT itself used mean = std = 0.5: "
-        f"transform=hipt; for model.init first `dino export {shlex.quote(source)} DIR transform=hipt`, then "
-        "model.init=DIR)"
-    )
+    if verbose:
+        warn(
+            f"{source} has no recorded normalization, assuming imagenet (HIPT itself used mean = std = 0.5: "
+            f"transform=hipt; for model.init first `dino export {shlex.quote(source)} DIR transform=hipt`, then "
+            "model.init=DIR)"
+        )
     return TRANSFORMS["imagenet"]
