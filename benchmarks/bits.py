@@ -138,7 +138,7 @@ def results(output: Path) -> Iterator[tuple[str, Any]]:
             for name, value in leaves({key: value for key, value in entry.items() if key not in TIMES}):
                 kind = "evaluation" if "evaluation" in entry else "step"
                 yield f"{run.name}/log/{kind} {entry['step']}/{name}", value
-        for name, value in leaves(json.loads((run / "status.json").read_text())["floor"]):
+        for name, value in leaves(json.loads((run / "status.json").read_text()).get("floor", {})):
             yield f"{run.name}/verdict/{name}", value
     for path in sorted(output.glob("regions/region_4096_pretraining/*.pt")):
         yield f"features/{path.name}", torch.load(path, weights_only=True)

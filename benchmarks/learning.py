@@ -52,7 +52,7 @@ SQUARES = {  # the masks of nanopath (MedARC)
     "objective.mask_probability": 1.0,
     "objective.mask_ratio": [0.34, 0.4],
 }
-DEMO = {  # what dino/demo.py changes, but for its crops
+DEMO = {  # what dino/demo.py sets for both levels: targets, KDE, average of the teacher, head, learning rate
     "objective.targets": "sinkhorn",
     "objective.kde": 0.05,
     "model.momentum_teacher": 0.9,
@@ -86,7 +86,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "prototypes 16384": {"model.out_dim": 16384},
     "prototypes 4096+ibot 0.1": {"model.out_dim": 4096, "objective.ibot": 0.1},
     "prototypes 4096+regression 0.1": {"model.out_dim": 4096, "objective.regression": 0.1, **SQUARES},
-    # The settings of `dino demo`, which learn from some hundred tiles.
+    # These settings learn from the few hundred tiles of the demo.
     "demo": DEMO,
     "momentum 0.9": {"model.momentum_teacher": 0.9},
     "prototypes 4096+momentum 0.9": {"model.out_dim": 4096, "model.momentum_teacher": 0.9},

@@ -25,7 +25,7 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 def _short_runs() -> Iterator[None]:
     """Runs wait neither for the disk (no test cuts the power) nor to measure what other tests use of the CPU.
 
-    Their verdict is based on two views of each of 20 samples instead of twelve.
+    Their verdict is based on two pairs of views of each of 20 samples, instead of twelve.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
